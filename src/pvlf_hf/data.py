@@ -1,0 +1,198 @@
+"""What a composed-retrieval dataset is: column names for training triplets, and a benchmark to rank.
+
+Training triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; a benchmark is a `CIRBenchmark`.
+Every dataset of this package, and a user's own folder of images, is brought to these two shapes.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from PIL import Image as PILImage
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+
+TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
+"""`reference` and `target`: `datasets.Image`; `caption`: the relative caption; `target_id`: str, equal for targets
+that are the same thing, so that they are never each other's negatives."""
+
+QUERY_COLUMNS = ("reference", "reference_id", "caption", "target_id")
+"""`reference`: `datasets.Image`; the ids name gallery images; optional `subset_ids`: list of gallery ids (CIRR's
+`img_set.members`, reference and target included)."""
+
+GALLERY_COLUMNS = ("image", "image_id")
+
+
+@dataclass(frozen=True)
+class CIRBenchmark:
+    """Queries and the gallery they are ranked against.
+
+    Args:
+        name: names the benchmark and split in results, e.g. `"emoji-cir/test"`.
+        queries: one row a query, columns `QUERY_COLUMNS` (and optionally `subset_ids`).
+        gallery: one row an image, columns `GALLERY_COLUMNS`; ids are unique.
+        protocol: how the numbers are to be read (gallery, reference kept or removed, tie rule, ...), copied into
+            results.
+
+    Raises:
+        ValueError: if a column is missing, an id is not in the gallery, or gallery ids repeat.
+    """
+
+    name: str
+    queries: Dataset
+    gallery: Dataset
+    protocol: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_columns(self.queries, QUERY_COLUMNS, f"queries of {self.name}")
+        check_columns(self.gallery, GALLERY_COLUMNS, f"gallery of {self.name}")
+        ids = list(self.gallery["image_id"])
+        known = set(ids)
+        if len(known) != len(ids):
+            repeated = [i for i, count in Counter(ids).items() if count > 1][:3]
+            raise ValueError(f"gallery of {self.name}: image_id must be unique, repeated: {repeated}")
+        for column in ("reference_id", "target_id"):
+            missing = sorted(set(self.queries[column]) - known)
+            if missing:
+                raise ValueError(
+                    f"queries of {self.name}: {len(missing)} {column} not in the gallery, first: {missing[:3]}. "
+                    "Add these images to the gallery or drop the queries."
+                )
+
+
+def check_columns(dataset: Dataset, required: tuple[str, ...], what: str) -> None:
+    """Raises a `ValueError` that names the missing columns, those there are, and how to rename."""
+    missing = [c for c in required if c not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{what}: missing column(s) {missing}; it has {dataset.column_names}. "
+            "Rename with `dataset.rename_column(old, new)`."
+        )
+
+
+def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool = True) -> Dataset:
+    """Loads a user's own triplets: a table beside a folder of images.
+
+    Args:
+        file: CSV, JSON Lines or Parquet with columns `reference`, `caption`, `target` (file names inside
+            `image_folder`), and optionally `target_id` (by default the target's file name).
+        image_folder: where the images are.
+        check_images: open every image once, so that a broken one is named now and not hours into training.
+
+    Returns:
+        A dataset with `TRIPLET_COLUMNS` and `reference_id`, images decoded lazily.
+
+    Raises:
+        ValueError: if the file type or a column is wrong, a caption is empty, a file name leaves the folder, or images
+            are missing or broken; nothing is dropped silently.
+    """
+    file, image_folder = Path(file), Path(image_folder).resolve()
+    readers = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if file.suffix not in readers:
+        raise ValueError(f"{file}: cannot read {file.suffix or 'a file without ending'}; use one of {list(readers)}")
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; it should list reference, caption and target of each triplet")
+    table = load_dataset(readers[file.suffix], data_files=str(file), split="train")
+    check_columns(table, ("reference", "caption", "target"), str(file))
+    empty = [row for row, caption in enumerate(table["caption"]) if not str(caption or "").strip()]
+    if empty:
+        raise ValueError(f"{file}: {len(empty)} empty captions, first in data rows {empty[:3]} (counted from 0)")
+    names = sorted({*table["reference"], *table["target"]})
+    check_image_files(image_folder, names, open_them=check_images)
+    target_ids = table["target_id"] if "target_id" in table.column_names else table["target"]
+    columns = {
+        "reference": [str(image_folder / name) for name in table["reference"]],
+        "reference_id": list(table["reference"]),
+        "caption": list(table["caption"]),
+        "target": [str(image_folder / name) for name in table["target"]],
+        "target_id": [str(i) for i in target_ids],
+    }
+    return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
+
+
+def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
+    """A benchmark whose gallery is every picture that occurs in the triplets, references included.
+
+    Args:
+        name: names the benchmark in results.
+        triplets: as [`load_triplets`] returns them.
+    """
+    check_columns(triplets, (*TRIPLET_COLUMNS, "reference_id"), name)
+    ids = [*triplets["reference_id"], *triplets["target_id"]]
+    first_row = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
+    pictures = concatenate_datasets(
+        [triplets.select_columns(c).rename_column(c, "image") for c in ("reference", "target")]
+    )
+    gallery = pictures.select(first_row.values()).add_column("image_id", list(first_row))
+    return CIRBenchmark(
+        name=name,
+        queries=triplets.select_columns([*QUERY_COLUMNS]),
+        gallery=gallery,
+        protocol={"gallery": "every picture of the triplets", "reference": "left out of its query's ranking"},
+    )
+
+
+def check_image_files(folder: Path, names: list[str], open_them: bool = True) -> None:
+    """Raises a `ValueError` that lists images outside the folder, missing, or (with `open_them`) broken."""
+    outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder)]
+    if outside:
+        raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
+    missing = [n for n in names if not (folder / n).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(names)} images are not in {folder}, first: {missing[:3]}. "
+            "Names must be given with their ending, relative to the image folder."
+        )
+    broken = []
+    for name in tqdm(names, desc="checking images", unit="image", disable=not open_them):
+        if open_them and (reason := unreadable(folder / name)):
+            broken.append(f"{name} ({reason})")
+    if broken:
+        raise ValueError(f"{len(broken)} images cannot be read, first: {broken[:3]}. Replace them or drop their rows.")
+
+
+def unreadable(file: Path) -> str | None:
+    """Why Pillow cannot decode the file, or None if it can."""
+    try:
+        with PILImage.open(file) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        return str(error)
+    return None
+
+
+class PVLFCollator:
+    """Makes a training batch of triplets: what [`PVLFModel.forward`] takes.
+
+    Args:
+        processor: the [`PVLFProcessor`] of the model.
+
+    Returns (when called with a list of rows with `TRIPLET_COLUMNS`):
+        `pixel_values`, `target_pixel_values` `(batch, 3, height, width)`; `input_ids`, `attention_mask`
+        `(batch, n)`; `target_ids` int64 `(batch,)`, equal where the `target_id` strings are.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        missing = [c for c in TRIPLET_COLUMNS if c not in rows[0]]
+        if missing:
+            raise ValueError(f"triplets lack column(s) {missing}; they have {list(rows[0])}")
+        batch = self.processor(
+            images=[row["reference"] for row in rows],
+            text=[row["caption"] for row in rows],
+            target_images=[row["target"] for row in rows],
+            return_tensors="pt",
+        )
+        return {**batch, "target_ids": torch.tensor([id_number(row["target_id"]) for row in rows])}
+
+
+def id_number(name: str) -> int:
+    """The same int64 for the same id in every process, unlike `hash`."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,0 +1,183 @@
+"""HF Trainer for PVLF: focal InfoNCE over the batch of all processes, the paper's optimiser, retrieval metrics."""
+
+from collections.abc import Callable
+from functools import partial
+from math import cos, pi
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer
+
+from .data import TRIPLET_COLUMNS, CIRBenchmark, PVLFCollator, check_columns
+from .evaluation import evaluate
+from .modeling_pvlf import PVLFModel, PVLFOutput
+from .training_args import PVLFTrainingArguments
+
+
+class PVLFTrainer(Trainer):
+    """Trains a [`PVLFModel`] on triplets.
+
+    Args:
+        model: the model; `args.finetuning` decides which of its encoders train.
+        args: [`PVLFTrainingArguments`].
+        train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`.
+        eval_dataset: a [`CIRBenchmark`], or a dictionary of them by name. Each evaluation ranks the real gallery; its
+            metrics (`eval_recall@1`, ..., `eval_mean`) can select the best checkpoint (`metric_for_best_model`).
+        processing_class: the [`PVLFProcessor`]; saved with every checkpoint.
+        kwargs: passed to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: if the processor or a column is missing.
+
+    Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives.
+    """
+
+    loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides it under accumulation
+
+    def __init__(
+        self,
+        model: PVLFModel,
+        args: PVLFTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
+        processing_class: Any = None,
+        data_collator: Callable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if processing_class is None:
+            raise ValueError(
+                "pass processing_class=processor: it makes batches of triplets and is saved with the model"
+            )
+        if getattr(train_dataset, "column_names", None) is not None:
+            check_columns(train_dataset, TRIPLET_COLUMNS, "train_dataset")
+        model.set_finetuning(args.finetuning)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator or PVLFCollator(processing_class),
+            **kwargs,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, PVLFOutput]:
+        """Focal InfoNCE of this process's queries against the targets of all processes.
+
+        Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
+        """
+        target_ids = inputs.get("target_ids")
+        outputs = model(**{k: v for k, v in inputs.items() if k != "target_ids"}, return_loss=False)
+        queries, targets, positives = outputs.query_embeds, outputs.target_embeds, None
+        if self.args.gather_negatives and self.accelerator.num_processes > 1:
+            positives = (
+                torch.arange(len(queries), device=queries.device) + len(queries) * self.accelerator.process_index
+            )
+            targets = GatherWithGradient.apply(targets)
+            target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        loss = unwrapped.loss(queries, targets, positives=positives, target_ids=target_ids)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Groups: fusion and aggregation at `learning_rate`, encoders at `encoder_learning_rate`."""
+        if self.optimizer is None:
+            opt_model: Any = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(opt_model))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in opt_model.named_parameters():
+                if parameter.requires_grad:
+                    decays = self.args.decay_norms_and_biases or (name in decayed and not name.endswith("prompts"))
+                    groups.setdefault(("backbone." in name, decays), []).append(parameter)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.encoder_learning_rate if encoder else self.args.learning_rate,
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for (encoder, decays), parameters in groups.items()
+                ],
+                **settings,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """A cosine for every group, down to the same floor `min_lr_ratio * learning_rate`; no restart within a run."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            floor = self.args.min_lr_ratio * self.args.learning_rate
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factors = [
+                partial(_cosine_factor, warmup=warmup, total=num_training_steps, floor=floor / group["lr"])
+                for group in optimizer.param_groups
+            ]
+            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(
+        self,
+        eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Ranks the gallery of a benchmark for its queries.
+
+        Returns:
+            fractions, `{prefix}_recall@1` and so on; several benchmarks give `{prefix}_{name}_recall@1`.
+        """
+        benchmark: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(benchmark, dict):
+            metrics: dict[str, float] = {}
+            for name, one in benchmark.items():
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if not isinstance(benchmark, CIRBenchmark):
+            raise ValueError(f"eval_dataset must be a CIRBenchmark or a dict of them, got {type(benchmark).__name__}")
+        model: Any = self.model_wrapped if self.is_fsdp_enabled else self.model
+        batch_size = self.args.per_device_eval_batch_size
+        outcome = evaluate(
+            model, self.processing_class, benchmark, batch_size=batch_size, progress=not self.args.disable_tqdm
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in outcome.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """All processes' rows in rank order; the gradient of a row returns to the process it came from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _cosine_factor(step: int, warmup: int, total: int, floor: float) -> float:
+    """Learning rate at a step as a share of the group's own, from 1 down (or up) to `floor`."""
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * (1 + cos(pi * progress)) / 2
+
+
+__all__ = ["GatherWithGradient", "PVLFTrainer"]

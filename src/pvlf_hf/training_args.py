@@ -1,0 +1,77 @@
+"""The arguments of a PVLF training run, with the paper's settings as defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PVLFTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] for [`PVLFTrainer`].
+
+    Sources: "paper" is PVLF (ACML 2024), "TransAgg" the released code of its baseline, which the paper follows where
+    it is silent.
+
+    > New here
+
+    Args:
+        finetuning (`str`, *optional*, defaults to `"both"`):
+            Which encoders train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
+            encoder, `"both"`. The paper's headline row is `"both"`.
+        encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
+            Learning rate of the encoders' weights (TransAgg).
+        min_lr_ratio (`float`, *optional*, defaults to 0.01):
+            The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`). With the
+            defaults that floor is the encoders' own rate, which therefore stays constant.
+        gather_negatives (`bool`, *optional*, defaults to `True`):
+            With several processes, rank every query against the targets of all of them.
+        decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
+            Apply weight decay to every weight (TransAgg), instead of sparing norms, biases and prompts.
+
+    > Defaults that differ from `TrainingArguments`
+
+    `learning_rate` 1e-4 (paper; was 5e-5), `weight_decay` 0.05 (paper's "decay rate"; was 0), `max_grad_norm` 5
+    (TransAgg; was 1), `per_device_train_batch_size` 64 (paper; was 8), `num_train_epochs` 100 (TransAgg; was 3),
+    `dataloader_drop_last` True (TransAgg: a short batch has fewer negatives), `remove_unused_columns` False (the
+    collator makes the model's inputs from the dataset's columns), `per_device_eval_batch_size` 64,
+    `logging_steps` 10.
+    """
+
+    finetuning: str = field(
+        default="both",
+        metadata={
+            "help": "Which encoders train: frozen, text or both (Table 3).",
+            "choices": ["frozen", "text", "both"],
+        },
+    )
+    encoder_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the encoders (TransAgg)."})
+    min_lr_ratio: float = field(
+        default=0.01, metadata={"help": "Floor of the cosine schedule, as a share of learning_rate (TransAgg)."}
+    )
+    gather_negatives: bool = field(default=True, metadata={"help": "Use the targets of all processes as negatives."})
+    decay_norms_and_biases: bool = field(
+        default=True, metadata={"help": "Weight decay on every weight, as TransAgg, instead of matrices only."}
+    )
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of fusion and aggregation (paper)."})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (paper)."})
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Gradient clipping (TransAgg)."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Triplets a step and device (paper)."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries or images encoded at once."})
+    num_train_epochs: float = field(default=100, metadata={"help": "Epochs (TransAgg)."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, shorter batch (TransAgg)."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep False: the collator reads the columns."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+
+    def __post_init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__post_init__(*args, **kwargs)
+        if self.finetuning not in ("frozen", "text", "both"):
+            raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
+
+
+__all__ = ["PVLFTrainingArguments"]

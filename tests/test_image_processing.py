@@ -1,0 +1,282 @@
+"""`PVLFImageProcessor` against the public reference's pixels, and on every kind of picture a user may have."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from pvlf_hf.image_processing_pvlf import PVLFImageProcessor
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PIXELS = load_file(FIXTURES / "transforms.safetensors")
+META = json.loads((FIXTURES / "transforms.json").read_text())
+MEAN, STD = (np.array(META[key], dtype=np.float64)[:, None, None] for key in ("mean", "std"))
+RATIOS = {"targetpad": 1.25, "squarepad": 1.0}
+OPAQUE = ["tall_rgb", "wide_rgb", "square_rgb", "gray", "tiny_rgb", "ratio_1p25", "ratio_below"]
+
+
+def processor(dim=32, ratio=1.25, **kwargs):
+    return PVLFImageProcessor(size={"shortest_edge": dim}, crop_size=dim, target_ratio=ratio, **kwargs)
+
+
+def pixels(picture, dim=32, ratio=1.25, **kwargs):
+    """8-bit (H, W, 3) pixels after all geometry, before rescaling."""
+    out = processor(dim, ratio, do_rescale=False, do_normalize=False)(picture, **kwargs)["pixel_values"]
+    return np.moveaxis(np.asarray(out[0]), 0, -1)
+
+
+def random_picture(mode="RGB", size=(53, 80), seed=0):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    return Image.fromarray(values[..., 0] if channels == 1 else values, mode=None).convert(mode)
+
+
+def fixture_picture(name):
+    picture = Image.fromarray(PIXELS[f"{name}.pixels"])
+    if name == "palette":
+        picture.putpalette(PIXELS["palette.palette"].tobytes())
+    assert picture.mode == META["images"][name]["mode"]
+    return picture
+
+
+# ---- parity ----
+
+
+@pytest.mark.parametrize("pad", RATIOS)
+@pytest.mark.parametrize("name", OPAQUE)
+def test_pixels_equal_the_reference(name, pad):
+    picture = fixture_picture(name)
+    for dim in META["dims"]:
+        assert np.array_equal(pixels(picture, dim, RATIOS[pad]), PIXELS[f"{name}.{pad}.{dim}.u8"])
+    out = processor(32, RATIOS[pad])(picture, return_tensors="np")["pixel_values"]
+    assert out.dtype == np.float32 and out.shape == (1, 3, 32, 32)
+    np.testing.assert_allclose(out[0], PIXELS[f"{name}.{pad}.32.out"], rtol=0, atol=1e-6)
+
+
+def test_transparency_is_the_only_difference_for_rgba():
+    # The reference drops the alpha channel at the very end; we composite on white at the very start. In the picture
+    # that is neither padded nor resized nothing else happens: ours is its colours mixed with white by alpha.
+    values = PIXELS["same_size_rgba.pixels"]
+    colours, alpha = values[..., :3], values[..., 3:] / 255
+    for pad, ratio in RATIOS.items():
+        assert np.array_equal(PIXELS[f"same_size_rgba.{pad}.32.u8"], colours)
+        assert np.array_equal(pixels(Image.fromarray(colours), 32, ratio), colours)
+        ours = pixels(Image.fromarray(values), 32, ratio)
+        assert np.abs(ours - (colours * alpha + 255 * (1 - alpha))).max() < 1
+
+
+def test_geometry_of_rgba_and_palette_equals_the_reference():
+    for name in ("rgba", "same_size_rgba", "palette"):
+        for pad, ratio in RATIOS.items():
+            for dim in META["dims"]:
+                run = META["images"][name]["runs"][f"{pad}.{dim}"]
+                width, height = META["images"][name]["size_wh"]
+                ours = processor(dim, ratio)
+                padded = ours.target_pad(np.zeros((3, height, width), np.uint8), ratio)
+                assert padded.shape == (3, *reversed(run["padded_wh"]))
+                resized = ours.resize(padded, ours.size, resample=ours.resample)
+                assert resized.shape == (3, *reversed(run["resized_wh"]))
+
+
+def test_palette_is_applied_before_padding_and_resizing():
+    picture = fixture_picture("palette")
+    for pad, ratio in RATIOS.items():
+        assert np.array_equal(pixels(picture, 32, ratio), pixels(picture.convert("RGB"), 32, ratio))
+        # The reference resizes and pads palette *indices*: colours that are not in the picture turn up.
+        assert not np.array_equal(pixels(picture, 32, ratio), PIXELS[f"palette.{pad}.32.u8"])
+
+
+def test_crop_offset_rounds_half_to_even():
+    # 32 x 37: offsets 2.5 -> 2 and, at 39, 3.5 -> 4; the library's own crop would floor.
+    for height, top in ((37, 2), (39, 4)):
+        image = np.arange(height, dtype=np.uint8)[None, :, None].repeat(3, 0).repeat(32, 2)
+        assert processor().center_crop(image, processor().crop_size)[0, 0, 0] == top
+
+
+# ---- kinds of pictures ----
+
+
+def test_defaults_are_blip_at_384():
+    out = PVLFImageProcessor()(random_picture(size=(72, 72)), return_tensors="pt")["pixel_values"]
+    assert out.shape == (1, 3, 384, 384) and out.dtype == torch.float32 and out.is_contiguous()
+    clip = PVLFImageProcessor(size={"shortest_edge": 224}, crop_size=224)
+    assert clip(random_picture(), return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
+    assert PVLFImageProcessor()(random_picture(), size=224, crop_size=224)["pixel_values"][0].shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV"])
+def test_opaque_modes_become_rgb_first(mode):
+    picture = random_picture().convert(mode)
+    assert np.array_equal(pixels(picture), pixels(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "P"])
+def test_transparent_is_white(mode):
+    picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0)).convert("LA" if mode == "LA" else "RGBA")
+    if mode == "P":
+        picture = Image.new("P", (32, 32))
+        picture.putpalette([200, 0, 0])
+        picture.info["transparency"] = 0
+    elif mode == "RGBa":
+        picture = picture.convert("RGBa")
+    assert (pixels(picture) == 255).all()
+
+
+def test_half_transparent_is_composited():
+    assert (pixels(Image.new("RGBA", (32, 32), (0, 0, 0, 128))) == 127).all()
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped():
+    values = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    assert np.array_equal(pixels(Image.fromarray(values))[..., 0], values >> 8)
+
+
+def test_arrays_and_tensors_equal_the_pil_picture():
+    for mode in ("RGB", "RGBA", "L"):
+        picture = random_picture(mode)
+        expected, array = pixels(picture), np.asarray(picture)
+        last = array if array.ndim == 3 else array[..., None]
+        first = np.moveaxis(last, -1, 0)
+        for same in (
+            array,
+            last,
+            first,
+            torch.tensor(first),
+            torch.tensor(last),
+            torch.tensor(first / 255),
+            last / 255,
+        ):
+            assert np.array_equal(pixels(same), expected)
+    bfloat16 = torch.rand(3, 40, 40).bfloat16()
+    assert np.array_equal(pixels(bfloat16), pixels(bfloat16.float()))
+
+
+def test_layout_of_a_one_row_array_is_that_of_its_type_or_as_given():
+    row = np.arange(96, dtype=np.uint8).reshape(1, 32, 3)  # channels last, yet its first axis could be a gray channel
+    expected = pixels(Image.fromarray(row))
+    assert np.array_equal(pixels(row), expected)
+    assert np.array_equal(pixels(torch.tensor(row), input_data_format="channels_last"), expected)
+    square = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    assert np.array_equal(
+        pixels(square, input_data_format="channels_first"), pixels(Image.fromarray(np.moveaxis(square, 0, -1)))
+    )
+
+
+def test_batches_of_every_shape():
+    pictures = [random_picture(seed=0), random_picture(size=(20, 90), seed=1)]
+    expected = processor()(pictures, return_tensors="pt")["pixel_values"]
+    assert expected.shape == (2, 3, 32, 32)
+    assert torch.equal(processor()(tuple(pictures), return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor()((p for p in pictures), return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor()(pictures[1], return_tensors="pt")["pixel_values"], expected[1:])
+    batch = np.stack([np.asarray(pictures[0])] * 2)
+    for four_d in (batch, torch.tensor(batch).permute(0, 3, 1, 2)):
+        assert torch.equal(processor()(four_d, return_tensors="pt")["pixel_values"], expected[[0, 0]])
+    assert len(processor()([pictures[0], np.asarray(pictures[0]), torch.zeros(1, 9, 9)])["pixel_values"]) == 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 500), (500, 3), (1, 5000), (5000, 1)])
+def test_tiny_and_elongated_pictures_work(size):
+    assert pixels(random_picture(size=size)).shape == (32, 32, 3)
+
+
+def test_too_elongated_is_refused_before_the_memory_is_spent(monkeypatch):
+    with pytest.raises(ValueError, match="so elongated that padding it .* makes 31999 x 40000 pixels.*crop it first"):
+        pixels(Image.new("L", (1, 40000)))
+    with pytest.raises(ValueError, match="so elongated that resizing .* makes 384 x 1920000"):
+        PVLFImageProcessor(do_target_pad=False)(Image.new("L", (1, 5000)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own way to lift the limit
+    assert pixels(Image.new("L", (1, 2000))).shape == (32, 32, 3)
+
+
+# ---- files ----
+
+
+def test_files_urls_and_exif_orientation(tmp_path):
+    picture = random_picture(size=(60, 40))
+    expected = pixels(picture)
+    picture.save(tmp_path / "a.png")
+    encoded = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), f"data:image/png;base64,{encoded}"):
+        assert np.array_equal(pixels(source), expected)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    picture.rotate(90, expand=True).save(tmp_path / "b.png", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "b.png"), expected)
+    with Image.open(tmp_path / "b.png") as opened:
+        assert np.array_equal(pixels(opened), expected)
+
+
+def test_first_frame_of_a_gif(tmp_path):
+    frames = [Image.new("L", (32, 32), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (pixels(tmp_path / "a.gif") == 10).all()
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read picture '.*missing\.png'.*No such file"):
+        pixels(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"cannot read picture '.*text\.png'.*cannot identify"):
+        pixels([random_picture(), str(tmp_path / "text.png")])
+    stream = io.BytesIO()
+    random_picture(size=(90, 90)).save(stream, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:2000])
+    with Image.open(tmp_path / "cut.jpg") as opened:  # read here, but decoded only when used
+        for picture in (tmp_path / "cut.jpg", opened):
+            with pytest.raises(ValueError, match=r"cannot read picture '.*cut\.jpg'.*truncated"):
+                pixels(picture)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ([], "images is empty"),
+        (None, "NoneType: pass files, URLs, PIL pictures, arrays or tensors"),
+        ([[Image.new("L", (2, 2))]], "images is nested: pass a flat batch"),
+        (Image.new("RGB", (0, 4)), r"size \(0, 4\): it has no pixels"),
+        (np.zeros((0, 4, 3), np.uint8), r"size \(0, 4, 3\): it has no pixels"),
+        (Image.new("F", (4, 4)), "mode F has no fixed range"),
+        (np.zeros((5, 5, 7), np.uint8), "with 1, 3 or 4 channels"),
+        (np.zeros(5, np.uint8), "with 1, 3 or 4 channels"),
+        (np.zeros((5, 5, 3), np.int64), "got int64; convert them to uint8"),
+        (np.full((5, 5, 3), 255.0), r"must lie in \[0, 1\], got \[255.0, 255.0\]; divide"),
+        (torch.full((3, 5, 5), torch.nan), r"must lie in \[0, 1\], got \[nan"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_a_reason(picture, message):
+    with pytest.raises(ValueError, match=message):
+        pixels(picture)
+
+
+def test_bad_settings_are_named():
+    picture = random_picture()
+    with pytest.raises(
+        ValueError, match="crop_size 384 x 384 is larger than the resized picture.*set size and crop_size"
+    ):
+        PVLFImageProcessor(size={"shortest_edge": 224})(picture)
+    with pytest.raises(ValueError, match="at least 1, got 0.8"):
+        processor(ratio=0.8)(picture)
+    with pytest.raises(ValueError, match="crop_size needs height and width"):
+        processor()(picture, crop_size={"shortest_edge": 32})
+    with pytest.raises(TypeError):
+        processor()(picture, target_ration=1.0)
+
+
+def test_save_and_load(tmp_path):
+    saved = processor(48, ratio=1.0, image_mean=[0.5, 0.5, 0.5])
+    saved.save_pretrained(tmp_path / "one")
+    loaded = PVLFImageProcessor.from_pretrained(tmp_path / "one")
+    assert loaded.to_dict() == saved.to_dict()
+    picture = random_picture("RGBA")
+    assert np.array_equal(loaded(picture)["pixel_values"][0], saved(picture)["pixel_values"][0])
+    loaded.save_pretrained(tmp_path / "two")
+    name = "preprocessor_config.json"
+    assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()

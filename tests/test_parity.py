@@ -1,0 +1,98 @@
+"""Our TransAgg preset against the reference implementation: features, query, logits, loss, gradients, training."""
+
+import json
+
+import pytest
+import torch
+from reference import FIXTURES, reference_inputs, reference_io, reference_model, to_ours
+
+from pvlf_hf import PVLFModel
+
+BACKBONES = ["blip", "clip"]
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    return request.param
+
+
+def close(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def test_backbone_features(backbone):
+    model, io, inputs = reference_model(backbone), reference_io(backbone), reference_inputs(backbone)
+    image = model.get_image_features(inputs["pixel_values"])
+    close(image.last_hidden_state, io["image_tokens_ref"])
+    close(image.pooler_output, torch.nn.functional.normalize(io["image_cls_ref"], dim=-1))
+    close(model.get_image_features(inputs["target_pixel_values"]).last_hidden_state[:, 0], io["image_cls_tgt"])
+    text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    close(text.last_hidden_state, io["text_tokens"])
+    close(text.pooler_output, torch.nn.functional.normalize(io["text_pooled"], dim=-1))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("text_padding", "path"), [("transagg", "slow"), ("masked", "bool")])
+@torch.no_grad()
+def test_query_logits_and_loss(backbone, text_padding, path, attention):
+    model, io = reference_model(backbone, text_padding), reference_io(backbone)
+    model.set_attn_implementation({"": attention})
+    output = model(**reference_inputs(backbone))
+    close(output.query_embeds, io[f"query_{path}"], atol=5e-6)
+    close(output.aggregation_weights, io[f"mix_weights_{path}"][:, [2, 1, 0]])
+    close(output.similarity * 100, io[f"logits_{path}"], atol=5e-4)
+    close(output.loss, io[f"loss_{path}"][0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_fusion_output(backbone):
+    model, io, inputs = reference_model(backbone), reference_io(backbone), reference_inputs(backbone)
+    inputs.pop("target_pixel_values")
+    close(model.get_query_features(**inputs).last_hidden_state, io["fusion_out_slow"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("text_padding", "prefix"), [("transagg", "grad."), ("masked", "grad_bool.")])
+def test_gradients(backbone, text_padding, prefix):
+    model = reference_model(backbone, text_padding)
+    model(**reference_inputs(backbone)).loss.backward()
+    theirs = {k.removeprefix(prefix): v for k, v in reference_io(backbone).items() if k.startswith(prefix)}
+    ours = dict(model.named_parameters())
+    assert len(theirs) >= 4
+    for name, gradient in to_ours(theirs, backbone).items():
+        relative = (ours[name].grad - gradient).norm() / gradient.norm()
+        assert relative < 1e-4, (name, float(relative))
+
+
+@pytest.mark.parametrize("encoder", ["neither", "text", "both"])
+def test_six_training_steps(backbone, encoder, tmp_path):
+    """Our optimiser groups, schedule and clipping against the reference's trace (dropout off in both)."""
+    from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
+
+    trace = json.loads((FIXTURES / f"transagg_{backbone}_train.json").read_text())
+    steps = trace["modes"][encoder]["steps"]
+    model = reference_model(backbone)
+    args = PVLFTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, finetuning={"neither": "frozen"}.get(encoder, encoder)
+    )
+    trainer = PVLFTrainer(model, args, processing_class=object(), data_collator=lambda rows: rows)
+    trainer.create_optimizer_and_scheduler(num_training_steps=300)
+    inputs = reference_inputs(backbone)
+    for number, step in enumerate(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        assert loss.item() == pytest.approx(step["loss"], abs=1e-3)
+        assert norm.item() == pytest.approx(step["grad_norm_before_clip"], rel=1e-3)
+        trainer.optimizer.step()
+        if number:  # theirs is stepped to "epoch + index / iterations", so the first rate is used twice
+            trainer.lr_scheduler.step()
+        trainer.optimizer.zero_grad()
+
+
+def test_reference_checkpoint_survives_saving(backbone, tmp_path):
+    model = reference_model(backbone, "masked")
+    model.save_pretrained(tmp_path)
+    again = PVLFModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        close(again(**reference_inputs(backbone)).query_embeds, reference_io(backbone)["query_bool"], atol=5e-6)

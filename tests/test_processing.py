@@ -1,0 +1,141 @@
+"""`PVLFProcessor` with tiny tokenizers made in memory."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer, CLIPTokenizer
+
+from pvlf_hf.image_processing_pvlf import PVLFImageProcessor
+from pvlf_hf.processing_pvlf import PVLFProcessor
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "same", "dress", "but", "red", "with", "sleeves"]
+PICTURE = Image.new("RGB", (40, 30), "navy")
+
+
+def bert_tokenizer():
+    return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+
+
+def clip_tokenizer():
+    tokens = [*"abdehrsu", *(f"{c}</w>" for c in "abdehrsu"), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[("r", "e"), ("re", "d</w>")]
+    )
+
+
+def make_processor(tokenizer=None, **kwargs):
+    images = PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    return PVLFProcessor(images, tokenizer or bert_tokenizer(), **kwargs)
+
+
+def test_each_output_only_with_its_input():
+    processor = make_processor()
+    everything = processor(images=[PICTURE] * 2, text=["red", "the same dress"], target_images=[PICTURE] * 2)
+    assert {key: (tuple(value.shape), value.dtype) for key, value in everything.items()} == {
+        "pixel_values": ((2, 3, 32, 32), torch.float32),
+        "input_ids": ((2, 5), torch.int64),
+        "attention_mask": ((2, 5), torch.int64),
+        "target_pixel_values": ((2, 3, 32, 32), torch.float32),
+    }
+    assert list(everything) == processor.model_input_names
+    assert list(processor(text="red")) == ["input_ids", "attention_mask"]  # BERT's token_type_ids are left out
+    assert list(processor(images=PICTURE)) == ["pixel_values"]
+    assert list(processor(target_images=PICTURE)) == ["target_pixel_values"]
+    assert list(processor.process_targets([PICTURE])) == ["pixel_values"]
+    assert list(processor.process_queries(PICTURE, "red")) == ["pixel_values", "input_ids", "attention_mask"]
+    assert processor(images=PICTURE, text="red", return_tensors="np")["input_ids"].tolist() == [[2, 9, 3]]
+
+
+def test_captions_are_padded_to_the_longest_and_truncated():
+    processor = make_processor(max_text_length=5)
+    out = processor(text=["red", "the same dress but red with sleeves"])
+    assert out["input_ids"].tolist() == [[2, 9, 3, 0, 0], [2, 5, 6, 7, 3]]
+    assert out["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert processor(text=["red"])["input_ids"].tolist() == [[2, 9, 3]]
+    fixed = make_processor(max_text_length=5, padding="max_length")
+    assert fixed(text=["red"])["input_ids"].tolist() == [[2, 9, 3, 0, 0]]
+    assert make_processor().max_text_length == 35
+
+
+def test_captions_are_padded_on_the_right_whatever_the_tokenizer_says():
+    tokenizer = bert_tokenizer()
+    tokenizer.padding_side = "left"
+    assert make_processor(tokenizer)(text=["red", "the same"])["input_ids"].tolist() == [[2, 9, 3, 0], [2, 5, 6, 3]]
+
+
+def test_clip_keeps_the_end_token_when_it_truncates():
+    processor = make_processor(clip_tokenizer(), max_text_length=4)
+    start, end = (processor.tokenizer.convert_tokens_to_ids(f"<|{name}oftext|>") for name in ("start", "end"))
+    out = processor(text=["red", "red red red red"])
+    red = processor.tokenizer.convert_tokens_to_ids("red</w>")
+    assert out["input_ids"].tolist() == [[start, red, end, end], [start, red, red, end]]
+    assert out["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_overrides_reach_the_image_processor():
+    out = make_processor()(images=PICTURE, target_images=PICTURE, size={"shortest_edge": 16}, crop_size=16)
+    assert out["pixel_values"].shape == out["target_pixel_values"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("make_tokenizer", [bert_tokenizer, clip_tokenizer])
+def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
+    processor = make_processor(make_tokenizer(), max_text_length=9, padding="max_length")
+    processor.save_pretrained(tmp_path / "before")
+    inputs = {"images": [PICTURE] * 2, "text": ["red", "red " * 20]}
+    expected = processor(**inputs)
+    processor.save_pretrained(tmp_path / "after")
+
+    loaded = PVLFProcessor.from_pretrained(tmp_path / "after")
+    assert (loaded.max_text_length, loaded.padding) == (9, "max_length")
+    for key, value in loaded(**inputs).items():
+        assert torch.equal(value, expected[key])
+    loaded.save_pretrained(tmp_path / "again")
+
+    files = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert files == ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in files:
+        contents = [json.loads((tmp_path / folder / name).read_text()) for folder in ("before", "after", "again")]
+        if name == "tokenizer_config.json":  # the library notes where a tokenizer was loaded from
+            for content in contents:
+                content.pop("is_local", None), content.pop("local_files_only", None)
+        assert contents[0] == contents[1] == contents[2]
+    config = json.loads((tmp_path / "again" / "processor_config.json").read_text())
+    assert config["image_processor"]["image_processor_type"] == "PVLFImageProcessor"
+    assert (
+        PVLFProcessor.from_pretrained(tmp_path / "again", max_text_length=4)(text="red " * 9)["input_ids"].shape[1]
+        == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "nothing to process"),
+        ({"images": [PICTURE] * 2, "text": ["red"] * 3}, "there are 2 images, 3 captions"),
+        ({"images": [PICTURE] * 2, "target_images": [PICTURE]}, "there are 2 images, 1 target images"),
+        ({"text": ["red", "  "]}, "caption 1 is empty.*get_image_features"),
+        ({"text": ""}, "caption 0 is empty"),
+        ({"text": ["red", None]}, "caption 1 is None, not a string"),
+        ({"text": []}, "text is empty"),
+        ({"images": []}, "images is empty"),
+        ({"images": "nowhere.png", "text": "red"}, "cannot read picture 'nowhere.png'"),
+    ],
+)
+def test_bad_inputs_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor()(**inputs)
+
+
+def test_a_query_needs_both_parts_and_settings_are_checked():
+    with pytest.raises(ValueError, match="a query is an image and a caption"):
+        make_processor().process_queries(PICTURE, None)
+    with pytest.raises(ValueError, match="max_text_length 2 leaves no room"):
+        make_processor(max_text_length=2)
+    with pytest.raises(ValueError, match="padding must be"):
+        make_processor(padding="shortest")
+    with pytest.raises(TypeError, match="max_length"):
+        make_processor()(text="red", max_length=3)
+    with pytest.raises(TypeError):
+        make_processor()(images=PICTURE, text="red", max_length=3)
