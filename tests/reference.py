@@ -38,6 +38,8 @@ CONFIGS = {
             "image_size": 32,
             "patch_size": 8,
             "layer_norm_eps": 1e-6,
+            # For random models of these sizes: BLIP's own default, 1e-10, would make all images alike.
+            "initializer_range": 0.1,
         },
     },
     "clip": {

@@ -166,6 +166,7 @@ class ContrastivePretrainer(Trainer):
         return LookAlikeSampler(self.pictures, self.args.look_alikes, self.args.seed)
 
     def collate(self, rows: list[int]) -> dict[str, Tensor]:
+        """Makes a batch of `NameMatcher` inputs, pictures augmented."""
         text = self.processor.tokenizer([self.pictures.names[row] for row in rows], padding=True, return_tensors="pt")
         images = augment(self.pictures.pixels[rows].float() / 255)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in self.normalisation)
@@ -178,15 +179,18 @@ class ContrastivePretrainer(Trainer):
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation that the image processor normalises with."""
         return self.processor.image_processor.image_mean, self.processor.image_processor.image_std
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **kwargs: object) -> Tensor:
+        """The model is its own loss."""
         return model(**inputs)
 
 
 def augment(images: Tensor) -> Tensor:
-    """Small shifts, turns and zooms on white, and changes of brightness, contrast and saturation; no mirror images,
-    since left and right are words of the captions.
+    """Shifts, turns and zooms on white, and changes brightness, contrast and saturation.
+
+    No mirror images: left and right are words of the captions.
 
     Args:
         images: float `(batch, 3, height, width)` in [0, 1].
@@ -214,6 +218,7 @@ class NameMatcher(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, name_ids: Tensor) -> Tensor:
+        """Mean of the image-to-text and text-to-image cross-entropies, `name_ids` int64 `(batch,)`."""
         image = self.blip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
         text = self.blip.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         image = F.normalize(self.blip.vision_proj(image).float(), dim=-1)

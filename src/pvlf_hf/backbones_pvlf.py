@@ -76,10 +76,12 @@ class BlipDualEncoder(DualEncoder):
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """See [`DualEncoder.image_tokens`]."""
         # last_hidden_state has passed post_layernorm; pooler_output would pass it twice.
         return self.vision_proj(self.vision_model(pixel_values=pixel_values).last_hidden_state)
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See [`DualEncoder.text_tokens`]."""
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] stands first
 
@@ -100,11 +102,13 @@ class ClipDualEncoder(DualEncoder):
         self.eos_token_id = config.text_config.eos_token_id
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """See [`DualEncoder.image_tokens`]."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         # Unlike BLIP's, these tokens have not passed the final norm; CLIP itself norms and projects only row 0.
         return self.visual_projection(self.vision_model.post_layernorm(hidden))
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See [`DualEncoder.text_tokens`]."""
         # The tower is causal and padding stands on the right, so no token sees it: it needs no mask.
         tokens = self.text_projection(self.text_model(input_ids=input_ids).last_hidden_state)
         # Configs older than Transformers 4.31 say 2 for the end token, which has the largest id of the vocabulary.
@@ -127,17 +131,16 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
         ValueError: if the checkpoint lacks weights that the encoder needs.
     """
     encoder_class = DUAL_ENCODERS[config.model_type]
-    if config.model_type == "blip" and (config.text_config.hidden_size, config.text_config.num_attention_heads) == (
-        768,
-        8,
-    ):
+    text = config.text_config
+    if config.model_type == "blip" and text.hidden_size == 768 and text.num_attention_heads == 8:
         raise ValueError(
             f"{name_or_path}: its config says 8 text heads, but BLIP base has 12; the weights would load and give "
             "wrong embeddings. Set text_config.num_attention_heads to 12 in its config.json."
         )
-    pretrained, info = encoder_class.pretrained_class.from_pretrained(
+    loaded: Any = encoder_class.pretrained_class.from_pretrained(
         name_or_path, config=config, output_loading_info=True, **kwargs
     )
+    pretrained, info = loaded
     with torch.device("meta"):
         encoder = encoder_class(config)
     wanted = (*encoder.vision_modules, *encoder.text_modules)

@@ -66,7 +66,6 @@ class PVLFConfig(PreTrainedConfig):
         ValueError: if the settings cannot go together; the message says what to change.
 
     Example:
-
     ```python
     >>> from pvlf_hf import PVLFConfig
 
@@ -81,7 +80,7 @@ class PVLFConfig(PreTrainedConfig):
     sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
     attribute_map = {"num_hidden_layers": "fusion_layers", "num_attention_heads": "fusion_heads"}
 
-    vl_config: dict | PreTrainedConfig | None = None
+    vl_config: Any = None
     num_prompts: int = 25
     prompt_depth: int | None = None
     prompt_init_std: float | int = 1.0
@@ -134,7 +133,7 @@ class PVLFConfig(PreTrainedConfig):
         for name in ("num_prompts", "fusion_layers", "fusion_heads", "fusion_ffn_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 1 <= self.prompt_depth <= self.fusion_layers:
+        if not 1 <= (self.prompt_depth or 0) <= self.fusion_layers:
             raise ValueError(
                 f"prompt_depth={self.prompt_depth} must lie between 1 and fusion_layers={self.fusion_layers}: "
                 "lower prompt_depth or raise fusion_layers"

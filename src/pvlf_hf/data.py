@@ -5,8 +5,10 @@ Every dataset of this package, and a user's own folder of images, is brought to 
 """
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,11 @@ class CIRBenchmark:
         if len(known) != len(ids):
             repeated = [i for i, count in Counter(ids).items() if count > 1][:3]
             raise ValueError(f"gallery of {self.name}: image_id must be unique, repeated: {repeated}")
-        for column in ("reference_id", "target_id"):
-            missing = sorted(set(self.queries[column]) - known)
+        named = {column: set(self.queries[column]) for column in ("reference_id", "target_id")}
+        if "subset_ids" in self.queries.column_names:
+            named["subset_ids"] = set(chain.from_iterable(self.queries["subset_ids"]))
+        for column, ids_of_queries in named.items():
+            missing = sorted(ids_of_queries - known)
             if missing:
                 raise ValueError(
                     f"queries of {self.name}: {len(missing)} {column} not in the gallery, first: {missing[:3]}. "
@@ -85,10 +90,11 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
         check_images: open every image once, so that a broken one is named now and not hours into training.
 
     Returns:
-        A dataset with `TRIPLET_COLUMNS` and `reference_id`, images decoded lazily.
+        A dataset with `TRIPLET_COLUMNS` and `reference_id` (the picture's `target_id` where it is also a target, else
+        its file name), images decoded lazily.
 
     Raises:
-        ValueError: if the file type or a column is wrong, a caption is empty, a file name leaves the folder, or images
+        ValueError: if the file type or a column is wrong, a cell is empty, a file name leaves the folder, or images
             are missing or broken; nothing is dropped silently.
     """
     file, image_folder = Path(file), Path(image_folder).resolve()
@@ -97,20 +103,31 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
         raise ValueError(f"{file}: cannot read {file.suffix or 'a file without ending'}; use one of {list(readers)}")
     if not file.is_file():
         raise ValueError(f"{file}: no such file; it should list reference, caption and target of each triplet")
-    table = load_dataset(readers[file.suffix], data_files=str(file), split="train")
+    # Left alone, pandas reads names made of digits as numbers, and the caption "None" as no caption.
+    as_text = {"converters": dict.fromkeys(TRIPLET_COLUMNS, str), "keep_default_na": False}
+    options = as_text if file.suffix == ".csv" else {}
+    table = load_dataset(readers[file.suffix], data_files=str(file), split="train", **options)
     check_columns(table, ("reference", "caption", "target"), str(file))
-    empty = [row for row, caption in enumerate(table["caption"]) if not str(caption or "").strip()]
-    if empty:
-        raise ValueError(f"{file}: {len(empty)} empty captions, first in data rows {empty[:3]} (counted from 0)")
-    names = sorted({*table["reference"], *table["target"]})
-    check_image_files(image_folder, names, open_them=check_images)
-    target_ids = table["target_id"] if "target_id" in table.column_names else table["target"]
+    cells = {
+        column: ["" if cell is None else str(cell) for cell in table[column]]
+        for column in TRIPLET_COLUMNS
+        if column in table.column_names
+    }
+    for column, values in cells.items():
+        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
+            raise ValueError(
+                f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
+            )
+    references, targets = cells["reference"], cells["target"]
+    check_image_files(image_folder, sorted({*references, *targets}), open_them=check_images)
+    target_ids = cells.get("target_id", targets)
+    id_of = dict(zip(targets, target_ids, strict=True))
     columns = {
-        "reference": [str(image_folder / name) for name in table["reference"]],
-        "reference_id": list(table["reference"]),
-        "caption": list(table["caption"]),
-        "target": [str(image_folder / name) for name in table["target"]],
-        "target_id": [str(i) for i in target_ids],
+        "reference": [str(image_folder / name) for name in references],
+        "reference_id": [id_of.get(name, name) for name in references],
+        "caption": cells["caption"],
+        "target": [str(image_folder / name) for name in targets],
+        "target_id": target_ids,
     }
     return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
 
@@ -139,7 +156,8 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
 
 def check_image_files(folder: Path, names: list[str], open_them: bool = True) -> None:
     """Raises a `ValueError` that lists images outside the folder, missing, or (with `open_them`) broken."""
-    outside = [n for n in names if not (folder / n).resolve().is_relative_to(folder)]
+    # By name only: links are followed, because the Hub's cache is made of them.
+    outside = [n for n in names if not Path(os.path.normpath(folder / n)).is_relative_to(folder)]
     if outside:
         raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
     missing = [n for n in names if not (folder / n).is_file()]
@@ -181,6 +199,7 @@ class PVLFCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """See the class."""
         missing = [c for c in TRIPLET_COLUMNS if c not in rows[0]]
         if missing:
             raise ValueError(f"triplets lack column(s) {missing}; they have {list(rows[0])}")

@@ -1,4 +1,4 @@
-"""Ranks a benchmark's gallery for its queries: joins model, processor, data and metrics into numbers with a protocol."""
+"""Ranks a benchmark's gallery for its queries: model, processor, data and metrics joined into numbers."""
 
 import json
 import platform
@@ -16,11 +16,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import ProcessorMixin
 
 from .data import CIRBenchmark
 from .metrics import cirr_metrics, subset_ranks, target_ranks
 from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
 
 QueryMethod = Literal["pvlf", "image", "text", "image+text"]
 
@@ -54,7 +54,7 @@ class Evaluation:
 
 def evaluate(
     model: PVLFModel,
-    processor: ProcessorMixin,
+    processor: PVLFProcessor,
     benchmark: CIRBenchmark,
     method: QueryMethod = "pvlf",
     batch_size: int = 64,
@@ -106,7 +106,7 @@ def evaluate(
 
 
 def encode_gallery(
-    model: PVLFModel, processor: ProcessorMixin, gallery: Dataset, batch_size: int = 64, progress: bool = True
+    model: PVLFModel, processor: PVLFProcessor, gallery: Dataset, batch_size: int = 64, progress: bool = True
 ) -> Tensor:
     """Embeds the images of a gallery.
 
@@ -123,7 +123,7 @@ def encode_gallery(
 
 def encode_queries(
     model: PVLFModel,
-    processor: ProcessorMixin,
+    processor: PVLFProcessor,
     queries: Dataset,
     method: QueryMethod = "pvlf",
     batch_size: int = 64,
@@ -197,16 +197,14 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and commit that a result was measured with; the commit is None outside a git checkout."""
+    """Versions and commit that a result was measured with; the commit is None outside a git checkout or without git."""
     packages = ("pvlf-hf", "torch", "transformers", "accelerate", "datasets", "pillow")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = git.stdout.strip() or None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
     return {"python": platform.python_version(), **{p: version(p) for p in packages}, "commit": commit}
 
 

@@ -232,4 +232,6 @@ def check_area(height: int, width: int, step: str) -> None:
         )
 
 
+PVLFImageProcessor.register_for_auto_class("AutoImageProcessor")
+
 __all__ = ["PVLFImageProcessor", "PVLFImageProcessorKwargs"]

@@ -47,9 +47,14 @@ def focal_info_nce(
 
     Returns:
         float32 scalar. A batch of one has no negatives, p = 1 and loss 0.
+
+    Raises:
+        ValueError: if there are fewer targets than queries and `positives` does not say whose they are.
     """
     logits = cosine_similarity(query_embeds, target_embeds) / temperature  # (num_queries, num_targets)
     if positives is None:
+        if logits.shape[0] > logits.shape[1]:
+            raise ValueError(f"{logits.shape[0]} queries but {logits.shape[1]} targets: pass each query's target")
         positives = torch.arange(logits.shape[0], device=logits.device)
     own = positives[:, None]
     if target_ids is not None:

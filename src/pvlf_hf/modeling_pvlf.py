@@ -9,7 +9,7 @@ Shapes: `batch` queries, `n` text tokens, `p` prompts, `m` image patches, `d` th
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from .configuration_pvlf import PVLFConfig
 from .loss_pvlf import cosine_similarity, focal_info_nce
 
 logger = logging.get_logger(__name__)
-
-Finetuning = Literal["frozen", "text", "both"]
 
 
 @dataclass
@@ -111,6 +109,7 @@ class PVLFFusionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`(batch, length, d)` to the same shape, and the weights where the implementation gives them."""
         batch, length, _ = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -137,9 +136,11 @@ class PVLFFusionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """`(batch, length, d)` to the same shape."""
         return self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(hidden_states)))))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`(batch, length, d)` to the same shape, and the attention weights."""
         normed = self.norm1(hidden_states)
         # eq. 10 feeds the attention U itself and adds LN(U); pre-norm feeds it LN(U) and adds U.
         attention_input, residual = (hidden_states, normed) if self.literal_residual else (normed, hidden_states)
@@ -156,10 +157,10 @@ class PVLFFusion(nn.Module):
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__()
         self.config = config
-        self.prompts = nn.Parameter(torch.empty(config.prompt_depth, config.num_prompts, config.joint_width))
+        self.prompts = nn.Parameter(torch.empty(config.prompt_depth or 1, config.num_prompts, config.joint_width))
         self.layers = nn.ModuleList([PVLFFusionLayer(config) for _ in range(config.fusion_layers)])
 
-    def _attention_mask(self, hidden_states: Tensor, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
+    def _attention_mask(self, hidden_states: Tensor, text_mask: Tensor | None, num_image_tokens: int) -> Any:
         if text_mask is None:
             return None
         seen = text_mask.new_ones(text_mask.shape[0], self.config.num_prompts + num_image_tokens)
@@ -190,7 +191,7 @@ class PVLFFusion(nn.Module):
         attention_mask = self._attention_mask(hidden_states, text_mask, image_tokens.shape[1])
         states, attentions = [hidden_states], []
         for depth, layer in enumerate(self.layers):
-            if 0 < depth < self.config.prompt_depth:  # eq. 12: fresh prompts, the outputs at their places dropped
+            if 0 < depth < len(prompts):  # eq. 12: fresh prompts, the outputs at their places dropped
                 text, image = hidden_states[:, :n], hidden_states[:, after_prompts:]
                 hidden_states = torch.cat([text, prompts[depth], image], dim=1)
             hidden_states, weights = layer(hidden_states, attention_mask)
@@ -214,6 +215,7 @@ class PVLFAggregation(nn.Module):
     def forward(
         self, mlp_image: Tensor, mlp_text: Tensor, sum_image: Tensor, sum_text: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Four times `(batch, d)` to f_q `(batch, d)` and w `(batch, 3)`."""
         hidden = F.relu(self.combiner(torch.cat([mlp_image, mlp_text], dim=-1)))
         fused = self.output(self.dropout(hidden))  # (batch, d)
         weights = self.weights(fused)  # (batch, 3)
@@ -227,10 +229,10 @@ class PVLFPreTrainedModel(PreTrainedModel):
     config_class = PVLFConfig
     base_model_prefix = "pvlf"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
-    _no_split_modules = ["PVLFFusionLayer", "BlipEncoderLayer", "BlipTextLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["PVLFFusionLayer"]  # the encoders add their own
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -266,7 +268,6 @@ class PVLFModel(PVLFPreTrainedModel):
     """Composed image retrieval: embeds "this picture, but ..." and gallery pictures into one space.
 
     Example:
-
     ```python
     >>> from PIL import Image
     >>> from transformers import AutoModel, AutoProcessor
@@ -310,11 +311,11 @@ class PVLFModel(PVLFPreTrainedModel):
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
         model = cls(config)
         model.backbone = encoder
-        model.to(next(encoder.parameters()).dtype)
+        model.to(dtype=next(encoder.parameters()).dtype)  # type: ignore[call-arg]
         new = sorted(n for n, _ in model.named_parameters() if not n.startswith("backbone."))
         logger.warning(
-            f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the fusion Transformer "
-            f"and the aggregation are new and must be trained before use: {new}"
+            f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the fusion "
+            f"Transformer and the aggregation are new and must be trained before use: {new}"
         )
         return model.eval()
 
@@ -326,13 +327,15 @@ class PVLFModel(PVLFPreTrainedModel):
         """Replaces the text tower's token embeddings."""
         getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
+        self, new_num_tokens: int | None = None, **kwargs: Any
+    ) -> nn.Module:
         """Resizes the text tower's vocabulary, and records it where the tower is built from."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
 
-    def set_finetuning(self, finetuning: Finetuning) -> None:
+    def set_finetuning(self, finetuning: str) -> None:
         """Chooses which weights train (Table 3); fusion and aggregation always do.
 
         Args:
@@ -366,8 +369,8 @@ class PVLFModel(PVLFPreTrainedModel):
         expected = (size, size) if isinstance(size, int) else tuple(size)
         if tuple(pixel_values.shape[-2:]) != expected:
             raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for {expected}: "
-                "use the processor saved with this checkpoint, or set its size and crop_size"
+                f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for "
+                f"{expected}: use the processor saved with this checkpoint, or set its size and crop_size"
             )
         return self.backbone.image_tokens(pixel_values.to(self.dtype))
 
@@ -377,6 +380,7 @@ class PVLFModel(PVLFPreTrainedModel):
 
         Args:
             pixel_values: `(batch, 3, height, width)`, from [`PVLFProcessor.process_targets`].
+            **kwargs: `return_dict=False` for a tuple.
 
         Returns:
             `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, 1 + m, d)`, all
@@ -394,6 +398,7 @@ class PVLFModel(PVLFPreTrainedModel):
         Args:
             input_ids: int64 `(batch, n)`.
             attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
+            **kwargs: `return_dict=False` for a tuple.
 
         Returns:
             `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, n, d)`, all projected
@@ -420,6 +425,7 @@ class PVLFModel(PVLFPreTrainedModel):
             attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
             output_attentions: return the fusion layers' attention weights (needs eager attention).
             output_hidden_states: return the fusion layers' states.
+            **kwargs: `return_dict=False` for a tuple.
 
         Raises:
             ValueError: if attentions are asked of an implementation that does not compute them, or the numbers of
@@ -497,6 +503,7 @@ class PVLFModel(PVLFPreTrainedModel):
             return_loss: compute the loss; by default whenever there are queries and targets.
             output_attentions: return the fusion layers' attention weights (needs eager attention).
             output_hidden_states: return the fusion layers' states.
+            **kwargs: `return_dict=False` for a tuple.
 
         Raises:
             ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.

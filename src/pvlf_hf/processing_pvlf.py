@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Literal
 
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
+
+from .image_processing_pvlf import PVLFImageProcessor
 
 Padding = Literal["longest", "max_length"]
 
@@ -47,6 +49,27 @@ class PVLFProcessor(ProcessorMixin):
             raise ValueError(f"padding must be 'longest' or 'max_length', got {padding!r}")
         self.max_text_length = max_text_length
         self.padding = padding
+
+    @classmethod
+    def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFProcessor":
+        """Builds the processor that goes with [`PVLFModel.from_vl_pretrained`] of the same checkpoint.
+
+        Args:
+            name_or_path: Hub name or local folder of a BLIP or CLIP checkpoint; its tokenizer and image size are used,
+                its own image processor is not (BLIP's squeezes pictures into a square).
+            **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            ValueError: for a checkpoint without an image size.
+        """
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if not hasattr(config, "vision_config"):
+            raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs a BLIP or CLIP one")
+        side = config.vision_config.image_size
+        image_processor = PVLFImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        longest = min(77 if config.model_type == "clip" else 35, config.text_config.max_position_embeddings)
+        return cls(image_processor, tokenizer, max_text_length=longest)
 
     def __call__(
         self,
@@ -169,5 +192,7 @@ def _check_counts(data: dict[str, Any]) -> None:
         given = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise ValueError(f"one of each makes a sample, but there are {given}")
 
+
+PVLFProcessor.register_for_auto_class("AutoProcessor")
 
 __all__ = ["PVLFProcessor"]

@@ -35,6 +35,7 @@ class PVLFTrainer(Trainer):
     Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives.
     """
 
+    args: PVLFTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides it under accumulation
 
     def __init__(
@@ -115,18 +116,18 @@ class PVLFTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """A cosine for every group, down to the same floor `min_lr_ratio * learning_rate`; no restart within a run."""
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
+            its_optimizer: Any = optimizer or self.optimizer
             floor = self.args.min_lr_ratio * self.args.learning_rate
             warmup = self.args.get_warmup_steps(num_training_steps)
-            factors = [
+            factors: list[Callable[[int], float]] = [
                 partial(_cosine_factor, warmup=warmup, total=num_training_steps, floor=floor / group["lr"])
-                for group in optimizer.param_groups
+                for group in its_optimizer.param_groups
             ]
-            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self.lr_scheduler = LambdaLR(its_optimizer, factors)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]  # ranks a benchmark, which is no Dataset
         self,
         eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
         ignore_keys: list[str] | None = None,
@@ -146,10 +147,9 @@ class PVLFTrainer(Trainer):
         if not isinstance(benchmark, CIRBenchmark):
             raise ValueError(f"eval_dataset must be a CIRBenchmark or a dict of them, got {type(benchmark).__name__}")
         model: Any = self.model_wrapped if self.is_fsdp_enabled else self.model
+        processor: Any = self.processing_class
         batch_size = self.args.per_device_eval_batch_size
-        outcome = evaluate(
-            model, self.processing_class, benchmark, batch_size=batch_size, progress=not self.args.disable_tqdm
-        )
+        outcome = evaluate(model, processor, benchmark, batch_size=batch_size, progress=not self.args.disable_tqdm)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in outcome.metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -161,12 +161,14 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """`(rows, d)` to `(processes * rows, d)`."""
         gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Sums the gradients that all processes have for this one's rows."""
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

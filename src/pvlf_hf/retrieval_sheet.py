@@ -1,0 +1,246 @@
+"""Draws what was retrieved as one picture: a row a query, its reference and caption, then the best results.
+
+Example:
+    ```python
+    rows = sheet_rows(benchmark, query_embeds, gallery_embeds, query_rows=[0, 7, 42])
+    retrieval_sheet(rows, title=benchmark.name).save("sheet.png")
+    ```
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from unicodedata import category, normalize
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .data import CIRBenchmark
+from .image_processing_pvlf import to_rgb
+from .metrics import target_ranks, top_k
+
+# Pixels. With five results a sheet is about 900 wide, as a README shows it.
+MARGIN = 20
+PICTURE = 78
+CELL = PICTURE + 10
+GAP = 6
+GROUP_GAP = 18
+CAPTION_WIDTH = 168
+ROW_HEIGHT = CELL + 36  # leaves room for the rank below the target
+CAPTION_LINES = 5
+BADGE = 22
+
+INK, GREY, LINE, GREEN = "#1f2328", "#6e7781", "#e4e7eb", "#1a9c4b"
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One query and what it retrieved.
+
+    Args:
+        reference: the reference image.
+        caption: the relative caption; what is too long for its place is cut off with "...".
+        results: retrieved images, best first, the reference left out.
+        target: the image that should have come first.
+        rank: 0-based rank of the target; the sheet counts from 1.
+        method: names what retrieved these results, where a sheet compares methods.
+    """
+
+    reference: Image.Image
+    caption: str
+    results: Sequence[Image.Image]
+    target: Image.Image
+    rank: int
+    method: str = ""
+
+    @property
+    def hit(self) -> int | None:
+        """Position of the target among the results, None if it is not there."""
+        return self.rank if self.rank < len(self.results) else None
+
+
+def sheet_rows(
+    benchmark: CIRBenchmark,
+    query_embeds: Tensor,
+    gallery_embeds: Tensor,
+    query_rows: Sequence[int],
+    k: int = 5,
+    method: str = "",
+) -> list[SheetRow]:
+    """Ranks the gallery for some queries of a benchmark, the reference left out.
+
+    Args:
+        benchmark: queries and gallery.
+        query_embeds: `(queries, d)` float, of all queries, from [`encode_queries`].
+        gallery_embeds: `(gallery, d)` float, from [`encode_gallery`].
+        query_rows: which queries to show, by their row in the benchmark.
+        k: how many results to show.
+        method: label of these rows.
+
+    Raises:
+        ValueError: if the embeddings do not fit the benchmark, a row is outside it, or k is larger than the gallery
+            without the reference.
+    """
+    queries, gallery = benchmark.queries, benchmark.gallery
+    for what, embeds, dataset in (("query", query_embeds, queries), ("gallery", gallery_embeds, gallery)):
+        if len(embeds) != len(dataset):
+            raise ValueError(
+                f"{len(embeds)} {what} embeddings for {len(dataset)} rows of {benchmark.name}; encode all of them"
+            )
+    if outside := [row for row in query_rows if not 0 <= row < len(queries)]:
+        raise ValueError(f"query_rows {outside[:3]} are outside the {len(queries)} queries of {benchmark.name}")
+    if len(query_rows) == 0:
+        raise ValueError("query_rows is empty: name at least one query to show")
+    chosen = queries.select(query_rows)
+    row_of = {image_id: row for row, image_id in enumerate(gallery["image_id"])}
+    reference = torch.tensor([row_of[i] for i in chosen["reference_id"]])
+    target = torch.tensor([row_of[i] for i in chosen["target_id"]])
+    embeds = query_embeds[torch.as_tensor(query_rows)]
+    ranks = target_ranks(embeds, gallery_embeds, target, reference).tolist()
+    _, best = top_k(embeds, gallery_embeds, k, reference)
+    return [
+        SheetRow(
+            reference=query["reference"],
+            caption=query["caption"],
+            results=gallery.select(found)["image"][:],
+            target=gallery[wanted]["image"],
+            rank=rank,
+            method=method,
+        )
+        for query, found, wanted, rank in zip(chosen, best.tolist(), target.tolist(), ranks, strict=True)
+    ]
+
+
+def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str = "") -> Image.Image:
+    """Draws queries and their results.
+
+    The target has a green frame: with a check mark among the results, or else in a column of its own, with its rank.
+    Text is drawn in Pillow's own font, without accents; letters other than Latin turn up as boxes.
+
+    Args:
+        rows: the queries, top to bottom, from [`sheet_rows`].
+        title: heading of the sheet.
+        attribution: whose pictures these are and their licence, in small print at the bottom.
+
+    Returns:
+        RGB, on white; about 900 pixels wide with five results and a missed target.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty: pass at least one SheetRow")
+    lefts = _column_lefts(rows)
+    width = max(lefts.values()) + CELL + MARGIN
+    title_font, font, small = (ImageFont.load_default(size) for size in (20, 15, 12))
+    title_lines = _wrap(title, title_font, width - 2 * MARGIN, max_lines=2)
+    attribution_lines = _wrap(attribution, small, width - 2 * MARGIN, max_lines=4)
+    headings_top = MARGIN + 28 * len(title_lines) + (8 if title_lines else 0)
+    rows_top = headings_top + 26
+    attribution_top = rows_top + ROW_HEIGHT * len(rows) + 6
+
+    sheet = Image.new("RGB", (width, attribution_top + 16 * len(attribution_lines) + 14), "white")
+    draw = ImageDraw.Draw(sheet)
+    _draw_lines(draw, (MARGIN, MARGIN), title_lines, title_font, INK, 28)
+    for heading, left in lefts.items():
+        place, anchor = (left, "la") if heading == "caption" else (left + CELL // 2, "ma")
+        draw.text((place, headings_top), heading, GREY, small, anchor=anchor)
+    for number, row in enumerate(rows):
+        top = rows_top + number * ROW_HEIGHT
+        draw.line((MARGIN, top - 5, width - MARGIN, top - 5), LINE)
+        _draw_row(sheet, row, lefts, top + 5, font, small)
+    _draw_lines(draw, (MARGIN, attribution_top), attribution_lines, small, GREY, 16)
+    return sheet
+
+
+def _column_lefts(rows: Sequence[SheetRow]) -> dict[str, int]:
+    """Headings and the left edges of their columns; the target has one only where a row missed it."""
+    lefts = {"reference": MARGIN, "caption": MARGIN + CELL + GROUP_GAP}
+    left = lefts["caption"] + CAPTION_WIDTH + GROUP_GAP
+    for place in range(max(len(row.results) for row in rows)):
+        lefts[str(place + 1)] = left
+        left += CELL + GAP
+    if any(row.hit is None for row in rows):
+        lefts["target"] = left + GROUP_GAP - GAP
+    return lefts
+
+
+def _draw_row(
+    sheet: Image.Image,
+    row: SheetRow,
+    lefts: dict[str, int],
+    top: int,
+    font: Font,
+    small: Font,
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    _draw_picture(sheet, row.reference, (lefts["reference"], top))
+    lines = _wrap(row.caption, font, CAPTION_WIDTH, CAPTION_LINES - bool(row.method))
+    label = _wrap(row.method, small, CAPTION_WIDTH, max_lines=1)
+    caption_top = top + (CELL - 19 * (len(lines) + len(label))) // 2
+    _draw_lines(draw, (lefts["caption"], caption_top), lines, font, INK, 19)
+    _draw_lines(draw, (lefts["caption"], caption_top + 19 * len(lines) + 3), label, small, GREY, 19)
+    for place, picture in enumerate(row.results):
+        _draw_picture(sheet, picture, (lefts[str(place + 1)], top), is_target=place == row.hit)
+    if row.hit is None:
+        _draw_picture(sheet, row.target, (lefts["target"], top), is_target=True)
+        draw.text((lefts["target"] + CELL // 2, top + CELL + 4), f"rank {row.rank + 1}", INK, small, anchor="ma")
+    else:
+        badge = _check_mark()
+        corner = lefts[str(row.hit + 1)] + CELL - BADGE * 2 // 3, top - BADGE // 3
+        sheet.paste(badge, corner, badge)
+
+
+def _draw_picture(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], is_target: bool = False) -> None:
+    """Fits a picture into a framed cell."""
+    rgb = to_rgb(picture)
+    scale = PICTURE / max(rgb.size)
+    width, height = (max(1, round(side * scale)) for side in rgb.size)
+    left, top = corner
+    outline, line_width = (GREEN, 3) if is_target else (LINE, 1)
+    box = (left, top, left + CELL - 1, top + CELL - 1)
+    ImageDraw.Draw(sheet).rounded_rectangle(box, 6, outline=outline, width=line_width)
+    resized = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    sheet.paste(resized, (left + (CELL - width) // 2, top + (CELL - height) // 2))
+
+
+def _check_mark() -> Image.Image:
+    """A white check on a green disc, RGBA; drawn large and shrunk, because Pillow's lines are jagged."""
+    size = 8 * BADGE
+    badge = Image.new("RGBA", (size, size), "#ffffff00")
+    draw = ImageDraw.Draw(badge)
+    draw.ellipse((0, 0, size - 1, size - 1), "white")
+    draw.ellipse((size * 0.07, size * 0.07, size * 0.93, size * 0.93), GREEN)
+    points = [(size * x, size * y) for x, y in ((0.29, 0.52), (0.44, 0.67), (0.71, 0.36))]
+    draw.line(points, "white", round(size * 0.1), joint="curve")
+    return badge.resize((BADGE, BADGE), Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
+    """Breaks text into lines of at most `width` pixels; what does not fit is cut off with "..."."""
+    # Pillow's own font has hardly more than ASCII: accents go, and so do control characters.
+    text = "".join(c for c in normalize("NFKD", " ".join(text.split())) if category(c)[0] not in "CM")
+    lines: list[str] = []
+    for characters in range(width // 3, 3, -1):  # `textwrap` counts characters, so try until the pixels fit
+        lines = textwrap.wrap(text[:1000], characters, max_lines=max_lines, placeholder=" ...")
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return lines
+
+
+def _draw_lines(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    lines: list[str],
+    font: Font,
+    colour: str,
+    line_height: int,
+) -> None:
+    for number, line in enumerate(lines):
+        draw.text((corner[0], corner[1] + number * line_height), line, colour, font)
+
+
+__all__ = ["SheetRow", "retrieval_sheet", "sheet_rows"]

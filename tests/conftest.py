@@ -1,0 +1,24 @@
+"""One thread, no network, toy models."""
+
+import pytest
+import torch
+from tiny import make_model, make_processor
+
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Tests that start processes of their own hand this environment on."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def tiny_model():
+    """PVLF-Deep on a tiny BLIP, in eval mode; made anew for each test, which may train it."""
+    return make_model("blip")
+
+
+@pytest.fixture
+def tiny_processor():
+    return make_processor()

@@ -1,0 +1,223 @@
+"""Benchmarks, a user's own triplets, and the collator, on real files."""
+
+import csv
+import json
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from pvlf_hf.data import CIRBenchmark, PVLFCollator, benchmark_from_triplets, id_number, load_triplets
+
+ROWS = [
+    {"reference": "red.png", "caption": "the same but blue", "target": "sub/blue.png"},
+    {"reference": "sub/blue.png", "caption": "green, not blue", "target": "green.png"},
+    {"reference": "red.png", "caption": 'more "green"', "target": "green.png"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images/sub").mkdir(parents=True)
+    for name in ("red.png", "sub/blue.png", "green.png"):
+        colour = name.removeprefix("sub/").removesuffix(".png")
+        Image.new("RGB", (20, 16), colour).save(tmp_path / "images" / name)
+    return tmp_path / "images"
+
+
+def write_csv(folder, rows):
+    file = folder.parent / "triplets.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+def queries(**columns):
+    rows = {"reference": ["r"], "reference_id": ["a"], "caption": ["red"], "target_id": ["b"], **columns}
+    return Dataset.from_dict({column: values for column, values in rows.items() if values is not None})
+
+
+def gallery(*ids):
+    return Dataset.from_dict({"image": ["picture"] * len(ids), "image_id": list(ids)})
+
+
+def test_benchmark_takes_what_fits():
+    benchmark = CIRBenchmark("toy", queries(subset_ids=[["a", "b"]]), gallery("a", "b", "c"))
+    assert (benchmark.name, len(benchmark.gallery), benchmark.protocol) == ("toy", 3, {})
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "message"),
+    [
+        (
+            queries(caption=None),
+            gallery("a", "b"),
+            r"queries of toy: missing column\(s\) \['caption'\].*rename_column",
+        ),
+        (queries(), gallery("a", "b").remove_columns("image"), r"gallery of toy: missing column\(s\) \['image'\]"),
+        (queries(), gallery("a", "b", "a", "a"), r"image_id must be unique, repeated: \['a'\]"),
+        (queries(), gallery("a", "c"), r"1 target_id not in the gallery, first: \['b'\]"),
+        (queries(), gallery("b", "c"), r"1 reference_id not in the gallery, first: \['a'\]"),
+        (queries(subset_ids=[["a", "b", "x"]]), gallery("a", "b"), r"1 subset_ids not in the gallery, first: \['x'\]"),
+    ],
+)
+def test_benchmark_refuses(queries, gallery, message):
+    with pytest.raises(ValueError, match=message):
+        CIRBenchmark("toy", queries, gallery)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
+def test_triplets_from_each_kind_of_table(folder, suffix):
+    file = folder.parent / f"triplets{suffix}"
+    if suffix == ".csv":
+        write_csv(folder, ROWS)
+    elif suffix == ".parquet":
+        Dataset.from_list(ROWS).to_parquet(file)
+    else:
+        file.write_text("\n".join(json.dumps(row) for row in ROWS))
+    triplets = load_triplets(file, folder)
+    assert triplets.column_names == ["reference", "reference_id", "caption", "target", "target_id"]
+    assert list(triplets["caption"]) == [row["caption"] for row in ROWS]
+    assert list(triplets["reference_id"]) == [row["reference"] for row in ROWS]
+    assert list(triplets["target_id"]) == [row["target"] for row in ROWS]
+    assert triplets[0]["reference"].getpixel((0, 0)) == (255, 0, 0)
+    assert triplets[0]["target"].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_target_ids_name_references_too(folder):
+    rows = [{**row, "target_id": number} for row, number in zip(ROWS, (7, 8, 8), strict=True)]
+    triplets = load_triplets(write_csv(folder, rows), folder)
+    assert list(triplets["target_id"]) == ["7", "8", "8"]
+    assert list(triplets["reference_id"]) == ["red.png", "7", "red.png"]  # one picture, one id: blue is target 7
+    assert sorted(benchmark_from_triplets("own", triplets).gallery["image_id"]) == ["7", "8", "red.png"]
+
+
+def test_numbers_as_captions_and_names_stay_text(folder):
+    Image.new("RGB", (9, 9)).save(folder / "007", format="PNG")
+    rows = [{"reference": "007", "caption": caption, "target": "007"} for caption in ("2", "None", "NA")]
+    triplets = load_triplets(write_csv(folder, rows), folder)
+    assert list(triplets["caption"]) == ["2", "None", "NA"]
+    assert list(triplets["reference_id"]) == ["007"] * 3
+
+
+def test_links_to_pictures_elsewhere_are_fine(folder):
+    Image.new("RGB", (9, 9)).save(folder.parent / "blob.png")
+    (folder / "link.png").symlink_to(folder.parent / "blob.png")  # as in the Hub's cache
+    assert len(load_triplets(write_csv(folder, [{**ROWS[0], "target": "link.png"}]), folder)) == 1
+
+
+@pytest.mark.parametrize("escape", ["../secret.png", "sub/../../secret.png", "/etc/secret.png"])
+def test_names_that_leave_the_folder_are_refused(folder, escape):
+    Image.new("RGB", (9, 9)).save(folder.parent / "secret.png")
+    with pytest.raises(ValueError, match=r"1 image names leave .*images, first: \['.*secret.png'\]"):
+        load_triplets(write_csv(folder, [{**ROWS[0], "target": escape}]), folder)
+
+
+def test_missing_pictures_are_counted_and_three_named(folder):
+    rows = [{**ROWS[0], "target": f"missing{number}.png"} for number in range(5)]
+    with pytest.raises(
+        ValueError, match=r"5 of 6 images are not in .*'missing0.png', 'missing1.png', 'missing2.png'\]"
+    ):
+        load_triplets(write_csv(folder, rows), folder, check_images=False)
+
+
+def test_broken_pictures_are_named_with_the_reason(folder):
+    whole = (folder / "green.png").read_bytes()
+    (folder / "green.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "sub/blue.png").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match=r"2 images cannot be read.*green.png \(.+\).*blue.png \(cannot identify"):
+        load_triplets(write_csv(folder, ROWS), folder)
+    assert len(load_triplets(write_csv(folder, ROWS), folder, check_images=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption": "  "}, r"caption is empty in 1 rows, first in data rows \[1\] \(counted from 0\)"),
+        ({"caption": ""}, r"caption is empty in 1 rows"),
+        ({"reference": ""}, r"reference is empty in 1 rows"),
+        ({"target": ""}, r"target is empty in 1 rows"),
+    ],
+)
+def test_empty_cells_are_refused(folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_triplets(write_csv(folder, [ROWS[0], {**ROWS[1], **change}, ROWS[2]]), folder)
+
+
+def test_wrong_tables_are_refused(folder):
+    wrong = [{"image": row["reference"], "caption": row["caption"], "target": row["target"]} for row in ROWS]
+    with pytest.raises(ValueError, match=r"triplets.csv: missing column\(s\) \['reference'\]; it has \['image'"):
+        load_triplets(write_csv(folder, wrong), folder)
+    with pytest.raises(ValueError, match=r"triplets.xlsx: cannot read .xlsx; use one of \['.csv'"):
+        load_triplets(folder / "triplets.xlsx", folder)
+    with pytest.raises(ValueError, match=r"nowhere.csv: no such file"):
+        load_triplets(folder / "nowhere.csv", folder)
+
+
+def test_benchmark_from_triplets(folder):
+    triplets = load_triplets(write_csv(folder, ROWS), folder)
+    benchmark = benchmark_from_triplets("own", triplets)
+    pictures = {row["image_id"]: row["image"].getpixel((0, 0)) for row in benchmark.gallery}
+    assert pictures == {"red.png": (255, 0, 0), "sub/blue.png": (0, 0, 255), "green.png": (0, 128, 0)}
+    assert len(benchmark.gallery) == 3  # red and green occur twice
+    assert list(benchmark.queries["target_id"]) == ["sub/blue.png", "green.png", "green.png"]
+    assert benchmark.protocol["reference"] == "left out of its query's ranking"
+    with pytest.raises(ValueError, match=r"own: missing column\(s\) \['reference_id'\]"):
+        benchmark_from_triplets("own", triplets.remove_columns("reference_id"))
+
+
+def test_collator_batch(folder, tiny_processor):
+    triplets = load_triplets(write_csv(folder, ROWS), folder)
+    batch = PVLFCollator(tiny_processor)([triplets[row] for row in range(3)])
+    length = batch["input_ids"].shape[1]
+    assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == {
+        "pixel_values": ((3, 3, 32, 32), torch.float32),
+        "target_pixel_values": ((3, 3, 32, 32), torch.float32),
+        "input_ids": ((3, length), torch.int64),
+        "attention_mask": ((3, length), torch.int64),
+        "target_ids": ((3,), torch.int64),
+    }
+    blue, green, again = batch["target_ids"].tolist()
+    assert green == again != blue
+    assert torch.equal(batch["target_pixel_values"][1], batch["target_pixel_values"][2])
+    assert torch.equal(batch["pixel_values"][1], batch["target_pixel_values"][0])  # both are blue
+    with pytest.raises(ValueError, match=r"triplets lack column\(s\) \['target_id'\]"):
+        PVLFCollator(tiny_processor)([{"reference": None, "caption": "red", "target": None}])
+
+
+def test_odd_pictures_pass_the_collator(folder, tiny_processor):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    left_red = Image.new("RGB", (64, 64), "blue")
+    left_red.paste("red", (0, 0, 32, 64))
+    Image.new("L", (20, 16), 90).save(folder / "grey.png")
+    Image.new("RGBA", (20, 16), (255, 0, 0, 0)).save(folder / "rgba.png")
+    Image.new("CMYK", (20, 16), (0, 255, 255, 0)).save(folder / "cmyk.jpg")
+    left_red.save(folder / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 5000), "red").save(folder / "thin.png")
+    names = ["grey.png", "rgba.png", "cmyk.jpg", "turned.jpg", "thin.png"]
+    rows = [{"reference": name, "caption": "red", "target": name} for name in names]
+    triplets = load_triplets(write_csv(folder, rows), folder)
+    batch = PVLFCollator(tiny_processor)(list(triplets))
+    assert batch["pixel_values"].shape == (5, 3, 32, 32)
+    assert batch["pixel_values"].isfinite().all()
+    assert torch.equal(batch["pixel_values"], batch["target_pixel_values"])
+    _, white, _, turned, _ = batch["pixel_values"]
+    assert white.min() > 1.9  # transparent is white, not the red below
+    assert turned[0, 2].min() > turned[2, 2].max()  # red is on top now, blue at the bottom
+    assert turned[0, -2].max() < turned[2, -2].min()
+
+
+def test_id_numbers_do_not_depend_on_the_process():
+    # `printf red.png | b2sum --length 64`
+    assert id_number("red.png") == int.from_bytes(bytes.fromhex("1ca0581bf9e54d8b"), "big", signed=True)
+    assert id_number("rouge-gorge 🐦") != id_number("red.png")

@@ -1,0 +1,177 @@
+"""Training on one process: what moves, at which rate, resume, selection, errors."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from tiny import make_model
+
+from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
+
+# Colours and words of the tiny tokenizer that stand for them.
+WORDS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}
+WORDS |= {"yellow": "hat", "purple": "dog", "orange": "cat"}
+COLOURS = list(WORDS)
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Coloured squares; "make it c" from any colour wants square c."""
+    for colour in COLOURS:
+        PILImage.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    triplets = {
+        "reference": [str(tmp_path / f"{a}.png") for a, _ in pairs],
+        "caption": [f"make it {WORDS[b]}" for _, b in pairs],
+        "target": [str(tmp_path / f"{b}.png") for _, b in pairs],
+        "target_id": [b for _, b in pairs],
+    }
+    return Dataset.from_dict(triplets).cast_column("reference", Image()).cast_column("target", Image())
+
+
+@pytest.fixture
+def benchmark(squares, tmp_path):
+    references = [a for a in COLOURS for b in COLOURS if a != b]
+    files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
+    gallery = Dataset.from_dict({"image": files, "image_id": COLOURS}).cast_column("image", Image())
+    queries = squares.add_column("reference_id", references).remove_columns("target")
+    return CIRBenchmark("squares", queries.select(range(0, len(queries), 5)), gallery)
+
+
+def arguments(folder, **kwargs):
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        **kwargs,
+    }
+    return PVLFTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **settings)
+
+
+def clone(model):
+    again = PVLFModel(model.config)
+    again.load_state_dict(model.state_dict())
+    return again
+
+
+@pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
+def test_exactly_the_chosen_weights_move(tiny_model, tiny_processor, squares, tmp_path, finetuning):
+    model = clone(tiny_model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = arguments(tmp_path, finetuning=finetuning, encoder_learning_rate=1e-3)
+    PVLFTrainer(model, args, squares, processing_class=tiny_processor).train()
+    for name, parameter in model.named_parameters():
+        trains = (
+            not name.startswith("backbone.")
+            or finetuning == "both"
+            or (finetuning == "text" and name.startswith("backbone.text_"))
+        )
+        # A row of an embedding that no caption uses only decays, a matrix entry moves: compare whole tensors.
+        assert torch.equal(before[name], parameter) != trains, name
+
+
+def test_learning_rates_and_decay(tiny_model, tiny_processor, squares, tmp_path):
+    args = arguments(tmp_path, learning_rate=1e-4, finetuning="both", decay_norms_and_biases=False)
+    trainer = PVLFTrainer(clone(tiny_model), args, squares, processing_class=tiny_processor)
+    trainer.create_optimizer_and_scheduler(100)
+    rates = {(group["initial_lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    assert rates == {(1e-4, 0.05), (1e-4, 0.0), (1e-6, 0.05), (1e-6, 0.0)}
+    undecayed = {id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    names = {name for name, p in trainer.model.named_parameters() if id(p) in undecayed}
+    assert "fusion.prompts" in names and "fusion.layers.0.norm1.weight" in names
+    assert not any(name.endswith("linear1.weight") for name in names)
+    for step in (0, 25, 50, 100):
+        # TransAgg: CosineAnnealing with eta_min = 1 % of the fusion rate, which is the encoders' rate
+        expected = 1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * step / 100)) / 2
+        factors = [f(step) for f in trainer.lr_scheduler.lr_lambdas]
+        for factor, group in zip(factors, trainer.optimizer.param_groups, strict=True):
+            wanted = expected if group["initial_lr"] == 1e-4 else 1e-6
+            assert factor * group["initial_lr"] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_resume_is_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path):
+    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 4, "finetuning": "both"}
+    whole = PVLFTrainer(
+        clone(tiny_model), arguments(tmp_path / "a", **settings), squares, processing_class=tiny_processor
+    )
+    whole.train()
+    again = PVLFTrainer(
+        clone(tiny_model), arguments(tmp_path / "b", **settings), squares, processing_class=tiny_processor
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))  # in the middle of the first epoch
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, again)]
+    assert losses[0] == losses[1]
+
+
+def test_evaluation_selects_the_best_checkpoint(tiny_processor, squares, benchmark, tmp_path):
+    args = arguments(
+        tmp_path,
+        max_steps=120,
+        finetuning="both",
+        learning_rate=3e-3,
+        encoder_learning_rate=1e-3,
+        eval_strategy="steps",
+        eval_steps=40,
+        save_strategy="steps",
+        save_steps=40,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_recall@1",
+        greater_is_better=True,
+    )
+    trainer = PVLFTrainer(make_model(dropout=0.0), args, squares, benchmark, processing_class=tiny_processor)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    logged = [entry["eval_recall@1"] for entry in trainer.state.log_history if "eval_recall@1" in entry]
+    assert trainer.state.best_metric == max(logged[1:-1])
+    assert after["eval_recall@1"] == trainer.state.best_metric
+    assert after["eval_recall@1"] > before["eval_recall@1"] + 0.3, (before, after)  # it learns the colours
+    saved = json.loads((tmp_path / "checkpoint-40" / "processor_config.json").read_text())
+    assert saved["processor_class"] == "PVLFProcessor"
+
+
+def test_several_benchmarks_are_reported_by_name(tiny_model, tiny_processor, squares, benchmark, tmp_path):
+    trainer = PVLFTrainer(
+        clone(tiny_model), arguments(tmp_path), squares, {"x": benchmark}, processing_class=tiny_processor
+    )
+    assert "eval_x_recall@1" in trainer.evaluate()
+
+
+def test_equal_targets_of_a_batch_are_no_negatives(tiny_model, tiny_processor, squares, tmp_path):
+    model = tiny_model
+    trainer = PVLFTrainer(model, arguments(tmp_path, finetuning="frozen"), squares, processing_class=tiny_processor)
+    rows = [squares[0], squares[8]]  # "make it green" from red, "make it blue" from green
+    twice = [*rows, {**rows[0], "reference": squares[20]["reference"]}]  # a second query for green
+    model.eval()
+    with torch.no_grad():
+        outputs = model(**trainer.data_collator(twice), return_loss=False)
+        loss = trainer.compute_loss(model, trainer.data_collator(twice))
+    logits = outputs.query_embeds @ outputs.target_embeds.T / model.config.temperature
+    per_row = []
+    for row, others in ((0, [0, 1]), (1, [0, 1, 2]), (2, [1, 2])):
+        p = torch.softmax(logits[row, others], 0)[others.index(row)]
+        per_row.append(-((1 - p) ** 2) * p.log())
+    torch.testing.assert_close(loss, torch.stack(per_row).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
+    with pytest.raises(ValueError, match="processing_class"):
+        PVLFTrainer(tiny_model, arguments(tmp_path), squares)
+    with pytest.raises(ValueError, match=r"missing column\(s\) \['caption'\]"):
+        PVLFTrainer(
+            tiny_model, arguments(tmp_path), squares.remove_columns("caption"), processing_class=tiny_processor
+        )
+    with pytest.raises(ValueError, match="choose 'frozen', 'text' or 'both'"):
+        arguments(tmp_path, finetuning="image")
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        arguments(tmp_path, remove_unused_columns=True)
+    trainer = PVLFTrainer(clone(tiny_model), arguments(tmp_path), squares, processing_class=tiny_processor)
+    with pytest.raises(ValueError, match="CIRBenchmark"):
+        trainer.evaluate(squares)
