@@ -5,7 +5,7 @@
         --train_file triplets.csv --image_folder photos/ --validation_file held_out.csv
 
     # a recipe; flags after it override its lines
-    python train_scripts/train_pvlf.py train_scripts/configs/emoji_pvlf_deep.yaml --seed 1
+    python train_scripts/train_pvlf.py train_scripts/configs/emoji.yaml --seed 1
 
     # several GPUs
     accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml train_scripts/train_pvlf.py RECIPE
@@ -106,8 +106,20 @@ class DataArguments:
         return [validation] if validation else []
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: PVLFTrainingArguments) -> list[Evaluation]:
-    """Trains (resuming where a checkpoint is found), saves model and processor, evaluates, writes `results.json`."""
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: PVLFTrainingArguments,
+    benchmarks: list[CIRBenchmark] | None = None,
+) -> list[Evaluation]:
+    """Trains (resuming where a checkpoint is found), saves model and processor, evaluates, writes `results.json`.
+
+    Args:
+        model_args: what is trained.
+        data_args: on what.
+        args: how.
+        benchmarks: what the result is measured on; by default `data_args.final_benchmarks()`.
+    """
     set_seed(args.seed)
     processor = PVLFProcessor.from_vl_pretrained(model_args.model)
     model = model_args.build()
@@ -116,7 +128,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: PVLFTraini
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    evaluations = evaluate_all(trainer.model, processor, data_args.final_benchmarks(validation))
+    benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
+    evaluations = evaluate_all(trainer.model, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": changed_arguments(args)}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)

@@ -78,8 +78,7 @@ def evaluate(
     Raises:
         ValueError: for an unknown method, or a gallery that does not fit the benchmark.
     """
-    if method not in QUERY_METHODS:
-        raise ValueError(f"method={method!r}: choose one of {QUERY_METHODS}")
+    check_method(method)
     if gallery_embeds is None:
         gallery_embeds = encode_gallery(model, processor, benchmark.gallery, batch_size, progress)
     if len(gallery_embeds) != len(benchmark.gallery):
@@ -133,7 +132,11 @@ def encode_queries(
 
     Returns:
         float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
+
+    Raises:
+        ValueError: for an unknown method.
     """
+    check_method(method)
 
     def encode(rows: dict[str, list[Any]]) -> Tensor:
         inputs = processor.process_queries(rows["reference"], rows["caption"]).to(device_of(model))
@@ -147,6 +150,12 @@ def encode_queries(
         return F.normalize(sum(embeds), dim=-1)
 
     return _encode(model, queries.select_columns(["reference", "caption"]), encode, batch_size, "queries", progress)
+
+
+def check_method(method: str) -> None:
+    """Raises a `ValueError` unless the method is one of `QUERY_METHODS`."""
+    if method not in QUERY_METHODS:
+        raise ValueError(f"method={method!r}: choose one of {QUERY_METHODS}")
 
 
 @torch.inference_mode()
@@ -197,7 +206,7 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and commit that a result was measured with; the commit is None outside a git checkout or without git."""
+    """Versions and commit that a result was measured with; commit is None outside a git checkout and without git."""
     packages = ("pvlf-hf", "torch", "transformers", "accelerate", "datasets", "pillow")
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:

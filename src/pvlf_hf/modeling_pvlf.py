@@ -237,6 +237,14 @@ class PVLFPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: of custom code the library initialises only modules that hold weights themselves.
+
+        Ours are set by the module around them; they use `transformers.initialization`, which spares loaded weights.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises as TransAgg's modules do: PyTorch's defaults, unlike the base class's normal(0, 0.02)."""
@@ -305,7 +313,8 @@ class PVLFModel(PVLFPreTrainedModel):
         Raises:
             ValueError: if the checkpoint is not one of a supported dual encoder.
         """
-        settings = {k: kwargs.pop(k) for k in list(kwargs) if k in PVLFConfig.__dataclass_fields__}
+        # Annotations are the fields of this class alone: dtype, which is inherited, goes to from_pretrained.
+        settings = {k: kwargs.pop(k) for k in PVLFConfig.__annotations__ if k in kwargs}
         vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = PVLFConfig(vl_config=vl_config, **settings)
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)

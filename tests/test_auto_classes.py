@@ -1,0 +1,130 @@
+"""The `Auto*` classes: with the package imported, and from a checkpoint folder alone where it is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import BACKBONES, make_model, make_processor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+import pvlf_hf
+from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor
+
+TRAVELLING = sorted(path.name for path in Path(pvlf_hf.__file__).parent.glob("*_pvlf.py"))
+CAPTION = "the same face but with a red hat"
+
+# Without the package, as on a machine that has only Transformers: the finder refuses it wherever it is installed.
+STRANGER = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "pvlf_hf":
+            raise ImportError("pvlf_hf is hidden")
+
+sys.meta_path.insert(0, Hidden())
+try:
+    import pvlf_hf
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package is not hidden")
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+root = Path(sys.argv[1])
+picture = Image.open(root / "picture.png")
+outputs = {}
+for backbone in ("blip", "clip"):
+    folder = root / backbone
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        output = model(**processor(images=picture, text=sys.argv[2], target_images=picture))
+    for name in ("query_embeds", "target_embeds", "similarity"):
+        outputs[f"{backbone}.{name}"] = output[name].contiguous()
+    outputs[f"{backbone}.pixel_values"] = image_processor(picture, return_tensors="pt")["pixel_values"]
+    model.save_pretrained(root / "again" / backbone)
+    processor.save_pretrained(root / "again" / backbone)
+save_file(outputs, root / "outputs.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder for each backbone, model and processor together, and a picture."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for backbone in BACKBONES:
+        make_model(backbone).save_pretrained(root / backbone)
+        make_processor().save_pretrained(root / backbone)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(root / "picture.png")
+    return root
+
+
+def outputs_of(folder, picture):
+    model = AutoModel.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=picture, text=CAPTION, target_images=picture)
+    with torch.no_grad():
+        output = model(**inputs)
+    names = ("query_embeds", "target_embeds", "similarity")
+    return {**{name: output[name] for name in names}, "pixel_values": inputs["pixel_values"]}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_auto_classes_give_ours(checkpoints, backbone):
+    folder = checkpoints / backbone
+    assert type(AutoConfig.from_pretrained(folder)) is PVLFConfig
+    assert type(AutoModel.from_pretrained(folder)) is PVLFModel
+    assert type(AutoProcessor.from_pretrained(folder)) is PVLFProcessor
+    assert type(AutoImageProcessor.from_pretrained(folder)) is PVLFImageProcessor
+    assert type(AutoModel.from_config(AutoConfig.from_pretrained(folder))) is PVLFModel
+    assert type(AutoConfig.for_model("pvlf", num_prompts=2)) is PVLFConfig
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_checkpoint_carries_its_code(checkpoints, backbone):
+    folder = checkpoints / backbone
+    assert len(TRAVELLING) == 6
+    assert sorted(path.name for path in folder.glob("*.py")) == TRAVELLING
+    for name in TRAVELLING:
+        assert (folder / name).read_text() == (Path(pvlf_hf.__file__).parent / name).read_text()
+    auto_map = {
+        "AutoConfig": "configuration_pvlf.PVLFConfig",
+        "AutoModel": "modeling_pvlf.PVLFModel",
+    }
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map
+    processor = json.loads((folder / "processor_config.json").read_text())
+    assert processor["auto_map"]["AutoProcessor"] == "processing_pvlf.PVLFProcessor"
+    image_processor = processor["image_processor"]
+    assert image_processor["auto_map"]["AutoImageProcessor"] == "image_processing_pvlf.PVLFImageProcessor"
+
+
+def test_without_the_package_the_folder_is_enough(checkpoints, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    command = [sys.executable, "-c", STRANGER, str(checkpoints), CAPTION]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    theirs = load_file(checkpoints / "outputs.safetensors")
+    picture = Image.open(checkpoints / "picture.png")
+    for backbone in BACKBONES:
+        again = checkpoints / "again" / backbone  # loaded without the package, saved there
+        assert sorted(path.name for path in again.glob("*.py")) == TRAVELLING
+        for folder in (checkpoints / backbone, again):
+            for name, ours in outputs_of(folder, picture).items():
+                assert torch.equal(theirs[f"{backbone}.{name}"], ours), (folder, name)

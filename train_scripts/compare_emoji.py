@@ -1,0 +1,144 @@
+"""Compares PVLF-Deep, PVLF-Shallow and TransAgg on EmojiCIR over several seeds, beside the untrained baselines.
+
+    python train_scripts/compare_emoji.py --seeds 0 1 2
+
+Writes every run's numbers to `model_cards/pvlf-emoji-tiny/results.json` and renders them into the tables of that card
+and of README.md. Interrupted, the same command goes on with the runs that are missing. `--render_only` just renders.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
+CARD = ROOT / "model_cards" / "pvlf-emoji-tiny"
+METHODS = {"PVLF-Deep": [], "PVLF-Shallow": ["--prompt_depth=1"], "TransAgg": ["--method=transagg"]}
+BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
+TIERS = ("plain", "paraphrased", "brief")
+START, END = "<!-- emoji-cir results: written by train_scripts/compare_emoji.py -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    """Trains what is missing, collects, renders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for a deviation")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="where the runs are kept")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
+    parser.add_argument("--render_only", action="store_true", help="render the committed results.json anew")
+    args = parser.parse_args()
+    if not args.render_only:
+        steps = [f"--max_steps={args.max_steps}"] if args.max_steps else []
+        runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, steps) for s, m in product(args.seeds, METHODS)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train_one(*run), runs))
+        results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baselines()}
+        (CARD / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    table = render(json.loads((CARD / "results.json").read_text()))
+    for file in (CARD / "README.md", ROOT / "README.md"):
+        file.write_text(filled(file.read_text(encoding="utf-8"), table), encoding="utf-8")
+    print(table)
+
+
+def train_one(method: str, seed: int, folder: Path, jobs: int, steps: list[str]) -> None:
+    """One run of train_pvlf.py in its own process, unless its results are there."""
+    if (folder / "results.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"training {method}, seed {seed}; progress in {folder / 'log.txt'}", flush=True)
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), str(RECIPE)]
+    command += [f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *steps]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{method}, seed {seed} failed; the reason is at the end of {folder / 'log.txt'}")
+
+
+def collect(method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What a run reported, under its method's name."""
+    return {"method": method, "seed": seed, **json.loads((folder / "results.json").read_text())}
+
+
+def baselines() -> list[dict[str, Any]]:
+    """The untrained ways to compose, by the dual encoder alone; they have no seed."""
+    from train_pvlf import evaluate_all
+
+    from pvlf_hf import PVLFModel, PVLFProcessor, load_emoji_cir
+
+    name = str(ROOT / "model_cards" / "blip-emoji-tiny")
+    model, processor = PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
+    benchmarks = [load_emoji_cir("test", tier) for tier in TIERS]
+    return [
+        {"method": label, "benchmark": e.benchmark, "metrics": e.metrics}
+        for label, method in BASELINES.items()
+        for e in evaluate_all(model, processor, benchmarks, method=method)
+    ]
+
+
+def render(results: dict[str, Any]) -> str:
+    """A Markdown table for each tier, and a sentence on PVLF against TransAgg."""
+    scores: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for entry in results["baselines"]:
+        scores.setdefault((entry["method"], entry["benchmark"]), []).append(entry["metrics"])
+    for run in results["runs"]:
+        for evaluation in run["evaluations"]:
+            scores.setdefault((run["method"], evaluation["benchmark"]), []).append(evaluation["metrics"])
+    columns = [
+        "recall@1",
+        "recall@5",
+        "recall@10",
+        "recall@50",
+        "recall_subset@1",
+        "recall_subset@2",
+        "recall_subset@3",
+    ]
+    heads = [c.replace("recall_subset", "Rs").replace("recall", "R") for c in columns]
+    lines = ["| captions | method | " + " | ".join(heads) + " |", "|" + " --- |" * (len(heads) + 2)]
+    for tier, method in product(TIERS, [*BASELINES, *METHODS]):
+        runs = scores[method, f"emoji-cir/test/{tier}"]
+        lines.append(f"| {tier} | {method} | " + " | ".join(percent([r[c] for r in runs]) for c in columns) + " |")
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    counts = results["runs"][0]["evaluations"][0]["counts"]
+    return (
+        f"Percent; trained methods: mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
+        f"{counts['queries']} queries against {counts['gallery']} pictures.\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + " ".join(who_is_ahead(scores, other) for other in ("TransAgg", "PVLF-Shallow"))
+    )
+
+
+def who_is_ahead(scores: dict[tuple[str, str], list[dict[str, float]]], other: str) -> str:
+    """Differences of PVLF-Deep to another method in mean R@1, each beside the larger deviation over seeds."""
+    parts = []
+    for tier in TIERS:
+        deep, its = ([r["recall@1"] for r in scores[m, f"emoji-cir/test/{tier}"]] for m in ("PVLF-Deep", other))
+        spread = max(stdev(deep), stdev(its)) if min(len(deep), len(its)) > 1 else 0.0
+        parts.append(f"{100 * (mean(deep) - mean(its)):+.1f} points on {tier} captions (± {100 * spread:.1f})")
+    return f"PVLF-Deep minus {other}, mean R@1: {', '.join(parts)}."
+
+
+def percent(values: list[float]) -> str:
+    """Mean of fractions in percent, with the sample standard deviation where there are several."""
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
+
+
+def filled(text: str, table: str) -> str:
+    """The text with the table between the markers."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    main()
