@@ -8,7 +8,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from pvlf_hf import PVLFConfig, PVLFModel

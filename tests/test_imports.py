@@ -22,7 +22,7 @@ ORDER = [
     "emoji_cir",
     "metrics",
     "evaluation",
-    "retrieval_sheet",
+    "sheet",
     "training_args",
     "trainer",
     "__init__",

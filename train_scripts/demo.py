@@ -27,7 +27,7 @@ from pvlf_hf import (
 )
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.evaluation import encode_gallery, encode_queries
-from pvlf_hf.retrieval_sheet import retrieval_sheet, sheet_rows
+from pvlf_hf.sheet import retrieval_sheet, sheet_rows
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {

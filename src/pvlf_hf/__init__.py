@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data import CIRBenchmark, PVLFCollator, benchmark_from_triplets, load_triplets
     from .emoji_cir import load_emoji_cir, load_emoji_cir_train, load_emoji_pictures
     from .evaluation import Evaluation, evaluate, write_results
-    from .retrieval_sheet import retrieval_sheet, sheet_rows
+    from .sheet import retrieval_sheet, sheet_rows
     from .trainer import PVLFTrainer
     from .training_args import PVLFTrainingArguments
 
@@ -41,8 +41,8 @@ _MODULE_OF = {
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "write_results": "evaluation",
-    "retrieval_sheet": "retrieval_sheet",
-    "sheet_rows": "retrieval_sheet",
+    "retrieval_sheet": "sheet",
+    "sheet_rows": "sheet",
     "PVLFTrainer": "trainer",
     "PVLFTrainingArguments": "training_args",
 }

@@ -139,17 +139,19 @@ def encode_queries(
     check_method(method)
 
     def encode(rows: dict[str, list[Any]]) -> Tensor:
-        inputs = processor.process_queries(rows["reference"], rows["caption"]).to(device_of(model))
         if method == "pvlf":
-            return model(**inputs).query_embeds
+            return model(
+                **processor.process_queries(rows["reference"], rows["caption"]).to(device_of(model))
+            ).query_embeds
         embeds = []
-        if method in ("image", "image+text"):
-            embeds.append(model.get_image_features(inputs["pixel_values"]).pooler_output)
-        if method in ("text", "image+text"):
-            embeds.append(model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output)
-        return F.normalize(sum(embeds), dim=-1)
+        if "image" in method:
+            embeds.append(model.get_image_features(**processor(images=rows["reference"]).to(device_of(model))))
+        if "text" in method:
+            embeds.append(model.get_text_features(**processor(text=rows["caption"]).to(device_of(model))))
+        return F.normalize(sum(e.pooler_output for e in embeds), dim=-1)
 
-    return _encode(model, queries.select_columns(["reference", "caption"]), encode, batch_size, "queries", progress)
+    columns = {"image": ["reference"], "text": ["caption"]}.get(method, ["reference", "caption"])
+    return _encode(model, queries.select_columns(columns), encode, batch_size, "queries", progress)
 
 
 def check_method(method: str) -> None:

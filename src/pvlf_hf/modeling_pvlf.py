@@ -166,6 +166,8 @@ class PVLFFusion(nn.Module):
         seen = text_mask.new_ones(text_mask.shape[0], self.config.num_prompts + num_image_tokens)
         mask = torch.cat([text_mask, seen], dim=1)
         if self.config.text_padding == "transagg":
+            if self.config._attn_implementation not in ("eager", "sdpa"):
+                raise ValueError("text_padding='transagg' adds to attention scores: use eager or sdpa attention")
             return (mask == 0).to(hidden_states.dtype)[:, None, None, :]  # added to the scores: padding gains 1.0
         return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
 

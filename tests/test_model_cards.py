@@ -1,0 +1,79 @@
+"""What is committed in model_cards: it loads offline as from the Hub, and its cards say what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+import pvlf_hf
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
+sys.path.insert(0, str(ROOT / "train_scripts"))
+
+
+@pytest.mark.parametrize("name", ["pvlf-emoji-tiny", "blip-emoji-tiny"])
+def test_checkpoints_are_small_and_complete(name):
+    files = {path.name for path in (CARDS / name).iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "results.json"} <= files
+    assert sum(path.stat().st_size for path in (CARDS / name).iterdir()) < 10e6
+
+
+@torch.no_grad()
+def test_the_emoji_checkpoint_composes():
+    model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
+    assert isinstance(model, pvlf_hf.PVLFModel) and model.dtype == torch.float32
+    processor = AutoProcessor.from_pretrained(CARDS / "pvlf-emoji-tiny")
+    picture = Image.new("RGBA", (72, 72), (255, 200, 0, 128))
+    query = model.get_query_features(**processor.process_queries(picture, "make the skin dark")).pooler_output
+    gallery = model.get_image_features(**processor.process_targets([picture])).pooler_output
+    assert query.shape == gallery.shape == (1, 128)
+
+
+def test_tables_are_what_was_measured():
+    from compare_emoji import END, START, render
+
+    table = render(json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text()))
+    for file in (CARDS / "pvlf-emoji-tiny" / "README.md", ROOT / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert text.split(START)[1].split(END)[0].strip() == table.strip(), (
+            f"{file}: run compare_emoji.py --render_only"
+        )
+
+
+def test_the_comparison_is_over_three_seeds():
+    results = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())
+    seeds = {
+        method: [r["seed"] for r in results["runs"] if r["method"] == method] for method in ("PVLF-Deep", "TransAgg")
+    }
+    assert all(len(set(s)) >= 3 for s in seeds.values()), seeds
+
+
+def test_the_backbone_card_states_its_results():
+    metrics = json.loads((CARDS / "blip-emoji-tiny" / "results.json").read_text())["metrics"]
+    card = (CARDS / "blip-emoji-tiny" / "README.md").read_text(encoding="utf-8")
+    for k in (1, 5, 10):
+        assert f"R@{k} {100 * metrics[f'recall@{k}']:.1f} %" in card.replace("\n", " ")
+
+
+@torch.no_grad()
+def test_the_shipped_model_reaches_its_numbers():
+    """The plain tier again: the committed weights are those that were measured."""
+    results = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())
+    run = next(r for r in results["runs"] if r["method"] == "PVLF-Deep" and r["seed"] == 0)
+    measured = next(e for e in run["evaluations"] if e["benchmark"].endswith("plain"))["metrics"]
+    benchmark = pvlf_hf.load_emoji_cir("test", "plain")
+    model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
+    processor = AutoProcessor.from_pretrained(CARDS / "pvlf-emoji-tiny")
+    again = pvlf_hf.evaluate(model, processor, benchmark, batch_size=128, progress=False).metrics
+    for name, value in measured.items():
+        assert again[name] == pytest.approx(value, abs=0.004), name  # weights are stored in half precision
+    image_only = next(
+        b for b in results["baselines"] if b["method"] == "Image-only" and b["benchmark"].endswith("plain")
+    )
+    for k in (1, 5, 10):
+        assert again[f"recall@{k}"] > 2 * image_only["metrics"][f"recall@{k}"]

@@ -1,0 +1,120 @@
+"""The scripts, as people run them: in their own process, with files on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny import make_model, make_processor
+from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "train_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+
+def run(script, *arguments, fails=False):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny BLIP checkpoint, eight squares, and a table of triplets."""
+    folder = tmp_path_factory.mktemp("files")
+    model = make_model()
+    blip = BlipForImageTextRetrieval(model.config.vl_config)
+    for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
+        setattr(blip, name, getattr(model.backbone, name))
+    blip.save_pretrained(folder / "blip")
+    make_processor().tokenizer.save_pretrained(folder / "blip")
+    colours = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
+    (folder / "photos").mkdir()
+    for colour in colours:
+        Image.new("RGB", (40, 32), colour).save(folder / "photos" / f"{colour}.jpg")
+    rows = [f"{a}.jpg,but {b},{b}.jpg" for a in colours for b in colours if a != b]
+    (folder / "triplets.csv").write_text("\n".join(["reference,caption,target", *rows]))
+    return folder
+
+
+def flags(files, output_dir, *more):
+    return [
+        f"--model={files / 'blip'}",
+        f"--output_dir={output_dir}",
+        f"--train_file={files / 'triplets.csv'}",
+        f"--validation_file={files / 'triplets.csv'}",
+        f"--image_folder={files / 'photos'}",
+        "--fusion_heads=4",
+        "--fusion_ffn_size=40",
+        "--per_device_train_batch_size=8",
+        "--max_steps=4",
+        "--save_steps=2",
+        *more,
+    ]
+
+
+def test_training_on_own_files_resumes_and_reloads(files, tmp_path):
+    whole = run("train_pvlf.py", *flags(files, tmp_path / "whole"))
+    assert "must be trained before use" in whole
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    (evaluation,) = results["evaluations"]
+    assert evaluation["counts"] == {"queries": 56, "gallery": 8}
+    assert results["training"]["finetuning"] == "both" and results["environment"]["torch"]
+    model = AutoModel.from_pretrained(tmp_path / "whole")
+    assert model.config.num_prompts == 25 and model.config.prompt_depth == 2  # the paper's
+    assert AutoProcessor.from_pretrained(tmp_path / "whole").image_processor.crop_size["height"] == 32
+
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "parts" / "checkpoint-2")  # as if killed after step 2
+    run("train_pvlf.py", *flags(files, tmp_path / "parts"))
+    again = AutoModel.from_pretrained(tmp_path / "parts")
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert a.equal(b), name
+
+
+def test_a_recipe_and_flags_that_override_it(files, tmp_path):
+    from train_pvlf import parse_arguments
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"method": "transagg", "learning_rate": 0.002, "seed": 3, "bf16": False}))
+    model_args, _, args = parse_arguments([str(recipe), f"--output_dir={tmp_path}", "--seed", "4"])
+    assert (model_args.method, args.learning_rate, args.seed, args.bf16) == ("transagg", 0.002, 4, False)
+    model_args.model = str(files / "blip")
+    config = model_args.build().config
+    assert (config.num_prompts, config.prompt_depth, config.gamma) == (1, 1, 0.0)
+
+
+def test_every_recipe_can_be_read(tmp_path):
+    from train_pvlf import parse_arguments
+
+    recipes = sorted((SCRIPTS / "configs").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        model_args, data_args, _ = parse_arguments([str(recipe), f"--output_dir={tmp_path}"])
+        assert (ROOT / model_args.model).is_dir() and data_args.dataset == "emoji-cir"
+
+
+def test_every_topology_is_known_to_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    topologies = {path.stem: load_config_from_file(str(path)) for path in (SCRIPTS / "accelerate").glob("*.yaml")}
+    assert topologies.keys() == {"single_gpu", "multi_gpu", "multi_node", "fsdp"}
+    assert str(topologies["fsdp"].distributed_type) == "DistributedType.FSDP"
+    assert topologies["multi_node"].num_machines == 2
+
+
+def test_missing_data_is_said(files, tmp_path):
+    said = run("train_pvlf.py", f"--model={files / 'blip'}", f"--output_dir={tmp_path}", fails=True)
+    assert "pass --train_file and --image_folder, or --dataset emoji-cir" in said
+
+
+@pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "compare_emoji.py", "pretrain_emoji_backbone.py"])
+def test_help_teaches(script):
+    assert "usage" in run(script, "--help")
