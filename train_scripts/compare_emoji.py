@@ -2,8 +2,9 @@
 
     python train_scripts/compare_emoji.py --seeds 0 1 2
 
-Writes every run's numbers to `model_cards/pvlf-emoji-tiny/results.json` and renders them into the tables of that card
-and of README.md. Interrupted, the same command goes on with the runs that are missing. `--render_only` just renders.
+Writes every run's numbers to `model_cards/pvlf-emoji-tiny/results.json`, renders them into the tables of that card and
+of README.md, and makes the first seed's PVLF-Deep the card's checkpoint. Interrupted, the same command goes on with the
+runs that are missing; runs of another recipe are refused. `--render_only` just renders.
 """
 
 import argparse
@@ -17,12 +18,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from demo import draw_sheet
+from train_pvlf import baselines, changed_arguments, parse_arguments
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import load_emoji_cir
+from pvlf_hf.emoji_cir import TIERS
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
 CARD = ROOT / "model_cards" / "pvlf-emoji-tiny"
 METHODS = {"PVLF-Deep": [], "PVLF-Shallow": ["--prompt_depth=1"], "TransAgg": ["--method=transagg"]}
 BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
-TIERS = ("plain", "paraphrased", "brief")
 START, END = "<!-- emoji-cir results: written by train_scripts/compare_emoji.py -->", "<!-- end of results -->"
 
 
@@ -35,12 +42,14 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json anew")
     args = parser.parse_args()
+    args.output_dir = args.output_dir.resolve()
     if not args.render_only:
         steps = [f"--max_steps={args.max_steps}"] if args.max_steps else []
         runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, steps) for s, m in product(args.seeds, METHODS)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: train_one(*run), runs))
-        results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baselines()}
+        results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baseline_entries()}
+        publish(args.output_dir / f"PVLF-Deep-seed{args.seeds[0]}")
         (CARD / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     table = render(json.loads((CARD / "results.json").read_text()))
     for file in (CARD / "README.md", ROOT / "README.md"):
@@ -50,12 +59,17 @@ def main() -> None:
 
 def train_one(method: str, seed: int, folder: Path, jobs: int, steps: list[str]) -> None:
     """One run of train_pvlf.py in its own process, unless its results are there."""
+    arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *steps]
     if (folder / "results.json").exists():
+        model_args, _, training_args = parse_arguments(arguments)
+        wanted = {"model": vars(model_args), "training": changed_arguments(training_args)}
+        recorded = json.loads((folder / "results.json").read_text())
+        if {name: recorded[name] for name in wanted} != json.loads(json.dumps(wanted)):
+            raise ValueError(f"{folder} holds a run of another recipe; delete it or choose another --output_dir")
         return
     folder.mkdir(parents=True, exist_ok=True)
     print(f"training {method}, seed {seed}; progress in {folder / 'log.txt'}", flush=True)
-    command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), str(RECIPE)]
-    command += [f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *steps]
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), *arguments]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (folder / "log.txt").open("w") as log:
@@ -69,20 +83,21 @@ def collect(method: str, seed: int, folder: Path) -> dict[str, Any]:
     return {"method": method, "seed": seed, **json.loads((folder / "results.json").read_text())}
 
 
-def baselines() -> list[dict[str, Any]]:
+def baseline_entries() -> list[dict[str, Any]]:
     """The untrained ways to compose, by the dual encoder alone; they have no seed."""
-    from train_pvlf import evaluate_all
+    evaluations = baselines(str(ROOT / "model_cards" / "blip-emoji-tiny"), [load_emoji_cir("test", t) for t in TIERS])
+    labels = {method: label for label, method in BASELINES.items()}
+    return [{"method": labels[e.method], "benchmark": e.benchmark, "metrics": e.metrics} for e in evaluations]
 
-    from pvlf_hf import PVLFModel, PVLFProcessor, load_emoji_cir
 
-    name = str(ROOT / "model_cards" / "blip-emoji-tiny")
-    model, processor = PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
-    benchmarks = [load_emoji_cir("test", tier) for tier in TIERS]
-    return [
-        {"method": label, "benchmark": e.benchmark, "metrics": e.metrics}
-        for label, method in BASELINES.items()
-        for e in evaluate_all(model, processor, benchmarks, method=method)
-    ]
+def publish(folder: Path) -> None:
+    """Makes the model card's checkpoint of a finished run: weights in float16, which load as float32, and a sheet."""
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    draw_sheet(model, processor, load_emoji_cir("test", "plain")).save(CARD / "retrievals.png", optimize=True)
+    model.half().save_pretrained(CARD)
+    model.config.dtype = "float32"
+    model.config.save_pretrained(CARD)
+    processor.save_pretrained(CARD)
 
 
 def render(results: dict[str, Any]) -> str:

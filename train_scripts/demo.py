@@ -9,10 +9,19 @@ Writes to `outputs/demo`: the fine-tuned model, `results.md` (PVLF beside its ba
 import json
 import shutil
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
-import torch
-from train_pvlf import DataArguments, ModelArguments, evaluate_all, parse_arguments, train
+from PIL import Image
+from train_pvlf import (
+    DataArguments,
+    ModelArguments,
+    baselines,
+    changed_arguments,
+    evaluate_all,
+    parse_arguments,
+    train,
+)
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from pvlf_hf import (
@@ -21,7 +30,6 @@ from pvlf_hf import (
     PVLFModel,
     PVLFProcessor,
     PVLFTrainingArguments,
-    evaluate,
     load_emoji_cir,
     write_results,
 )
@@ -66,7 +74,7 @@ def main() -> None:
     say(1, "EmojiCIR: pictures by seven artists; Google's are the gallery and never trained on")
     benchmarks = [first_queries(load_emoji_cir("test", tier), demo.queries) for tier in TIERS]
     say(2, "Baselines with the pretrained encoder alone")
-    evaluations = evaluate_baselines(model_args.model, benchmarks[0])
+    evaluations = baselines(model_args.model, benchmarks[:1])
     say(3, f"Fine-tuning PVLF with the HF Trainer, {demo.max_steps} steps")
     fine_tune(model_args, data_args, args)
     say(4, "Reloading with AutoModel and searching the unseen artist's pictures")
@@ -76,7 +84,7 @@ def main() -> None:
     write_results(folder / "results.json", evaluations, seed=demo.seed, max_steps=demo.max_steps)
     (folder / "results.md").write_text(results_table(evaluations), encoding="utf-8")
     say(5, "Drawing the sheet")
-    draw_sheet(model, processor, benchmarks[0], evaluations[-len(TIERS)]).save(folder / "retrievals.png")
+    draw_sheet(model, processor, benchmarks[0]).save(folder / "retrievals.png")
     print("\n" + (folder / "results.md").read_text())
     print(f"See {folder / 'retrievals.png'} and {folder / 'results.md'}; the model is in {args.output_dir}")
 
@@ -92,21 +100,18 @@ def first_queries(benchmark: CIRBenchmark, number: int) -> CIRBenchmark:
     return CIRBenchmark(benchmark.name, queries, benchmark.gallery, benchmark.protocol)
 
 
-def evaluate_baselines(backbone: str, benchmark: CIRBenchmark) -> list[Evaluation]:
-    """Image-only, Text-only and their sum, by the dual encoder that PVLF is built on."""
-    model, processor = PVLFModel.from_vl_pretrained(backbone), PVLFProcessor.from_vl_pretrained(backbone)
-    gallery = encode_gallery(model, processor, benchmark.gallery)
-    return [
-        evaluate(model, processor, benchmark, method, gallery_embeds=gallery)
-        for method in ("image", "text", "image+text")
-    ]
-
-
 def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTrainingArguments) -> None:
-    """Trains, unless the folder holds the model of an earlier run with the same settings."""
+    """Trains, unless the folder holds the model of an earlier run with the same settings.
+
+    Raises:
+        ValueError: if the folder holds something that the demo did not make.
+    """
     folder = Path(args.output_dir)
-    settings = {"model": vars(model_args), "max_steps": args.max_steps, "seed": args.seed}
+    backbone = sha256((Path(model_args.model) / "model.safetensors").read_bytes()).hexdigest()
+    settings = {"model": vars(model_args), "backbone": backbone, "training": changed_arguments(args)}
     record = folder / "demo_settings.json"
+    if folder.exists() and any(folder.iterdir()) and not record.exists():
+        raise ValueError(f"{folder} holds something that the demo did not make; choose another --output_dir")
     same = record.exists() and json.loads(record.read_text()) == json.loads(json.dumps(settings))
     if same and (folder / "model.safetensors").exists():
         print(f"{folder} holds this model already; delete the folder to train anew")
@@ -141,19 +146,17 @@ def results_table(evaluations: list[Evaluation]) -> str:
     )
 
 
-@torch.inference_mode()
-def draw_sheet(
-    model: PVLFModel, processor: PVLFProcessor, benchmark: CIRBenchmark, evaluation: Evaluation, rows: int = 8
-) -> object:
-    """Queries spread over the kinds of change, as they fall: hits and misses alike."""
+def draw_sheet(model: PVLFModel, processor: PVLFProcessor, benchmark: CIRBenchmark, rows: int = 8) -> Image.Image:
+    """Queries spread over the kinds of change, as they fall: the first of each kind, hit or miss."""
     first_of_kind: dict[str, int] = {}
     for row, kind in enumerate(benchmark.queries["attribute"]):
         first_of_kind.setdefault(kind, row)
     chosen = list(first_of_kind.values())[:rows]
     gallery = encode_gallery(model, processor, benchmark.gallery, progress=False)
-    queries = encode_queries(model, processor, benchmark.queries, progress=False)
+    queries = encode_queries(model, processor, benchmark.queries.select(chosen), progress=False)
+    shown = CIRBenchmark(benchmark.name, benchmark.queries.select(chosen), benchmark.gallery)
     return retrieval_sheet(
-        sheet_rows(benchmark, queries, gallery, chosen),
+        sheet_rows(shown, queries, gallery, list(range(len(chosen)))),
         title="PVLF on EmojiCIR: pictures by an artist it never saw",
         attribution=ATTRIBUTION,
     )

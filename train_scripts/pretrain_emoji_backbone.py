@@ -1,9 +1,9 @@
 """Pretrains the tiny BLIP-shaped dual encoder that `make demo` builds PVLF on (`model_cards/blip-emoji-tiny`).
 
 Image-text contrastive on the emoji of the six training vendors, with their CLDR names as captions. Google's pictures,
-EmojiCIR's gallery, are never read. Several vendors draw every name, so the loss takes every picture of a name as its
-positive. Half of a batch's worth of difficulty is made: pictures come in groups of look-alikes ("woman running" in
-all skin tones), otherwise the few negatives that matter would seldom meet.
+EmojiCIR's gallery, are never trained on. Several vendors draw every name, so the loss takes every picture of a name as
+its positive. Pictures come in groups of look-alikes ("woman running" in all skin tones), otherwise the few negatives
+that matter would seldom meet.
 
     python train_scripts/pretrain_emoji_backbone.py --output_dir outputs/blip-emoji-tiny
 
@@ -55,7 +55,7 @@ class PretrainingArguments(TrainingArguments):
     """Training arguments with this script's defaults; every one is ours, there is no published recipe."""
 
     output_dir: str = field(default="outputs/blip-emoji-tiny", metadata={"help": "Where checkpoints and model go."})
-    num_train_epochs: float = field(default=40, metadata={"help": "Passes over the 19,000 pictures."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Epochs of 18,706 draws."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Pictures, and so captions, a step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -265,7 +265,7 @@ def save(blip: BlipForImageTextRetrieval, processor: PVLFProcessor, folder: Path
 
 @torch.inference_mode()
 def measure(folder: Path) -> None:
-    """Writes to `results.json` how well Google's 3,633 pictures, never read until here, are found by their names."""
+    """Writes to `results.json` how well Google's 3,633 pictures, never trained on, are found by their names."""
     model, processor = PVLFModel.from_vl_pretrained(str(folder)), PVLFProcessor.from_vl_pretrained(str(folder))
     pictures = load_emoji_pictures([TEST_VENDOR])
     gallery = encode_gallery(model, processor, pictures)

@@ -17,6 +17,7 @@ resumes from the last checkpoint in `--output_dir`. The folder then holds model,
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from pvlf_hf import (
     load_triplets,
     write_results,
 )
+from pvlf_hf.configuration_pvlf import TRANSAGG
 from pvlf_hf.emoji_cir import TIERS
-from pvlf_hf.evaluation import encode_gallery
+from pvlf_hf.evaluation import QueryMethod, encode_gallery
 
 
 @dataclass
@@ -71,7 +73,7 @@ class ModelArguments:
 
     def build(self) -> PVLFModel:
         """The model on its pretrained dual encoder, fusion and aggregation fresh."""
-        baseline = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0} if self.method == "transagg" else {}
+        baseline = TRANSAGG if self.method == "transagg" else {}
         given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
         return PVLFModel.from_vl_pretrained(self.model, **{**baseline, **given})
 
@@ -89,6 +91,8 @@ class DataArguments:
 
     def load(self) -> tuple[Dataset, CIRBenchmark | None]:
         """Training triplets and validation benchmark."""
+        if self.dataset and (self.train_file or self.validation_file):
+            raise ValueError("--dataset and --train_file or --validation_file exclude each other")
         if self.dataset == "emoji-cir":
             return load_emoji_cir_train(), load_emoji_cir("validation")
         if not (self.train_file and self.image_folder):
@@ -126,7 +130,7 @@ def train(
     triplets, validation = data_args.load()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
     trainer.save_model()
     benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
     evaluations = evaluate_all(trainer.model, processor, benchmarks)
@@ -137,17 +141,26 @@ def train(
 
 
 def evaluate_all(
-    model: Any, processor: PVLFProcessor, benchmarks: list[CIRBenchmark], **kwargs: Any
+    model: Any,
+    processor: PVLFProcessor,
+    benchmarks: list[CIRBenchmark],
+    methods: tuple[QueryMethod, ...] = ("pvlf",),
 ) -> list[Evaluation]:
-    """Evaluates on benchmarks, encoding a gallery that several of them share only once."""
+    """Evaluates on benchmarks by one or several methods, encoding a gallery that they share only once."""
     galleries: dict[str, Any] = {}
     evaluations = []
-    for benchmark in benchmarks:
+    for method, benchmark in product(methods, benchmarks):
         key = benchmark.gallery._fingerprint
         if key not in galleries:
             galleries[key] = encode_gallery(model, processor, benchmark.gallery)
-        evaluations.append(evaluate(model, processor, benchmark, gallery_embeds=galleries[key], **kwargs))
+        evaluations.append(evaluate(model, processor, benchmark, method, gallery_embeds=galleries[key]))
     return evaluations
+
+
+def baselines(name: str, benchmarks: list[CIRBenchmark]) -> list[Evaluation]:
+    """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    model, processor = PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
+    return evaluate_all(model, processor, benchmarks, ("image", "text", "image+text"))
 
 
 def changed_arguments(args: PVLFTrainingArguments) -> dict[str, Any]:
@@ -160,15 +173,18 @@ def changed_arguments(args: PVLFTrainingArguments) -> dict[str, Any]:
 
 
 def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:
-    """Flags, or a YAML recipe followed by flags that override it."""
+    """Flags, or a YAML recipe followed by flags that override it; a recipe's model folder is relative to the clone."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PVLFTrainingArguments), description=__doc__)
     if command_line and command_line[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(command_line[0]).read_text())
-        from_recipe = [
-            f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in recipe.items()
-        ]
-        command_line = [*from_recipe, *command_line[1:]]
-    return parser.parse_args_into_dataclasses(command_line)
+        recipe = yaml.safe_load(Path(command_line[0]).read_text()) or {}
+        given = {name: value for name, value in recipe.items() if value is not None}
+        flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
+        command_line = [*flags, *command_line[1:]]
+    model_args, data_args, args = parser.parse_args_into_dataclasses(command_line)
+    in_clone = Path(__file__).resolve().parents[1] / model_args.model
+    if in_clone.is_dir() and not Path(model_args.model).exists():
+        model_args.model = str(in_clone)
+    return model_args, data_args, args
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import (
 class DualEncoder(nn.Module):
     """A pretrained image encoder and text encoder that project *every* token to one joint width `d`.
 
-    Subclasses set the four modules below and the two `*_features` methods.
+    Subclasses build the modules that `vision_modules` and `text_modules` name, and define the two `*_tokens` methods.
 
     Attributes:
         pretrained_class: the Transformers class whose checkpoints hold these weights.

@@ -1,5 +1,6 @@
 """Configuration of PVLF. Travels with checkpoints, so it imports nothing of this package."""
 
+from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,9 @@ from transformers.configuration_utils import SubConfigSpec
 
 # model_type of the dual encoder -> the field of its config that holds the joint (projected) width d.
 JOINT_WIDTH_FIELD = {"blip": "image_text_hidden_size", "clip": "projection_dim"}
+
+# What PVLF is to be its baseline: one shallow prompt (the separator token) and plain cross-entropy.
+TRANSAGG = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0}
 
 CHOICES = {
     "residual": ("pre_norm", "paper"),
@@ -88,7 +92,7 @@ class PVLFConfig(PreTrainedConfig):
     fusion_heads: int = 8
     fusion_ffn_size: int = 2048
     dropout: float | int = 0.5
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     residual: str = "pre_norm"
     aggregation_mlp_input: str = "fused"
     aggregation_sum_input: str = "encoder"
@@ -100,6 +104,9 @@ class PVLFConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vl_config is None:
             self.vl_config = BLIP_BASE
+        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
+            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
+        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
         super().__post_init__(**kwargs)
         if self.vl_config.model_type == "blip":
             # PVLF reads BLIP's text tower without cross-attention; as a decoder it would carry 28 M idle weights.
@@ -165,7 +172,7 @@ class PVLFConfig(PreTrainedConfig):
         Args:
             kwargs: any argument of [`PVLFConfig`], `vl_config` for instance.
         """
-        return cls(**{"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0, **kwargs})
+        return cls(**{**TRANSAGG, **kwargs})
 
 
 PVLFConfig.register_for_auto_class()

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
-from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
+
+from .image_processing_pvlf import open_rgb
 
 TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
 """`reference` and `target`: `datasets.Image`; `caption`: the relative caption; `target_id`: str, equal for targets
@@ -42,7 +43,8 @@ class CIRBenchmark:
             results.
 
     Raises:
-        ValueError: if a column is missing, an id is not in the gallery, or gallery ids repeat.
+        ValueError: if there are no queries or no gallery, a column is missing, an id is not in the gallery, gallery
+            ids repeat, a caption is empty, a target is its own reference, or a subset lacks its target.
     """
 
     name: str
@@ -53,21 +55,32 @@ class CIRBenchmark:
     def __post_init__(self) -> None:
         check_columns(self.queries, QUERY_COLUMNS, f"queries of {self.name}")
         check_columns(self.gallery, GALLERY_COLUMNS, f"gallery of {self.name}")
-        ids = list(self.gallery["image_id"])
-        known = set(ids)
-        if len(known) != len(ids):
-            repeated = [i for i, count in Counter(ids).items() if count > 1][:3]
+        if not len(self.queries) or not len(self.gallery):
+            raise ValueError(f"{self.name}: {len(self.queries)} queries and {len(self.gallery)} gallery images")
+        ids = Counter(self.gallery["image_id"])
+        if repeated := [i for i, count in ids.items() if count > 1][:3]:
             raise ValueError(f"gallery of {self.name}: image_id must be unique, repeated: {repeated}")
-        named = {column: set(self.queries[column]) for column in ("reference_id", "target_id")}
+        references, targets = list(self.queries["reference_id"]), list(self.queries["target_id"])
+        named = {"reference_id": references, "target_id": targets}
         if "subset_ids" in self.queries.column_names:
-            named["subset_ids"] = set(chain.from_iterable(self.queries["subset_ids"]))
+            subsets = list(self.queries["subset_ids"])
+            named["subset_ids"] = list(chain.from_iterable(subsets))
+            self._check_rows(
+                [t not in s for t, s in zip(targets, subsets, strict=True)], "lack the target in subset_ids"
+            )
         for column, ids_of_queries in named.items():
-            missing = sorted(ids_of_queries - known)
-            if missing:
+            if missing := sorted(set(ids_of_queries) - ids.keys(), key=str):
                 raise ValueError(
                     f"queries of {self.name}: {len(missing)} {column} not in the gallery, first: {missing[:3]}. "
                     "Add these images to the gallery or drop the queries."
                 )
+        self._check_rows([not str(c or "").strip() for c in self.queries["caption"]], "have an empty caption")
+        same = [r == t for r, t in zip(references, targets, strict=True)]
+        self._check_rows(same, "have their reference as target, which is left out of the ranking")
+
+    def _check_rows(self, bad: list[bool], what: str) -> None:
+        if rows := [row for row, is_bad in enumerate(bad) if is_bad]:
+            raise ValueError(f"queries of {self.name}: {len(rows)} {what}, first rows: {rows[:3]}; mend or drop them")
 
 
 def check_columns(dataset: Dataset, required: tuple[str, ...], what: str) -> None:
@@ -85,13 +98,13 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
 
     Args:
         file: CSV, JSON Lines or Parquet with columns `reference`, `caption`, `target` (file names inside
-            `image_folder`), and optionally `target_id` (by default the target's file name).
+            `image_folder`), and optionally `target_id`, equal for targets that must not be each other's negatives (by
+            default the target's file name).
         image_folder: where the images are.
         check_images: open every image once, so that a broken one is named now and not hours into training.
 
     Returns:
-        A dataset with `TRIPLET_COLUMNS` and `reference_id` (the picture's `target_id` where it is also a target, else
-        its file name), images decoded lazily.
+        A dataset with `TRIPLET_COLUMNS`, `reference_id` and `target_image_id` (the file names), images decoded lazily.
 
     Raises:
         ValueError: if the file type or a column is wrong, a cell is empty, a file name leaves the folder, or images
@@ -104,9 +117,16 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
     if not file.is_file():
         raise ValueError(f"{file}: no such file; it should list reference, caption and target of each triplet")
     # Left alone, pandas reads names made of digits as numbers, and the caption "None" as no caption.
-    as_text = {"converters": dict.fromkeys(TRIPLET_COLUMNS, str), "keep_default_na": False}
+    as_text = {"converters": dict.fromkeys(TRIPLET_COLUMNS, str), "keep_default_na": False, "index_col": False}
     options = as_text if file.suffix == ".csv" else {}
-    table = load_dataset(readers[file.suffix], data_files=str(file), split="train", **options)
+    try:
+        table = load_dataset(readers[file.suffix], data_files=str(file), split="train", **options)
+    except Exception as error:  # the readers wrap whatever they meet in an error that does not say what
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{file}: cannot be read ({reason}). It must be UTF-8, have a header and at least one row, and captions "
+            "with commas must be quoted."
+        ) from error
     check_columns(table, ("reference", "caption", "target"), str(file))
     cells = {
         column: ["" if cell is None else str(cell) for cell in table[column]]
@@ -120,14 +140,13 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
             )
     references, targets = cells["reference"], cells["target"]
     check_image_files(image_folder, sorted({*references, *targets}), open_them=check_images)
-    target_ids = cells.get("target_id", targets)
-    id_of = dict(zip(targets, target_ids, strict=True))
     columns = {
         "reference": [str(image_folder / name) for name in references],
-        "reference_id": [id_of.get(name, name) for name in references],
+        "reference_id": references,
         "caption": cells["caption"],
         "target": [str(image_folder / name) for name in targets],
-        "target_id": target_ids,
+        "target_id": cells.get("target_id", targets),
+        "target_image_id": targets,
     }
     return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
 
@@ -139,16 +158,17 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
         name: names the benchmark in results.
         triplets: as [`load_triplets`] returns them.
     """
-    check_columns(triplets, (*TRIPLET_COLUMNS, "reference_id"), name)
-    ids = [*triplets["reference_id"], *triplets["target_id"]]
+    check_columns(triplets, (*TRIPLET_COLUMNS, "reference_id", "target_image_id"), name)
+    ids = [*triplets["reference_id"], *triplets["target_image_id"]]
     first_row = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
     pictures = concatenate_datasets(
         [triplets.select_columns(c).rename_column(c, "image") for c in ("reference", "target")]
     )
     gallery = pictures.select(first_row.values()).add_column("image_id", list(first_row))
+    queries = triplets.select_columns(["reference", "reference_id", "caption", "target_image_id"])
     return CIRBenchmark(
         name=name,
-        queries=triplets.select_columns([*QUERY_COLUMNS]),
+        queries=queries.rename_column("target_image_id", "target_id"),
         gallery=gallery,
         protocol={"gallery": "every picture of the triplets", "reference": "left out of its query's ranking"},
     )
@@ -175,11 +195,10 @@ def check_image_files(folder: Path, names: list[str], open_them: bool = True) ->
 
 
 def unreadable(file: Path) -> str | None:
-    """Why Pillow cannot decode the file, or None if it can."""
+    """Why the image processor cannot decode the file, or None if it can."""
     try:
-        with PILImage.open(file) as picture:
-            picture.load()
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        open_rgb(file)
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
         return str(error)
     return None
 
@@ -209,7 +228,7 @@ class PVLFCollator:
             target_images=[row["target"] for row in rows],
             return_tensors="pt",
         )
-        return {**batch, "target_ids": torch.tensor([id_number(row["target_id"]) for row in rows])}
+        return {**batch, "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows])}
 
 
 def id_number(name: str) -> int:

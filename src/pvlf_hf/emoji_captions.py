@@ -691,10 +691,12 @@ def _word(slot: str, value: str, style: str, key: str) -> str:
 def _with_article(slot: str, value: str) -> str:
     """`"apple"` -> `"an apple"`; predicates ("running"), plurals and mass nouns stay as they are."""
     is_noun = slot in _NOUN_SLOTS or (slot == "role" and value not in ACTIVITIES and value in (*OCCUPATIONS, "ninja"))
-    plural = value.endswith("s") and not value.endswith(("ss", "us", "glasses"))
+    head = value.split(" with ")[0]
+    plural = head.endswith("s") and not head.endswith(("ss", "us", "hourglass"))
     if not is_noun or plural or value in _MASS_NOUNS:
         return value
-    return f"an {value}" if value[0].lower() in "aeio" else f"a {value}"
+    vowel = value[0].lower() in "aeio" or value.startswith(("um", "un", "up")) and not value.startswith("uni")
+    return f"an {value}" if vowel else f"a {value}"
 
 
 def _comparison(slot: str, old: str, new: str) -> str | None:

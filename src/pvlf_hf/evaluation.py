@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .data import CIRBenchmark
@@ -91,7 +92,8 @@ def evaluate(
     ranks = target_ranks(query_embeds, gallery_embeds, target, reference)
     in_subset = None
     if "subset_ids" in queries.column_names:
-        subset = torch.tensor([[row_of[i] for i in ids] for ids in queries["subset_ids"]])
+        subsets = [torch.tensor([row_of[i] for i in ids]) for ids in queries["subset_ids"]]
+        subset = pad_sequence(subsets, batch_first=True, padding_value=-1)
         in_subset = subset_ranks(query_embeds, gallery_embeds, subset, target, reference)
     return Evaluation(
         benchmark=benchmark.name,
@@ -177,12 +179,25 @@ def _encode(
         batches = dataset.select(share).iter(batch_size=batch_size)
         total = -(-len(share) // batch_size)
         bar = tqdm(batches, desc=f"encoding {what}", total=total, disable=not (progress and state.is_main_process))
-        embeds = torch.cat([encode(rows).float().cpu() for rows in bar])
+        try:
+            embeds = torch.cat([encode(rows).float().cpu() for rows in bar])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what}: {_first_unreadable(dataset, share)}{error}") from error
     model.train(was_training)
     if state.num_processes == 1:
         return embeds
     by_row = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
     return torch.stack([by_row[row] for row in range(len(dataset))])
+
+
+def _first_unreadable(dataset: Dataset, rows: list[int]) -> str:
+    """Names the first row whose picture does not decode; the error of a whole batch does not say which it is."""
+    for row in rows:
+        try:
+            dataset[row]
+        except OSError:
+            return f"the picture of row {row} cannot be read, replace it or drop the row: "
+    return ""
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -208,15 +223,23 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and commit that a result was measured with; commit is None outside a git checkout and without git."""
+    """Versions and commit that a result was measured with; commit is None where this file is not under git."""
     packages = ("pvlf-hf", "torch", "transformers", "accelerate", "datasets", "pillow")
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+
     try:
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
+        # Installed into a virtual environment inside somebody's repository, that commit is not ours.
+        tracked = git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0
+        return git("describe", "--always", "--dirty", "--abbrev=40").stdout.strip() or None if tracked else None
     except FileNotFoundError:
-        commit = None
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "commit": commit}
+        return None
 
 
 __all__ = [

@@ -307,7 +307,7 @@ class PVLFModel(PVLFPreTrainedModel):
             name_or_path: Hub name or local folder of a `BlipForImageTextRetrieval`
                 (`Salesforce/blip-itm-base-coco` is the paper's) or `CLIPModel` checkpoint.
             kwargs: settings of [`PVLFConfig`] (`num_prompts=10`); the rest is passed to `from_pretrained`
-                (`revision`, `token`, `cache_dir`, ...).
+                (`revision`, `token`, `cache_dir`, ...). `attn_implementation` is that of the fusion Transformer.
 
         Returns:
             the model in eval mode. A log message says which weights are new.
@@ -317,12 +317,19 @@ class PVLFModel(PVLFPreTrainedModel):
         """
         # Annotations are the fields of this class alone: dtype, which is inherited, goes to from_pretrained.
         settings = {k: kwargs.pop(k) for k in PVLFConfig.__annotations__ if k in kwargs}
+        if refused := {"vl_config", "device_map"} & {*settings, *kwargs}:
+            raise ValueError(
+                f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
+            )
+        attention = kwargs.pop("attn_implementation", None)
         vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = PVLFConfig(vl_config=vl_config, **settings)
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
         model = cls(config)
         model.backbone = encoder
         model.to(dtype=next(encoder.parameters()).dtype)  # type: ignore[call-arg]
+        if attention is not None:
+            model.set_attn_implementation({"": attention})  # of the fusion; Transformers' BLIP has eager only
         new = sorted(n for n, _ in model.named_parameters() if not n.startswith("backbone."))
         logger.warning(
             f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the fusion "

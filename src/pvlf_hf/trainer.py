@@ -54,6 +54,12 @@ class PVLFTrainer(Trainer):
             )
         if getattr(train_dataset, "column_names", None) is not None:
             check_columns(train_dataset, TRIPLET_COLUMNS, "train_dataset")
+            rows = args.train_batch_size * args.world_size
+            if args.dataloader_drop_last and len(train_dataset) < rows:
+                raise ValueError(
+                    f"train_dataset has {len(train_dataset)} rows, a step takes {rows} and shorter batches are "
+                    "dropped: lower per_device_train_batch_size"
+                )
         model.set_finetuning(args.finetuning)
         super().__init__(
             model=model,
@@ -114,13 +120,13 @@ class PVLFTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """A cosine for every group, down to the same floor `min_lr_ratio * learning_rate`; no restart within a run."""
+        """A cosine for every group, down to `min_lr_ratio * learning_rate` or its own rate if that is lower."""
         if self.lr_scheduler is None:
             its_optimizer: Any = optimizer or self.optimizer
             floor = self.args.min_lr_ratio * self.args.learning_rate
             warmup = self.args.get_warmup_steps(num_training_steps)
             factors: list[Callable[[int], float]] = [
-                partial(_cosine_factor, warmup=warmup, total=num_training_steps, floor=floor / group["lr"])
+                partial(_cosine_factor, warmup=warmup, total=num_training_steps, floor=min(1.0, floor / group["lr"]))
                 for group in its_optimizer.param_groups
             ]
             self.lr_scheduler = LambdaLR(its_optimizer, factors)
@@ -175,7 +181,7 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 def _cosine_factor(step: int, warmup: int, total: int, floor: float) -> float:
-    """Learning rate at a step as a share of the group's own, from 1 down (or up) to `floor`."""
+    """Learning rate at a step as a share of the group's own, from 1 down to `floor`."""
     if step < warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -22,8 +22,8 @@ class PVLFTrainingArguments(TrainingArguments):
         encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
             Learning rate of the encoders' weights (TransAgg).
         min_lr_ratio (`float`, *optional*, defaults to 0.01):
-            The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`). With the
-            defaults that floor is the encoders' own rate, which therefore stays constant.
+            The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`), but never
+            above the group's own rate. With the defaults that floor is the encoders' rate, which stays constant.
         gather_negatives (`bool`, *optional*, defaults to `True`):
             With several processes, rank every query against the targets of all of them.
         decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
@@ -35,7 +35,7 @@ class PVLFTrainingArguments(TrainingArguments):
     (TransAgg; was 1), `per_device_train_batch_size` 64 (paper; was 8), `num_train_epochs` 100 (TransAgg; was 3),
     `dataloader_drop_last` True (TransAgg: a short batch has fewer negatives), `remove_unused_columns` False (the
     collator makes the model's inputs from the dataset's columns), `per_device_eval_batch_size` 64,
-    `logging_steps` 10.
+    `lr_scheduler_type` cosine, the only one (TransAgg; was linear), `logging_steps` 10.
     """
 
     finetuning: str = field(
@@ -64,12 +64,20 @@ class PVLFTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: the collator reads the columns."}
     )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Only cosine, which ends at min_lr_ratio."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self, *args: Any, **kwargs: Any) -> None:
         super().__post_init__(*args, **kwargs)
         if self.finetuning not in ("frozen", "text", "both"):
             raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
+        if self.lr_scheduler_type != "cosine":
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: PVLFTrainer has only 'cosine'")
+        if self.learning_rate <= 0 or self.encoder_learning_rate <= 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} and encoder_learning_rate={self.encoder_learning_rate} must be "
+                "positive; to leave encoders as they are, set finetuning='frozen' or 'text'"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
 
