@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="where the runs are kept")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json anew")
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
     if not args.render_only:
-        steps = [f"--max_steps={args.max_steps}"] if args.max_steps else []
-        runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, steps) for s, m in product(args.seeds, METHODS)]
+        flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
+        runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, flags) for s, m in product(args.seeds, METHODS)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: train_one(*run), runs))
         results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baseline_entries()}
@@ -57,9 +58,9 @@ def main() -> None:
     print(table)
 
 
-def train_one(method: str, seed: int, folder: Path, jobs: int, steps: list[str]) -> None:
+def train_one(method: str, seed: int, folder: Path, jobs: int, flags: list[str]) -> None:
     """One run of train_pvlf.py in its own process, unless its results are there."""
-    arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *steps]
+    arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *flags]
     if (folder / "results.json").exists():
         model_args, _, training_args = parse_arguments(arguments)
         wanted = {"model": vars(model_args), "training": changed_arguments(training_args)}

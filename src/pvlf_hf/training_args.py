@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -68,6 +69,8 @@ class PVLFTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise bf16 on a machine without accelerator is refused until one says so
         super().__post_init__(*args, **kwargs)
         if self.finetuning not in ("frozen", "text", "both"):
             raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
