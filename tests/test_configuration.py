@@ -50,6 +50,7 @@ def test_depth_follows_the_layers_unless_given():
     ("settings", "advice"),
     [
         ({"vl_config": BertConfig()}, "BlipConfig or a CLIPConfig"),
+        ({"vl_config": "blip"}, "pass a BlipConfig, a CLIPConfig or a dict"),
         ({"fusion_heads": 5}, r"does not divide the joint width 32 .* choose one of \[1, 2, 4, 8, 16\]"),
         ({"fusion_heads": 0}, "fusion_heads=0 must be at least 1"),
         ({"num_prompts": 0}, "num_prompts=0 must be at least 1"),
@@ -73,6 +74,12 @@ def test_depth_follows_the_layers_unless_given():
 def test_impossible_settings_say_what_to_change(settings, advice):
     with pytest.raises(ValueError, match=advice):
         PVLFConfig(**{"vl_config": CONFIGS["blip"], **settings})
+
+
+def test_the_callers_configuration_stays_as_it_was():
+    given = BlipConfig()
+    assert not PVLFConfig(vl_config=given).vl_config.text_config.is_decoder
+    assert given.text_config.is_decoder
 
 
 def test_a_setting_broken_later_is_refused_when_saved(tmp_path):

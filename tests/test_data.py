@@ -68,6 +68,14 @@ def test_benchmark_takes_what_fits():
         (queries(), gallery("a", "c"), r"1 target_id not in the gallery, first: \['b'\]"),
         (queries(), gallery("b", "c"), r"1 reference_id not in the gallery, first: \['a'\]"),
         (queries(subset_ids=[["a", "b", "x"]]), gallery("a", "b"), r"1 subset_ids not in the gallery, first: \['x'\]"),
+        (
+            queries(subset_ids=[["a", "c"]]),
+            gallery("a", "b", "c"),
+            r"1 lack the target in subset_ids, first rows: \[0\]",
+        ),
+        (queries(caption=[" "]), gallery("a", "b"), r"1 have an empty caption, first rows: \[0\]"),
+        (queries(target_id=["a"]), gallery("a", "b"), "1 have their reference as target"),
+        (queries().select([]), gallery("a", "b"), "toy: 0 queries and 2 gallery images"),
     ],
 )
 def test_benchmark_refuses(queries, gallery, message):
@@ -85,7 +93,9 @@ def test_triplets_from_each_kind_of_table(folder, suffix):
     else:
         file.write_text("\n".join(json.dumps(row) for row in ROWS))
     triplets = load_triplets(file, folder)
-    assert triplets.column_names == ["reference", "reference_id", "caption", "target", "target_id"]
+    assert triplets.column_names == [
+        *("reference", "reference_id", "caption", "target", "target_id", "target_image_id")
+    ]
     assert list(triplets["caption"]) == [row["caption"] for row in ROWS]
     assert list(triplets["reference_id"]) == [row["reference"] for row in ROWS]
     assert list(triplets["target_id"]) == [row["target"] for row in ROWS]
@@ -93,12 +103,36 @@ def test_triplets_from_each_kind_of_table(folder, suffix):
     assert triplets[0]["target"].getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_target_ids_name_references_too(folder):
-    rows = [{**row, "target_id": number} for row, number in zip(ROWS, (7, 8, 8), strict=True)]
+def test_shared_target_ids_leave_every_picture_in_the_gallery(folder):
+    rows = [{**row, "target_id": number} for row, number in zip(ROWS, (7, 7, 8), strict=True)]
     triplets = load_triplets(write_csv(folder, rows), folder)
-    assert list(triplets["target_id"]) == ["7", "8", "8"]
-    assert list(triplets["reference_id"]) == ["red.png", "7", "red.png"]  # one picture, one id: blue is target 7
-    assert sorted(benchmark_from_triplets("own", triplets).gallery["image_id"]) == ["7", "8", "red.png"]
+    assert list(triplets["target_id"]) == ["7", "7", "8"]
+    benchmark = benchmark_from_triplets("own", triplets)
+    assert set(benchmark.gallery["image_id"]) == {row[c] for row in ROWS for c in ("reference", "target")}
+    assert list(benchmark.queries["target_id"]) == [row["target"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".csv", "reference,caption,target\nred.png,caf\u00e9,green.png\n".encode("latin-1")),
+        (".csv", b"reference,caption,target\n"),
+        (".csv", b""),
+        (".jsonl", b'{"reference": "red.png", "caption"'),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named(folder, suffix, content):
+    file = folder.parent / f"bad{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad{suffix}: "):
+        load_triplets(file, folder)
+
+
+def test_a_comma_that_is_not_quoted_is_noticed(folder):
+    file = folder.parent / "bad.csv"
+    file.write_text("reference,caption,target\nred.png,red, but blue,green.png\n")
+    with pytest.raises(ValueError, match=r"images are not in .*, first: \[' but blue'\]"):
+        load_triplets(file, folder)
 
 
 def test_numbers_as_captions_and_names_stay_text(folder):

@@ -145,6 +145,26 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
         evaluate(tiny_model, tiny_processor, benchmark, gallery_embeds=gallery[:, :31], progress=False)
 
 
+def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
+    whole = make_benchmark()
+    subsets = list(whole.queries["subset_ids"])
+    ragged = [[i for i in subsets[0] if i != COLOURS[4]], *subsets[1:]]
+    assert whole.queries[0]["target_id"] in ragged[0] and len({len(ids) for ids in ragged}) > 1
+    queries = whole.queries.remove_columns("subset_ids").add_column("subset_ids", ragged)
+    benchmark = CIRBenchmark("ragged", queries, whole.gallery)
+    outcome = evaluate(tiny_model, tiny_processor, benchmark, progress=False)
+    assert outcome.subset_ranks[1:] == evaluate(tiny_model, tiny_processor, whole, progress=False).subset_ranks[1:]
+
+
+def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
+    draw(0).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
+    gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="gallery: the picture of row 2 cannot be read, replace it or drop the row"):
+        encode_gallery(tiny_model, tiny_processor, gallery, progress=False)
+
+
 def test_unknown_method(tiny_model, tiny_processor):
     with pytest.raises(
         ValueError, match=r"method='caption': choose one of \('pvlf', 'image', 'text', 'image\+text'\)"

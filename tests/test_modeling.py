@@ -638,6 +638,15 @@ def test_pvlf_on_a_pretrained_encoder_trains_and_saves(backbone, tmp_path):
     assert torch.equal(again(**inputs).similarity, model(**inputs).similarity)
 
 
+def test_what_from_vl_pretrained_does_not_pass_on(backbone, tmp_path):
+    save_dual_encoder(backbone, tmp_path)
+    model = PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    for refused in ({"device_map": "cpu"}, {"vl_config": CONFIGS[backbone]}):
+        with pytest.raises(ValueError, match=f"{next(iter(refused))}.*the checkpoint is its own vl_config"):
+            PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4, **refused)
+
+
 @pytest.mark.parametrize("kind", [BlipModel, BlipForConditionalGeneration])
 def test_other_blip_checkpoints_are_refused(kind, tmp_path):
     text = {**CONFIGS["blip"]["text_config"], "encoder_hidden_size": 24}

@@ -115,7 +115,7 @@ def test_evaluation_selects_the_best_checkpoint(tiny_processor, squares, benchma
         tmp_path,
         max_steps=120,
         finetuning="both",
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         encoder_learning_rate=1e-3,
         eval_strategy="steps",
         eval_steps=40,
@@ -125,7 +125,9 @@ def test_evaluation_selects_the_best_checkpoint(tiny_processor, squares, benchma
         metric_for_best_model="eval_recall@1",
         greater_is_better=True,
     )
-    trainer = PVLFTrainer(make_model(dropout=0.0), args, squares, benchmark, processing_class=tiny_processor)
+    trainer = PVLFTrainer(
+        make_model(dropout=0.0, temperature=0.1), args, squares, benchmark, processing_class=tiny_processor
+    )
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -172,6 +174,12 @@ def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
         arguments(tmp_path, finetuning="image")
     with pytest.raises(ValueError, match="remove_unused_columns"):
         arguments(tmp_path, remove_unused_columns=True)
+    with pytest.raises(ValueError, match="has only 'cosine'"):
+        arguments(tmp_path, lr_scheduler_type="linear")
+    with pytest.raises(ValueError, match="must be positive; to leave encoders as they are"):
+        arguments(tmp_path, encoder_learning_rate=0.0)
+    with pytest.raises(ValueError, match="has 5 rows, a step takes 8.*lower per_device_train_batch_size"):
+        PVLFTrainer(tiny_model, arguments(tmp_path), squares.select(range(5)), processing_class=tiny_processor)
     trainer = PVLFTrainer(clone(tiny_model), arguments(tmp_path), squares, processing_class=tiny_processor)
     with pytest.raises(ValueError, match="CIRBenchmark"):
         trainer.evaluate(squares)

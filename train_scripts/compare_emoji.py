@@ -2,8 +2,8 @@
 
     python train_scripts/compare_emoji.py --seeds 0 1 2
 
-Writes every run's numbers to `model_cards/pvlf-emoji-tiny/results.json`, renders them into the tables of that card and
-of README.md, and makes the first seed's PVLF-Deep the card's checkpoint. Interrupted, the same command goes on with the
+Writes all numbers to `model_cards/pvlf-emoji-tiny/results.json`, renders them into the tables of that card and of
+README.md, and makes the first seed's PVLF-Deep the card's checkpoint. Interrupted, the same command goes on with the
 runs that are missing; runs of another recipe are refused. `--render_only` just renders.
 """
 

@@ -321,15 +321,13 @@ class PVLFModel(PVLFPreTrainedModel):
             raise ValueError(
                 f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
             )
-        attention = kwargs.pop("attn_implementation", None)
+        attention = {"": kwargs.pop("attn_implementation", None)}  # of the fusion: Transformers' BLIP has eager only
         vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = PVLFConfig(vl_config=vl_config, **settings)
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
-        model = cls(config)
+        model = cls._from_config(config, attn_implementation=attention)
         model.backbone = encoder
-        model.to(dtype=next(encoder.parameters()).dtype)  # type: ignore[call-arg]
-        if attention is not None:
-            model.set_attn_implementation({"": attention})  # of the fusion; Transformers' BLIP has eager only
+        model.to(dtype=next(encoder.parameters()).dtype)
         new = sorted(n for n, _ in model.named_parameters() if not n.startswith("backbone."))
         logger.warning(
             f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the fusion "

@@ -1,0 +1,34 @@
+"""With torchvision installed the same PIL image processor serves: nothing chooses another backend behind one's back.
+
+There is no torchvision here; what Transformers asks about it is answered with yes, in a process of its own.
+"""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+import transformers.models.auto.image_processing_auto as auto
+auto.is_torchvision_available = lambda: True
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor
+import pvlf_hf
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+images = AutoImageProcessor.from_pretrained(sys.argv[1])
+assert type(processor.image_processor) is type(images) is pvlf_hf.PVLFImageProcessor, (processor, images)
+picture = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
+print(float(images(picture, return_tensors="pt")["pixel_values"].double().sum()))
+"""
+
+
+def test_the_same_processor_with_torchvision(tiny_processor, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    tiny_processor.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    picture = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
+    here = tiny_processor(images=picture)["pixel_values"].double().sum()
+    assert float(done.stdout.strip().splitlines()[-1]) == float(here)
