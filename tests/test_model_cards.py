@@ -23,6 +23,12 @@ def test_checkpoints_are_small_and_complete(name):
     assert sum(path.stat().st_size for path in (CARDS / name).iterdir()) < 10e6
 
 
+def test_the_code_beside_the_checkpoint_is_the_current_one():
+    sources = {path.name: path.read_text() for path in (ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")}
+    copies = {path.name: path.read_text() for path in (CARDS / "pvlf-emoji-tiny").glob("*.py")}
+    assert copies == sources, "run `python train_scripts/compare_emoji.py --render_only`"
+
+
 @torch.no_grad()
 def test_the_emoji_checkpoint_composes():
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")

@@ -4,12 +4,13 @@
 
 Writes all numbers to `model_cards/pvlf-emoji-tiny/results.json`, renders them into the tables of that card and of
 README.md, and makes the first seed's PVLF-Deep the card's checkpoint. Interrupted, the same command goes on with the
-runs that are missing; runs of another recipe are refused. `--render_only` just renders.
+runs that are missing; runs of another recipe are refused. `--render_only` renders, and renews the checkpoint's copy of the code.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,8 @@ def main() -> None:
         results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baseline_entries()}
         publish(args.output_dir / f"PVLF-Deep-seed{args.seeds[0]}")
         (CARD / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for source in sorted((ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")):
+        shutil.copyfile(source, CARD / source.name)  # the code that travels with the checkpoint
     table = render(json.loads((CARD / "results.json").read_text()))
     for file in (CARD / "README.md", ROOT / "README.md"):
         file.write_text(filled(file.read_text(encoding="utf-8"), table), encoding="utf-8")
