@@ -4,7 +4,8 @@
 
 Writes all numbers to `model_cards/pvlf-emoji-tiny/results.json`, renders them into the tables of that card and of
 README.md, and makes the first seed's PVLF-Deep the card's checkpoint. Interrupted, the same command goes on with the
-runs that are missing; runs of another recipe are refused. `--render_only` renders, and renews the checkpoint's copy of the code.
+runs that are missing; runs of another recipe are refused. `--render_only` renders the committed numbers and renews the
+checkpoint's copy of the code.
 """
 
 import argparse
