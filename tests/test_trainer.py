@@ -94,8 +94,10 @@ def test_learning_rates_and_decay(tiny_model, tiny_processor, squares, tmp_path)
             assert factor * group["initial_lr"] == pytest.approx(wanted, rel=1e-9)
 
 
-def test_resume_is_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path):
-    settings = {"max_steps": 10, "save_strategy": "steps", "save_steps": 4, "finetuning": "both"}
+@pytest.mark.parametrize("batch_by", [None, "half"])
+def test_resume_is_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path, batch_by):
+    squares = squares.add_column("half", ["first"] * 28 + ["second"] * 28)
+    settings = {"batch_by": batch_by, "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "finetuning": "both"}
     whole = PVLFTrainer(
         clone(tiny_model), arguments(tmp_path / "a", **settings), squares, processing_class=tiny_processor
     )
@@ -161,6 +163,26 @@ def test_equal_targets_of_a_batch_are_no_negatives(tiny_model, tiny_processor, s
         p = torch.softmax(logits[row, others], 0)[others.index(row)]
         per_row.append(-((1 - p) ** 2) * p.log())
     torch.testing.assert_close(loss, torch.stack(per_row).mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares, tmp_path):
+    halves = squares.add_column("half", ["first"] * 20 + ["second"] * 36)
+    args = arguments(tmp_path, batch_by="half")
+    trainer = PVLFTrainer(tiny_model, args, halves, processing_class=tiny_processor, data_collator=lambda rows: rows)
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        batches = [[(row["caption"], row["target_id"], row["half"]) for row in batch] for batch in loader]
+        assert [len(batch) for batch in batches] == [8] * 6  # 2 of 20 rows, 4 of 36
+        assert all(len({half for *_, half in batch}) == 1 for batch in batches)
+        epochs.append(batches)
+    assert epochs[0] == epochs[2] != epochs[1]
+    with pytest.raises(ValueError, match=r"batch_by.*missing column\(s\) \['third'\]"):
+        PVLFTrainer(tiny_model, arguments(tmp_path, batch_by="third"), halves, processing_class=tiny_processor).train()
+    with pytest.raises(ValueError, match="has the 8 rows of a batch, but 7 at most"):
+        args = arguments(tmp_path, batch_by="target_id")
+        PVLFTrainer(tiny_model, args, halves, processing_class=tiny_processor).train()
 
 
 def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):

@@ -69,6 +69,9 @@ class PretrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator makes the model's inputs."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Only full batches."})
     look_alikes: int = field(default=8, metadata={"help": "Pictures of one group of look-alikes drawn together."})
+    warp: float = field(default=0.05, metadata={"help": "How far pictures are bent, as a share of half their side."})
+    colour_mix: float = field(default=0.08, metadata={"help": "How far colours are mixed into each other."})
+    init_from: str | None = field(default=None, metadata={"help": "Go on from a model that this script made."})
 
     def __post_init__(self) -> None:
         self.use_cpu = not torch.cuda.is_available()  # the Trainer asks for this to be said when bf16 is on
@@ -176,7 +179,7 @@ class ContrastivePretrainer(Trainer):
     def collate(self, rows: list[int]) -> dict[str, Tensor]:
         """Makes a batch of `NameMatcher` inputs, pictures augmented."""
         text = self.processor.tokenizer([self.pictures.names[row] for row in rows], padding=True, return_tensors="pt")
-        images = augment(self.pictures.pixels[rows].float() / 255)
+        images = augment(self.pictures.pixels[rows].float() / 255, self.args.warp, self.args.colour_mix)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in self.normalisation)
         return {
             "pixel_values": (images - mean) / std,
@@ -195,34 +198,40 @@ class ContrastivePretrainer(Trainer):
         return model(**inputs)
 
 
-def augment(images: Tensor) -> Tensor:
-    """Shifts, turns and zooms on white, and changes brightness, contrast and saturation.
+def augment(images: Tensor, warp: float, colour_mix: float) -> Tensor:
+    """Shifts, turns, zooms, bends, recolours and blurs pictures on white, as if another artist had drawn them.
 
     No mirror images: left and right are words of the captions.
 
     Args:
         images: float `(batch, 3, height, width)` in [0, 1].
+        warp: standard deviation of the bends, as a share of half the side.
+        colour_mix: standard deviation of the entries of a random matrix added to the identity and applied to RGB.
     """
-    batch = images.shape[0]
+    batch, _, height, width = images.shape
     angle = (torch.rand(batch) - 0.5) * 0.35  # radians, +-10 degrees
-    zoom = 0.9 + torch.rand(batch) * 0.35
-    cos, sin, shift = zoom * angle.cos(), zoom * angle.sin(), (torch.rand(batch, 2) - 0.5) * 0.2
-    affine = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(batch, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    images = 1 - F.grid_sample(1 - images, grid, align_corners=False)  # zeros outside, hence white
-    grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * (0.8 + 0.4 * torch.rand(batch, 1, 1, 1))
+    zoom = 0.85 + torch.rand(batch, 2) * 0.45
+    shift = (torch.rand(batch, 2) - 0.5) * 0.2
+    row1 = torch.stack([zoom[:, 0] * angle.cos(), -zoom[:, 0] * angle.sin(), shift[:, 0]], dim=1)
+    row2 = torch.stack([zoom[:, 1] * angle.sin(), zoom[:, 1] * angle.cos(), shift[:, 1]], dim=1)
+    grid = F.affine_grid(torch.stack([row1, row2], dim=1), list(images.shape), align_corners=False)
+    bends = F.interpolate(torch.randn(batch, 2, 5, 5) * warp, size=(height, width), mode="bicubic")
+    inverted = F.grid_sample(1 - images, grid + bends.permute(0, 2, 3, 1), align_corners=False)
+    mixing = torch.eye(3) + colour_mix * torch.randn(batch, 3, 3)  # of what differs from white, which stays white
+    images = 1 - torch.einsum("bij,bjhw->bihw", mixing, inverted)
     middle = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = middle + (images - middle) * (0.8 + 0.4 * torch.rand(batch, 1, 1, 1))
-    return (images * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1))).clamp(0, 1)
+    images = middle + (images - middle) * (0.75 + 0.5 * torch.rand(batch, 1, 1, 1))
+    images = (images * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1))).clamp(0, 1)
+    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    return torch.lerp(images, blurred, torch.rand(batch, 1, 1, 1))
 
 
 class NameMatcher(nn.Module):
     """BLIP's two towers and a contrastive loss with a learned temperature (as CLIP's, from 0.07)."""
 
-    def __init__(self, config: BlipConfig) -> None:
+    def __init__(self, blip: BlipForImageTextRetrieval) -> None:
         super().__init__()
-        self.blip = BlipForImageTextRetrieval(config)
+        self.blip = blip
         self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, name_ids: Tensor) -> Tensor:
@@ -242,12 +251,16 @@ def main() -> None:
     """Trains, and saves model and processor as a Hub repository would hold them."""
     (args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    tokenizer = train_tokenizer([*load_emoji_pictures()["name"], *load_emoji_cir_train()["caption"]])
-    image_processor = PVLFImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    processor = PVLFProcessor(image_processor, tokenizer)
-    model = NameMatcher(tiny_blip_config(tokenizer))
+    if args.init_from:
+        processor = PVLFProcessor.from_pretrained(args.init_from)
+        model = NameMatcher(BlipForImageTextRetrieval.from_pretrained(args.init_from))
+    else:
+        tokenizer = train_tokenizer([*load_emoji_pictures()["name"], *load_emoji_cir_train()["caption"]])
+        image_processor = PVLFImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        )
+        processor = PVLFProcessor(image_processor, tokenizer)
+        model = NameMatcher(BlipForImageTextRetrieval(tiny_blip_config(tokenizer)))
     trainer = ContrastivePretrainer(model=model, args=args, pictures=NamedPictures(processor), processor=processor)
     resumable = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
     trainer.train(resume_from_checkpoint=resumable or None)

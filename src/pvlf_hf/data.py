@@ -6,7 +6,8 @@ Every dataset of this package, and a user's own folder of images, is brought to 
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
 from torch import Tensor
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
@@ -201,6 +203,46 @@ def unreadable(file: Path) -> str | None:
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
         return str(error)
     return None
+
+
+class OneValueBatchSampler(Sampler[int]):
+    """Row numbers in random order, in blocks that agree in a column; give it a column whose values are frequent.
+
+    Args:
+        values: the column.
+        batch_size: rows of a block. Rows that do not fill one are left out of the epoch, others in each.
+        seed: of the order, together with the epoch.
+
+    Raises:
+        ValueError: if no value has enough rows for a batch.
+    """
+
+    def __init__(self, values: Sequence[Hashable], batch_size: int, seed: int) -> None:
+        self.rows_of: dict[Hashable, list[int]] = defaultdict(list)
+        for row, value in enumerate(values):
+            self.rows_of[value].append(row)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        if not len(self):
+            most = max(map(len, self.rows_of.values()), default=0)
+            raise ValueError(
+                f"no value of the batch_by column has the {batch_size} rows of a batch, but {most} at most"
+            )
+
+    def __len__(self) -> int:
+        return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows_of.values())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, so that every epoch differs and a resumed one is the same."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        batches = []
+        for rows in self.rows_of.values():
+            order = torch.tensor(rows)[torch.randperm(len(rows), generator=random)]
+            batches += [batch for batch in order.split(self.batch_size) if len(batch) == self.batch_size]
+        for number in torch.randperm(len(batches), generator=random).tolist():
+            yield from batches[number].tolist()
 
 
 class PVLFCollator:

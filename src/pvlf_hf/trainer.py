@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 
-from .data import TRIPLET_COLUMNS, CIRBenchmark, PVLFCollator, check_columns
+from .data import TRIPLET_COLUMNS, CIRBenchmark, OneValueBatchSampler, PVLFCollator, check_columns
 from .evaluation import evaluate
 from .modeling_pvlf import PVLFModel, PVLFOutput
 from .training_args import PVLFTrainingArguments
@@ -70,6 +70,15 @@ class PVLFTrainer(Trainer):
             data_collator=data_collator or PVLFCollator(processing_class),
             **kwargs,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.batch_by is None:
+            return super()._get_train_sampler(dataset)
+        check_columns(dataset, (self.args.batch_by,), "train_dataset (batch_by)")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        rows_of_all_processes = self._train_batch_size * self.args.world_size
+        return OneValueBatchSampler(list(dataset[self.args.batch_by]), rows_of_all_processes, seed)
 
     def compute_loss(
         self,

@@ -27,6 +27,9 @@ class PVLFTrainingArguments(TrainingArguments):
             above the group's own rate. With the defaults that floor is the encoders' rate, which stays constant.
         gather_negatives (`bool`, *optional*, defaults to `True`):
             With several processes, rank every query against the targets of all of them.
+        batch_by (`str`, *optional*):
+            A column of the training set, such as the category of a garment. Every batch then holds rows of one value
+            of it, so that negatives are as alike as in a gallery of that kind (ours; the paper shuffles all rows).
         decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
             Apply weight decay to every weight (TransAgg), instead of sparing norms, biases and prompts.
 
@@ -51,6 +54,9 @@ class PVLFTrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Floor of the cosine schedule, as a share of learning_rate (TransAgg)."}
     )
     gather_negatives: bool = field(default=True, metadata={"help": "Use the targets of all processes as negatives."})
+    batch_by: str | None = field(
+        default=None, metadata={"help": "Column of which a batch holds one value, so that negatives are alike."}
+    )
     decay_norms_and_biases: bool = field(
         default=True, metadata={"help": "Weight decay on every weight, as TransAgg, instead of matrices only."}
     )
