@@ -167,7 +167,8 @@ def changed_arguments(args: PVLFTrainingArguments) -> dict[str, Any]:
     """The settings of the run that matter for its outcome."""
     names = (
         "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm num_train_epochs "
-        "max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps bf16 fp16 gather_negatives"
+        "max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps bf16 fp16 "
+        "gather_negatives"
     )
     return {**{name: getattr(args, name) for name in names.split()}, "processes": args.world_size}
 
