@@ -30,7 +30,7 @@ from pvlf_hf.emoji_cir import TIERS
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
 CARD = ROOT / "model_cards" / "pvlf-emoji-tiny"
-METHODS = {"PVLF-Deep": [], "PVLF-Shallow": ["--prompt_depth=1"], "TransAgg": ["--method=transagg"]}
+METHODS = {"PVLF-Deep": [], "TransAgg": ["--method=transagg"], "PVLF-Shallow": ["--prompt_depth=1"]}
 BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
 START, END = "<!-- emoji-cir results: written by train_scripts/compare_emoji.py -->", "<!-- end of results -->"
 
@@ -48,7 +48,7 @@ def main() -> None:
     args.output_dir = args.output_dir.resolve()
     if not args.render_only:
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
-        runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, flags) for s, m in product(args.seeds, METHODS)]
+        runs = [(m, s, args.output_dir / f"{m}-seed{s}", args.jobs, flags) for m, s in product(METHODS, args.seeds)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: train_one(*run), runs))
         results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baseline_entries()}

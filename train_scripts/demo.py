@@ -52,7 +52,7 @@ class DemoArguments:
     """What the demo can be told."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, tables and picture go."})
-    max_steps: int = field(default=300, metadata={"help": "Training steps."})
+    max_steps: int = field(default=200, metadata={"help": "Training steps."})
     queries: int = field(default=1500, metadata={"help": "Test queries to rank, of 1,500."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 

@@ -2,8 +2,8 @@
 
 Image-text contrastive on the emoji of the six training vendors, with their CLDR names as captions. Google's pictures,
 EmojiCIR's gallery, are never trained on. Several vendors draw every name, so the loss takes every picture of a name as
-its positive. Pictures come in groups of look-alikes ("woman running" in all skin tones), otherwise the few negatives
-that matter would seldom meet.
+its positive. Pictures come in groups of look-alikes ("woman running" in all skin tones, or anyone of one skin tone),
+otherwise the few negatives that matter would seldom meet.
 
     python train_scripts/pretrain_emoji_backbone.py --output_dir outputs/blip-emoji-tiny
 
@@ -45,9 +45,8 @@ from pvlf_hf.evaluation import encode_gallery, environment
 from pvlf_hf.metrics import recall_at_k, target_ranks
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have
-LOOK_ALIKE = re.compile(
-    r" (light|medium-light|medium|medium-dark|dark) skin tone|\b(man|woman|person|men|women|people)\b"
-)
+SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
+VARIANT = re.compile(SKIN_TONE.pattern + r"|\b(man|woman|person|men|women|people)\b")
 
 
 @dataclass
@@ -114,7 +113,7 @@ def tiny_blip_config(tokenizer: BertTokenizer) -> BlipConfig:
 
 
 class NamedPictures(Dataset):
-    """All pictures decoded once into one uint8 tensor, their names, and the group of look-alikes of each."""
+    """All pictures decoded once into one uint8 tensor, their names, and the two groups of look-alikes of each."""
 
     def __init__(self, processor: PVLFProcessor) -> None:
         pictures = load_emoji_pictures()
@@ -128,10 +127,16 @@ class NamedPictures(Dataset):
         self.names = list(pictures["name"])
         numbers = {name: i for i, name in enumerate(sorted(set(self.names)))}
         self.name_ids = torch.tensor([numbers[name] for name in self.names])
-        self.groups: dict[str, list[int]] = defaultdict(list)
-        for row, name in enumerate(self.names):
-            self.groups[LOOK_ALIKE.sub("", name)].append(row)
-        self.group_of = [LOOK_ALIKE.sub("", name) for name in self.names]
+        vendors = list(pictures["vendor"])
+        # Hard to tell apart: one thing in all skin tones and genders; anyone of one skin tone by one artist.
+        self.group_names = [
+            (VARIANT.sub("", name), (vendor, *SKIN_TONE.findall(name)))
+            for name, vendor in zip(self.names, vendors, strict=True)
+        ]
+        self.groups: dict[object, list[int]] = defaultdict(list)
+        for row, names in enumerate(self.group_names):
+            for name in names:
+                self.groups[name].append(row)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -141,7 +146,7 @@ class NamedPictures(Dataset):
 
 
 class LookAlikeSampler(Sampler[int]):
-    """Random pictures, each followed by `look_alikes - 1` others of its group."""
+    """Random pictures, each followed by `look_alikes - 1` others of one of its two groups."""
 
     def __init__(self, pictures: NamedPictures, look_alikes: int, seed: int) -> None:
         self.pictures, self.look_alikes, self.seed, self.epoch = pictures, look_alikes, seed, 0
@@ -157,7 +162,8 @@ class LookAlikeSampler(Sampler[int]):
         random = torch.Generator().manual_seed(self.seed + self.epoch)
         left = len(self)
         for first in torch.randperm(len(self), generator=random).tolist():
-            group = self.pictures.groups[self.pictures.group_of[first]]
+            kind = int(torch.randint(2, (), generator=random))
+            group = self.pictures.groups[self.pictures.group_names[first][kind]]
             others = torch.randperm(len(group), generator=random)[: self.look_alikes].tolist()
             rows = [first, *(group[i] for i in others if group[i] != first)][: min(self.look_alikes, left)]
             yield from rows
