@@ -1,0 +1,180 @@
+"""Configuration of PVLF. Travels with checkpoints, so it imports nothing of this package."""
+
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# model_type of the dual encoder -> the field of its config that holds the joint (projected) width d.
+JOINT_WIDTH_FIELD = {"blip": "image_text_hidden_size", "clip": "projection_dim"}
+
+# What PVLF is to be its baseline: one shallow prompt (the separator token) and plain cross-entropy.
+TRANSAGG = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0}
+
+CHOICES = {
+    "residual": ("pre_norm", "paper"),
+    "aggregation_mlp_input": ("fused", "encoder"),
+    "aggregation_sum_input": ("encoder", "fused"),
+    "text_padding": ("masked", "transagg"),
+}
+
+# BLIP base as released (`Salesforce/blip-itm-base-coco`). `BlipConfig()` alone is something else: 8 text heads
+# instead of 12, and a vision tower that starts at zero.
+BLIP_BASE = {
+    "model_type": "blip",
+    "text_config": {"num_attention_heads": 12},
+    "vision_config": {"layer_norm_eps": 1e-6, "initializer_range": 0.02},
+}
+
+
+@strict
+class PVLFConfig(PreTrainedConfig):
+    """Configuration of a [`PVLFModel`].
+
+    Sections and equations are those of "Prompting Vision-Language Fusion for Zero-Shot Composed Image Retrieval"
+    (ACML 2024); "TransAgg" is its baseline, whose code settles what the paper leaves open.
+
+    Args:
+        vl_config (`BlipConfig`, `CLIPConfig` or `dict`, *optional*, defaults to BLIP base):
+            The dual encoder. Its joint width is the width `d` of everything below.
+        num_prompts (`int`, *optional*, defaults to 25): learnable context prompts a layer, `p` (Table 4).
+        prompt_depth (`int`, *optional*, defaults to `fusion_layers`):
+            How many fusion layers get prompts of their own. 1 is PVLF-Shallow (eq. 8-9: prompts enter the first
+            layer and are carried on); `fusion_layers` is PVLF-Deep (eq. 12: every layer gets fresh ones).
+        prompt_init_std (`float`, *optional*, defaults to 1.0):
+            Prompts start from a normal of this width. The paper says "random"; 1 is TransAgg's separator token.
+        fusion_layers (`int`, *optional*, defaults to 2): fusion Transformer layers, `J` (Table 5).
+        fusion_heads (`int`, *optional*, defaults to 8): attention heads of a fusion layer (TransAgg).
+        fusion_ffn_size (`int`, *optional*, defaults to 2048): feed-forward width of a fusion layer (TransAgg).
+        dropout (`float`, *optional*, defaults to 0.5): in fusion layers and the aggregation MLP (TransAgg).
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5): of the fusion layers (TransAgg).
+        residual (`"pre_norm"` or `"paper"`, *optional*, defaults to `"pre_norm"`):
+            `"pre_norm"`: `U + MSA(LN(U))`, then `U + FFN(LN(U))` (TransAgg). `"paper"`: equations 10-11 to the
+            letter, `U' = MSA(U) + LN(U)`, then `FFN(LN(U')) + LN(U')`.
+        aggregation_mlp_input (`"fused"` or `"encoder"`, *optional*, defaults to `"fused"`):
+            Which global image and text features the aggregation MLP reads (eq. 13): those that left the fusion
+            Transformer (TransAgg) or the encoders' own.
+        aggregation_sum_input (`"encoder"` or `"fused"`, *optional*, defaults to `"encoder"`):
+            Which global features the weighted sum of eq. 13 mixes with the MLP's output.
+        text_padding (`"masked"` or `"transagg"`, *optional*, defaults to `"masked"`):
+            `"masked"`: fusion never attends to text padding. `"transagg"`: padding keeps its place and gains 1.0
+            on its attention scores, as in TransAgg's training; only for reproducing that, with captions padded to
+            the maximum length.
+        alpha (`float`, *optional*, defaults to 1.0): factor of the focal InfoNCE loss (eq. 15).
+        gamma (`float`, *optional*, defaults to 2.0): focusing exponent (eq. 15); 0 is cross-entropy.
+        temperature (`float`, *optional*, defaults to 0.01): `τ` of eq. 14.
+
+    Raises:
+        ValueError: if the settings cannot go together; the message says what to change.
+
+    Example:
+    ```python
+    >>> from pvlf_hf import PVLFConfig
+
+    >>> PVLFConfig().joint_width  # BLIP base
+    256
+    >>> PVLFConfig(prompt_depth=1).num_prompts  # PVLF-Shallow
+    25
+    ```
+    """
+
+    model_type = "pvlf"
+    sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
+    attribute_map = {"num_hidden_layers": "fusion_layers", "num_attention_heads": "fusion_heads"}
+
+    vl_config: Any = None
+    num_prompts: int = 25
+    prompt_depth: int | None = None
+    prompt_init_std: float | int = 1.0
+    fusion_layers: int = 2
+    fusion_heads: int = 8
+    fusion_ffn_size: int = 2048
+    dropout: float | int = 0.5
+    layer_norm_eps: float | int = 1e-5
+    residual: str = "pre_norm"
+    aggregation_mlp_input: str = "fused"
+    aggregation_sum_input: str = "encoder"
+    text_padding: str = "masked"
+    alpha: float | int = 1.0
+    gamma: float | int = 2.0
+    temperature: float | int = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vl_config is None:
+            self.vl_config = BLIP_BASE
+        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
+            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
+        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
+        super().__post_init__(**kwargs)
+        if self.vl_config.model_type == "blip":
+            # PVLF reads BLIP's text tower without cross-attention; as a decoder it would carry 28 M idle weights.
+            self.vl_config.text_config.is_decoder = False
+        if self.prompt_depth is None:
+            self.prompt_depth = self.fusion_layers
+        # `@strict` validates once more after this, and when saving, but wraps what it catches in an exception that is
+        # no ValueError.
+        self.validate_architecture()
+
+    @property
+    def joint_width(self) -> int:
+        """Width `d` of every projected token, prompt and embedding."""
+        return getattr(self.vl_config, JOINT_WIDTH_FIELD[self.vl_config.model_type])
+
+    @property
+    def hidden_size(self) -> int:
+        """`joint_width` under the name that Transformers and Accelerate look for."""
+        return self.joint_width
+
+    def validate_architecture(self) -> None:
+        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        if self.vl_config.model_type not in JOINT_WIDTH_FIELD:
+            raise ValueError(
+                f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
+                f"{sorted(JOINT_WIDTH_FIELD)}. Pass a BlipConfig or a CLIPConfig."
+            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
+        for name in ("num_prompts", "fusion_layers", "fusion_heads", "fusion_ffn_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 1 <= (self.prompt_depth or 0) <= self.fusion_layers:
+            raise ValueError(
+                f"prompt_depth={self.prompt_depth} must lie between 1 and fusion_layers={self.fusion_layers}: "
+                "lower prompt_depth or raise fusion_layers"
+            )
+        if self.joint_width % self.fusion_heads:
+            fitting = [h for h in range(1, self.joint_width + 1) if self.joint_width % h == 0 and h <= 16]
+            raise ValueError(
+                f"fusion_heads={self.fusion_heads} does not divide the joint width {self.joint_width} of vl_config: "
+                f"choose one of {fitting}"
+            )
+        if self.aggregation_mlp_input == "encoder" and self.aggregation_sum_input == "encoder":
+            raise ValueError(
+                "aggregation_mlp_input='encoder' and aggregation_sum_input='encoder' leave the fusion Transformer "
+                "without effect: set one of them to 'fused'"
+            )
+        for name, allowed in (("dropout", 0 <= self.dropout < 1), ("temperature", self.temperature > 0)):
+            if not allowed:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range: dropout in [0, 1), temperature > 0")
+        if self.gamma < 0 or self.alpha <= 0 or self.prompt_init_std < 0:
+            raise ValueError(
+                f"need gamma >= 0, alpha > 0 and prompt_init_std >= 0, got gamma={self.gamma}, alpha={self.alpha}, "
+                f"prompt_init_std={self.prompt_init_std}"
+            )
+
+    @classmethod
+    def transagg(cls, **kwargs: Any) -> "PVLFConfig":
+        """The TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
+
+        Args:
+            kwargs: any argument of [`PVLFConfig`], `vl_config` for instance.
+        """
+        return cls(**{**TRANSAGG, **kwargs})
+
+
+PVLFConfig.register_for_auto_class()
+
+__all__ = ["PVLFConfig"]

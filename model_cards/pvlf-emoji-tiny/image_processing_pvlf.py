@@ -1,0 +1,237 @@
+"""Image processor of PVLF: target pad, resize, centre crop, CLIP normalisation.
+
+The steps and their order are TransAgg's ("Zero-shot Composed Text-Image Retrieval", BMVC 2023), which PVLF aligns its
+preprocessing with; pixels equal its output exactly. What differs is how a picture becomes RGB: TransAgg drops the
+alpha channel, so that transparent areas turn up black or in hidden colours; here they turn up white, and palettes and
+the EXIF orientation are applied before any other step.
+"""
+
+import io
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
+"""A file, an `http(s):` or `data:` URL, a PIL picture, a (H, W[, C]) array or a (C, H, W) tensor."""
+
+
+class PVLFImageProcessorKwargs(ImagesKwargs, total=False):
+    """The library's arguments and `do_target_pad` (bool), `target_ratio` (float), see `PVLFImageProcessor`."""
+
+    do_target_pad: bool | None
+    target_ratio: float | None
+
+
+class PVLFImageProcessor(PilBackend):
+    """Turns pictures into `pixel_values`, float32 (batch, 3, crop height, crop width).
+
+    Every argument can be set here or in a call. For CLIP backbones pass `size={"shortest_edge": 224}, crop_size=224`.
+
+    Args:
+        do_target_pad (`bool`, defaults to True): pad elongated pictures with black before resizing.
+        target_ratio (`float`, defaults to 1.25): a picture at least this elongated (longer side / shorter side) is
+            padded on both sides of its shorter side until it has about this ratio; 1 pads every picture to a square.
+            Source: TransAgg's "targetpad", after CLIP4Cir.
+        size (`dict`, defaults to `{"shortest_edge": 384}`): the shorter side after resizing, BLIP's 384 px.
+        crop_size (`dict`, defaults to 384 x 384): the centre crop; not larger than the resized picture.
+        resample (defaults to PIL's bicubic), do_resize, do_center_crop, do_rescale, do_normalize, image_mean,
+            image_std (default to CLIP's): as in the library's image processors.
+
+    Pictures may be files, URLs, PIL pictures of any 8-bit or 16-bit gray mode (of several frames the current one, the
+    first after opening), arrays and tensors: uint8, or float in [0, 1], which is rounded to 8 bit (so do not pass
+    `do_rescale=False` for it).
+
+    Raises:
+        ValueError: in a call, if a picture cannot be read (naming the file), is empty, has a dtype, shape or mode of
+            no known range, or would be padded or resized to more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+
+    Example:
+        >>> processor = PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        >>> processor(Image.new("RGB", (100, 40)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 32, 32])
+    """
+
+    valid_kwargs = PVLFImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_target_pad = True
+    target_ratio = 1.25
+    do_resize = True
+    size = {"shortest_edge": 384}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 384, "width": 384}
+    do_rescale = True
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+
+    def _prepare_images_structure(self, images: Picture | Iterable[Picture], expected_ndims: int = 3) -> list[Any]:
+        # Own version: the library's takes no gray (H, W) array, no `Path` and no `datasets` column.
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == expected_ndims + 1:
+            return list(images)
+        if isinstance(images, Picture) or not isinstance(images, Iterable):
+            return [images]
+        if not (pictures := list(images)):
+            raise ValueError("images is empty: pass at least one picture")
+        if any(isinstance(picture, list | tuple) for picture in pictures):
+            raise ValueError("images is nested: pass a flat batch of pictures")
+        return pictures
+
+    def process_image(  # type: ignore[override]  # takes files too, and every picture becomes RGB
+        self, image: Picture, input_data_format: str | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Reads one picture into an RGB array.
+
+        Args:
+            image: the picture.
+            input_data_format: "channels_first" or "channels_last", of an array or tensor; by default the usual layout
+                of its type where the shape allows it, else the other.
+            **kwargs: the library's other arguments, not used here.
+
+        Returns:
+            uint8 (3, H, W).
+
+        Raises:
+            ValueError: naming the picture and what is wrong with it.
+        """
+        try:
+            if isinstance(image, str | Path):
+                picture = open_rgb(image)
+            elif isinstance(image, np.ndarray | torch.Tensor):
+                picture = to_rgb(array_to_picture(image, input_data_format))
+            elif isinstance(image, Image.Image):
+                picture = to_rgb(image)
+            else:
+                raise ValueError("pass files, URLs, PIL pictures, arrays or tensors")
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            raise ValueError(f"cannot read {describe(image)}: {error}") from error
+        return np.moveaxis(np.asarray(picture), -1, 0)
+
+    def target_pad(self, image: np.ndarray, ratio: float) -> np.ndarray:
+        """Pads a (3, H, W) picture with black to about the aspect ratio, if it is at least as elongated."""
+        if ratio < 1:
+            raise ValueError(f"target_ratio is longer / shorter side, so at least 1, got {ratio}")
+        height, width = image.shape[1:]
+        if max(height, width) / min(height, width) < ratio:
+            return image
+        shorter = max(height, width) / ratio
+        # Truncated like the reference, so that the padded side may be up to two pixels short of the ratio.
+        top, left = (max(int((shorter - side) / 2), 0) for side in (height, width))
+        check_area(height + 2 * top, width + 2 * left, "padding it to target_ratio (do_target_pad=False avoids that)")
+        return np.pad(image, ((0, 0), (top, top), (left, left)))
+
+    def resize(self, image: np.ndarray, size: SizeDict, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Resizes a (3, H, W) uint8 picture as the library does, unless the result would not fit in memory."""
+        if size.shortest_edge:
+            height, width = image.shape[1:]
+            scale = size.shortest_edge / min(height, width)
+            check_area(round(height * scale), round(width * scale), "resizing its shorter side")
+        return super().resize(image, size, *args, **kwargs)
+
+    def center_crop(  # type: ignore[override]  # as the library's PilBackend does
+        self, image: np.ndarray, size: SizeDict, **kwargs: Any
+    ) -> np.ndarray:
+        """Crops the centre of a (3, H, W) picture; an odd margin is halved to even, as torchvision does."""
+        height, width = image.shape[1:]
+        if not (size.height and size.width):
+            raise ValueError(f"crop_size needs height and width, got {dict(size)}")
+        if size.height > height or size.width > width:
+            raise ValueError(
+                f"crop_size {size.height} x {size.width} is larger than the resized picture, {height} x {width}; "
+                "set size and crop_size together, e.g. size={'shortest_edge': 224}, crop_size=224"
+            )
+        top, left = round((height - size.height) / 2), round((width - size.width) / 2)
+        return image[:, top : top + size.height, left : left + size.width]
+
+    def _preprocess(  # type: ignore[override]  # names what this class adds and hands on the rest
+        self, images: list[np.ndarray], do_target_pad: bool, target_ratio: float, **kwargs: Any
+    ) -> BatchFeature:
+        if do_target_pad:
+            images = [self.target_pad(image, target_ratio) for image in images]
+        return super()._preprocess(images, **kwargs)
+
+
+def open_rgb(source: str | Path) -> Image.Image:
+    """Opens a file or URL as an RGB picture; of several frames the first."""
+    stream: Any = source
+    if str(source).startswith(("http://", "https://", "data:")):
+        request = urllib.request.Request(str(source), headers={"User-Agent": "pvlf-hf"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            stream = io.BytesIO(response.read())
+    with Image.open(stream) as picture:
+        return to_rgb(picture)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Decodes, turns upright by the EXIF orientation, composites on white where transparent and converts to RGB."""
+    if 0 in picture.size:
+        raise ValueError("it has no pixels")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
+    """Makes a PIL picture of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
+    if input_data_format is not None:
+        channel_axes: tuple[int, ...] = (0,) if input_data_format == "channels_first" else (-1,)
+    else:
+        channel_axes = (0, -1) if isinstance(array, torch.Tensor) else (-1, 0)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy knows no bfloat16
+    if array.ndim != 2:
+        axis = next((axis for axis in channel_axes if array.ndim == 3 and array.shape[axis] in (1, 3, 4)), None)
+        if axis is None:
+            raise ValueError("arrays must be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels")
+        array = np.moveaxis(array, axis, -1)
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    if np.issubdtype(array.dtype, np.floating) and array.size:
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(
+                f"float values must lie in [0, 1], got [{array.min()}, {array.max()}]; divide them by 255"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"values must be uint8, or float in [0, 1], got {array.dtype}; convert them to uint8")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def describe(image: Any) -> str:
+    """Names a picture in an error message: its file or URL where known, else its type and size."""
+    if source := str(image if isinstance(image, str | Path) else getattr(image, "filename", "")):
+        return f"picture {source[:200]!r}"
+    size = getattr(image, "shape", getattr(image, "size", None))
+    return f"picture of type {type(image).__name__}" + (f" and size {tuple(size)}" if size is not None else "")
+
+
+def check_area(height: int, width: int, step: str) -> None:
+    """Raises a `ValueError` where a step would blow a very elongated picture up beyond Pillow's own limit."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and height * width > limit:
+        raise ValueError(
+            f"a picture is so elongated that {step} makes {width} x {height} pixels, more than "
+            f"PIL.Image.MAX_IMAGE_PIXELS = {limit}; crop it first"
+        )
+
+
+PVLFImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["PVLFImageProcessor", "PVLFImageProcessorKwargs"]

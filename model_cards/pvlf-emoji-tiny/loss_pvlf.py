@@ -1,0 +1,70 @@
+"""The focal InfoNCE loss as pure functions of embeddings. Travels with checkpoints."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cosine_similarity(query_embeds: Tensor, target_embeds: Tensor) -> Tensor:
+    """Similarity of L2-normalised embeddings, in float32 even under autocast.
+
+    Args:
+        query_embeds: `(num_queries, d)`, unit rows.
+        target_embeds: `(num_targets, d)`, unit rows.
+
+    Returns:
+        float32 `(num_queries, num_targets)`, in [-1, 1].
+    """
+    with torch.autocast(query_embeds.device.type, enabled=False):
+        return query_embeds.float() @ target_embeds.float().T
+
+
+def focal_info_nce(
+    query_embeds: Tensor,
+    target_embeds: Tensor,
+    temperature: float = 0.01,
+    alpha: float = 1.0,
+    gamma: float = 2.0,
+    positives: Tensor | None = None,
+    target_ids: Tensor | None = None,
+) -> Tensor:
+    r"""Focal InfoNCE from queries to the targets of the batch (equations 14-15).
+
+    With s_ij = cos(q_i, t_j) / temperature and p_i the softmax of row i at its own target,
+    L = mean_i -alpha (1 - p_i)^gamma log p_i. `gamma=0, alpha=1` is cross-entropy. Computed in float32 from
+    log-softmax whatever the embeddings' dtype: with gamma 2 and temperature 0.01 half precision underflows. It is a
+    mean over rows against in-batch negatives, so accumulating two batches is not the same as one of double size.
+
+    Args:
+        query_embeds: `(num_queries, d)`, unit rows.
+        target_embeds: `(num_targets, d)`, unit rows; more than queries when gathered from other processes.
+        temperature: tau of eq. 14; the paper uses 0.01.
+        alpha: factor of eq. 15; the paper uses 1.
+        gamma: focusing exponent of eq. 15; the paper uses 2.
+        positives: int64 `(num_queries,)`, the row of `target_embeds` that is each query's target; row i by default.
+        target_ids: int64 `(num_targets,)`; targets that share the id of a query's own are left out of its
+            denominator instead of counting as negatives (several queries of a batch may want the same picture).
+
+    Returns:
+        float32 scalar. A batch of one has no negatives, p = 1 and loss 0.
+
+    Raises:
+        ValueError: if there are fewer targets than queries and `positives` does not say whose they are.
+    """
+    logits = cosine_similarity(query_embeds, target_embeds) / temperature  # (num_queries, num_targets)
+    if positives is None:
+        if logits.shape[0] > logits.shape[1]:
+            raise ValueError(f"{logits.shape[0]} queries but {logits.shape[1]} targets: pass each query's target")
+        positives = torch.arange(logits.shape[0], device=logits.device)
+    own = positives[:, None]
+    if target_ids is not None:
+        same_target = target_ids[own] == target_ids[None]
+        same_target = same_target.scatter(1, own, False)
+        logits = logits.masked_fill(same_target, -torch.inf)
+    log_p = F.log_softmax(logits, dim=-1).gather(1, own).squeeze(1)  # (num_queries,)
+    # 1 - p without cancellation as p -> 1; the clamp keeps the gradient of x^gamma finite at x = 0.
+    miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
+    return (-alpha * miss**gamma * log_p).mean()
+
+
+__all__ = ["cosine_similarity", "focal_info_nce"]

@@ -1,0 +1,198 @@
+"""Processor of PVLF: reference images and relative captions to query inputs, gallery images to target inputs."""
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .image_processing_pvlf import PVLFImageProcessor
+
+Padding = Literal["longest", "max_length"]
+
+
+class PVLFProcessor(ProcessorMixin):
+    """Bundles the image processor and the tokenizer of a PVLF model.
+
+    Args:
+        image_processor: [`PVLFImageProcessor`] with the image size of the backbone.
+        tokenizer: the backbone's tokenizer: BERT for BLIP, CLIP's for CLIP.
+        max_text_length: captions are truncated to this many tokens, special tokens included. Source: TransAgg, 35 for
+            BLIP (default) and 77 for CLIP.
+        padding: "longest" pads captions to the longest of the batch. "max_length" pads them to `max_text_length`, for
+            a model that does not mask padding, such as the baseline in training; one that does gives the same result.
+
+    Raises:
+        ValueError: if the length leaves no room for a word or the padding is neither of the two.
+
+    Example:
+        ```python
+        inputs = processor.process_queries(images, ["the same dress, but sleeveless"])
+        query_embeds = model.get_query_features(**inputs)
+        ```
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_length: int = 35,
+        padding: Padding = "longest",
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+        if max_text_length <= tokenizer.num_special_tokens_to_add():
+            raise ValueError(
+                f"max_text_length {max_text_length} leaves no room for a word; use 35 (BLIP) or 77 (CLIP)"
+            )
+        if padding not in ("longest", "max_length"):
+            raise ValueError(f"padding must be 'longest' or 'max_length', got {padding!r}")
+        self.max_text_length = max_text_length
+        self.padding = padding
+
+    @classmethod
+    def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFProcessor":
+        """Builds the processor that goes with [`PVLFModel.from_vl_pretrained`] of the same checkpoint.
+
+        Args:
+            name_or_path: Hub name or local folder of a BLIP or CLIP checkpoint; its tokenizer and image size are used,
+                its own image processor is not (BLIP's squeezes pictures into a square).
+            **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            ValueError: for a checkpoint without an image size.
+        """
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if not hasattr(config, "vision_config"):
+            raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs a BLIP or CLIP one")
+        side = config.vision_config.image_size
+        image_processor = PVLFImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        longest = min(77 if config.model_type == "clip" else 35, config.text_config.max_position_embeddings)
+        return cls(image_processor, tokenizer, max_text_length=longest)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Iterable[str] | None = None,
+        target_images: Any = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares reference images, relative captions and target images, or some of them.
+
+        Args:
+            images: one or a batch of reference images, see [`PVLFImageProcessor`].
+            text: one or a batch of relative captions.
+            target_images: one or a batch of target images.
+            return_tensors: "pt" or "np".
+            **kwargs: overrides for the image processor, e.g. `size`.
+
+        Returns:
+            `pixel_values` float32 (batch, 3, H, W), `input_ids` and `attention_mask` int64 (batch, length) and
+            `target_pixel_values` float32 (batch, 3, H, W), each only where its input is given.
+
+        Raises:
+            ValueError: if nothing is given, their numbers differ, a caption is empty, or a picture cannot be read.
+            TypeError: for an argument that the image processor does not know.
+        """
+        if kwargs and images is None and target_images is None:
+            raise TypeError(
+                f"{sorted(kwargs)} are for images, but none are given; caption settings belong to the processor"
+            )
+        data: dict[str, Any] = {}
+        if images is not None:
+            data |= self.image_processor(images, return_tensors=return_tensors, **kwargs)
+        if text is not None:
+            data |= self._tokenize(text, return_tensors)
+        if target_images is not None:
+            targets = self.image_processor(target_images, return_tensors=return_tensors, **kwargs)
+            data["target_pixel_values"] = targets["pixel_values"]
+        _check_counts(data)
+        return BatchFeature(data)
+
+    def process_queries(self, images: Any, text: str | Iterable[str], **kwargs: Any) -> BatchFeature:
+        """Prepares composed queries: each reference image with its relative caption.
+
+        Args:
+            images: one or a batch of reference images.
+            text: one or a batch of relative captions, as many as images.
+            **kwargs: see `__call__`.
+
+        Returns:
+            `pixel_values`, `input_ids` and `attention_mask`, for [`PVLFModel.get_query_features`].
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        if images is None or text is None:
+            raise ValueError(
+                "a query is an image and a caption; for one of them alone call processor(images=...) or "
+                "processor(text=...) and the model's get_image_features or get_text_features"
+            )
+        return self(images=images, text=text, **kwargs)
+
+    def process_targets(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Prepares gallery images.
+
+        Args:
+            images: one or a batch of gallery images.
+            **kwargs: see `__call__`.
+
+        Returns:
+            `pixel_values`, for [`PVLFModel.get_image_features`].
+
+        Raises:
+            ValueError: if there is no picture or one cannot be read.
+        """
+        return self(images=images, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything `__call__` can return."""
+        return ["pixel_values", "input_ids", "attention_mask", "target_pixel_values"]
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Saves the processor, see the library; what is saved does not depend on earlier calls."""
+        # The tokenizer keeps truncation and padding of its last call as state and would save them as its own settings.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _tokenize(self, text: str | Iterable[str], return_tensors: str) -> dict[str, Any]:
+        captions = [text] if isinstance(text, str) else list(text)
+        if not captions:
+            raise ValueError("text is empty: pass at least one caption")
+        for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {index} is {caption!r}, not a string")
+            if not caption.strip():
+                raise ValueError(
+                    f"caption {index} is empty: say what changes, or search by the image alone with "
+                    "processor(images=...) and the model's get_image_features"
+                )
+        tokens = self.tokenizer(
+            captions,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_text_length,
+            padding_side="right",  # BLIP's text embedding is the token at position 0
+            return_tensors=return_tensors,
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def _check_counts(data: dict[str, Any]) -> None:
+    """Raises where the inputs of a batch are absent or differ in number."""
+    names = {"pixel_values": "images", "input_ids": "captions", "target_pixel_values": "target images"}
+    counts = {name: len(data[key]) for key, name in names.items() if key in data}
+    if not counts:
+        raise ValueError("nothing to process: pass images, text or target_images")
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"one of each makes a sample, but there are {given}")
+
+
+PVLFProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["PVLFProcessor"]
