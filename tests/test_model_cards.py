@@ -70,14 +70,13 @@ def test_the_backbone_card_states_its_results():
 def test_the_shipped_model_reaches_its_numbers():
     """The plain tier again: the committed weights are those that were measured."""
     results = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())
-    run = next(r for r in results["runs"] if r["method"] == "PVLF-Deep" and r["seed"] == 0)
-    measured = next(e for e in run["evaluations"] if e["benchmark"].endswith("plain"))["metrics"]
+    measured = results["checkpoint"]["metrics"]
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
     processor = AutoProcessor.from_pretrained(CARDS / "pvlf-emoji-tiny")
     again = pvlf_hf.evaluate(model, processor, benchmark, batch_size=128, progress=False).metrics
     for name, value in measured.items():
-        assert again[name] == pytest.approx(value, abs=0.004), name  # weights are stored in half precision
+        assert again[name] == pytest.approx(value, abs=0.002), name  # three queries: another machine rounds otherwise
     image_only = next(
         b for b in results["baselines"] if b["method"] == "Image-only" and b["benchmark"].endswith("plain")
     )

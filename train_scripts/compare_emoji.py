@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from demo import draw_sheet
-from train_pvlf import baselines, changed_arguments, parse_arguments
+from train_pvlf import baselines, changed_arguments, evaluate_all, parse_arguments
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir
@@ -52,7 +52,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda run: train_one(*run), runs))
         results = {"runs": [collect(m, s, folder) for m, s, folder, *_ in runs], "baselines": baseline_entries()}
-        publish(args.output_dir / f"PVLF-Deep-seed{args.seeds[0]}")
+        results["checkpoint"] = {"seed": args.seeds[0], **publish(args.output_dir / f"PVLF-Deep-seed{args.seeds[0]}")}
         (CARD / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for source in sorted((ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")):
         shutil.copyfile(source, CARD / source.name)  # the code that travels with the checkpoint
@@ -95,14 +95,21 @@ def baseline_entries() -> list[dict[str, Any]]:
     return [{"method": labels[e.method], "benchmark": e.benchmark, "metrics": e.metrics} for e in evaluations]
 
 
-def publish(folder: Path) -> None:
-    """Makes the model card's checkpoint of a finished run: weights in float16, which load as float32, and a sheet."""
+def publish(folder: Path) -> dict[str, Any]:
+    """Makes the model card's checkpoint of a finished run: weights in float16, which load as float32, and a sheet.
+
+    Returns:
+        what the stored weights reach on plain captions; rounding moves a few queries against the run itself.
+    """
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    draw_sheet(model, processor, load_emoji_cir("test", "plain")).save(CARD / "retrievals.png", optimize=True)
     model.half().save_pretrained(CARD)
     model.config.dtype = "float32"
     model.config.save_pretrained(CARD)
     processor.save_pretrained(CARD)
+    stored, benchmark = AutoModel.from_pretrained(CARD), load_emoji_cir("test", "plain")
+    draw_sheet(stored, processor, benchmark).save(CARD / "retrievals.png", optimize=True)
+    (evaluation,) = evaluate_all(stored, processor, [benchmark])
+    return {"benchmark": evaluation.benchmark, "metrics": evaluation.metrics}
 
 
 def render(results: dict[str, Any]) -> str:

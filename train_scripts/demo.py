@@ -3,7 +3,7 @@
     python train_scripts/demo.py
 
 Writes to `outputs/demo`: the fine-tuned model, `results.md` (PVLF beside its baselines), `results.json`, and
-`retrievals.png`. About five minutes on two CPU cores. Run again, it reuses the model; interrupted, it resumes.
+`retrievals.png`. A few minutes on two CPU cores. Run again, it reuses the model; interrupted, it resumes.
 """
 
 import json
