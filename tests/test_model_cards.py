@@ -81,4 +81,4 @@ def test_the_shipped_model_reaches_its_numbers():
         b for b in results["baselines"] if b["method"] == "Image-only" and b["benchmark"].endswith("plain")
     )
     for k in (1, 5, 10):
-        assert again[f"recall@{k}"] > 1.4 * image_only["metrics"][f"recall@{k}"]
+        assert again[f"recall@{k}"] > 2 * image_only["metrics"][f"recall@{k}"]
