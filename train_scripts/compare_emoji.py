@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from demo import draw_sheet
-from train_pvlf import baselines, changed_arguments, evaluate_all, parse_arguments
+from train_pvlf import baselines, evaluate_all, parse_arguments, run_settings
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir
@@ -68,7 +68,7 @@ def train_one(method: str, seed: int, folder: Path, jobs: int, flags: list[str])
     arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *METHODS[method], *flags]
     if (folder / "results.json").exists():
         model_args, _, training_args = parse_arguments(arguments)
-        wanted = {"model": vars(model_args), "training": changed_arguments(training_args)}
+        wanted = {"model": vars(model_args), "training": run_settings(training_args)}
         recorded = json.loads((folder / "results.json").read_text())
         if {name: recorded[name] for name in wanted} != json.loads(json.dumps(wanted)):
             raise ValueError(f"{folder} holds a run of another recipe; delete it or choose another --output_dir")
@@ -138,14 +138,15 @@ def render(results: dict[str, Any]) -> str:
         lines.append(f"| {tier} | {method} | " + " | ".join(percent([r[c] for r in runs]) for c in columns) + " |")
     seeds = sorted({run["seed"] for run in results["runs"]})
     counts = results["runs"][0]["evaluations"][0]["counts"]
+    (steps,) = {run["training"]["max_steps"] for run in results["runs"]}
     return (
-        f"Percent; trained methods: mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
-        f"{counts['queries']} queries against {counts['gallery']} pictures.\n\n"
+        f"Percent; trained methods: mean ± standard deviation over seeds {', '.join(map(str, seeds))}, {steps} steps "
+        f"each; {counts['queries']} queries against {counts['gallery']} pictures.\n\n"
         + "\n".join(lines)
         + "\n\n"
         + who_is_ahead(scores)
         + "\n\n"
-        + the_checkpoint(results["checkpoint"])
+        + the_checkpoint(results["checkpoint"], steps)
     )
 
 
@@ -159,13 +160,16 @@ def who_is_ahead(scores: dict[tuple[str, str], list[dict[str, float]]]) -> str:
     return f"PVLF-Deep minus TransAgg, mean R@1: {', '.join(parts)}."
 
 
-def the_checkpoint(checkpoint: dict[str, Any]) -> str:
-    """What the committed weights reach, and how long they were trained."""
+def the_checkpoint(checkpoint: dict[str, Any], steps: int) -> str:
+    """What the committed weights reach, and that they stand outside the table if they were trained longer or less."""
     training, metrics = checkpoint["training"], checkpoint["metrics"]
     recalls = ", ".join(f"R@{k} {percent([metrics[f'recall@{k}']])}" for k in (1, 5, 10, 50))
+    outside = (
+        "" if training["max_steps"] == steps else f", unlike the {steps} of the table: compare methods there only"
+    )
     return (
-        f"The committed checkpoint is one PVLF-Deep run of {training['max_steps']} steps (seed {training['seed']}); "
-        f"on plain captions it reaches {recalls}."
+        f"The committed checkpoint is one PVLF-Deep run (seed {training['seed']}) of {training['max_steps']} steps"
+        f"{outside}. On plain captions it reaches {recalls}."
     )
 
 

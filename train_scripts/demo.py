@@ -17,9 +17,9 @@ from train_pvlf import (
     DataArguments,
     ModelArguments,
     baselines,
-    changed_arguments,
     evaluate_all,
     parse_arguments,
+    run_settings,
     train,
 )
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
@@ -108,7 +108,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
     """
     folder = Path(args.output_dir)
     backbone = sha256((Path(model_args.model) / "model.safetensors").read_bytes()).hexdigest()
-    settings = {"model": vars(model_args), "backbone": backbone, "training": changed_arguments(args)}
+    settings = {"model": vars(model_args), "backbone": backbone, "training": run_settings(args)}
     record = folder / "demo_settings.json"
     if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise ValueError(f"{folder} holds something that the demo did not make; choose another --output_dir")

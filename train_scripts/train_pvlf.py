@@ -135,7 +135,7 @@ def train(
     benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
     evaluations = evaluate_all(trainer.model, processor, benchmarks)
     if trainer.is_world_process_zero():
-        facts = {"model": vars(model_args), "data": vars(data_args), "training": changed_arguments(args)}
+        facts = {"model": vars(model_args), "data": vars(data_args), "training": run_settings(args)}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)
     return evaluations
 
@@ -163,7 +163,7 @@ def baselines(name: str, benchmarks: list[CIRBenchmark]) -> list[Evaluation]:
     return evaluate_all(model, processor, benchmarks, ("image", "text", "image+text"))
 
 
-def changed_arguments(args: PVLFTrainingArguments) -> dict[str, Any]:
+def run_settings(args: PVLFTrainingArguments) -> dict[str, Any]:
     """The settings of the run that matter for its outcome."""
     names = (
         "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm num_train_epochs "

@@ -183,7 +183,8 @@ def _encode(
             embeds = torch.cat([encode(rows).float().cpu() for rows in bar])
         except (OSError, ValueError) as error:
             raise ValueError(f"{what}: {_first_unreadable(dataset, share)}{error}") from error
-    model.train(was_training)
+        finally:
+            model.train(was_training)
     if state.num_processes == 1:
         return embeds
     by_row = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
