@@ -6,7 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvlf_hf.metrics import cirr_metrics, ranks_from_scores, recall_at_k, subset_ranks, target_ranks, top_k
+from pvlf_hf.metrics import (
+    NOT_RETRIEVED,
+    average_precision_at_k,
+    circo_metrics,
+    cirr_metrics,
+    fashioniq_metrics,
+    map_at_k,
+    mean_by_aspect,
+    positive_ranks,
+    ranks_from_lists,
+    ranks_from_scores,
+    recall_at_k,
+    subset_ranks,
+    target_ranks,
+    top_k,
+)
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())
 
@@ -57,6 +72,37 @@ def test_ranks_equal_a_plain_sort(levels, dtype):
         assert top_k(queries, gallery, 7, **kwargs)[1].tolist() == [row[:7] for row in plain]
 
 
+def plain_average_precision(ranking, positives, k):
+    """The definition, position by position; precision@j is counted anew for each."""
+    hits = [image in positives for image in ranking[:k]]
+    return sum(sum(hits[: j + 1]) / (j + 1) for j, hit in enumerate(hits) if hit) / min(len(positives), k)
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("levels", [None, 3, 1])
+def test_average_precision_equals_a_plain_sort(levels, exclude):
+    queries, gallery, picks = problem(12, 23, levels=levels)
+    excluded = picks[:, 0] if exclude else None
+    generator = torch.Generator().manual_seed(1)
+    positives = [[i for i in torch.randperm(23, generator=generator).tolist() if i != picks[n, 0]] for n in range(12)]
+    positives = [row[: 1 + n % 9] for n, row in enumerate(positives)]
+    index = torch.tensor([row + [-1] * (9 - len(row)) for row in positives])
+    index = index[:, torch.randperm(9, generator=generator)]  # padding may stand anywhere
+    rankings = [plain_ranking(q, gallery, int(picks[n, 0]) if exclude else None) for n, q in enumerate(queries)]
+    for chunk_size in (1, 5, 128):
+        ranks = positive_ranks(queries, gallery, index, excluded, chunk_size)
+        assert ranks.tolist() == [
+            [r.index(i) if i >= 0 else -1 for i in row] for r, row in zip(rankings, index.tolist(), strict=True)
+        ]
+    ks = [1, 4, 10, 23, 50]
+    for k, values in average_precision_at_k(ranks, ks).items():
+        plain = [plain_average_precision(r, p, k) for r, p in zip(rankings, positives, strict=True)]
+        assert values.tolist() == pytest.approx(plain, abs=1e-12)
+        assert map_at_k(ranks, [k])[k] == pytest.approx(sum(plain) / 12)
+    alone = positive_ranks(queries, gallery, picks[:, 1:2], excluded)
+    assert torch.equal(alone[:, 0], target_ranks(queries, gallery, picks[:, 1], excluded))
+
+
 def test_equal_gallery_rows_tie_exactly_whatever_the_chunk():
     # In float32 the products of equal rows differ in the last bit, by column and by the number of queries at a time.
     queries, gallery, _ = problem(33, 5, width=256)
@@ -89,8 +135,48 @@ def test_recall_counts_by_hand():
         "recall_subset@2": 0.75,
         "recall_subset@3": 1.0,
         "mean": 0.625,
+        "mean_of_seven": (0.25 + 0.75 + 1 + 1 + 0.5 + 0.75 + 1) / 7,
     }
     assert list(cirr_metrics(ranks)) == ["recall@1", "recall@5", "recall@10", "recall@50"]
+    assert fashioniq_metrics(torch.tensor([9, 10, 49, 50])) == {"recall@10": 0.25, "recall@50": 0.75, "mean": 0.5}
+
+
+def test_circo_counts_by_hand():
+    # Right answers at 1st, 3rd and 7th place; at 6th alone; at 1st and beyond the list.
+    ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
+    at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]
+    values = average_precision_at_k(ranks, [1, 5, 10])
+    assert {k: v.tolist() for k, v in values.items()} == {
+        1: [1, 0, 1],
+        5: pytest.approx(at_5),
+        10: pytest.approx(at_10),
+    }
+    assert circo_metrics(ranks, ranks[:, 0]) == {
+        "map@5": pytest.approx(sum(at_5) / 3),
+        **{f"map@{k}": pytest.approx(sum(at_10) / 3) for k in (10, 25, 50)},
+        **{f"recall@{k}": hits / 3 for k, hits in zip((5, 10, 25, 50), (1, 3, 3, 3), strict=True)},
+    }
+    aspects = [["negation", "cardinality"], [], ["negation", "negation"]]
+    expected = {"cardinality": pytest.approx(at_10[0]), "negation": pytest.approx((at_10[0] + 0.5) / 2)}
+    assert mean_by_aspect(values[10], aspects) == expected
+    assert list(mean_by_aspect(values[10], aspects)) == ["cardinality", "negation"]
+
+
+def test_ranked_lists_equal_embeddings():
+    queries, gallery, picks = problem(11, 23)
+    target, excluded = picks[:, 0], picks[:, 1]
+
+    def ids(index):
+        return [[f"image {i}" for i in row] for row in index.reshape(11, -1).tolist()]
+
+    ranked, reference = ids(top_k(queries, gallery, 23)[1]), [row[0] for row in ids(excluded)]
+    several = ranks_from_lists(ranked, ids(picks[:, ::2]), reference)
+    assert torch.equal(several, positive_ranks(queries, gallery, picks[:, ::2], excluded))
+    among = ranks_from_lists(ranked, ids(target), reference, ids(picks))
+    assert torch.equal(among[:, 0], subset_ranks(queries, gallery, picks, target, excluded))
+    whole, short = (ranks_from_lists([row[:n] for row in ranked], ids(target)) for n in (23, 7))
+    assert torch.equal(short, whole.where(whole < 7, NOT_RETRIEVED)) and (whole >= 7).any()
+    assert ranks_from_lists([["a"], ["b", "c"]], [["a"], ["d", "c"]]).tolist() == [[0, -1], [NOT_RETRIEVED, 1]]
 
 
 # ---- the public reference's numbers ----
@@ -117,13 +203,16 @@ def test_recalls_equal_the_reference(case):
     scores, target, excluded, subset = reference_case(case)
     ranks = ranks_from_scores(scores, target, excluded)
     if case["dataset"] == "fiq":
-        ours = {f"recall_at{k}": recall for k, recall in recall_at_k(ranks, [10, 50]).items()}
+        metrics = fashioniq_metrics(ranks)
     else:
         metrics = cirr_metrics(ranks, ranks_from_scores(scores, target, excluded, subset))
-        ours = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
+        assert 100 * metrics["mean_of_seven"] == pytest.approx(sum(case["expected"].values()) / 7, abs=1e-4)
+    ours = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
     assert {k: 100 * ours[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
     bounds = case.get("target_rank_best_worst") or case["target_rank_best_worst_after_dropping_reference"]
-    assert all(best <= rank + 1 <= worst for rank, (best, worst) in zip(ranks.tolist(), bounds, strict=True))
+    best, worst = (ranks_from_scores(scores, target, excluded, ties=ties) for ties in ("best", "worst"))
+    assert [[b + 1, w + 1] for b, w in zip(best.tolist(), worst.tolist(), strict=True)] == bounds
+    assert (best <= ranks).all() and (ranks <= worst).all()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +222,7 @@ def test_recalls_equal_the_reference(case):
         ("error_target_not_in_members", "query 0: its target .* is not in its subset"),
         ("error_reference_not_in_gallery", "exclude_index of query 0 is -1, outside the gallery of 12"),
         ("error_target_not_in_gallery", "target_index of query 0 is -1, outside the gallery of 12"),
-        ("error_duplicate_member", "query 0: its subset .* repeats a member"),
+        ("error_duplicate_member", r"subset_index of query 0 is \[3, 3, .* repeats a member"),
     ],
 )
 def test_what_the_reference_rejects_is_rejected_with_a_reason(name, message):
@@ -184,6 +273,7 @@ def test_top_k_equals_the_reference_submission(case):
         ({"exclude_index": torch.tensor([1, -1])}, "exclude_index of query 1 is -1"),
         ({"exclude_index": torch.tensor([1, 1])}, "query 1: its target 1 is also its excluded image"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"ties": "none"}, r"ties='none': choose one of \('gallery order', 'best', 'worst'\)"),
     ],
 )
 def test_bad_inputs_are_named(change, message):
@@ -207,8 +297,64 @@ def test_bad_subsets_scores_and_cut_offs_are_named():
         recall_at_k(torch.tensor([], dtype=torch.int64), [1])
     with pytest.raises(ValueError, match=r"at least 1, got \[0\]"):
         recall_at_k(target, [0, 1])
+    with pytest.raises(ValueError, match=r"ranks must have shape \(queries,\) and be 0 or more"):
+        recall_at_k(torch.tensor([1, -1]), [1])
     with pytest.raises(ValueError, match="2 queries and subset_ranks 1"):
         cirr_metrics(target, target[:1])
+    with pytest.raises(ValueError, match="2 queries and target_ranks 1"):
+        circo_metrics(target[:, None], target[:1])
+    with pytest.raises(ValueError, match="2 values and the aspects of 1 queries"):
+        mean_by_aspect(target, [["negation"]])
+
+
+@pytest.mark.parametrize(
+    ("positives", "message"),
+    [
+        ([[0, 1], [2, 4]], r"positive_index of query 1 is \[2, 4\]: members must lie in the gallery of 4"),
+        ([[0, 1], [2, 2]], "positive_index of query 1 .* repeats a member"),
+        ([[0, 1], [-1, -1]], "positive_index of query 1 holds no position"),
+        ([[0, 1], [2, 3]], "query 1: its target 3 is also its excluded image"),
+        ([[0, 1]], r"positive_index must have shape \(2, members\), got \(1, 2\)"),
+    ],
+)
+def test_bad_positives_are_named(positives, message):
+    with pytest.raises(ValueError, match=message):
+        positive_ranks(torch.eye(2), torch.ones(4, 2), torch.tensor(positives), torch.tensor([2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([[0, 1], [2, 2]], r"ranks of query 1 are \[2, 2\]: two right answers cannot share a rank"),
+        ([[0, 1], [-1, -1]], "query 1 has no right answer"),
+        ([0, 1], r"ranks must have shape \(queries, right answers\)"),
+        ([[], []], r"ranks must have shape \(queries, right answers\)"),
+    ],
+)
+def test_bad_ranks_of_positives_are_named(ranks, message):
+    with pytest.raises(ValueError, match=message):
+        map_at_k(torch.tensor(ranks), [5])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranked": [["a", "b"], []]}, "query 1: its ranked list is empty"),
+        ({"ranked": [["a", "b"], ["b", "c", "b"]]}, "query 1: its ranked list repeats 'b'"),
+        ({"positives": [["a"], []]}, "query 1: its list of right answers is empty"),
+        ({"positives": [["a"], ["b", "b"]]}, "query 1: its list of right answers repeats 'b'"),
+        ({"positives": [["a"], [7]]}, r"query 1: its ids are of types \['int', 'str'\]"),
+        ({"exclude": ["b", 3]}, r"query 1: its ids are of types \['int', 'str'\]"),
+        ({"exclude": ["b", "c"]}, "query 1: its target 'c' is also its excluded image"),
+        ({"subsets": [["a", "b"], ["a", "b"]]}, "query 1: its target 'c' is not in its subset"),
+        ({"exclude": ["b"]}, "one row a query, .* 'exclude': 1"),
+        ({"ranked": [], "positives": []}, "at least one query"),
+    ],
+)
+def test_bad_lists_are_named(change, message):
+    lists = {"ranked": [["a", "b"], ["b", "c"]], "positives": [["a"], ["c"]]}
+    with pytest.raises(ValueError, match=message):
+        ranks_from_lists(**(lists | change))
 
 
 def test_k_beyond_the_gallery_names_both_numbers():

@@ -1,0 +1,69 @@
+"""CIRCO's mAP at k, as a module of Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Evaluate looks for what must be installed and reads one module a line.
+import datasets
+import evaluate
+
+from pvlf_hf.metrics import average_precision_at_k, ranks_from_lists
+
+_DESCRIPTION = """
+Mean average precision over the first k of a ranked list, for queries with several right answers, as CIRCO defines it:
+the sum of precision@j over the positions j <= k that hold a right answer, divided by min(right answers, k).
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: for each query the ranked ids of gallery images (strings), best first. A list may end before the
+        gallery does; right answers that are not in it count as missed.
+    references: for each query the ids of all its right answers.
+    ks: cut-offs, by default CIRCO's 5, 10, 25 and 50.
+    exclude: for each query an id to take out of its list first, if it is there. CIRCO's server leaves nothing out.
+    per_query: also return the average precision of each query.
+Returns:
+    `map@k` for each k, a fraction; with `per_query` also `average_precision@k`, one a query.
+Raises:
+    ValueError: naming the query, if a list or its right answers are empty or repeat an id, or one is excluded.
+Examples:
+    >>> metric = evaluate.load("src/pvlf_hf/evaluate_modules/map_at_k")
+    >>> metric.compute(predictions=[["hat", "dress", "shirt"]], references=[["shirt", "hat"]], ks=[1, 2])
+    {'map@1': 1.0, 'map@2': 0.5}
+"""
+
+_CITATION = """
+@inproceedings{baldrati2023zero,
+  title = {Zero-Shot Composed Image Retrieval with Textual Inversion},
+  author = {Baldrati, Alberto and Agnolucci, Lorenzo and Bertini, Marco and Del Bimbo, Alberto},
+  booktitle = {ICCV},
+  year = {2023}
+}
+"""
+
+
+class MapAtK(evaluate.Metric):
+    """See `_KWARGS_DESCRIPTION`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        ids = datasets.List(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features({"predictions": ids, "references": ids}),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[str]],
+        references: list[list[str]],
+        ks: Sequence[int] = (5, 10, 25, 50),
+        exclude: Sequence[str] | None = None,
+        per_query: bool = False,
+    ) -> dict[str, Any]:
+        precision = average_precision_at_k(ranks_from_lists(predictions, references, exclude), ks)
+        results: dict[str, Any] = {f"map@{k}": float(values.mean()) for k, values in precision.items()}
+        if per_query:
+            results |= {f"average_precision@{k}": values.tolist() for k, values in precision.items()}
+        return results

@@ -1,0 +1,74 @@
+"""CIRR's subset recall at k, as a module of Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Evaluate looks for what must be installed and reads one module a line.
+import datasets
+import evaluate
+
+from pvlf_hf.metrics import NOT_RETRIEVED, ranks_from_lists, recall_at_k
+
+_DESCRIPTION = """
+Fraction of queries whose target is among the first k of a ranked list restricted to a few images: CIRR's Rsubset@k,
+among images that resemble the reference.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: for each query the ranked ids of gallery images (strings), best first: of the whole gallery or of the
+        subset. In a list that ends before all members have come, a target that is not in it counts as missed.
+    references: for each query the id of its target.
+    subsets: for each query the ids of its subset, target included (CIRR's `img_set.members`).
+    ks: cut-offs, by default CIRR's 1, 2 and 3.
+    exclude: for each query an id to take out of its list first, if it is there: CIRR leaves out the reference image,
+        itself a member.
+    per_query: also return the ranks.
+Returns:
+    `recall_subset@k` for each k, a fraction; with `per_query` also `ranks` within the subset, 0-based, None where the
+    target is not in the list.
+Raises:
+    ValueError: naming the query, if a list is empty or repeats an id, or a target is excluded or not in its subset.
+Examples:
+    >>> metric = evaluate.load("src/pvlf_hf/evaluate_modules/subset_recall_at_k")
+    >>> metric.compute(predictions=[["hat", "dress", "shirt"]], references=["shirt"], subsets=[["shirt", "hat"]])
+    {'recall_subset@1': 0.0, 'recall_subset@2': 1.0, 'recall_subset@3': 1.0}
+"""
+
+_CITATION = """
+@inproceedings{liu2021image,
+  title = {Image Retrieval on Real-life Images with Pre-trained Vision-and-Language Models},
+  author = {Liu, Zheyuan and Rodriguez-Opazo, Cristian and Teney, Damien and Gould, Stephen},
+  booktitle = {ICCV},
+  year = {2021}
+}
+"""
+
+
+class SubsetRecallAtK(evaluate.Metric):
+    """See `_KWARGS_DESCRIPTION`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        ids = datasets.List(datasets.Value("string"))
+        features = {"predictions": ids, "references": datasets.Value("string"), "subsets": ids}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(features),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[str]],
+        references: list[str],
+        subsets: list[list[str]],
+        ks: Sequence[int] = (1, 2, 3),
+        exclude: Sequence[str] | None = None,
+        per_query: bool = False,
+    ) -> dict[str, Any]:
+        ranks = ranks_from_lists(predictions, [[target] for target in references], exclude, subsets)[:, 0]
+        results: dict[str, Any] = {f"recall_subset@{k}": recall for k, recall in recall_at_k(ranks, ks).items()}
+        if per_query:
+            results["ranks"] = [None if rank == NOT_RETRIEVED else rank for rank in ranks.tolist()]
+        return results

@@ -1,0 +1,125 @@
+"""`significance.py` against plain loops, tables and closed forms, and against what an interval promises."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from pvlf_hf import significance
+from pvlf_hf.significance import bootstrap_interval, paired_test, seed_interval
+
+GENERATOR = np.random.default_rng(7)
+HITS = GENERATOR.random(40) < 0.3
+PRECISIONS = GENERATOR.random(40) * (GENERATOR.random(40) < 0.5)
+
+
+@pytest.mark.parametrize("values", [HITS, PRECISIONS, list(map(float, PRECISIONS))])
+@pytest.mark.parametrize("draws_at_once", [1, 199, 4_000_000])
+def test_bootstrap_equals_a_plain_loop(values, draws_at_once, monkeypatch):
+    monkeypatch.setattr(significance, "_DRAWS_AT_ONCE", draws_at_once)
+    generator = np.random.default_rng(3)
+    means = [np.mean([values[i] for i in generator.integers(40, size=40)]) for _ in range(300)]
+    expected = np.percentile(means, [5, 95])
+    assert bootstrap_interval(values, 0.9, resamples=300, seed=3) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_seed_decides():
+    assert bootstrap_interval(PRECISIONS, seed=1) == bootstrap_interval(PRECISIONS, seed=1)
+    assert bootstrap_interval(PRECISIONS, seed=1) != bootstrap_interval(PRECISIONS, seed=2)
+
+
+def test_bootstrap_of_many_hits_is_the_normal_interval():
+    hits = np.arange(1000) < 300
+    half = 1.959964 * np.sqrt(0.3 * 0.7 / 1000)
+    assert bootstrap_interval(hits) == pytest.approx((0.3 - half, 0.3 + half), abs=0.002)
+    assert bootstrap_interval(np.full(9, 0.25)) == (0.25, 0.25)
+
+
+def test_intervals_hold_the_true_mean_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    samples = generator.random((400, 200)) < 0.4
+    held = [low <= 0.4 <= high for low, high in (bootstrap_interval(s, 0.8, resamples=400) for s in samples)]
+    assert np.mean(held) == pytest.approx(0.8, abs=0.06)  # 3 standard errors of 400 trials
+    runs = generator.normal(5, 2, size=(4000, 3))
+    held = [low <= 5 <= high for low, high in (seed_interval(run, 0.8) for run in runs)]
+    assert np.mean(held) == pytest.approx(0.8, abs=0.02)
+
+
+def exact_p_value(a, b):
+    """Every combination of signs; multiples of 1/8 leave no rounding."""
+    differences = a - b
+    sums = [abs(np.dot(signs, differences)) for signs in product([-1, 1], repeat=len(differences))]
+    return np.mean([s >= abs(differences.sum()) for s in sums])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_paired_test_approaches_the_exact_permutation_test(seed):
+    a, b = np.random.default_rng(seed).integers(9, size=(2, 10)) / 8
+    outcome = paired_test(a, b, resamples=20_000)
+    assert outcome.p_value == pytest.approx(exact_p_value(a, b), abs=0.015)
+    assert outcome.difference == (a - b).mean()
+    assert (outcome.low, outcome.high) == bootstrap_interval(a - b, resamples=20_000)
+    other = paired_test(b, a, resamples=20_000)
+    assert (other.difference, other.p_value) == (-outcome.difference, outcome.p_value)
+    assert (-other.high, -other.low) == pytest.approx((outcome.low, outcome.high))
+    tripled = paired_test(a / 3, b / 3, resamples=20_000)  # thirds round, and equal sums still count as equal
+    assert tripled.p_value == outcome.p_value
+
+
+def test_identical_and_opposite_runs():
+    same = paired_test(PRECISIONS, PRECISIONS)
+    assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    opposite = paired_test(np.ones(60), np.zeros(60, dtype=bool), resamples=999)
+    assert (opposite.difference, opposite.low, opposite.high, opposite.p_value) == (1, 1, 1, 1 / 1000)
+
+
+def test_p_values_are_uniform_between_equally_good_runs():
+    runs = np.random.default_rng(1).normal(size=(2, 400, 30))
+    p_values = [paired_test(a, b, resamples=200).p_value for a, b in zip(*runs, strict=True)]
+    for level in (0.1, 0.5):
+        assert np.mean(np.array(p_values) <= level) == pytest.approx(level, abs=0.075)  # 3 standard errors
+
+
+def test_draws_at_once_do_not_change_the_test(monkeypatch):
+    outcome = paired_test(PRECISIONS, HITS, resamples=500)
+    monkeypatch.setattr(significance, "_DRAWS_AT_ONCE", 400)
+    assert paired_test(PRECISIONS, HITS, resamples=500) == outcome
+
+
+# Two-sided quantiles of Student's t as printed in tables: degrees of freedom, confidence, t.
+@pytest.mark.parametrize(
+    ("degrees", "confidence", "t"),
+    [
+        (1, 0.95, 12.7062),
+        (2, 0.95, 4.30265),
+        (3, 0.95, 3.18245),
+        (4, 0.99, 4.60409),
+        (5, 0.9, 2.01505),
+        (9, 0.95, 2.26216),
+        (10, 0.99, 3.16927),
+        (120, 0.95, 1.97993),
+    ],
+)
+def test_seed_interval_has_the_width_of_the_tables(degrees, confidence, t):
+    values = np.random.default_rng(degrees).normal(size=degrees + 1)
+    half = t * values.std(ddof=1) / np.sqrt(degrees + 1)
+    expected = (values.mean() - half, values.mean() + half)
+    assert seed_interval(values, confidence) == pytest.approx(expected, abs=1e-5 * half + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap_interval([]), r"values must be one number a query .* got shape \(0,\)"),
+        (lambda: bootstrap_interval([[1.0]]), r"values must be one number a query .* got shape \(1, 1\)"),
+        (lambda: paired_test([1.0, 0.0], [1.0, np.nan]), r"b\[1\] is nan; pass finite numbers"),
+        (lambda: paired_test([1.0, 0.0], [1.0]), "a has 2 queries and b 1"),
+        (lambda: bootstrap_interval([1.0], confidence=95), "confidence must lie between 0 and 1, .* got 95"),
+        (lambda: seed_interval([1.0, 2.0], confidence=1.0), "confidence must lie between 0 and 1"),
+        (lambda: paired_test([1.0], [0.0], resamples=0), "resamples must be at least 1"),
+        (lambda: seed_interval([1.0]), "one run shows no scatter"),
+    ],
+)
+def test_bad_inputs_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
