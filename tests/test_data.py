@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from pvlf_hf.data import CIRBenchmark, PVLFCollator, benchmark_from_triplets, id_number, load_triplets
+from pvlf_hf.benchmark import CIRBenchmark
+from pvlf_hf.data import PVLFCollator, benchmark_from_triplets, id_number, load_triplets
 
 ROWS = [
     {"reference": "red.png", "caption": "the same but blue", "target": "sub/blue.png"},
@@ -52,7 +53,7 @@ def gallery(*ids):
 
 def test_benchmark_takes_what_fits():
     benchmark = CIRBenchmark("toy", queries(subset_ids=[["a", "b"]]), gallery("a", "b", "c"))
-    assert (benchmark.name, len(benchmark.gallery), benchmark.protocol) == ("toy", 3, {})
+    assert (benchmark.name, len(benchmark.gallery), benchmark.protocol.name) == ("toy", 3, "own")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_benchmark_from_triplets(folder):
     assert pictures == {"red.png": (255, 0, 0), "sub/blue.png": (0, 0, 255), "green.png": (0, 128, 0)}
     assert len(benchmark.gallery) == 3  # red and green occur twice
     assert list(benchmark.queries["target_id"]) == ["sub/blue.png", "green.png", "green.png"]
-    assert benchmark.protocol["reference"] == "left out of its query's ranking"
+    assert benchmark.protocol.reference == "removed"
     with pytest.raises(ValueError, match=r"own: missing column\(s\) \['reference_id'\]"):
         benchmark_from_triplets("own", triplets.remove_columns("reference_id"))
 

@@ -1,136 +1,137 @@
-"""`evaluate` against a plain loop, in one process and in two (this file is also what the two processes run)."""
+"""`evaluate` against plain loops, in one process and in two (this file is also what the two processes run)."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
-from PIL import ImageDraw
+from miniatures import make_all
+from squares import COLOURS, make_benchmark
 from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
 from pvlf_hf import evaluation
-from pvlf_hf.data import CIRBenchmark
-from pvlf_hf.evaluation import QUERY_METHODS, encode_gallery, encode_queries, evaluate, write_results
+from pvlf_hf.benchmark import CIRBenchmark
+from pvlf_hf.embedding_store import EmbeddingStore
+from pvlf_hf.encoding import encode_gallery
+from pvlf_hf.evaluation import average, evaluate, intervals, read_results, score, write_results
 from pvlf_hf.metrics import cirr_metrics
-
-COLOURS = ["red", "orange", "yellow", "lime", "cyan", "blue", "purple", "black", "white"]
-QUERIES = [(0, "blue", 5), (5, "more red", 6), (8, "dark", 7), (2, "the same but green", 3), (7, "not dark", 8)]
-
-
-def draw(row):
-    """A square that differs from the others in colour, size and place."""
-    picture = PILImage.new("RGB", (32, 32), COLOURS[-row - 1])
-    ImageDraw.Draw(picture).rectangle((2 + row, 4, 14 + row, 8 + 2 * row), COLOURS[row])
-    return picture
-
-
-def make_benchmark(subsets=True):
-    """Five queries and nine images: neither can be shared evenly by two processes."""
-    queries = {
-        "reference": [draw(reference) for reference, _, _ in QUERIES],
-        "reference_id": [COLOURS[reference] for reference, _, _ in QUERIES],
-        "caption": [caption for _, caption, _ in QUERIES],
-        "target_id": [COLOURS[target] for _, _, target in QUERIES],
-    }
-    if subsets:
-        pairs = [{reference, target} for reference, _, target in QUERIES]
-        queries["subset_ids"] = [[COLOURS[i] for i in sorted(pair | {1, 4})] for pair in pairs]
-    return CIRBenchmark(
-        name="squares",
-        queries=with_pictures(queries, "reference"),
-        gallery=with_pictures({"image": [draw(row) for row in range(9)], "image_id": COLOURS}, "image"),
-        protocol={"gallery": "nine squares"},
-    )
-
-
-def with_pictures(columns, pictures):
-    kinds = {column: Value("string") for column in columns} | {pictures: Image()}
-    if "subset_ids" in columns:
-        kinds["subset_ids"] = [Value("string")]
-    return Dataset.from_dict(columns, features=Features(kinds))
+from pvlf_hf.protocols import PROTOCOLS, load_protocol
+from pvlf_hf.significance import bootstrap_interval
 
 
 @torch.no_grad()
-def plain_ranks(model, processor, benchmark):
-    """One picture at a time, one query at a time, sorted in Python."""
+def plain_rankings(model, processor, benchmark):
+    """Gallery ids of every query, best first: one picture, one wording and one query at a time, sorted in Python."""
     gallery = [
         (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
         for row in benchmark.gallery
     ]
-    ranks, subset_ranks = [], []
     for row in benchmark.queries:
-        query = model.get_query_features(**processor.process_queries(row["reference"], row["caption"])).pooler_output
-        cosines = {name: float(F.cosine_similarity(query[0], image, dim=0)) for name, image in gallery}
-        ranking = sorted((n for n in cosines if n != row["reference_id"]), key=lambda n: -cosines[n])
-        ranks.append(ranking.index(row["target_id"]))
-        subset_ranks.append([n for n in ranking if n in row["subset_ids"]].index(row["target_id"]))
-    return ranks, subset_ranks
+        texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        inputs = [processor.process_queries(row["reference"], text) for text in texts]
+        query = sum(model.get_query_features(**i).pooler_output[0] for i in inputs)
+        cosines = {name: float(F.cosine_similarity(query, image, dim=0)) for name, image in gallery}
+        if benchmark.protocol.reference == "removed":
+            del cosines[row["reference_id"]]
+        yield sorted(cosines, key=lambda name: -cosines[name])
 
 
-def test_equals_a_plain_loop(tiny_model, tiny_processor):
+def plain_metrics(benchmark, rankings):
+    """By their definitions, query by query."""
+    targets = list(benchmark.queries["target_id"])
+    hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
+    if benchmark.protocol.metrics == "fashioniq":
+        return {"recall@10": hits[10], "recall@50": hits[50], "mean": (hits[10] + hits[50]) / 2}
+    if benchmark.protocol.metrics == "circo":
+        metrics = {f"recall@{k}": hits[k] for k in (5, 10, 25, 50)}
+        for k in (5, 10, 25, 50):
+            found = [plain_ap(ids, its, k) for ids, its in zip(rankings, benchmark.queries["target_ids"], strict=True)]
+            metrics[f"map@{k}"] = fmean(found)
+            if k == 10:
+                by_aspect = {}
+                for value, aspects in zip(found, benchmark.queries["semantic_aspects"], strict=True):
+                    for aspect in aspects:
+                        by_aspect.setdefault(f"map@10/{aspect}", []).append(value)
+                metrics |= {aspect: fmean(values) for aspect, values in by_aspect.items()}
+        return metrics
+    metrics = {f"recall@{k}": hits[k] for k in (1, 5, 10, 50)}
+    rows = list(zip(targets, rankings, benchmark.queries["subset_ids"], strict=True))
+    for k in (1, 2, 3):
+        metrics[f"recall_subset@{k}"] = fmean(t in [i for i in ids if i in group][:k] for t, ids, group in rows)
+    seven = fmean(metrics.values())
+    return metrics | {"mean": (metrics["recall@5"] + metrics["recall_subset@1"]) / 2, "mean_of_seven": seven}
+
+
+def plain_ap(ranking, answers, k):
+    right = [place for place, image_id in enumerate(ranking[:k], 1) if image_id in answers]
+    return sum(number / place for number, place in enumerate(right, 1)) / min(len(answers), k)
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("data"))
+
+
+LABELLED = [name for name in PROTOCOLS if "test" not in name and name != "emoji-cir"]
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_root, name):
+    (benchmark, *_) = load_protocol(name, data_root, check_counts=False)
+    rankings = list(plain_rankings(tiny_model, tiny_processor, benchmark))
+    outcome = evaluate(tiny_model, tiny_processor, benchmark, batch_size=4, progress=False)
+    targets = benchmark.queries["target_id"]
+    assert outcome.per_query["rank"] == tuple(ids.index(t) for ids, t in zip(rankings, targets, strict=True))
+    assert outcome.metrics == pytest.approx(plain_metrics(benchmark, rankings))
+    assert len(set(outcome.per_query["rank"])) > 2  # the toy tells something
+    assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics)
+    assert outcome.protocol == asdict(benchmark.protocol)
+    assert outcome.precision == "embeddings float32, cosines float64 rounded to float32"
+    assert outcome.counts == {"queries": len(rankings), "gallery": len(benchmark.gallery)}
+
+
+def test_subset_ranks_and_names(tiny_model, tiny_processor):
     benchmark = make_benchmark()
-    ranks, subset_ranks = plain_ranks(tiny_model, tiny_processor, benchmark)
+    rankings = list(plain_rankings(tiny_model, tiny_processor, benchmark))
     outcome = evaluate(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
-    assert (list(outcome.ranks), list(outcome.subset_ranks)) == (ranks, subset_ranks)
-    assert len(set(ranks)) > 2  # the toy tells something
-    assert outcome.metrics == cirr_metrics(torch.tensor(ranks), torch.tensor(subset_ranks))
-    assert outcome.metrics["recall@5"] == sum(rank < 5 for rank in ranks) / 5
+    rows = zip(benchmark.queries["target_id"], rankings, benchmark.queries["subset_ids"], strict=True)
+    in_subset = [[i for i in ids if i in group].index(target) for target, ids, group in rows]
+    assert outcome.per_query["subset_rank"] == tuple(in_subset)
+    assert outcome.per_query["query_id"] == ("0", "1", "2", "3", "4")
+    assert outcome.metrics == cirr_metrics(torch.tensor(outcome.per_query["rank"]), torch.tensor(in_subset))
     assert (outcome.benchmark, outcome.method) == ("squares", "pvlf")
-    assert outcome.counts == {"queries": 5, "gallery": 9}
-    expected = {"ties": "gallery order", "similarity": "cosine, float32", "gallery": "nine squares"}
-    assert outcome.protocol == expected
+    with pytest.raises(ValueError, match="no metric 'map@5' of squares; there are"):
+        outcome.values("map@5")
 
 
 def test_without_subsets(tiny_model, tiny_processor):
     outcome = evaluate(tiny_model, tiny_processor, make_benchmark(subsets=False), progress=False)
-    assert outcome.subset_ranks == ()
+    whole = evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False)
     assert list(outcome.metrics) == ["recall@1", "recall@5", "recall@10", "recall@50"]
-    assert outcome.ranks == evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False).ranks
+    assert outcome.per_query == {name: whole.per_query[name] for name in ("query_id", "rank")}
 
 
-@pytest.mark.parametrize("method", QUERY_METHODS)
-def test_batch_size_does_not_matter(tiny_model, tiny_processor, method):
-    benchmark = make_benchmark()
-    one, all_at_once = (
-        encode_queries(tiny_model, tiny_processor, benchmark.queries, method, batch_size, progress=False)
-        for batch_size in (1, 64)
+def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
+    whole = make_benchmark()
+    subsets = list(whole.queries["subset_ids"])
+    ragged = [[i for i in subsets[0] if i != COLOURS[4]], *subsets[1:]]
+    assert whole.queries[0]["target_id"] in ragged[0] and len({len(ids) for ids in ragged}) > 1
+    queries = whole.queries.remove_columns("subset_ids").add_column("subset_ids", ragged)
+    outcome, its = (
+        evaluate(tiny_model, tiny_processor, b, progress=False).per_query["subset_rank"]
+        for b in (CIRBenchmark("ragged", queries, whole.gallery), whole)
     )
-    torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-5)
-    assert (one.dtype, one.shape) == (torch.float32, (5, 32))
-    torch.testing.assert_close(one.norm(dim=1), torch.ones(5))
-    outcomes = [
-        evaluate(tiny_model, tiny_processor, benchmark, method, batch_size, progress=False)
-        for batch_size in (1, 4, 64)
-    ]
-    assert outcomes[0] == outcomes[1] == outcomes[2]
-
-
-def test_baselines_embed_what_they_say(tiny_model, tiny_processor):
-    queries = make_benchmark().queries
-    image, text, both, pvlf = (
-        encode_queries(tiny_model, tiny_processor, queries, method, progress=False)
-        for method in ("image", "text", "image+text", "pvlf")
-    )
-    references = encode_gallery(
-        tiny_model, tiny_processor, queries.rename_column("reference", "image"), progress=False
-    )
-    torch.testing.assert_close(image, references)
-    with torch.no_grad():
-        tokens = tiny_processor(text=list(queries["caption"]))
-        expected = tiny_model.get_text_features(**tokens).pooler_output
-    torch.testing.assert_close(text, F.normalize(expected, dim=-1))
-    torch.testing.assert_close(both, F.normalize(image + text, dim=-1))
-    assert not torch.allclose(pvlf, both, atol=0.01)
+    assert outcome[1:] == its[1:]
 
 
 def test_given_gallery_embeddings(tiny_model, tiny_processor):
@@ -145,32 +146,18 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
         evaluate(tiny_model, tiny_processor, benchmark, gallery_embeds=gallery[:, :31], progress=False)
 
 
-def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
+def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
     whole = make_benchmark()
-    subsets = list(whole.queries["subset_ids"])
-    ragged = [[i for i in subsets[0] if i != COLOURS[4]], *subsets[1:]]
-    assert whole.queries[0]["target_id"] in ragged[0] and len({len(ids) for ids in ragged}) > 1
-    queries = whole.queries.remove_columns("subset_ids").add_column("subset_ids", ragged)
-    benchmark = CIRBenchmark("ragged", queries, whole.gallery)
-    outcome = evaluate(tiny_model, tiny_processor, benchmark, progress=False)
-    assert outcome.subset_ranks[1:] == evaluate(tiny_model, tiny_processor, whole, progress=False).subset_ranks[1:]
+    unlabelled = replace(whole, queries=whole.queries.remove_columns("target_id"))
+    with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.submission"):
+        evaluate(tiny_model, tiny_processor, unlabelled)
+    with pytest.raises(ValueError, match="squares: its protocol's metrics need the column target_ids"):
+        score(make_benchmark(metrics="circo"), torch.eye(9)[:5], torch.eye(9))
 
 
-def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
-    draw(0).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
-    files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
-    gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
-    with pytest.raises(ValueError, match="gallery: the picture of row 2 cannot be read, replace it or drop the row"):
-        encode_gallery(tiny_model.train(), tiny_processor, gallery, progress=False)
-    assert tiny_model.training  # given back as it came, also then
-
-
-def test_unknown_method(tiny_model, tiny_processor):
-    with pytest.raises(
-        ValueError, match=r"method='caption': choose one of \('pvlf', 'image', 'text', 'image\+text'\)"
-    ):
-        evaluate(tiny_model, tiny_processor, make_benchmark(), method="caption")
+def test_half_precision_is_recorded(tiny_model, tiny_processor):
+    outcome = evaluate(tiny_model.bfloat16(), tiny_processor, make_benchmark(), progress=False)
+    assert outcome.precision.startswith("embeddings bfloat16")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -180,6 +167,49 @@ def test_model_keeps_its_mode(tiny_model, tiny_processor, training):
     modes = [module.training for module in tiny_model.modules()]
     assert evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False) == in_eval  # no dropout
     assert [module.training for module in tiny_model.modules()] == modes
+
+
+# ---- averages, intervals and files ----
+
+
+def random_evaluations(sizes):
+    """FashionIQ's categories with random embeddings."""
+    benchmark = make_benchmark(subsets=False, metrics="fashioniq", reference="kept")
+    for number, (name, size) in enumerate(sizes.items()):
+        generator = torch.Generator().manual_seed(number)
+        rows = [row % 5 for row in range(size)]
+        part = replace(benchmark, name=f"fashioniq/val/{name}", queries=benchmark.queries.select(rows))
+        evaluation = score(part, torch.randn(size, 3, generator=generator), torch.randn(9, 3, generator=generator))
+        ranks = tuple(torch.randint(80, (size,), generator=generator).tolist())  # beyond nine images
+        hits = {f"recall@{k}": fmean(r < k for r in ranks) for k in (10, 50)}
+        yield replace(
+            evaluation,
+            per_query={**evaluation.per_query, "rank": ranks},
+            metrics=hits | {"mean": fmean(hits.values())},
+        )
+
+
+def test_an_average_is_the_unweighted_mean():
+    parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
+    whole = average(parts)
+    assert whole.benchmark == "fashioniq/val/average"
+    assert whole.metrics == {m: pytest.approx(sum(p.metrics[m] for p in parts) / 3) for m in parts[0].metrics}
+    assert whole.counts == {"queries": 210, "gallery": 27}
+    assert whole.protocol == parts[0].protocol
+    assert whole.values("recall@10") == [v for part in parts for v in part.values("recall@10")]
+    for wrong in ([], [parts[0], replace(parts[1], method="text")]):
+        with pytest.raises(ValueError, match="average"):
+            average(wrong)
+
+
+def test_intervals():
+    parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
+    assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
+    random, draws = np.random.default_rng(1), []  # every category resampled by itself
+    for _ in range(4000):
+        means = [random.choice(part.values("recall@50"), part.counts["queries"]).mean() for part in parts]
+        draws.append(fmean(means))
+    assert intervals(average(parts))["recall@50"] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.008)
 
 
 def test_results_file(tiny_model, tiny_processor, tmp_path):
@@ -194,8 +224,10 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
         "benchmark": "squares",
         "method": "pvlf",
         "metrics": outcomes[0].metrics,
+        "intervals": {metric: list(ends) for metric, ends in intervals(outcomes[0]).items()},
         "counts": {"queries": 5, "gallery": 9},
         "protocol": outcomes[0].protocol,
+        "precision": outcomes[0].precision,
     }
     environment = results["environment"]
     assert environment["torch"] == torch.__version__
@@ -204,18 +236,40 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
     assert {"python", "transformers", "accelerate", "datasets", "pillow"} < set(environment)
 
 
+def test_results_can_be_read_again(tmp_path):
+    parts = list(random_evaluations({"dress": 4, "shirt": 7}))
+    write_results(tmp_path / "results.json", [*parts, average(parts)])
+    assert read_results(tmp_path / "results.json") == [*parts, average(parts)]
+    write_results(tmp_path / "other.json", parts)
+    (tmp_path / "other_per_query.json").replace(tmp_path / "results_per_query.json")
+    with pytest.raises(ValueError, match="results_per_query.json does not belong to .*results.json"):
+        read_results(tmp_path / "results.json")
+    with pytest.raises(ValueError, match="other_per_query.json is missing; evaluate again"):
+        read_results(tmp_path / "other.json")
+
+
 def test_results_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert evaluation.environment()["commit"] is None
 
 
-def test_two_processes_agree_with_one(tiny_model, tiny_processor, tmp_path):
+# ---- two processes ----
+
+
+def outcomes(folder):
+    """Without a store, while one is filled, and from it."""
+    model, processor, benchmark = make_model(), make_processor(), make_benchmark(wordings=True)
+    for store in (None, EmbeddingStore(folder), EmbeddingStore(folder)):
+        yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
+
+
+def test_two_processes_agree_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(tmp_path)], env=environment, check=True, timeout=120, capture_output=True)
+    subprocess.run([*launch, str(tmp_path)], env=environment, check=True, timeout=240, capture_output=True)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    alone = evaluate(tiny_model, tiny_processor, make_benchmark(), batch_size=2, progress=False)
-    assert first == second == json.loads(json.dumps(asdict(alone)))
+    alone = json.loads(json.dumps(list(outcomes(tmp_path / "alone"))))
+    assert first == second == alone and alone[0] == alone[1] == alone[2]
 
 
 def main(folder):
@@ -223,8 +277,7 @@ def main(folder):
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     assert state.num_processes == 2
-    outcome = evaluate(make_model(), make_processor(), make_benchmark(), batch_size=2, progress=False)
-    Path(folder, f"{state.process_index}.json").write_text(json.dumps(asdict(outcome)))
+    Path(folder, f"{state.process_index}.json").write_text(json.dumps(list(outcomes(Path(folder) / "store"))))
     state.destroy_process_group()
 
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from reference import FIXTURES, reference_inputs, reference_io, reference_model, to_ours
+from reference import FIXTURES, reference_inputs, reference_io, reference_model
 
 from pvlf_hf import PVLFModel
+from pvlf_hf.convert import to_pvlf
 
 BACKBONES = ["blip", "clip"]
 
@@ -59,7 +60,7 @@ def test_gradients(backbone, text_padding, prefix):
     theirs = {k.removeprefix(prefix): v for k, v in reference_io(backbone).items() if k.startswith(prefix)}
     ours = dict(model.named_parameters())
     assert len(theirs) >= 4
-    for name, gradient in to_ours(theirs, backbone).items():
+    for name, gradient in to_pvlf(theirs, backbone).items():
         relative = (ours[name].grad - gradient).norm() / gradient.norm()
         assert relative < 1e-5, (name, float(relative))
 

@@ -115,6 +115,8 @@ def test_missing_data_is_said(files, tmp_path):
     assert "pass --train_file and --image_folder, or --dataset emoji-cir" in said
 
 
-@pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "compare_emoji.py", "pretrain_emoji_backbone.py"])
+@pytest.mark.parametrize(
+    "script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py", "convert.py"]
+)
 def test_help_teaches(script):
     assert "usage" in run(script, "--help")

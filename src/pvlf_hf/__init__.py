@@ -16,10 +16,22 @@ from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
 from .processing_pvlf import PVLFProcessor
 
 if TYPE_CHECKING:
-    from .data import CIRBenchmark, PVLFCollator, benchmark_from_triplets, load_triplets
+    from .benchmark import CIRBenchmark, Protocol
+    from .circo import load_circo
+    from .cirr import load_cirr, load_cirr_train
+    from .convert import convert_salesforce_blip, convert_transagg
+    from .data import PVLFCollator, benchmark_from_triplets, load_triplets
+    from .embedding_store import EmbeddingStore
     from .emoji_cir import load_emoji_cir, load_emoji_cir_train, load_emoji_pictures
     from .evaluation import Evaluation, evaluate, write_results
+    from .fashioniq import load_fashioniq, load_fashioniq_train
+    from .feature_cache import FeatureCache, cache_features
+    from .laion_cir import load_laion_cir
+    from .protocols import load_protocol
     from .sheet import retrieval_sheet, sheet_rows
+    from .significance import bootstrap_interval, paired_test, seed_interval
+    from .streaming import load_hub_triplets, stream_triplets, write_shards
+    from .submission import lint_submission, write_circo_submission, write_cirr_submission
     from .trainer import PVLFTrainer
     from .training_args import PVLFTrainingArguments
 
@@ -31,18 +43,40 @@ AutoImageProcessor.register(PVLFConfig, image_processor_classes={"pil": PVLFImag
 AutoProcessor.register(PVLFConfig, PVLFProcessor, exist_ok=True)
 
 _MODULE_OF = {
-    "CIRBenchmark": "data",
+    "CIRBenchmark": "benchmark",
+    "Protocol": "benchmark",
+    "load_circo": "circo",
+    "load_cirr": "cirr",
+    "load_cirr_train": "cirr",
+    "convert_salesforce_blip": "convert",
+    "convert_transagg": "convert",
     "PVLFCollator": "data",
     "benchmark_from_triplets": "data",
     "load_triplets": "data",
+    "EmbeddingStore": "embedding_store",
     "load_emoji_cir": "emoji_cir",
     "load_emoji_cir_train": "emoji_cir",
     "load_emoji_pictures": "emoji_cir",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "write_results": "evaluation",
+    "load_fashioniq": "fashioniq",
+    "load_fashioniq_train": "fashioniq",
+    "FeatureCache": "feature_cache",
+    "cache_features": "feature_cache",
+    "load_laion_cir": "laion_cir",
+    "load_protocol": "protocols",
     "retrieval_sheet": "sheet",
     "sheet_rows": "sheet",
+    "bootstrap_interval": "significance",
+    "paired_test": "significance",
+    "seed_interval": "significance",
+    "load_hub_triplets": "streaming",
+    "stream_triplets": "streaming",
+    "write_shards": "streaming",
+    "lint_submission": "submission",
+    "write_circo_submission": "submission",
+    "write_cirr_submission": "submission",
     "PVLFTrainer": "trainer",
     "PVLFTrainingArguments": "training_args",
 }
@@ -57,7 +91,9 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CIRBenchmark",
+    "EmbeddingStore",
     "Evaluation",
+    "FeatureCache",
     "PVLFCollator",
     "PVLFConfig",
     "PVLFImageProcessor",
@@ -67,14 +103,34 @@ __all__ = [
     "PVLFQueryOutput",
     "PVLFTrainer",
     "PVLFTrainingArguments",
+    "Protocol",
     "benchmark_from_triplets",
+    "bootstrap_interval",
+    "cache_features",
+    "convert_salesforce_blip",
+    "convert_transagg",
     "evaluate",
     "focal_info_nce",
+    "lint_submission",
+    "load_circo",
+    "load_cirr",
+    "load_cirr_train",
     "load_emoji_cir",
     "load_emoji_cir_train",
     "load_emoji_pictures",
+    "load_fashioniq",
+    "load_fashioniq_train",
+    "load_hub_triplets",
+    "load_laion_cir",
+    "load_protocol",
     "load_triplets",
+    "paired_test",
     "retrieval_sheet",
+    "seed_interval",
     "sheet_rows",
+    "stream_triplets",
+    "write_circo_submission",
+    "write_cirr_submission",
     "write_results",
+    "write_shards",
 ]

@@ -1,15 +1,13 @@
-"""What a composed-retrieval dataset is: column names for training triplets, and a benchmark to rank.
+"""Training triplets: a user's own, and how rows become batches.
 
-Training triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; a benchmark is a `CIRBenchmark`.
-Every dataset of this package, and a user's own folder of images, is brought to these two shapes.
+Triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; every training set of this package, and a
+user's own folder of images, is brought to this shape.
 """
 
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +18,12 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
+from .benchmark import CIRBenchmark, Protocol, check_columns
 from .image_processing_pvlf import open_rgb
 
 TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
 """`reference` and `target`: `datasets.Image`; `caption`: the relative caption; `target_id`: str, equal for targets
 that are the same thing, so that they are never each other's negatives."""
-
-QUERY_COLUMNS = ("reference", "reference_id", "caption", "target_id")
-"""`reference`: `datasets.Image`; the ids name gallery images; optional `subset_ids`: list of gallery ids (CIRR's
-`img_set.members`, reference and target included)."""
-
-GALLERY_COLUMNS = ("image", "image_id")
-
-
-@dataclass(frozen=True)
-class CIRBenchmark:
-    """Queries and the gallery they are ranked against.
-
-    Args:
-        name: names the benchmark and split in results, e.g. `"emoji-cir/test"`.
-        queries: one row a query, columns `QUERY_COLUMNS` (and optionally `subset_ids`).
-        gallery: one row an image, columns `GALLERY_COLUMNS`; ids are unique.
-        protocol: how the numbers are to be read (gallery, reference kept or removed, tie rule, ...), copied into
-            results.
-
-    Raises:
-        ValueError: if there are no queries or no gallery, a column is missing, an id is not in the gallery, gallery
-            ids repeat, a caption is empty, a target is its own reference, or a subset lacks its target.
-    """
-
-    name: str
-    queries: Dataset
-    gallery: Dataset
-    protocol: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_columns(self.queries, QUERY_COLUMNS, f"queries of {self.name}")
-        check_columns(self.gallery, GALLERY_COLUMNS, f"gallery of {self.name}")
-        if not len(self.queries) or not len(self.gallery):
-            raise ValueError(f"{self.name}: {len(self.queries)} queries and {len(self.gallery)} gallery images")
-        ids = Counter(self.gallery["image_id"])
-        if repeated := [i for i, count in ids.items() if count > 1][:3]:
-            raise ValueError(f"gallery of {self.name}: image_id must be unique, repeated: {repeated}")
-        references, targets = list(self.queries["reference_id"]), list(self.queries["target_id"])
-        named = {"reference_id": references, "target_id": targets}
-        if "subset_ids" in self.queries.column_names:
-            subsets = list(self.queries["subset_ids"])
-            named["subset_ids"] = list(chain.from_iterable(subsets))
-            self._check_rows(
-                [t not in s for t, s in zip(targets, subsets, strict=True)], "lack the target in subset_ids"
-            )
-        for column, ids_of_queries in named.items():
-            if missing := sorted(set(ids_of_queries) - ids.keys(), key=str):
-                raise ValueError(
-                    f"queries of {self.name}: {len(missing)} {column} not in the gallery, first: {missing[:3]}. "
-                    "Add these images to the gallery or drop the queries."
-                )
-        self._check_rows([not str(c or "").strip() for c in self.queries["caption"]], "have an empty caption")
-        same = [r == t for r, t in zip(references, targets, strict=True)]
-        self._check_rows(same, "have their reference as target, which is left out of the ranking")
-
-    def _check_rows(self, bad: list[bool], what: str) -> None:
-        if rows := [row for row, is_bad in enumerate(bad) if is_bad]:
-            raise ValueError(f"queries of {self.name}: {len(rows)} {what}, first rows: {rows[:3]}; mend or drop them")
-
-
-def check_columns(dataset: Dataset, required: tuple[str, ...], what: str) -> None:
-    """Raises a `ValueError` that names the missing columns, those there are, and how to rename."""
-    missing = [c for c in required if c not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"{what}: missing column(s) {missing}; it has {dataset.column_names}. "
-            "Rename with `dataset.rename_column(old, new)`."
-        )
 
 
 def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool = True) -> Dataset:
@@ -113,6 +44,37 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
             are missing or broken; nothing is dropped silently.
     """
     file, image_folder = Path(file), Path(image_folder).resolve()
+    cells = read_triplet_table(file)
+    for column, values in cells.items():
+        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
+            raise ValueError(
+                f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
+            )
+    references, targets = cells["reference"], cells["target"]
+    check_image_files(image_folder, sorted({*references, *targets}), open_them=check_images)
+    columns = {
+        "reference": [str(image_folder / name) for name in references],
+        "reference_id": references,
+        "caption": cells["caption"],
+        "target": [str(image_folder / name) for name in targets],
+        "target_id": cells.get("target_id", targets),
+        "target_image_id": targets,
+    }
+    return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
+
+
+def read_triplet_table(file: Path) -> dict[str, list[str]]:
+    """Reads the cells of a table of triplets as they are, blank ones too.
+
+    Args:
+        file: see [`load_triplets`].
+
+    Returns:
+        The columns `reference`, `caption`, `target` and, if there, `target_id`; what is no text is turned into it.
+
+    Raises:
+        ValueError: if the file cannot be read or lacks a column.
+    """
     readers = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     if file.suffix not in readers:
         raise ValueError(f"{file}: cannot read {file.suffix or 'a file without ending'}; use one of {list(readers)}")
@@ -130,27 +92,11 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
             "with commas must be quoted."
         ) from error
     check_columns(table, ("reference", "caption", "target"), str(file))
-    cells = {
+    return {
         column: ["" if cell is None else str(cell) for cell in table[column]]
         for column in TRIPLET_COLUMNS
         if column in table.column_names
     }
-    for column, values in cells.items():
-        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
-            raise ValueError(
-                f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
-            )
-    references, targets = cells["reference"], cells["target"]
-    check_image_files(image_folder, sorted({*references, *targets}), open_them=check_images)
-    columns = {
-        "reference": [str(image_folder / name) for name in references],
-        "reference_id": references,
-        "caption": cells["caption"],
-        "target": [str(image_folder / name) for name in targets],
-        "target_id": cells.get("target_id", targets),
-        "target_image_id": targets,
-    }
-    return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
 
 
 def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
@@ -172,7 +118,7 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
         name=name,
         queries=queries.rename_column("target_image_id", "target_id"),
         gallery=gallery,
-        protocol={"gallery": "every picture of the triplets", "reference": "left out of its query's ranking"},
+        protocol=Protocol(name="own", gallery="every picture of the triplets"),
     )
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from .data import CIRBenchmark
+from .benchmark import CIRBenchmark, Protocol
 from .emoji_captions import TIERS, attribute_of, write_caption
 from .emoji_names import parse_name
 
@@ -145,12 +145,12 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
     features = Features({"reference": Image(mode="RGBA"), **strings, "subset_ids": List(Value("string"))})
     queries = _cached(_write_queries, features, split)
     queries = queries.select([row for row, its in enumerate(queries["tier"]) if its == tier])
-    protocol = {
-        "gallery": f"all pictures of {vendor}" + ("" if split == "test" else " that are not also Google's"),
-        "reference": "removed from the ranking, as in CIRR",
-        "subset": "six look-alikes, reference and target among them, as in CIRR",
-        "packages": _packages(),
-    }
+    protocol = Protocol(
+        name="emoji-cir",
+        gallery=f"all pictures of {vendor}" + ("" if split == "test" else " that are not also Google's"),
+        captions=f"{tier}; subsets of six look-alikes, reference and target among them, as in CIRR",
+        revision=_packages(),
+    )
     name = f"emoji-cir/test/{tier}" if split == "test" else f"emoji-cir/{split}"
     return CIRBenchmark(name, queries, load_emoji_pictures([vendor]), protocol)
 

@@ -3,31 +3,43 @@
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
-from .data import CIRBenchmark
-from .metrics import cirr_metrics, subset_ranks, target_ranks
+from .benchmark import CIRBenchmark
+from .embedding_store import EmbeddingStore, dtype_of
+from .encoding import QueryMethod, check_method, embed
+from .metrics import (
+    CIRCO_KS,
+    average_precision_at_k,
+    circo_metrics,
+    cirr_metrics,
+    fashioniq_metrics,
+    mean_by_aspect,
+    positive_ranks,
+    subset_ranks,
+    target_ranks,
+)
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .significance import bootstrap_interval
 
-QueryMethod = Literal["pvlf", "image", "text", "image+text"]
+RESAMPLES = 2000
+"""Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""
 
-QUERY_METHODS: tuple[QueryMethod, ...] = ("pvlf", "image", "text", "image+text")
-"""How a query becomes an embedding: by the model, or one of the paper's baselines (Tables 1-2): the reference image's
-embedding alone, the caption's alone, or the sum of the two, normalised."""
+_MEANS = {  # what `cirr_metrics` and `fashioniq_metrics` average
+    ("cirr", "mean"): ("recall@5", "recall_subset@1"),
+    ("cirr", "mean_of_seven"): (*(f"recall@{k}" for k in (1, 5, 10, 50)), *(f"recall_subset@{k}" for k in (1, 2, 3))),
+    ("fashioniq", "mean"): ("recall@10", "recall@50"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,14 @@ class Evaluation:
     Args:
         benchmark: name of the benchmark.
         method: one of `QUERY_METHODS`.
-        metrics: fractions in [0, 1]: `recall@k`, and with subsets `recall_subset@k` and `mean`.
+        metrics: fractions in [0, 1], by the protocol's metrics: `recall@k`, `recall_subset@k`, `map@k`,
+            `map@10/{semantic aspect}`, `mean`, `mean_of_seven`.
         counts: number of queries and of gallery images.
-        protocol: how to read the metrics.
-        ranks: 0-based rank of every query's target, in the order of the queries.
-        subset_ranks: likewise among the subset, empty without subsets.
+        protocol: how to read the metrics, see [`~pvlf_hf.benchmark.Protocol`].
+        precision: what embeddings and cosines are computed in.
+        per_query: one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the target), and
+            where the benchmark has them `subset_rank`, `average_precision@k`, `semantic_aspects`; of an average over
+            benchmarks also the `benchmark`.
     """
 
     benchmark: str
@@ -49,25 +64,47 @@ class Evaluation:
     metrics: dict[str, float]
     counts: dict[str, int]
     protocol: dict[str, str]
-    ranks: tuple[int, ...]
-    subset_ranks: tuple[int, ...]
+    precision: str
+    per_query: dict[str, tuple[Any, ...]]
+
+    def values(self, metric: str) -> list[float]:
+        """One number a query whose mean is the metric: what `pvlf_hf.significance` takes.
+
+        Of an average over benchmarks the metric is the mean of the means over each.
+
+        Raises:
+            ValueError: if this evaluation has no such metric.
+        """
+        if metric not in self.metrics:
+            raise ValueError(f"no metric {metric!r} of {self.benchmark}; there are {list(self.metrics)}")
+        if parts := _MEANS.get((self.protocol["metrics"], metric)):
+            return [fmean(values) for values in zip(*map(self.values, parts), strict=True)]
+        name, _, k = metric.partition("@")
+        if name == "map":
+            k, _, aspect = k.partition("/")
+            precisions = self.per_query[f"average_precision@{k}"]
+            aspects = self.per_query["semantic_aspects"] if aspect else ((aspect,) for _ in precisions)
+            return [value for value, its in zip(precisions, aspects, strict=True) if aspect in its]
+        ranks = self.per_query["subset_rank" if name == "recall_subset" else "rank"]
+        return [float(rank < int(k)) for rank in ranks]
 
 
 def evaluate(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: PVLFModel | None,
+    processor: PVLFProcessor | None,
     benchmark: CIRBenchmark,
     method: QueryMethod = "pvlf",
     batch_size: int = 64,
     gallery_embeds: Tensor | None = None,
     progress: bool = True,
+    store: EmbeddingStore | None = None,
 ) -> Evaluation:
-    """Encodes gallery and queries and ranks them, the reference left out (the CIRR protocol).
+    """Encodes gallery and queries, ranks them and measures the ranking, all by the benchmark's protocol.
 
     Under several processes each encodes a share and all return the same result.
 
     Args:
-        model: the model; it is put in eval mode for the time being.
+        model: the model; it is put in eval mode for the time being. None to score what is in the store.
         processor: its processor.
         benchmark: queries and gallery.
         method: how a query is embedded, see `QUERY_METHODS`.
@@ -75,152 +112,198 @@ def evaluate(
         gallery_embeds: `(gallery, d)` from [`encode_gallery`] with the same model, to encode the gallery only once
             for several query sets.
         progress: show progress bars.
+        store: embeddings kept on disk: what is there is not encoded again, what is not is added.
 
     Raises:
-        ValueError: for an unknown method, or a gallery that does not fit the benchmark.
+        ValueError: for an unknown method, a benchmark without targets, a gallery that does not fit the benchmark, a
+            store of another model, or one that lacks something and no model.
     """
     check_method(method)
-    if gallery_embeds is None:
-        gallery_embeds = encode_gallery(model, processor, benchmark.gallery, batch_size, progress)
+    _check_targets(benchmark)
+    embeds = embed(model, processor, benchmark, method, batch_size, gallery_embeds, progress, store)
+    dtype = dtype_of(model) if model is not None else store.model["dtype"]  # type: ignore[union-attr,index]
+    return score(benchmark, *embeds, method, f"embeddings {dtype}, cosines float64 rounded to float32")
+
+
+def score(
+    benchmark: CIRBenchmark,
+    query_embeds: Tensor,
+    gallery_embeds: Tensor,
+    method: str = "pvlf",
+    precision: str = "unknown",
+) -> Evaluation:
+    """Ranks and measures embeddings, of whatever model, by the benchmark's protocol.
+
+    Args:
+        benchmark: queries with targets, and gallery.
+        query_embeds: `(queries, d)` in the order of the rows; need not be normalised.
+        gallery_embeds: `(gallery, d)`, likewise.
+        method: names how the queries were embedded.
+        precision: likewise, in words.
+
+    Raises:
+        ValueError: if the benchmark has no targets, or embeddings do not fit it.
+    """
+    _check_targets(benchmark)
     if len(gallery_embeds) != len(benchmark.gallery):
         raise ValueError(f"{len(gallery_embeds)} gallery embeddings for {len(benchmark.gallery)} gallery images")
-    query_embeds = encode_queries(model, processor, benchmark.queries, method, batch_size, progress)
-    row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
-    queries = benchmark.queries
-    target = torch.tensor([row_of[i] for i in queries["target_id"]])
-    reference = torch.tensor([row_of[i] for i in queries["reference_id"]])
-    ranks = target_ranks(query_embeds, gallery_embeds, target, reference)
-    in_subset = None
-    if "subset_ids" in queries.column_names:
-        subsets = [torch.tensor([row_of[i] for i in ids]) for ids in queries["subset_ids"]]
-        subset = pad_sequence(subsets, batch_first=True, padding_value=-1)
-        in_subset = subset_ranks(query_embeds, gallery_embeds, subset, target, reference)
-    return Evaluation(
-        benchmark=benchmark.name,
-        method=method,
-        metrics=cirr_metrics(ranks, in_subset),
-        counts={"queries": len(queries), "gallery": len(benchmark.gallery)},
-        protocol={"ties": "gallery order", "similarity": "cosine, float32", **benchmark.protocol},
-        ranks=tuple(ranks.tolist()),
-        subset_ranks=() if in_subset is None else tuple(in_subset.tolist()),
+    target, exclude = gallery_rows(benchmark, "target_id"), excluded_rows(benchmark)
+    ranks = target_ranks(query_embeds, gallery_embeds, target, exclude)
+    per_query: dict[str, tuple[Any, ...]] = {"query_id": tuple(query_ids(benchmark)), "rank": tuple(ranks.tolist())}
+    if benchmark.protocol.metrics == "fashioniq":
+        metrics = fashioniq_metrics(ranks)
+    elif benchmark.protocol.metrics == "circo":
+        positives = positive_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "target_ids"), exclude)
+        metrics = circo_metrics(positives, ranks)
+        precisions = average_precision_at_k(positives, CIRCO_KS)
+        per_query |= {f"average_precision@{k}": tuple(values.tolist()) for k, values in precisions.items()}
+        if "semantic_aspects" in benchmark.queries.column_names:
+            aspects = [tuple(its) for its in benchmark.queries["semantic_aspects"]]
+            metrics |= {f"map@10/{aspect}": mean for aspect, mean in mean_by_aspect(precisions[10], aspects).items()}
+            per_query["semantic_aspects"] = tuple(aspects)
+    elif "subset_ids" in benchmark.queries.column_names:
+        in_subset = subset_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "subset_ids"), target, exclude)
+        metrics = cirr_metrics(ranks, in_subset)
+        per_query["subset_rank"] = tuple(in_subset.tolist())
+    else:
+        metrics = cirr_metrics(ranks)
+    counts = {"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)}
+    return Evaluation(benchmark.name, method, metrics, counts, asdict(benchmark.protocol), precision, per_query)
+
+
+def average(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The unweighted mean over benchmarks of one protocol, as FashionIQ reports its three categories.
+
+    Args:
+        evaluations: of `"fashioniq/val/dress"` and so on, by the same method.
+
+    Returns:
+        An evaluation of `"fashioniq/val/average"`: metrics are means, counts are sums.
+
+    Raises:
+        ValueError: if there is none, or they differ in method, protocol or metrics.
+    """
+    if not evaluations:
+        raise ValueError("nothing to average: pass one evaluation for each category")
+    first = evaluations[0]
+    kinds = {(e.benchmark.rpartition("/")[0], e.method, e.protocol["name"], tuple(e.metrics)) for e in evaluations}
+    if len(kinds) > 1:
+        raise ValueError(f"only evaluations of one protocol and method can be averaged, got {sorted(kinds)}")
+    columns = [{**e.per_query, "benchmark": (e.benchmark,) * e.counts["queries"]} for e in evaluations]
+    return replace(
+        first,
+        benchmark=f"{first.benchmark.rpartition('/')[0]}/average",
+        metrics={name: fmean(e.metrics[name] for e in evaluations) for name in first.metrics},
+        counts={name: sum(e.counts[name] for e in evaluations) for name in first.counts},
+        protocol={name: "; ".join(dict.fromkeys(e.protocol[name] for e in evaluations)) for name in first.protocol},
+        per_query={name: tuple(value for c in columns for value in c[name]) for name in columns[0]},
     )
 
 
-def encode_gallery(
-    model: PVLFModel, processor: PVLFProcessor, gallery: Dataset, batch_size: int = 64, progress: bool = True
-) -> Tensor:
-    """Embeds the images of a gallery.
+def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+    """Bootstrap interval of each metric over queries, see [`~pvlf_hf.significance.bootstrap_interval`].
 
-    Returns:
-        float32 `(gallery, d)` on the CPU, L2-normalised, in the order of the rows.
+    Those of an average over benchmarks are joined from the intervals of each (MOVER: Zou and Donner, 2008), because
+    every benchmark keeps its number of queries.
+
+    Args:
+        evaluation: from [`evaluate`] or [`average`].
+        confidence: how often such intervals hold the true mean.
     """
+    groups = evaluation.per_query.get("benchmark", ())
+    names = tuple(dict.fromkeys(groups))
 
-    def encode(rows: dict[str, list[Any]]) -> Tensor:
-        inputs = processor.process_targets(rows["image"]).to(device_of(model))
-        return model(target_pixel_values=inputs["pixel_values"]).target_embeds
+    def interval(metric: str) -> tuple[float, float]:
+        values = evaluation.values(metric)
+        if not names:
+            return bootstrap_interval(values, confidence, RESAMPLES)
+        parts = [[v for v, its in zip(values, groups, strict=True) if its == name] for name in names]
+        ends = [bootstrap_interval(part, confidence, RESAMPLES) for part in parts]
+        means = [fmean(part) for part in parts]
+        below = sum((mean - low) ** 2 for mean, (low, _) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
+        above = sum((high - mean) ** 2 for mean, (_, high) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
+        return fmean(means) - below, fmean(means) + above
 
-    return _encode(model, gallery.select_columns("image"), encode, batch_size, "gallery", progress)
-
-
-def encode_queries(
-    model: PVLFModel,
-    processor: PVLFProcessor,
-    queries: Dataset,
-    method: QueryMethod = "pvlf",
-    batch_size: int = 64,
-    progress: bool = True,
-) -> Tensor:
-    """Embeds queries by one of `QUERY_METHODS`.
-
-    Returns:
-        float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
-
-    Raises:
-        ValueError: for an unknown method.
-    """
-    check_method(method)
-
-    def encode(rows: dict[str, list[Any]]) -> Tensor:
-        if method == "pvlf":
-            return model(
-                **processor.process_queries(rows["reference"], rows["caption"]).to(device_of(model))
-            ).query_embeds
-        embeds = []
-        if "image" in method:
-            embeds.append(model.get_image_features(**processor(images=rows["reference"]).to(device_of(model))))
-        if "text" in method:
-            embeds.append(model.get_text_features(**processor(text=rows["caption"]).to(device_of(model))))
-        return F.normalize(sum(e.pooler_output for e in embeds), dim=-1)
-
-    columns = {"image": ["reference"], "text": ["caption"]}.get(method, ["reference", "caption"])
-    return _encode(model, queries.select_columns(columns), encode, batch_size, "queries", progress)
+    return {metric: interval(metric) for metric in evaluation.metrics}
 
 
-def check_method(method: str) -> None:
-    """Raises a `ValueError` unless the method is one of `QUERY_METHODS`."""
-    if method not in QUERY_METHODS:
-        raise ValueError(f"method={method!r}: choose one of {QUERY_METHODS}")
+def query_ids(benchmark: CIRBenchmark) -> list[str]:
+    """What results and submission files call the queries: `query_id`, or else the row."""
+    if "query_id" in benchmark.queries.column_names:
+        return list(benchmark.queries["query_id"])
+    return [str(row) for row in range(len(benchmark.queries))]
 
 
-@torch.inference_mode()
-def _encode(
-    model: PVLFModel,
-    dataset: Dataset,
-    encode: Callable[[dict[str, list[Any]]], Tensor],
-    batch_size: int,
-    what: str,
-    progress: bool,
-) -> Tensor:
-    state = PartialState()
-    was_training = model.training
-    model.eval()
-    # Padded to equal shares: a sharded model needs every process in every forward.
-    with state.split_between_processes(list(range(len(dataset))), apply_padding=True) as share:
-        batches = dataset.select(share).iter(batch_size=batch_size)
-        total = -(-len(share) // batch_size)
-        bar = tqdm(batches, desc=f"encoding {what}", total=total, disable=not (progress and state.is_main_process))
-        try:
-            embeds = torch.cat([encode(rows).float().cpu() for rows in bar])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{what}: {_first_unreadable(dataset, share)}{error}") from error
-        finally:
-            model.train(was_training)
-    if state.num_processes == 1:
-        return embeds
-    by_row = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
-    return torch.stack([by_row[row] for row in range(len(dataset))])
+def excluded_rows(benchmark: CIRBenchmark) -> Tensor | None:
+    """int64 `(queries,)`, the gallery row that each query's ranking leaves out; None if it leaves out nothing."""
+    return gallery_rows(benchmark, "reference_id") if benchmark.protocol.reference == "removed" else None
 
 
-def _first_unreadable(dataset: Dataset, rows: list[int]) -> str:
-    """Names the first row whose picture does not decode; the error of a whole batch does not say which it is."""
-    for row in rows:
-        try:
-            dataset[row]
-        except OSError:
-            return f"the picture of row {row} cannot be read, replace it or drop the row: "
-    return ""
+def _check_targets(benchmark: CIRBenchmark) -> None:
+    if not benchmark.has_targets:
+        raise ValueError(
+            f"{benchmark.name} has no target_id, its labels are on a server: rank it with `embed` and write the file "
+            "for the server with pvlf_hf.submission"
+        )
 
 
-def device_of(model: torch.nn.Module) -> torch.device:
-    """The device that a model's inputs belong on."""
-    return next(model.parameters()).device
+def gallery_rows(benchmark: CIRBenchmark, column: str) -> Tensor:
+    """Gallery rows of the ids in a column: int64 `(queries,)`, or `(queries, most)` filled up with -1 for lists."""
+    row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
+    if column in ("target_ids", "subset_ids"):
+        if column not in benchmark.queries.column_names:
+            raise ValueError(f"{benchmark.name}: its protocol's metrics need the column {column}")
+        rows = [torch.tensor([row_of[i] for i in ids]) for ids in benchmark.queries[column]]
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
+    return torch.tensor([row_of[i] for i in benchmark.queries[column]])
 
 
 def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: Any) -> None:
     """Writes evaluations and what is needed to repeat them as JSON (UTF-8).
 
+    Beside it, `{name}_per_query.json` keeps the value of every query for later comparisons, see [`read_results`].
+
     Args:
         file: usually `results.json`.
-        evaluations: what [`evaluate`] returned.
+        evaluations: what [`evaluate`] returned; each is written with 95 % bootstrap intervals over its queries.
         facts: anything else worth keeping: seeds, arguments.
     """
-    results = {
-        **facts,
-        "evaluations": [{k: v for k, v in asdict(e).items() if not k.endswith("ranks")} for e in evaluations],
-        "environment": environment(),
-    }
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    file, evaluations = Path(file), list(evaluations)
+    summaries = [{**asdict(e), "intervals": intervals(e)} for e in evaluations]
+    per_query = [summary.pop("per_query") for summary in summaries]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = {**facts, "evaluations": summaries, "environment": environment()}
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _per_query_file(file).write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+
+
+def read_results(file: str | Path) -> list[Evaluation]:
+    """Evaluations that [`write_results`] wrote, values of every query included.
+
+    Raises:
+        ValueError: if the file with the values of every query is not beside it, or is of other results.
+    """
+    file = Path(file)
+    summaries = json.loads(file.read_text(encoding="utf-8"))["evaluations"]
+    if not _per_query_file(file).exists():
+        raise ValueError(f"{_per_query_file(file)} is missing; evaluate again to get the values of every query")
+    per_query = json.loads(_per_query_file(file).read_text(encoding="utf-8"))
+    if [e["counts"]["queries"] for e in summaries] != [len(columns["rank"]) for columns in per_query]:
+        raise ValueError(f"{_per_query_file(file)} does not belong to {file}; evaluate again")
+    names = [field.name for field in fields(Evaluation) if field.name != "per_query"]
+    return [
+        Evaluation(**{n: e[n] for n in names}, per_query={name: _frozen(its) for name, its in columns.items()})
+        for e, columns in zip(summaries, per_query, strict=True)
+    ]
+
+
+def _per_query_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}_per_query.json")
+
+
+def _frozen(values: Any) -> Any:
+    """Lists of JSON as the tuples they were written from."""
+    return tuple(map(_frozen, values)) if isinstance(values, list) else values
 
 
 def environment() -> dict[str, str | None]:
@@ -244,12 +327,12 @@ def _commit() -> str | None:
 
 
 __all__ = [
-    "QUERY_METHODS",
     "Evaluation",
-    "QueryMethod",
-    "encode_gallery",
-    "encode_queries",
+    "average",
     "environment",
     "evaluate",
+    "intervals",
+    "read_results",
+    "score",
     "write_results",
 ]

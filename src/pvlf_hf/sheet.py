@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .data import CIRBenchmark
+from .benchmark import CIRBenchmark
 from .image_processing_pvlf import to_rgb
 from .metrics import target_ranks, top_k
 

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .data import TRIPLET_COLUMNS, CIRBenchmark, OneValueBatchSampler, PVLFCollator, check_columns
+from .benchmark import CIRBenchmark, check_columns
+from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
 from .evaluation import evaluate
+from .feature_cache import FeatureCollator, cache_features
 from .modeling_pvlf import PVLFModel, PVLFOutput
+from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
 
 
@@ -23,7 +28,8 @@ class PVLFTrainer(Trainer):
     Args:
         model: the model; `args.finetuning` decides which of its encoders train.
         args: [`PVLFTrainingArguments`].
-        train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`.
+        train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`, a `datasets.Dataset` or, for sets that
+            do not fit, what [`stream_triplets`] returns (set `max_steps`).
         eval_dataset: a [`CIRBenchmark`], or a dictionary of them by name. Each evaluation ranks the real gallery; its
             metrics (`eval_recall@1`, ..., `eval_mean`) can select the best checkpoint (`metric_for_best_model`).
         processing_class: the [`PVLFProcessor`]; saved with every checkpoint.
@@ -55,7 +61,10 @@ class PVLFTrainer(Trainer):
         if getattr(train_dataset, "column_names", None) is not None:
             check_columns(train_dataset, TRIPLET_COLUMNS, "train_dataset")
             rows = args.train_batch_size * args.world_size
-            if args.dataloader_drop_last and len(train_dataset) < rows:
+            is_stream = isinstance(train_dataset, IterableDataset)
+            if is_stream and args.batch_by is not None:
+                raise ValueError(f"batch_by={args.batch_by!r} needs all rows at once, but train_dataset is a stream")
+            if not is_stream and args.dataloader_drop_last and len(train_dataset) < rows:
                 raise ValueError(
                     f"train_dataset has {len(train_dataset)} rows, a step takes {rows} and shorter batches are "
                     "dropped: lower per_device_train_batch_size"
@@ -70,6 +79,34 @@ class PVLFTrainer(Trainer):
             data_collator=data_collator or PVLFCollator(processing_class),
             **kwargs,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, see the base class; first fills `args.feature_cache` where one is named."""
+        if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
+            if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
+                raise ValueError(
+                    "feature_cache makes batches of a datasets.Dataset by itself: pass no data_collator and no other "
+                    "kind of dataset, or train without it"
+                )
+            model: Any = self.model
+            processor: Any = self.processing_class
+            with self.compute_loss_context_manager():  # features as this run's own forward would give them
+                self.train_dataset, self.data_collator = cache_features(
+                    model,
+                    processor,
+                    self.train_dataset,
+                    self.args.feature_cache,
+                    self.args.per_device_eval_batch_size,
+                    progress=not self.args.disable_tqdm,
+                )
+        return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Streams (`datasets.IterableDataset`) are read without Accelerate, which would split the shares once more."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return triplet_batches(self.train_dataset, self._train_batch_size, self.data_collator, num_workers=workers)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

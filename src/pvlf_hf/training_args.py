@@ -32,6 +32,9 @@ class PVLFTrainingArguments(TrainingArguments):
             of it, so that negatives are as alike as in a gallery of that kind (ours; the paper shuffles all rows).
         decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
             Apply weight decay to every weight (TransAgg), instead of sparing norms, biases and prompts.
+        feature_cache (`str`, *optional*):
+            Folder where the outputs of encoders that do not train are computed once and kept, in float16, for all
+            epochs and runs. Needs `finetuning` `"frozen"` or `"text"`; pictures must not be augmented.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -60,6 +63,9 @@ class PVLFTrainingArguments(TrainingArguments):
     decay_norms_and_biases: bool = field(
         default=True, metadata={"help": "Weight decay on every weight, as TransAgg, instead of matrices only."}
     )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder to keep the outputs of frozen encoders in, shared between runs."}
+    )
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Of fusion and aggregation (paper)."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (paper)."})
@@ -86,6 +92,11 @@ class PVLFTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"learning_rate={self.learning_rate} and encoder_learning_rate={self.encoder_learning_rate} must be "
                 "positive; to leave encoders as they are, set finetuning='frozen' or 'text'"
+            )
+        if self.feature_cache and self.finetuning == "both":
+            raise ValueError(
+                "feature_cache keeps what encoders that do not train give, but finetuning='both' trains them: choose "
+                "'frozen' or 'text', or leave feature_cache out"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")

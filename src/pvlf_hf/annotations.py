@@ -1,0 +1,250 @@
+"""Reading published data sets: their JSON annotations, and their images wherever people put them."""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from datasets import Dataset, Image
+
+from .benchmark import CIRBenchmark, Protocol
+
+logger = logging.getLogger(__name__)
+
+
+def find_file(root: Path, places: Sequence[str]) -> Path:
+    """The first of the places below `root` that is a file; a `ValueError` lists them if none is."""
+    tried = [root / place for place in places]
+    for file in tried:
+        if file.is_file():
+            return file
+    raise ValueError(f"{tried[0].name} is not under {root}; looked for {[str(file) for file in tried]}")
+
+
+def read_json(file: Path, kind: type | Any) -> Any:
+    """Reads JSON (UTF-8) that must be of a kind, such as `dict` or `list[str]`.
+
+    Raises:
+        ValueError: names the file, and the position where it is not JSON, or a key that is given twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):  # the parser alone would keep the last and say nothing
+            check_unique(file, "keys", [key for key, _ in pairs])
+        return content
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error}); download it again") from error
+    except json.JSONDecodeError as error:
+        near = error.doc[max(error.pos - 30, 0) : error.pos + 30]
+        raise ValueError(f"{file}: not JSON, or cut off: {error}, near {near!r}; download it again") from error
+    if not _fits(content, kind):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, expected {_in_words(kind)}")
+    return content
+
+
+def read_records(file: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Reads a JSON list of objects, see [`check_records`]."""
+    records = read_json(file, list)
+    check_records(file, numbered(records), fields)
+    return records
+
+
+def numbered(records: Sequence[Any], what: str = "row") -> dict[str, Any]:
+    """Objects by what errors call them: `"row 0"`, `"row 1"`."""
+    return {f"{what} {number}": record for number, record in enumerate(records)}
+
+
+def check_records(file: Path, records: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Checks objects read from a file.
+
+    Args:
+        file: named in errors.
+        records: the objects by what errors call them, `"row 3"`.
+        fields: the keys they must have and the kinds of their values, such as `str` (not blank) or `list[int]`.
+
+    Raises:
+        ValueError: names file, row and key.
+    """
+    if not records:
+        raise ValueError(f"{file}: has no rows")
+    for where, record in records.items():
+        if not isinstance(record, dict):
+            raise ValueError(f"{file}: {where} is {record!r:.80}, expected an object with {list(fields)}")
+        for key, kind in fields.items():
+            if key not in record:
+                raise ValueError(f"{file}: {where} has no {key!r}; it has {list(record)}")
+            if not _fits(record[key], kind):
+                raise ValueError(f"{file}: {where}: {key} is {record[key]!r:.80}, expected {_in_words(kind)}")
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    return isinstance(value, kind) and (not isinstance(value, str) or bool(value.strip()))
+
+
+def _in_words(kind: Any) -> str:
+    return "text that is not blank" if kind is str else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def check_unique(file: Path, what: str, ids: Iterable[Any]) -> None:
+    """Raises a `ValueError` that names the first ids that repeat."""
+    if repeated := [i for i, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"{file}: {len(repeated)} {what} are given more than once, first: {repeated[:3]}")
+
+
+def check_counts_of(name: str, **found_and_expected: tuple[int, int]) -> None:
+    """Raises a `ValueError` unless found and expected counts, such as `queries=(220, 220)`, are equal."""
+    for what, (found, expected) in found_and_expected.items():
+        if found != expected:
+            raise ValueError(
+                f"{name}: {found} {what}, but the published annotations have {expected}. "
+                "Pass check_counts=False if the data is meant to be partial."
+            )
+
+
+def check_choice(what: str, choice: str, choices: Collection[str]) -> None:
+    """Raises a `ValueError` unless the choice is one of the choices."""
+    if choice not in choices:
+        raise ValueError(f"unknown {what} {choice!r}; choose from {list(choices)}")
+
+
+def digest(*files: Path) -> str:
+    """Identifies the contents of annotation files: `"sha256:"` and 12 hexadecimal digits."""
+    return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def make_benchmark(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    gallery: Mapping[str, Sequence[str]],
+    folders: Sequence[Path],
+    protocol: Protocol,
+    allow_missing: bool,
+) -> CIRBenchmark:
+    """Joins annotated queries and the image files of a gallery.
+
+    Args:
+        name: of the benchmark.
+        rows: the columns of the queries but `reference`.
+        gallery: by image id, the file names it may have, relative to one of the folders.
+        folders: where the images may be; the one that has most of them is taken.
+        protocol: of the benchmark; `missing` is filled in here.
+        allow_missing: leave out images without a file, and the queries that name one anywhere: as reference, as a
+            target or as a member of the subset.
+
+    Raises:
+        ValueError: if a query names an image that is not in the gallery, none of the images is found, or some are
+            not and `allow_missing` is False.
+    """
+    kept, paths = _with_files(name, rows, gallery, folders, allow_missing)
+    if len(paths) < len(gallery):
+        missing = f"{len(gallery) - len(paths)} gallery images, {len(rows) - len(kept)} queries"
+        logger.warning("%s: left out for want of files: %s", name, missing)
+        protocol = replace(protocol, missing=missing)
+    columns = {"reference": [paths[row["reference_id"]] for row in kept], **_columns(kept)}
+    images = {"image": list(paths.values()), "image_id": list(paths)}
+    return CIRBenchmark(name, _dataset(columns, "reference"), _dataset(images, "image"), protocol)
+
+
+def make_triplets(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    images: Mapping[str, Sequence[str]],
+    folders: Sequence[Path],
+    allow_missing: bool,
+) -> Dataset:
+    """Joins annotated triplets and their image files.
+
+    Args:
+        name: of the data set, for errors.
+        rows: `reference_id`, `caption` and `target_id` of each triplet.
+        images: by image id, the file names it may have; those of no triplet are not looked for.
+        folders: see [`make_benchmark`].
+        allow_missing: leave out triplets without their files.
+
+    Returns:
+        A dataset with `TRIPLET_COLUMNS` and `reference_id`, images decoded lazily.
+
+    Raises:
+        ValueError: as [`make_benchmark`].
+    """
+    named = {i: images[i] for row in rows for i in _named(row) if i in images}
+    kept, paths = _with_files(name, rows, named, folders, allow_missing)
+    if len(kept) < len(rows):
+        logger.warning("%s: %d of %d triplets left out for want of files", name, len(rows) - len(kept), len(rows))
+    files = {column: [paths[row[f"{column}_id"]] for row in kept] for column in ("reference", "target")}
+    return _dataset({**files, **_columns(kept)}, "reference", "target")
+
+
+def _with_files(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    images: Mapping[str, Sequence[str]],
+    folders: Sequence[Path],
+    allow_missing: bool,
+) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """The rows whose images all have a file, and the paths by image id of those that have one."""
+    if unknown := list(dict.fromkeys(i for row in rows for i in _named(row) if i not in images)):
+        raise ValueError(
+            f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
+            "Do the two annotation files belong together?"
+        )
+    folder, paths = max(((f, _paths_in(f, images)) for f in folders), key=lambda found: len(found[1]))
+    missing = [i for i in images if i not in paths]
+    if missing and paths and not allow_missing:
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(images)} images have no file in {folder}, first: {missing[:3]}. "
+            "Pass allow_missing=True to leave them out, and with them the rows that name them."
+        )
+    kept = [row for row in rows if all(i in paths for i in _named(row))]
+    if not kept:
+        names = " or ".join(images[missing[0]])
+        raise ValueError(
+            f"{name}: no row has its images; looked for {names} and others in {[str(f) for f in folders]}"
+        )
+    return kept, paths
+
+
+def _paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Paths of the images that are in a folder, which is listed once: 123,403 questions to a file server take long."""
+
+    @cache
+    def names_in(below: str) -> set[str]:
+        place = folder / below
+        return {entry.name for entry in os.scandir(place)} if place.is_dir() else set()
+
+    paths = {}
+    for image_id, names in images.items():
+        for name in names:
+            below, _, own_name = name.rpartition("/")
+            if own_name in names_in(below):
+                paths[image_id] = f"{folder}/{name}"
+                break
+    return paths
+
+
+def _named(row: Mapping[str, Any]) -> Iterable[str]:
+    yield from (row[column] for column in ("reference_id", "target_id") if column in row)
+    yield from (i for column in ("target_ids", "subset_ids") for i in row.get(column, ()))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def _dataset(columns: Mapping[str, list[Any]], *images: str) -> Dataset:
+    dataset = Dataset.from_dict(columns)
+    for column in images:
+        dataset = dataset.cast_column(column, Image())
+    return dataset

@@ -1,0 +1,117 @@
+"""CIRCO: queries on the 123,403 unlabelled pictures of COCO 2017, with all their right answers marked.
+
+Annotations: <https://github.com/miccunifi/CIRCO>; pictures and their list: "unlabeled2017" of COCO.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from .annotations import (
+    check_choice,
+    check_counts_of,
+    check_records,
+    check_unique,
+    digest,
+    find_file,
+    make_benchmark,
+    numbered,
+    read_json,
+    read_records,
+)
+from .benchmark import CIRBenchmark, Protocol
+
+EXPECTED_COUNTS = {"val": 220, "test": 800}
+"""Queries of every split."""
+
+EXPECTED_IMAGES = 123403
+"""Pictures of the gallery, which is the same for both splits."""
+
+SPLITS = tuple(EXPECTED_COUNTS)
+
+_IMAGE_LISTS = tuple(
+    f"{folder}image_info_unlabeled2017.json"
+    for folder in ("COCO2017_unlabeled/annotations/", "COCO2017_unlabeled/", "annotations/", "")
+)
+
+_IMAGE_FOLDERS = ("COCO2017_unlabeled/unlabeled2017", "unlabeled2017", "COCO2017_unlabeled", "images", ".")
+
+
+def load_circo(
+    root: str | Path,
+    split: str = "val",
+    reference: Literal["removed", "kept"] = "kept",
+    allow_missing: bool = False,
+    check_counts: bool = True,
+) -> CIRBenchmark:
+    """Loads a split for evaluation.
+
+    Args:
+        root: has `annotations/<split>.json` (also directly) and `COCO2017_unlabeled/` with the pictures in
+            `unlabeled2017/` and their list, `annotations/image_info_unlabeled2017.json` (both also a level higher).
+        split: `"val"` or `"test"`, whose targets are kept by a server, so it has no `target_id`.
+        reference: whether a query's reference is `"kept"` in its ranking, as on the official server, or `"removed"`.
+        allow_missing: leave out pictures without a file and the queries that name them as reference or as one of the
+            answers, say so, and record it in the protocol, instead of raising.
+        check_counts: raise unless split and gallery have their published numbers of queries and pictures.
+
+    Returns:
+        The benchmark. Ids are COCO's numbers in digits (`"271520"`). `caption` is the relative caption alone, without
+        the `shared_concept`; `target_id` the first answer, `target_ids` all (`gt_img_ids`); `query_id` the
+        annotation's `id`; `semantic_aspects`, a list of words, where the file has them.
+
+    Raises:
+        ValueError: if a choice is unknown, a file is absent or not as published, or pictures are absent.
+    """
+    check_choice("split", split, SPLITS)
+    check_choice("reference", reference, ("kept", "removed"))
+    root = Path(root)
+    annotations = find_file(root, [f"annotations/{split}.json", f"{split}.json"])
+    listing = find_file(root, _IMAGE_LISTS)
+    rows, images = _read_queries(annotations, has_targets=split == "val"), _read_images(listing)
+    if check_counts:
+        check_counts_of(
+            f"circo/{split}", queries=(len(rows), EXPECTED_COUNTS[split]), images=(len(images), EXPECTED_IMAGES)
+        )
+    protocol = Protocol(
+        name=f"circo-{split}" + ("-removed" if reference == "removed" else ""),
+        gallery="COCO unlabeled2017",
+        reference=reference,
+        captions="relative caption alone",
+        metrics="circo",
+        revision=digest(annotations, listing),
+    )
+    return make_benchmark(f"circo/{split}", rows, images, [root / f for f in _IMAGE_FOLDERS], protocol, allow_missing)
+
+
+def _read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+    fields: dict[str, Any] = {"id": int, "reference_img_id": int, "relative_caption": str}
+    if has_targets:
+        fields |= {"target_img_id": int, "gt_img_ids": list[int]}
+    records = read_records(file, fields)
+    check_unique(file, "id", (record["id"] for record in records))
+    rows: list[dict[str, Any]] = [
+        {
+            "query_id": str(record["id"]),
+            "reference_id": str(record["reference_img_id"]),
+            "caption": record["relative_caption"],
+        }
+        for record in records
+    ]
+    if has_targets:
+        for row, record in zip(rows, records, strict=True):
+            row["target_id"] = str(record["target_img_id"])
+            row["target_ids"] = [str(i) for i in record["gt_img_ids"]]
+    if "semantic_aspects" in records[0]:
+        check_records(file, numbered(records), {"semantic_aspects": list[str]})
+        for row, record in zip(rows, records, strict=True):
+            row["semantic_aspects"] = record["semantic_aspects"]
+    return rows
+
+
+def _read_images(file: Path) -> dict[str, list[str]]:
+    """File names by image id."""
+    content = read_json(file, dict)
+    check_records(file, {"the object": content}, {"images": list})
+    check_records(file, numbered(content["images"], "image"), {"id": int, "file_name": str})
+    check_unique(file, "images", (image["id"] for image in content["images"]))
+    return {str(image["id"]): [image["file_name"]] for image in content["images"]}

@@ -1,0 +1,129 @@
+"""CIRR: 36,554 queries on natural photographs of NLVR2, in groups of six look-alikes.
+
+Annotations: branch `cirr_dataset` of <https://github.com/Cuberick-Orion/CIRR>. The pictures are requested from NLVR2.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .annotations import (
+    check_choice,
+    check_counts_of,
+    check_records,
+    check_unique,
+    digest,
+    find_file,
+    make_benchmark,
+    make_triplets,
+    numbered,
+    read_json,
+    read_records,
+)
+from .benchmark import CIRBenchmark, Protocol
+
+EXPECTED_COUNTS = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148, 2315)}
+"""Queries and gallery images of every split."""
+
+SPLITS = tuple(EXPECTED_COUNTS)
+
+_IMAGE_FOLDERS = (".", "img_raw", "images", "NLVR2/images")
+
+
+def load_cirr(
+    root: str | Path, split: str = "val", allow_missing: bool = False, check_counts: bool = True
+) -> CIRBenchmark:
+    """Loads a split for evaluation.
+
+    Args:
+        root: has `cirr/captions/` and `cirr/image_splits/` (also without `cirr/`), and the pictures, `dev/`, `test1/`
+            and `train/<number>/` (also in `img_raw/`, `images/` or `NLVR2/images/`).
+        split: `"val"`, `"test1"` (its targets are kept by a server, so it has no `target_id`) or `"train"`.
+        allow_missing: leave out pictures without a file and the queries that name them as reference, target or member
+            of the subset, say so, and record it in the protocol, instead of raising.
+        check_counts: raise unless the split has its published numbers of queries and pictures.
+
+    Returns:
+        The benchmark. The gallery is every picture of the split, whether a query names it or not. `target_id` is the
+        annotation's `target_hard`; `subset_ids` its six `members`; `query_id` its `pairid`. Captions are as annotated;
+        TransAgg lower-cases them, which makes no difference to the uncased tokenizers of BLIP and CLIP.
+
+    Raises:
+        ValueError: if the split is unknown, a file is absent or not as published, or pictures are absent.
+    """
+    check_choice("split", split, SPLITS)
+    root = Path(root)
+    rows, images, revision = _read(root, split, check_counts)
+    _check_subsets(f"cirr/{split}", rows)
+    protocol = Protocol(
+        name=f"cirr-{split}",
+        gallery=f"every picture of the {split} split",
+        captions="as annotated, not lower-cased",
+        revision=revision,
+    )
+    return make_benchmark(f"cirr/{split}", rows, images, [root / f for f in _IMAGE_FOLDERS], protocol, allow_missing)
+
+
+def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts: bool = True) -> Dataset:
+    """Loads the training triplets (the paper's zero-shot models do not use them).
+
+    Args:
+        root: see [`load_cirr`].
+        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        check_counts: see [`load_cirr`].
+
+    Returns:
+        Columns `reference`, `target` (`datasets.Image`, decoded lazily), `reference_id`, `target_id`, `caption`.
+
+    Raises:
+        ValueError: if a file is absent or not as published, or pictures are absent.
+    """
+    root = Path(root)
+    rows, images, _ = _read(root, "train", check_counts)
+    triplets = [{column: row[column] for column in ("reference_id", "caption", "target_id")} for row in rows]
+    return make_triplets("cirr/train", triplets, images, [root / f for f in _IMAGE_FOLDERS], allow_missing)
+
+
+def _read(root: Path, split: str, check_counts: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
+    """Queries, file names by image id, and the revision of a split."""
+    captions, gallery = (
+        find_file(root, [f"cirr/{name}", name])
+        for name in (f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json")
+    )
+    rows = _read_queries(captions, has_targets=split != "test1")
+    files = read_json(gallery, dict)
+    check_records(gallery, {"the object": files}, dict.fromkeys(files, str))
+    if check_counts:
+        queries, images = EXPECTED_COUNTS[split]
+        check_counts_of(f"cirr/{split}", queries=(len(rows), queries), images=(len(files), images))
+    return rows, {name: [file.removeprefix("./")] for name, file in files.items()}, digest(captions, gallery)
+
+
+def _read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+    # target_soft is left alone: 37 of the hard targets of val are not in it.
+    target = {"target_hard": str} if has_targets else {}
+    records = read_records(file, {"pairid": int, "reference": str, "caption": str, "img_set": dict, **target})
+    check_unique(file, "pairid", (record["pairid"] for record in records))
+    check_records(file, numbered([record["img_set"] for record in records], "img_set of row"), {"members": list[str]})
+    return [
+        {
+            "query_id": str(record["pairid"]),
+            "reference_id": record["reference"],
+            "caption": record["caption"],
+            **({"target_id": record["target_hard"]} if has_targets else {}),
+            "subset_ids": record["img_set"]["members"],
+        }
+        for record in records
+    ]
+
+
+def _check_subsets(name: str, rows: list[dict[str, Any]]) -> None:
+    """That the target is a member too is checked for every benchmark."""
+    if bad := [
+        r["query_id"] for r in rows if len({*r["subset_ids"]}) != 6 or r["reference_id"] not in r["subset_ids"]
+    ]:
+        raise ValueError(
+            f"{name}: {len(bad)} queries whose img_set is not six different images, the reference among them; "
+            f"first pairid: {bad[:3]}"
+        )

@@ -1,0 +1,160 @@
+"""Embeddings of gallery images and queries on disk, so that another protocol over them is scored without a model.
+
+One safetensors file holds the gallery of a data set, and one its queries for each way to embed them; rows are found by
+what they embed. An image id must therefore name the same picture in all benchmarks of a data set.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .configuration_pvlf import PVLFConfig
+from .feature_cache import fingerprint
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+
+Key = tuple[Any, ...]
+"""What a row embeds: `(image_id,)`, or of a query `(reference_id, wording)`, without the half that is not used."""
+
+SAVE_EVERY = 20_000
+"""Rows encoded between two writes (ours): what an interruption can lose."""
+
+
+class EmbeddingStore:
+    """A folder of embeddings, all of one model.
+
+    Args:
+        folder: made when first written to; every process must see the same one.
+
+    Raises:
+        ValueError: if a file cannot be read, or the folder holds embeddings of two models.
+
+    Example:
+        ```python
+        store = EmbeddingStore("outputs/embeddings")
+        evaluate(model, processor, load_fashioniq(root, "dress"), store=store)  # encodes, and keeps
+        evaluate(None, None, load_fashioniq(root, "dress", reference="removed"), store=store)  # seconds
+        ```
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        models = {file: _read_header(file) for file in sorted(self.folder.glob("*.safetensors"))}
+        self.model: dict[str, str] | None = next(iter(models.values()), None)
+        """`fingerprint` and `dtype` of the model that made the embeddings; None in an empty folder."""
+        if other := [file for file, model in models.items() if model != self.model]:
+            raise ValueError(
+                f"{self.folder} holds embeddings of two models: {other[0].name} is not of the model of "
+                f"{next(iter(models)).name}. Delete those that you do not want."
+            )
+
+    def claim(self, model: PVLFModel, processor: PVLFProcessor) -> None:
+        """States whose embeddings are about to be added.
+
+        Raises:
+            ValueError: if the folder holds those of other weights or another processor.
+        """
+        claimed = {"fingerprint": _fingerprint(model, processor), "dtype": dtype_of(model)}
+        if self.model not in (None, claimed):
+            raise ValueError(
+                f"{self.folder} holds embeddings of another model or processor, which must not be mixed: choose "
+                "another folder, or delete this one"
+            )
+        self.model = claimed
+
+    def fetch(self, name: str, keys: Sequence[Key], encode: Callable[[list[int]], Tensor] | None = None) -> Tensor:
+        """Embeddings in the order of the keys; what is missing is encoded and added.
+
+        Under several processes all must call this with the same keys; the main one writes.
+
+        Args:
+            name: of the file: data set and what is embedded.
+            keys: what is wanted; repeated ones are encoded once.
+            encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is there.
+
+        Returns:
+            float32 `(keys, d)`.
+
+        Raises:
+            ValueError: if something is missing and there is no `encode`, or processes see different folders.
+        """
+        file = self.folder / f"{quote(name, safe='')}.safetensors"
+        row_of, embeds = _read(file)
+        first_place = {key: place for place, key in reversed(list(enumerate(keys))) if key not in row_of}
+        missing = sorted(first_place.values())
+        if missing and encode is None:
+            names = [keys[place] for place in missing[:3]]
+            raise ValueError(
+                f"{file} lacks {len(missing)} of {len(set(keys))} embeddings, first: {names}; "
+                "pass the model and processor that made the others, to have them added"
+            )
+        if len(set(gather_object([len(missing)]))) > 1:
+            raise ValueError(f"processes see different files in {self.folder}; use a folder that they share")
+        state = PartialState()
+        for start in range(0, len(missing), SAVE_EVERY):
+            places = missing[start : start + SAVE_EVERY]
+            embeds = torch.cat([embeds, encode(places)])  # type: ignore[misc]  # not None
+            row_of |= {keys[place]: row for row, place in enumerate(places, len(row_of))}
+            if state.is_main_process:
+                self._write(file, list(row_of), embeds)
+            state.wait_for_everyone()
+        return embeds[[row_of[key] for key in keys]]
+
+    def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
+        if self.model is None:
+            raise ValueError("say whose embeddings these are: call claim(model, processor) first")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{uuid4().hex}.partial")
+        try:
+            save_file({"embeddings": embeds}, temporary, {**self.model, "keys": json.dumps(keys)})
+            temporary.replace(file)  # readers never see half a file
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def dtype_of(model: PVLFModel) -> str:
+    """What the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
+    weight = next(model.parameters())
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _fingerprint(model: PVLFModel, processor: PVLFProcessor) -> str:
+    """Digest of everything but the inputs that embeddings depend on."""
+    # The tokenizer keeps truncation and padding of its last call.
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
+    settings = [tokenizer, processor.max_text_length, processor.padding, *config]
+    return fingerprint([model], model, processor.image_processor.to_json_string() + json.dumps(settings))
+
+
+def _read_header(file: Path) -> dict[str, str]:
+    """Whose embeddings a file holds."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.metadata()[name] for name in ("fingerprint", "dtype")}
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged or not ours ({error}): delete it, its part is encoded anew") from error
+
+
+def _read(file: Path) -> tuple[dict[Key, int], Tensor]:
+    """Rows by key, and the rows."""
+    if not file.exists():
+        return {}, torch.empty(0)
+    with safe_open(file, framework="pt") as opened:
+        keys = json.loads(opened.metadata()["keys"])
+        return {tuple(key): row for row, key in enumerate(keys)}, opened.get_tensor("embeddings")
+
+
+__all__ = ["EmbeddingStore"]

@@ -1,0 +1,241 @@
+"""Embeds gallery images and queries, by the model or by the paper's baselines."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .benchmark import CIRBenchmark
+from .embedding_store import EmbeddingStore, Key
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+
+QueryMethod = Literal["pvlf", "image", "text", "image+text"]
+
+QUERY_METHODS: tuple[QueryMethod, ...] = ("pvlf", "image", "text", "image+text")
+"""How a query becomes an embedding: by the model, or one of the paper's baselines (Tables 1-2): the reference image's
+embedding alone, the caption's alone, or the sum of the two, normalised."""
+
+T = TypeVar("T")
+
+
+class Embeddings(NamedTuple):
+    """What is ranked: float32 `(queries, d)` and `(gallery, d)`, L2-normalised, on the CPU, in the order of rows."""
+
+    queries: Tensor
+    gallery: Tensor
+
+
+def embed(
+    model: PVLFModel | None,
+    processor: PVLFProcessor | None,
+    benchmark: CIRBenchmark,
+    method: QueryMethod = "pvlf",
+    batch_size: int = 64,
+    gallery_embeds: Tensor | None = None,
+    progress: bool = True,
+    store: EmbeddingStore | None = None,
+) -> Embeddings:
+    """Embeds queries and gallery of a benchmark, with targets or without; arguments and errors as [`evaluate`]."""
+    check_method(method)
+    if store is None:
+        if model is None or processor is None:
+            raise ValueError("pass a model and its processor, or a store that holds the embeddings")
+        if gallery_embeds is None:
+            gallery_embeds = encode_gallery(model, processor, benchmark.gallery, batch_size, progress)
+        queries = encode_queries(model, processor, benchmark.queries, method, batch_size, progress)
+        return Embeddings(queries, gallery_embeds)
+    if model is not None and processor is not None:
+        store.claim(model, processor)
+    data_set, wordings = benchmark.name.partition("/")[0], _wordings(benchmark.queries)
+
+    def encode_images(rows: list[int]) -> Tensor:
+        return _encode_images(model, processor, benchmark.gallery, rows, batch_size, progress)  # type: ignore[arg-type]
+
+    def encode_wordings(places: list[int]) -> Tensor:
+        chosen = [wordings[p] for p in places]
+        return _encode_wordings(model, processor, benchmark.queries, chosen, method, batch_size, progress)  # type: ignore[arg-type]
+
+    if gallery_embeds is None:
+        images = [(image_id,) for image_id in benchmark.gallery["image_id"]]
+        gallery_embeds = store.fetch(f"{data_set} gallery", images, encode_images if model else None)
+    references = list(benchmark.queries["reference_id"])
+    halves = {"image": lambda key: key[:1], "text": lambda key: key[1:]}  # the other half makes no difference
+    keys: list[Key] = [(references[row], wording) for row, wording in wordings]
+    keys = list(map(halves.get(method, tuple), keys))
+    embeds = store.fetch(f"{data_set} {method}", keys, encode_wordings if model else None)
+    return Embeddings(_mean_over_wordings(embeds, wordings), gallery_embeds)
+
+
+def encode_gallery(
+    model: PVLFModel, processor: PVLFProcessor, gallery: Dataset, batch_size: int = 64, progress: bool = True
+) -> Tensor:
+    """Embeds the images of a gallery.
+
+    Returns:
+        float32 `(gallery, d)` on the CPU, L2-normalised, in the order of the rows.
+    """
+    return _encode_images(model, processor, gallery, range(len(gallery)), batch_size, progress)
+
+
+def encode_queries(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    queries: Dataset,
+    method: QueryMethod = "pvlf",
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Tensor:
+    """Embeds queries by one of `QUERY_METHODS`; of a caption in several wordings the mean, normalised.
+
+    Returns:
+        float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    check_method(method)
+    wordings = _wordings(queries)
+    embeds = _encode_wordings(model, processor, queries, wordings, method, batch_size, progress)
+    return _mean_over_wordings(embeds, wordings)
+
+
+def check_method(method: str) -> None:
+    """Raises a `ValueError` unless the method is one of `QUERY_METHODS`."""
+    if method not in QUERY_METHODS:
+        raise ValueError(f"method={method!r}: choose one of {QUERY_METHODS}")
+
+
+def _wordings(queries: Dataset) -> list[tuple[int, str]]:
+    """Row and text of every wording of every caption."""
+    captions = [[c] if isinstance(c, str) else c for c in queries["caption"]]
+    return [(row, wording) for row, wordings in enumerate(captions) for wording in wordings]
+
+
+def _mean_over_wordings(embeds: Tensor, wordings: list[tuple[int, str]]) -> Tensor:
+    """`(wordings, d)` -> `(queries, d)`."""
+    rows = torch.tensor([row for row, _ in wordings])
+    if len(rows) == rows[-1] + 1:
+        return embeds
+    sums = torch.zeros(int(rows[-1]) + 1, embeds.shape[1]).index_add(0, rows, embeds)
+    return F.normalize(sums, dim=-1)  # a sum has the direction of the mean
+
+
+def _encode_images(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    gallery: Dataset,
+    rows: Sequence[int],
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    pictures = gallery.select_columns("image")
+
+    def encode(batch: list[int]) -> Tensor:
+        inputs = processor.process_targets(_decode(pictures, batch)).to(device_of(model))
+        return model(target_pixel_values=inputs["pixel_values"]).target_embeds
+
+    return _encode(model, encode, rows, batch_size, "gallery", progress)
+
+
+def _encode_wordings(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    queries: Dataset,
+    wordings: list[tuple[int, str]],
+    method: QueryMethod,
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    """float32 `(wordings, d)`: queries with one wording each."""
+    pictures = queries.select_columns("reference")
+
+    def encode(batch: list[tuple[int, str]]) -> Tensor:
+        texts = [text for _, text in batch]
+        images = [] if method == "text" else _decode(pictures, [row for row, _ in batch])
+        if method == "pvlf":
+            return model(**processor.process_queries(images, texts).to(device_of(model))).query_embeds
+        embeds = []
+        if "image" in method:
+            embeds.append(model.get_image_features(**processor(images=images).to(device_of(model))))
+        if "text" in method:
+            embeds.append(model.get_text_features(**processor(text=texts).to(device_of(model))))
+        return F.normalize(sum(e.pooler_output for e in embeds), dim=-1)
+
+    return _encode(model, encode, wordings, batch_size, "queries", progress)
+
+
+@torch.inference_mode()
+def _encode(
+    model: PVLFModel,
+    encode: Callable[[list[T]], Tensor],
+    samples: Sequence[T],
+    batch_size: int,
+    what: str,
+    progress: bool,
+) -> Tensor:
+    """Embeds samples in batches, each process a share; all return float32 `(samples, d)`."""
+    state = PartialState()
+    everything = list(range(len(samples)))
+    # Padded to equal shares: a sharded model needs every process in every forward.
+    with _as_saved(model), state.split_between_processes(everything, apply_padding=True) as share:
+        starts = range(0, len(share), batch_size)
+        bar = tqdm(starts, desc=f"encoding {what}", disable=not (progress and state.is_main_process))
+        try:
+            batches = ([samples[place] for place in share[start : start + batch_size]] for start in bar)
+            embeds = torch.cat([encode(batch).float().cpu() for batch in batches])
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from error
+    if state.num_processes == 1:
+        return embeds
+    by_place = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
+    return torch.stack([by_place[place] for place in range(len(samples))])
+
+
+@contextmanager
+def _as_saved(model: PVLFModel) -> Iterator[None]:
+    """For the time being, the model as it will be reloaded: in eval mode and in the precision of its weights.
+
+    Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16.
+    """
+    was_training, prepared = model.training, model.__dict__.get("forward")
+    model.eval()
+    if "_original_forward" in model.__dict__:
+        model.__dict__["forward"] = model.__dict__["_original_forward"]
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        if prepared is not None:
+            model.__dict__["forward"] = prepared
+
+
+def _decode(pictures: Dataset, rows: list[int]) -> list[Any]:
+    """Pictures of some rows; names the first that does not decode, which the error of a whole batch does not."""
+    (column,) = pictures.column_names
+    try:
+        return pictures[rows][column]
+    except OSError:
+        for row in rows:
+            try:
+                pictures[row]
+            except OSError as error:
+                raise ValueError(
+                    f"the picture of row {row} cannot be read, replace it or drop the row: {error}"
+                ) from error
+        raise
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device that a model's inputs belong on."""
+    return next(model.parameters()).device
+
+
+__all__ = ["QUERY_METHODS", "Embeddings", "QueryMethod", "embed", "encode_gallery", "encode_queries"]

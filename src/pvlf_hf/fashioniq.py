@@ -1,0 +1,190 @@
+"""FashionIQ: 30,134 pairs of fashion products in three categories, each told apart by two captions.
+
+Annotations: <https://github.com/XiaoxiaoGuo/fashion-iq>. The pictures are Amazon's; not all of them can still be had.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, concatenate_datasets
+
+from .annotations import (
+    check_choice,
+    check_counts_of,
+    check_unique,
+    digest,
+    find_file,
+    make_benchmark,
+    make_triplets,
+    read_json,
+    read_records,
+)
+from .benchmark import CIRBenchmark, Protocol
+
+CATEGORIES = ("dress", "shirt", "toptee")
+
+SPLITS = ("train", "val", "test")
+
+GALLERIES = ("original", "union")
+"""What is ranked: the pictures that the split lists, as the field reports; or only those that a query names as
+reference or target (the "VAL split"), which are fewer, so that numbers come out higher."""
+
+CAPTION_STYLES = {
+    "and": "the two joined as TransAgg does, 'First and second'",
+    "and-reversed": "the two joined as TransAgg does, the second first",
+    "both-mean": "the two joined in both orders, embeddings averaged",
+    "first": "the first of the two",
+    "separate": "each of the two by itself, embeddings averaged",
+}
+"""How a query's two captions become its text, and that in words. Those that average have lists as captions."""
+
+EXPECTED_COUNTS = {
+    "train": {"dress": (5985, 11452), "shirt": (5988, 19036), "toptee": (6027, 16121)},
+    "val": {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)},
+    "test": {"dress": (2024, 3818), "shirt": (2038, 6346), "toptee": (2056, 5374)},
+}
+"""Queries and gallery images (`gallery="original"`) of every split."""
+
+EXPECTED_UNION = {"dress": 2628, "shirt": 3089, "toptee": 2902}
+"""Gallery images of the validation split with `gallery="union"`."""
+
+_USUAL = ("val", "original", "and", "kept")
+"""Choices that a protocol's name does not mention."""
+
+_ENDINGS = ("png", "jpg", "jpeg")
+
+_IMAGE_FOLDERS = ("images", ".")
+
+
+def load_fashioniq(
+    root: str | Path,
+    category: str,
+    split: str = "val",
+    gallery: str = "original",
+    captions: str = "and",
+    reference: Literal["removed", "kept"] = "kept",
+    allow_missing: bool = False,
+    check_counts: bool = True,
+) -> CIRBenchmark:
+    """Loads a split of one category for evaluation; results are averaged over the three.
+
+    Args:
+        root: has `captions/` (or `json/`), `image_splits/`, and the pictures in `images/`, in folders by category in
+            there, or directly; PNG or JPEG, each as it is found.
+        category: from `CATEGORIES`.
+        split: from `SPLITS`; of `"test"` the targets are not published, so it has no `target_id`.
+        gallery: from `GALLERIES`.
+        captions: from `CAPTION_STYLES`.
+        reference: whether a query's reference is `"kept"` in its ranking, as in most papers, or `"removed"` (CoVR).
+        allow_missing: leave out pictures without a file and the queries that name them, say so, and record it in the
+            protocol, instead of raising.
+        check_counts: raise unless the split has its published numbers of queries and pictures.
+
+    Returns:
+        The benchmark; ids are the products' ASINs.
+
+    Raises:
+        ValueError: if a choice is unknown, a file is absent or not as published, or pictures are absent.
+    """
+    check_choice("gallery", gallery, GALLERIES)
+    check_choice("captions", captions, tuple(CAPTION_STYLES))
+    check_choice("reference", reference, ("kept", "removed"))
+    if gallery == "union" and split == "test":
+        raise ValueError("gallery='union' is made of references and targets, and test has no targets; use 'original'")
+    root = Path(root)
+    rows, images, revision = _read(root, category, split, captions, check_counts)
+    if gallery == "union":
+        named = {row[column] for row in rows for column in ("reference_id", "target_id")}
+        images = {asin: names for asin, names in images.items() if asin in named}
+        if check_counts and split == "val":
+            check_counts_of(f"union of fashioniq/val/{category}", images=(len(images), EXPECTED_UNION[category]))
+    choices = [choice for choice in (split, gallery, captions, reference) if choice not in _USUAL]
+    protocol = Protocol(
+        name="-".join(["fashioniq", *choices]),
+        gallery=f"the category's pictures that {split} " + ("lists" if gallery == "original" else "names in queries"),
+        reference=reference,
+        captions=f"{captions}: {CAPTION_STYLES[captions]}",
+        metrics="fashioniq",
+        revision=revision,
+    )
+    folders = [root / folder for folder in _IMAGE_FOLDERS]
+    return make_benchmark(f"fashioniq/{split}/{category}", rows, images, folders, protocol, allow_missing)
+
+
+def load_fashioniq_train(
+    root: str | Path,
+    categories: Sequence[str] = CATEGORIES,
+    captions: str = "and",
+    allow_missing: bool = False,
+    check_counts: bool = True,
+) -> Dataset:
+    """Loads the training triplets (the paper's zero-shot models do not use them).
+
+    Args:
+        root: see [`load_fashioniq`].
+        categories: from `CATEGORIES`, one after the other.
+        captions: from `CAPTION_STYLES`, one that makes a single text.
+        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        check_counts: see [`load_fashioniq`].
+
+    Returns:
+        Columns `reference`, `target` (`datasets.Image`, decoded lazily), `reference_id`, `target_id` (ASINs, equal
+        where the target is the same product), `caption`.
+
+    Raises:
+        ValueError: as [`load_fashioniq`], or if the captions are not a single text.
+    """
+    check_choice("captions of training", captions, ("and", "and-reversed", "first"))
+    folders = [Path(root) / folder for folder in _IMAGE_FOLDERS]
+    parts = []
+    for category in categories:
+        rows, images, _ = _read(Path(root), category, "train", captions, check_counts)
+        parts.append(make_triplets(f"fashioniq/train/{category}", rows, images, folders, allow_missing))
+    return concatenate_datasets(parts)
+
+
+def compose_captions(captions: Sequence[str], style: str = "and") -> str | list[str]:
+    """Makes the text of a query of its two captions, by one of `CAPTION_STYLES`."""
+    first, second = captions
+    forward, backward = _join(first, second), _join(second, first)
+    texts: dict[str, str | list[str]] = {
+        "and": forward,
+        "and-reversed": backward,
+        "both-mean": [forward, backward],
+        "first": first,
+        "separate": [first, second],
+    }
+    return texts[style]
+
+
+def _join(first: str, second: str) -> str:
+    """As TransAgg and CLIP4Cir do: `capitalize` also lower-cases all but the first letter of the first caption."""
+    return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
+
+
+def _read(
+    root: Path, category: str, split: str, style: str, check_counts: bool
+) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
+    """Queries, possible file names by ASIN, and the revision of a split."""
+    check_choice("category", category, CATEGORIES)
+    check_choice("split", split, SPLITS)
+    captions = find_file(root, [f"{folder}/cap.{category}.{split}.json" for folder in ("captions", "json")])
+    listing = find_file(root, [f"image_splits/split.{category}.{split}.json"])
+    target = {} if split == "test" else {"target": str}
+    records = read_records(captions, {"candidate": str, "captions": list, **target})
+    rows = []
+    for number, record in enumerate(records):
+        pair = record["captions"]
+        if len(pair) != 2 or not all(isinstance(c, str) for c in pair) or not any(c.strip(".?, ") for c in pair):
+            raise ValueError(f"{captions}: row {number}: captions must be two, one at least with words, not {pair}")
+        row = {"reference_id": record["candidate"], "caption": compose_captions(pair, style)}
+        rows.append({**row, "target_id": record["target"]} if target else row)
+    asins = read_json(listing, list[str])
+    check_unique(listing, "images", asins)
+    if check_counts:
+        queries, images = EXPECTED_COUNTS[split][category]
+        check_counts_of(f"fashioniq/{split}/{category}", queries=(len(rows), queries), images=(len(asins), images))
+    stems = {asin: (asin, f"{category}/{asin}") for asin in asins}
+    names = {asin: [f"{stem}.{ending}" for stem in stems[asin] for ending in _ENDINGS] for asin in asins}
+    return rows, names, digest(captions, listing)

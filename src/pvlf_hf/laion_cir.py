@@ -1,0 +1,72 @@
+"""Laion-CIR: the training triplets that TransAgg made of LAION-COCO pictures, by templates and by a language model.
+
+Annotations and pictures are on the authors' drive, see <https://github.com/Code-kunkun/ZS-CIR>.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from .annotations import check_choice, check_counts_of, check_records, find_file, make_triplets, numbered, read_json
+
+SUBSETS = ("template", "llm", "combined")
+
+EXPECTED_COUNTS = {"template": 16000, "llm": 16000}
+"""Triplets; how many the published `combined` has is not known exactly (about 32,000)."""
+
+_FILE_PLACES = ("{}", "files/{}", "data/files/{}")
+
+_IMAGE_FOLDERS = (".", "images", "laion_cir_{}")
+
+
+def load_laion_cir(
+    root: str | Path, subset: str = "combined", allow_missing: bool = False, check_counts: bool = True
+) -> Dataset:
+    """Loads the training triplets.
+
+    Args:
+        root: has `laion_<subset>_info.json` (also in `files/` or `data/files/`) and the pictures, `0000042.png` (also
+            in `images/` or `laion_cir_<subset>/`).
+        subset: from `SUBSETS`. Where the file of `"combined"` is absent, it is `template` followed by `llm`.
+        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        check_counts: raise unless `template` and `llm` have 16,000 triplets each.
+
+    Returns:
+        Columns `reference`, `target` (`datasets.Image`, decoded lazily), `reference_id`, `target_id` (the ids, filled
+        with zeros to seven digits), `caption` (as annotated; TransAgg does not lower-case them either).
+
+    Raises:
+        ValueError: if the subset is unknown, a file is absent or not as published, or pictures are absent.
+    """
+    check_choice("subset", subset, SUBSETS)
+    root = Path(root)
+    places = [place.format(f"laion_{subset}_info.json") for place in _FILE_PLACES]
+    if subset == "combined" and not any((root / place).is_file() for place in places):
+        parts = [load_laion_cir(root, part, allow_missing, check_counts) for part in ("template", "llm")]
+        return concatenate_datasets(parts)
+    rows = _read_triplets(find_file(root, places))
+    name = f"laion-cir/{subset}"
+    if check_counts and subset in EXPECTED_COUNTS:
+        check_counts_of(name, triplets=(len(rows), EXPECTED_COUNTS[subset]))
+    images = {row[column]: [f"{row[column]}.png"] for row in rows for column in ("reference_id", "target_id")}
+    folders = [root / folder.format(subset) for folder in _IMAGE_FOLDERS]
+    return make_triplets(name, rows, images, folders, allow_missing)
+
+
+def _read_triplets(file: Path) -> list[dict[str, str]]:
+    """Reads either form: a list, or an object whose keys are the references."""
+    content: Any = read_json(file, list | dict)
+    fields: dict[str, Any] = {"tgt_image_id": str | int, "relative_cap": str}
+    if isinstance(content, dict):
+        check_records(file, {f"reference {key}": record for key, record in content.items()}, fields)
+        content = [{"ref_image_id": key, **record} for key, record in content.items()]
+    check_records(file, numbered(content), {"ref_image_id": str | int, **fields})
+    return [
+        {
+            "reference_id": str(record["ref_image_id"]).zfill(7),
+            "caption": record["relative_cap"],
+            "target_id": str(record["tgt_image_id"]).zfill(7),
+        }
+        for record in content
+    ]

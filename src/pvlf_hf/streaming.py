@@ -1,0 +1,356 @@
+"""Training sets that do not fit one machine: shards of triplets, and reading them in a stream.
+
+A shard is a Parquet or a tar file (WebDataset's layout) that holds the encoded pictures themselves. Streams are
+`datasets.IterableDataset` with the columns of `TRIPLET_COLUMNS`, and the Trainer counts their steps (`max_steps`).
+
+Under several processes a stream is one process's share of the rows from the start. It must not go through
+`Accelerator.prepare`, which splits whatever it is given: with its defaults only the share of the first process would
+be trained on. [`PVLFTrainer`] reads streams through [`triplet_batches`], which is also what a loop of one's own needs.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import fsspec
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
+from datasets.distributed import split_dataset_by_node
+from fsspec.implementations.local import LocalFileSystem
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .benchmark import check_columns
+from .data import TRIPLET_COLUMNS
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+"""File ending of a shard and the builder of `datasets` that reads it."""
+
+_FEATURES = Features(
+    {"reference": Image(), "caption": Value("string"), "target": Image(), "target_id": Value("string")}
+)
+
+
+def write_shards(
+    triplets: Dataset, folder: str | Path, rows_per_shard: int = 1000, format: Literal["parquet", "tar"] = "parquet"
+) -> list[Path]:
+    """Writes triplets as shards with the encoded pictures inside, byte for byte as they are.
+
+    A run that was interrupted goes on after the last finished shard.
+
+    Args:
+        triplets: with the columns of `TRIPLET_COLUMNS`; other columns are left out.
+        folder: made if it is not there.
+        rows_per_shard: a few hundred MB a file read well. For training make it at least as many shards as there will
+            be processes times data loader workers.
+        format: `"parquet"`, or `"tar"` with the members `{key}.reference.png`, `{key}.target.png` (so called whatever
+            their encoding: readers look at the content) and `{key}.json` (`caption` and `target_id`) of each row.
+
+    Returns:
+        the files, `triplets-00000-of-00012.parquet` and so on.
+
+    Raises:
+        ValueError: if a column is missing, a picture cannot be read, or the folder holds shards of other triplets.
+    """
+    check_columns(triplets, TRIPLET_COLUMNS, "triplets")
+    if format not in ("parquet", "tar") or rows_per_shard < 1 or not len(triplets):
+        raise ValueError(
+            f"cannot write {len(triplets)} triplets in {format!r} shards of {rows_per_shard}: "
+            "choose 'parquet' or 'tar', and at least one row"
+        )
+    rows = triplets.select_columns(list(TRIPLET_COLUMNS)).with_format(None)
+    for column in ("reference", "target"):
+        rows = rows.cast_column(column, Image(decode=False))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": _digest(rows)})
+    starts = range(0, len(rows), rows_per_shard)
+    files = [folder / f"triplets-{n:05d}-of-{len(starts):05d}.{format}" for n in range(len(starts))]
+    write = _write_tar if format == "tar" else _write_parquet
+    for start, file in zip(tqdm(starts, desc="writing shards", unit="shard"), files, strict=True):
+        if not file.exists():
+            unfinished = file.with_suffix(".unfinished")
+            write(unfinished, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
+            unfinished.replace(file)
+    return files
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Notes what the folder's shards are of, so that another run does not mix others in."""
+    note = folder / "shards.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
+        raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
+    note.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _digest(rows: Dataset) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for column in ("caption", "target_id"):
+        digest.update(json.dumps(list(rows[column])).encode())
+    return digest.hexdigest()
+
+
+def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and columns of each row, pictures as encoded bytes."""
+    for number, row in enumerate(rows, first):
+        try:
+            yield number, {**row, **{column: encoded_bytes(row[column]) for column in ("reference", "target")}}
+        except OSError as error:
+            raise ValueError(f"a picture of row {number} cannot be read: {error}") from error
+
+
+def encoded_bytes(picture: dict[str, Any]) -> bytes:
+    """The content of a cell of an `Image(decode=False)` column: its bytes, or those of the file or URL it names."""
+    if picture["bytes"] is not None:
+        return picture["bytes"]
+    with fsspec.open(picture["path"], "rb") as stream:
+        return stream.read()
+
+
+def _write_parquet(file: Path, rows: Dataset, first: int) -> None:
+    table = [{**row, "target_id": str(row["target_id"])} for _, row in _embedded(rows, first)]
+    # Row groups are read at once: small ones keep the memory of a reader small.
+    pq.write_table(Dataset.from_list(table, features=_FEATURES).with_format("arrow")[:], file, row_group_size=100)
+
+
+def _write_tar(file: Path, rows: Dataset, first: int) -> None:
+    with tarfile.open(file, "w") as tar:
+        for number, row in _embedded(rows, first):
+            text = json.dumps({"caption": row["caption"], "target_id": str(row["target_id"])})
+            members = {"reference.png": row["reference"], "target.png": row["target"], "json": text.encode()}
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, seed: int = 0) -> IterableDataset:
+    """Streams triplets from shards on disk or anywhere that `fsspec` reaches.
+
+    Args:
+        shards: Parquet or tar files with the contents that [`write_shards`] describes: a file, a URL (`https://...`,
+            `hf://datasets/...`), a pattern (`"shards/*.tar"`), a folder, or a list of these.
+        shuffle_buffer: the order of the shards is shuffled, and rows within a buffer of this many encoded rows; 0
+            leaves both as they are (in the first pass: later ones begin with another shard).
+        seed: of the order, the same in every process.
+
+    Returns:
+        a stream with `TRIPLET_COLUMNS`, pictures decoded as they are read; this process's share, see [`own_share`].
+
+    Raises:
+        ValueError: if there is no shard; here or while reading, if a shard cannot be read or lacks a column.
+    """
+    files = find_shards(shards)
+    _open_shard(files[0])  # a wrong column is reported now, not by a worker
+    stream = IterableDataset.from_generator(_rows_of, features=_FEATURES, gen_kwargs={"shards": files})
+    if shuffle_buffer:
+        stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return own_share(stream)
+
+
+def find_shards(shards: str | Path | list[str]) -> list[str]:
+    """Files and URLs of the shards that a file, URL, pattern, folder or list of these names, each once.
+
+    Raises:
+        ValueError: if something names no shard, or a folder holds both Parquet and tar.
+    """
+    found: list[str] = []
+    for name in map(str, shards if isinstance(shards, list) else [shards]):
+        filesystem, path = fsspec.core.url_to_fs(name)
+        if "*" in name:
+            matches = [match for match in filesystem.glob(path) if _ending(match) in BUILDERS]
+        elif _ending(name) in BUILDERS:
+            # Servers need not say whether a file is there without sending it.
+            matches = [path] if name.startswith("http") or filesystem.isfile(path) else []
+        else:
+            matches = [match for ending in BUILDERS for match in filesystem.glob(f"{path.rstrip('/')}/*{ending}")]
+            if len({_ending(match) for match in matches}) > 1:
+                raise ValueError(f"{name} holds .parquet and .tar shards, maybe of the same rows: pass a pattern")
+        if not matches:
+            raise ValueError(f"no shards: {name!r} names no {' or '.join(BUILDERS)} file, folder or pattern of them")
+        local = isinstance(filesystem, LocalFileSystem)
+        found += sorted(matches) if local else sorted(filesystem.unstrip_protocol(match) for match in matches)
+    return list(dict.fromkeys(found))
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(urlparse(name).path)[1]  # noqa: PTH122  # a URL is no path
+
+
+def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        stream, place = _open_shard(shard)
+        try:
+            # `iter` leaves it to the outer stream to split the shards among data loader workers.
+            for number, batch in enumerate(stream.iter(batch_size=1)):
+                row = {column: batch[member][0] for column, member in place.items()}
+                text = row.pop("text", {})
+                row |= {column: text.get(column) for column in TRIPLET_COLUMNS if column not in row}
+                if lacking := [column for column, cell in row.items() if cell is None]:
+                    raise ValueError(f"row {number} has no {' and no '.join(lacking)}")
+                yield {**row, "target_id": str(row["target_id"])}
+        except Exception as error:  # pyarrow, tarfile and networks raise what they like and do not name the file
+            raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error
+
+
+def _open_shard(shard: str) -> tuple[IterableDataset, dict[str, str]]:
+    """A shard with pictures still encoded, and the name in it of each column, `text` for a tar's JSON members."""
+    try:
+        stream = load_dataset(BUILDERS[_ending(shard)], data_files=shard, split="train", streaming=True)
+    except Exception as error:  # see `_rows_of`
+        raise ValueError(f"shard {shard} cannot be read: {error.__cause__ or error}") from error
+    names, wanted = {name: name for name in stream.column_names}, [*TRIPLET_COLUMNS]
+    if _ending(shard) == ".tar":
+        wanted = ["reference", "target", "json"]
+        names = {name.split(".")[0]: name for name in names}  # pictures may end in .png, .jpg ...
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"shard {shard} has no {missing}; it has {sorted(names.values())}, see `write_shards`")
+    for column in ("reference", "target"):
+        stream = stream.cast_column(names[column], Image(decode=False))
+    return stream, {("text" if name == "json" else name): names[name] for name in wanted}
+
+
+def load_hub_triplets(
+    name: str, split: str = "train", columns: dict[str, str] | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Loads triplets from a dataset of the Hub, or from a folder that `datasets.load_dataset` reads.
+
+    Args:
+        name: `"user/dataset"`, or a folder.
+        split: the split.
+        columns: what the dataset calls `reference`, `caption`, `target` or `target_id` where it has another name for
+            it, e.g. `{"reference": "source_image", "caption": "instruction"}`.
+        streaming: read it as training goes on instead of downloading it first; see [`stream_triplets`].
+
+    Returns:
+        `TRIPLET_COLUMNS`. Without a `target_id` column it is a digest of the encoded target picture, so that the same
+        file is the same target.
+
+    Raises:
+        ValueError: if a column is missing, or is not of pictures or text.
+    """
+    columns = {column: column for column in TRIPLET_COLUMNS} | (columns or {})
+    if unknown := sorted(columns.keys() - set(TRIPLET_COLUMNS)):
+        raise ValueError(f"columns={unknown}: keys are {TRIPLET_COLUMNS}, values the names in the dataset")
+    dataset: Any = load_dataset(name, split=split, streaming=streaming)
+    features = dataset.features or Features()
+    if columns["target_id"] == "target_id" and "target_id" not in features:
+        del columns["target_id"]
+    if missing := [their for their in columns.values() if their not in features]:
+        raise ValueError(
+            f"{name}: missing column(s) {missing}; it has {list(features)}. "
+            'Say what it calls them, e.g. columns={"reference": "source_image"}'
+        )
+    for column, their in columns.items():
+        is_right = isinstance(features[their], Image) == (column in ("reference", "target"))
+        if not is_right or (column == "caption" and features[their] != Value("string")):
+            kind = "pictures (datasets.Image)" if column in ("reference", "target") else "text"
+            raise ValueError(f"{name}: column {their!r} is {features[their]}, but {column} must be {kind}")
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({their: our for our, their in columns.items() if our != their})
+    if "target_id" in columns:
+        dataset = dataset.cast_column("target_id", Value("string"))
+    else:
+        dataset = _with_target_ids(dataset)
+    return own_share(dataset) if streaming else dataset
+
+
+def _with_target_ids(dataset: Any) -> Any:
+    def target_id(row: dict[str, Any]) -> dict[str, str]:
+        return {"target_id": hashlib.blake2b(encoded_bytes(row["target"]), digest_size=16).hexdigest()}
+
+    encoded = dataset.cast_column("reference", Image(decode=False)).cast_column("target", Image(decode=False))
+    if isinstance(dataset, IterableDataset):
+        return encoded.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep pictures from being decoded
+    # Not `map`, which would write all pictures once more.
+    targets = tqdm(encoded.select_columns("target"), desc="naming targets", unit="image")
+    return dataset.add_column("target_id", [target_id(row)["target_id"] for row in targets])
+
+
+def own_share(stream: IterableDataset) -> IterableDataset:
+    """This process's part of a stream: no row is in two processes' parts, and none is left out.
+
+    Whole shards if their number is a multiple of the number of processes. Otherwise every process reads all shards
+    and keeps each n-th row, of which it is warned. A stream that is a share already stays as it is.
+    """
+    rank, processes = _process()
+    # Public functions do not tell, and splitting a share again would lose rows.
+    if processes == 1 or stream._distributed is not None:
+        return stream
+    if rank == 0 and stream.num_shards % processes:
+        logger.warning(
+            "%d shards for %d processes: every process reads all of them and keeps a part of the rows; "
+            "write a multiple of %d shards, so that each is read once",
+            *(stream.num_shards, processes, processes),
+        )
+    return split_dataset_by_node(stream, rank=rank, world_size=processes)
+
+
+def _process() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun and `accelerate launch` set them."""
+    # Not accelerate's `PartialState`: before the Trainer's arguments say that the CPU is used, it sees one process.
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class EndlessTriplets(torch.utils.data.IterableDataset):
+    """A stream over and over, shuffled anew each time.
+
+    Shares differ in length: if passes ended, one process would start the next while another still waits for its
+    targets in the last batch. And the Trainer resumes by counting batches from the very first pass.
+    """
+
+    def __init__(self, stream: IterableDataset) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        stream = deepcopy(self.stream)  # workers share the number of the pass in memory, and each is in its own
+        for number in count():
+            stream.set_epoch(number)
+            row = None
+            for row in stream:
+                yield row
+            if row is None:  # more workers than shards with rows, or nothing at all
+                if torch.utils.data.get_worker_info() is None:
+                    raise ValueError(f"process {_process()[0]} has no row to train on: there are too few")
+                return
+
+
+def triplet_batches(
+    stream: IterableDataset, batch_size: int, collate: Callable[[list[dict[str, Any]]], Any], **settings: Any
+) -> DataLoader:
+    """Full batches of this process's share of a stream, without end; not to be prepared by Accelerate.
+
+    Args:
+        stream: with `TRIPLET_COLUMNS`, such as [`stream_triplets`] gives; another becomes [`own_share`] of it.
+        batch_size: rows of a batch.
+        collate: usually a [`PVLFCollator`].
+        settings: further arguments of `DataLoader`, e.g. `num_workers`.
+    """
+    return DataLoader(EndlessTriplets(own_share(stream)), batch_size, collate_fn=collate, **settings)
+
+
+__all__ = [
+    "EndlessTriplets",
+    "encoded_bytes",
+    "find_shards",
+    "load_hub_triplets",
+    "own_share",
+    "stream_triplets",
+    "triplet_batches",
+    "write_shards",
+]

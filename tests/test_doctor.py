@@ -1,0 +1,298 @@
+"""Every kind of damage planted in a healthy tree must be found, and nothing else."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+from miniatures import make_circo, make_cirr, make_fashioniq, make_laion_cir, write_json
+from tiny import make_processor
+
+from pvlf_hf.cirr import load_cirr
+from pvlf_hf.doctor import (
+    examine_circo,
+    examine_cirr,
+    examine_fashioniq,
+    examine_laion_cir,
+    examine_triplets,
+    main,
+)
+
+MAKERS = {"laion-cir": make_laion_cir, "cirr": make_cirr, "fashioniq": make_fashioniq, "circo": make_circo}
+EXAMINERS = {
+    "laion-cir": examine_laion_cir,
+    "cirr": examine_cirr,
+    "fashioniq": examine_fashioniq,
+    "circo": examine_circo,
+}
+CAPTIONS = {
+    "laion-cir": ("laion_combined_info.json", "relative_cap"),
+    "cirr": ("cirr/captions/cap.rc2.val.json", "caption"),
+    "circo": ("annotations/val.json", "relative_caption"),
+}
+PICTURES = {
+    "laion-cir": "[0-9]*.png",
+    "cirr": "dev/*.png",
+    "fashioniq": "images/B00D1*.png",
+    "circo": "COCO2017_unlabeled/unlabeled2017/*.jpg",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def pictures(subject, root):
+    return sorted(root.glob(PICTURES[subject]))
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    write_json(file, content)
+
+
+@pytest.mark.parametrize("subject", MAKERS)
+def test_healthy_trees(subject, tmp_path):
+    root = MAKERS[subject](tmp_path)
+    report = EXAMINERS[subject](root, check_counts=False)
+    assert report.findings == () and report.healthy
+    assert sum(counts["files"] for counts in report.counts.values()) == {"fashioniq": 36, "circo": 18}.get(
+        subject, len(pictures(subject, root))
+    )
+    published = EXAMINERS[subject](root)
+    assert {finding.kind for finding in published.findings} == (set() if subject == "laion-cir" else {"counts"})
+
+
+def remove(file):
+    file.unlink()
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def page(file):
+    file.write_text("<html>404</html>")
+
+
+def folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def dangling(file):
+    file.unlink()
+    file.symlink_to(file.with_name("nowhere"))
+
+
+def other_ending(file):
+    file.rename(file.with_suffix(".webp"))
+
+
+def no_zeros(file):
+    file.rename(file.with_name("0" + file.name.lstrip("0")))
+
+
+def lower(file):
+    file.rename(file.with_name(file.name.lower()))
+
+
+def other_folder(file):
+    (file.parent / "more").mkdir()
+    file.rename(file.parent / "more" / file.name)
+
+
+def double(file):
+    other = sorted(file.parent.glob(f"*{file.suffix}"))
+    shutil.copy(file, other[other.index(file) - 1])
+
+
+@pytest.mark.parametrize("subject", MAKERS)
+@pytest.mark.parametrize(
+    ("damage", "kind", "severity"),
+    [
+        (remove, "missing", "error"),
+        (empty, "empty file", "error"),
+        (cut, "corrupt", "error"),
+        (page, "corrupt", "error"),
+        (folder, "corrupt", "error"),
+        (dangling, "corrupt", "error"),
+        (other_ending, "misnamed", "error"),
+        (other_folder, "misnamed", "error"),
+        (double, "duplicate", "warning"),
+    ],
+)
+def test_damaged_files(subject, damage, kind, severity, tmp_path):
+    root = MAKERS[subject](tmp_path)
+    file = pictures(subject, root)[5]
+    damage(file)
+    report = EXAMINERS[subject](root, check_counts=False)
+    (finding,) = report.findings
+    assert (finding.kind, finding.severity) == (kind, severity)
+    assert file.stem.lstrip("0") in finding.examples[0] and len(finding.examples) == 1
+    assert report.healthy == (severity == "warning")
+
+
+@pytest.mark.parametrize(
+    ("subject", "number", "damage"), [("laion-cir", 1, no_zeros), ("circo", 1, no_zeros), ("fashioniq", 1, lower)]
+)
+def test_misnamed_ids(subject, number, damage, tmp_path):
+    root = MAKERS[subject](tmp_path)
+    file = pictures(subject, root)[number]
+    damage(file)
+    (finding,) = EXAMINERS[subject](root, check_counts=False).findings
+    assert finding.kind == "misnamed" and finding.examples[0].endswith(f" instead of {file.name}")
+
+
+@pytest.mark.parametrize("number", [2, 13])
+def test_effects_are_what_the_loader_leaves_out(number, tmp_path):
+    root = make_cirr(tmp_path)
+    files = json.loads((root / "cirr/image_splits/split.rc2.val.json").read_text())
+    (root / list(files.values())[number]).unlink()
+    lost = 10 - len(load_cirr(root, allow_missing=True, check_counts=False).queries)
+    (finding,) = examine_cirr(root, check_counts=False).findings
+    easier = "without 1 of the gallery's 14 images the ranking of the other queries is easier than published"
+    limit = (
+        f"{lost} of 10 queries cannot be scored: counted as not found, recall can reach at most {100 - 10 * lost}.00 %"
+    )
+    assert finding.effect == (f"{limit}; {easier}" if number == 2 else easier)
+    assert (lost > 0) == (number == 2)
+
+
+def test_effects_on_training_and_on_submissions(tmp_path):
+    root = make_cirr(make_laion_cir(tmp_path))
+    (root / "0000001.png").unlink()  # reference of one template row, target of another
+    assert examine_laion_cir(root).findings[0].effect == "2 of 16 triplets cannot be trained on"
+    shutil.copy(root / "0062438.png", root / "0124875.png")
+    assert "2 of 16 triplets have a target that is also a negative" in examine_laion_cir(root).findings[1].effect
+    files = sorted(root.glob("test1/*.png"))
+    files[0].unlink()
+    assert "queries cannot be ranked, and a submission without" in (
+        examine_cirr(root, "test1", check_counts=False).findings[0].effect
+    )
+
+
+def test_doubles_count_the_targets_that_they_touch(tmp_path):
+    root = make_circo(tmp_path)
+    first = json.loads((root / "annotations/val.json").read_text())[1]["gt_img_ids"]
+    one, other = (root / f"COCO2017_unlabeled/unlabeled2017/{i:012d}.jpg" for i in first[:2])
+    shutil.copy(one, other)
+    rows = json.loads((root / "annotations/val.json").read_text())
+    touched = sum(len(set(row["gt_img_ids"]) & set(first[:2])) == 1 for row in rows)  # both: either may be found first
+    (finding,) = examine_circo(root, check_counts=False).findings
+    assert 0 < touched < 6 and f"by which {touched} of 6 targets are ranked" in finding.effect
+
+
+@pytest.mark.parametrize("subject", CAPTIONS)
+def test_captions(subject, tmp_path):
+    root = MAKERS[subject](tmp_path)
+    name, key = CAPTIONS[subject]
+    edit(root / name, lambda rows: rows[3].update({key: "the same but red and " * 8}))  # 40 words, 42 tokens
+    for tokenizer in (None, make_processor().tokenizer):
+        (finding,) = EXAMINERS[subject](root, tokenizer=tokenizer, check_counts=False).findings
+        assert (finding.kind, finding.severity) == ("long caption", "note")
+        assert "captions exceed the 35 tokens that BLIP reads" in finding.message and finding.message.startswith(
+            "1 of"
+        )
+        assert ("estimate" in finding.message) == (tokenizer is None)
+    edit(root / name, lambda rows: rows[3].update({key: "a " * 33}))  # 35 tokens are read
+    assert EXAMINERS[subject](root, tokenizer=tokenizer, check_counts=False).findings == ()
+    edit(root / name, lambda rows: rows[3].update({key: " "}))
+    (finding,) = EXAMINERS[subject](root, check_counts=False).findings
+    assert finding.kind == "annotations" and f"row 3: {key} is ' '" in finding.message
+
+
+def test_one_caption_of_two(tmp_path):
+    root = make_fashioniq(tmp_path)
+    edit(root / "captions/cap.shirt.val.json", lambda rows: rows[2].update(captions=["is red", " ."]))
+    (finding,) = examine_fashioniq(root, check_counts=False).findings
+    assert (finding.kind, finding.where, finding.examples) == ("blank caption", "fashioniq/val/shirt", ("row 2",))
+
+
+def test_annotations_that_do_not_fit(tmp_path):
+    root = make_cirr(tmp_path)
+    listing = root / "cirr/image_splits/split.rc2.val.json"
+    name = json.loads((root / "cirr/captions/cap.rc2.val.json").read_text())[0]["target_hard"]
+    edit(listing, lambda files: files.pop(name))
+    (finding,) = examine_cirr(root, check_counts=False).findings
+    assert (finding.kind, finding.examples) == ("unlisted", (name,)) and "cannot be scored" in finding.effect
+    listing.write_text("{")
+    assert [f.kind for f in examine_cirr(root).findings] == ["annotations"]
+    assert "cap.rc2.val.json is not under" in examine_cirr(root / "nowhere").findings[0].message
+
+
+def test_what_only_the_loader_refuses(tmp_path):
+    root = make_cirr(tmp_path)
+    edit(
+        root / "cirr/captions/cap.rc2.val.json",
+        lambda rows: rows[0].update(reference=rows[0]["target_hard"]),
+    )
+    (finding,) = examine_cirr(root, check_counts=False).findings
+    assert finding.kind == "loader" and "have their reference as target" in finding.message
+
+
+@pytest.fixture
+def table(tmp_path):
+    root = make_laion_cir(tmp_path / "images")
+    names = [file.name for file in pictures("laion-cir", root)]
+    rows = [f"{a},make it red,{b}" for a, b in zip(names, names[1:], strict=False)]
+    file = tmp_path / "triplets.csv"
+    file.write_text("\n".join(["reference,caption,target", *rows]) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("damage", "kinds"),
+    [(None, []), (remove, ["missing"]), (other_ending, ["misnamed"]), (cut, ["corrupt"]), (double, ["duplicate"])],
+)
+def test_own_triplets(table, damage, kinds):
+    folder = table.parent / "images"
+    if damage:
+        damage(pictures("laion-cir", folder)[5])
+    report = examine_triplets(table, folder)
+    assert [finding.kind for finding in report.findings] == kinds
+    assert report.counts[str(table)]["triplets"] == 15
+
+
+def test_own_triplets_outside_the_folder(table):
+    shutil.copy(next((table.parent / "images").glob("*.png")), table.parent / "secret.png")
+    table.write_text(table.read_text() + "../secret.png,red,0000001.png\n")
+    kinds = [finding.kind for finding in examine_triplets(table, table.parent / "images").findings]
+    assert "loader" in kinds
+
+
+def test_command_line(table, tmp_path, capsys):
+    root, images = make_cirr(tmp_path / "cirr"), table.parent / "images"
+    assert main(["cirr", str(root), "--partial"]) == 0
+    assert "0 errors, 0 warnings, 0 notes\ncirr/val: 10 queries, 14 images, 14 files" in capsys.readouterr().out
+    assert main(["cirr", str(root), "--split", "test1"]) == 1
+    text = capsys.readouterr().out
+    assert (
+        "2 errors" in text and "\nERROR cirr/test1, counts: 8 queries, published are 4148\n    the annotations" in text
+    )
+    make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    cut(pictures("laion-cir", images)[0])
+    options = ["--images", str(images), "--tokenizer", str(tmp_path / "tokenizer"), "--json"]
+    assert main(["triplets", str(table), *options]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["healthy"] is False and [f["kind"] for f in report["findings"]] == ["corrupt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cirr", "x", "--split", "test"], "--split test: cirr has train, val, test1"),
+        (["cir", "x"], "invalid choice"),
+        (["cirr", "x", "--tokenizer", "/nowhere"], "--tokenizer /nowhere"),
+    ],
+)
+def test_wrong_calls(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Embeddings from disk are those that would be encoded anew, of one model only, and nothing is encoded twice."""
+
+import shutil
+
+import pytest
+import torch
+from squares import make_benchmark
+from tiny import make_model, make_processor
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import embedding_store
+from pvlf_hf.embedding_store import EmbeddingStore
+from pvlf_hf.encoding import QUERY_METHODS, embed
+from pvlf_hf.evaluation import evaluate
+
+KEYS = [("a",), ("b",), ("a",), ("c",), (3,)]
+
+
+def encoder(calls):
+    """Embeds a position as a row of it, and keeps what it was asked for."""
+
+    def encode(places):
+        calls.append(places)
+        return torch.tensor([[float(place), 1.0] for place in places])
+
+    return encode
+
+
+@pytest.fixture
+def store(tiny_model, tiny_processor, tmp_path):
+    store = EmbeddingStore(tmp_path / "store")
+    store.claim(tiny_model, tiny_processor)
+    return store
+
+
+def test_only_what_is_missing_is_encoded(store):
+    calls = []
+    assert store.fetch("x", KEYS[:3], encoder(calls))[:, 0].tolist() == [0, 1, 0]
+    again = EmbeddingStore(store.folder)
+    assert again.fetch("x", KEYS[::-1], encoder(calls))[:, 0].tolist() == [0, 1, 0, 1, 0]
+    assert calls == [[0, 1], [0, 1]]  # a and b; then 3 and c, which stand first
+    assert again.fetch("x", KEYS[:2]).tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors lacks 1 of 2 embeddings, first: \[\('3',\)\]; pass the model"
+    ):
+        again.fetch("x", [("a",), ("3",)])
+    with pytest.raises(ValueError, match="say whose embeddings these are"):
+        EmbeddingStore(store.folder / "new").fetch("x", KEYS, encoder(calls))
+
+
+def test_an_interruption_loses_little(store, monkeypatch):
+    monkeypatch.setattr(embedding_store, "SAVE_EVERY", 2)
+
+    def interrupted(places):
+        if places == [3, 4]:
+            raise KeyboardInterrupt
+        return torch.zeros(len(places), 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        store.fetch("x", KEYS, interrupted)
+    calls = []
+    assert store.fetch("x", KEYS, encoder(calls)).shape == (5, 2)
+    assert calls == [[3, 4]]
+    assert [file.name for file in store.folder.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("method", QUERY_METHODS)
+def test_rescored_equals_encoded_anew(tiny_model, tiny_processor, tmp_path, method):
+    options = {"method": method, "progress": False}
+    fill = evaluate(tiny_model, tiny_processor, make_benchmark(), **options, store=EmbeddingStore(tmp_path))
+    assert fill == evaluate(tiny_model, tiny_processor, make_benchmark(), **options)
+    other = make_benchmark(name="other", reference="kept", metrics="fashioniq")
+    anew = evaluate(tiny_model, tiny_processor, other, **options)
+    assert evaluate(None, None, other, **options, store=EmbeddingStore(tmp_path)) == anew
+    assert anew.per_query["rank"] != fill.per_query["rank"]
+
+
+def test_more_wordings_are_added_to_what_is_there(tiny_model, tiny_processor, tmp_path):
+    store, worded = EmbeddingStore(tmp_path), make_benchmark(wordings=True)
+    embed(tiny_model, tiny_processor, make_benchmark(), progress=False, store=store)
+    with pytest.raises(ValueError, match=r"lacks 2 of 7 embeddings, first: \[\('blue', 'with one dog'\)"):
+        embed(None, None, worded, store=store)
+    added = embed(tiny_model, tiny_processor, worded, progress=False, store=store)
+    for ours, anew in zip(added, embed(tiny_model, tiny_processor, worded, progress=False), strict=True):
+        torch.testing.assert_close(ours, anew, rtol=0, atol=1e-6)
+    embed(tiny_model, tiny_processor, make_benchmark(), "image", progress=False, store=store)
+    embed(None, None, worded, "image", store=store)  # captions make no difference
+
+
+def test_models_are_not_mixed(store, tiny_processor, tmp_path):
+    store.fetch("x", KEYS, encoder([]))
+    short = make_processor()
+    short.max_text_length = 9
+    others = [(make_model(seed=1), tiny_processor), (make_model(), short), (make_model().half(), tiny_processor)]
+    others += [(make_model(residual="paper"), tiny_processor)]
+    for model, processor in others:
+        with pytest.raises(ValueError, match="holds embeddings of another model or processor"):
+            EmbeddingStore(store.folder).claim(model, processor)
+    tiny_processor(text="a cat")  # the tokenizer keeps the settings of its last call
+    EmbeddingStore(store.folder).claim(make_model().train(), tiny_processor)
+    other = EmbeddingStore(tmp_path / "other")
+    other.claim(*others[0])
+    other.fetch("y", KEYS, encoder([]))
+    shutil.copy(other.folder / "y.safetensors", store.folder)
+    with pytest.raises(ValueError, match="two models: y.safetensors is not of the model of x.safetensors"):
+        EmbeddingStore(store.folder)
+
+
+def test_a_reloaded_model_is_the_same(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    stores = [EmbeddingStore(tmp_path / name) for name in "ab"]
+    for store in stores:
+        model, processor = (c.from_pretrained(tmp_path / "model") for c in (AutoModel, AutoProcessor))
+        store.claim(model, processor)
+    assert stores[0].model == stores[1].model
+
+
+def test_a_damaged_file_is_named(store):
+    store.fetch("x", KEYS, encoder([]))
+    (store.folder / "x.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not ours .*: delete it"):
+        EmbeddingStore(store.folder)

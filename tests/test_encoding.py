@@ -1,0 +1,91 @@
+"""Embeddings of queries and galleries: what each method is made of, whatever the batches."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset, Image
+from squares import draw, make_benchmark
+from torch.nn import functional as F
+
+from pvlf_hf.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries
+
+
+@pytest.mark.parametrize("method", QUERY_METHODS)
+def test_batch_size_does_not_matter(tiny_model, tiny_processor, method):
+    queries = make_benchmark(wordings=True).queries
+    one, all_at_once = (
+        encode_queries(tiny_model, tiny_processor, queries, method, batch_size, progress=False)
+        for batch_size in (1, 64)
+    )
+    torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-5)
+    assert (one.dtype, one.shape) == (torch.float32, (5, 32))
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(5))
+
+
+def test_baselines_embed_what_they_say(tiny_model, tiny_processor):
+    queries = make_benchmark().queries
+    image, text, both, pvlf = (
+        encode_queries(tiny_model, tiny_processor, queries, method, progress=False)
+        for method in ("image", "text", "image+text", "pvlf")
+    )
+    references = encode_gallery(
+        tiny_model, tiny_processor, queries.rename_column("reference", "image"), progress=False
+    )
+    torch.testing.assert_close(image, references)
+    with torch.no_grad():
+        tokens = tiny_processor(text=list(queries["caption"]))
+        expected = tiny_model.get_text_features(**tokens).pooler_output
+    torch.testing.assert_close(text, F.normalize(expected, dim=-1))
+    torch.testing.assert_close(both, F.normalize(image + text, dim=-1))
+    assert not torch.allclose(pvlf, both, atol=0.01)
+
+
+def test_wordings_are_averaged(tiny_model, tiny_processor):
+    queries = make_benchmark(wordings=True).queries
+    mean = encode_queries(tiny_model, tiny_processor, queries, progress=False)
+    rest = queries.remove_columns("caption")
+    first, last = (
+        encode_queries(
+            tiny_model,
+            tiny_processor,
+            rest.add_column("caption", [c[at] for c in queries["caption"]]),
+            progress=False,
+        )
+        for at in (0, -1)
+    )
+    torch.testing.assert_close(mean, F.normalize((first + last) / 2, dim=-1))
+    assert not torch.allclose(first[1], last[1], atol=1e-3)
+
+
+def test_a_model_in_mixed_precision_training_embeds_as_when_it_is_reloaded(tiny_model, tiny_processor):
+    gallery = make_benchmark().gallery
+    whole = encode_gallery(tiny_model, tiny_processor, gallery, progress=False)
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny_model)
+    finally:
+        AcceleratorState._reset_state()  # the next test may want another precision
+    pixels = tiny_processor.process_targets(list(gallery["image"]))["pixel_values"]
+    for _ in range(2):
+        assert encode_gallery(prepared, tiny_processor, gallery, progress=False).equal(whole)
+        with torch.no_grad():  # training goes on as before
+            assert not torch.allclose(prepared(target_pixel_values=pixels).target_embeds, whole, atol=1e-4)
+
+
+def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
+    draw(0).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
+    gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="gallery: the picture of row 2 cannot be read, replace it or drop the row"):
+        encode_gallery(tiny_model.train(), tiny_processor, gallery, batch_size=2, progress=False)
+    assert tiny_model.training  # given back as it came, also then
+
+
+def test_what_is_missing_is_said(tiny_model, tiny_processor):
+    with pytest.raises(
+        ValueError, match=r"method='caption': choose one of \('pvlf', 'image', 'text', 'image\+text'\)"
+    ):
+        embed(tiny_model, tiny_processor, make_benchmark(), method="caption")
+    with pytest.raises(ValueError, match="pass a model and its processor, or a store"):
+        embed(None, None, make_benchmark())

