@@ -12,6 +12,8 @@ from PIL import Image
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
+from pvlf_hf import load_triplets, write_shards
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -77,6 +79,16 @@ def test_training_on_own_files_resumes_and_reloads(files, tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "parts")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert a.equal(b), name
+
+
+def test_training_on_a_stream_of_shards(files, tmp_path):
+    write_shards(load_triplets(files / "triplets.csv", files / "photos"), tmp_path / "shards", rows_per_shard=20)
+    given = [flag for flag in flags(files, tmp_path / "run") if not flag.startswith("--train_file")]
+    run("train_pvlf.py", *given, f"--train_shards={tmp_path / 'shards'}")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["evaluations"][0]["counts"] == {"queries": 56, "gallery": 8}
+    said = run("train_pvlf.py", *flags(files, tmp_path / "run"), "--train_shards=shards", fails=True)
+    assert "--train_file and --train_shards exclude each other" in said
 
 
 def test_a_recipe_and_flags_that_override_it(files, tmp_path):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from pvlf_hf.benchmark import CIRBenchmark
 from pvlf_hf.embedding_store import EmbeddingStore
@@ -98,6 +98,7 @@ def load_model(args: EvaluationArguments) -> tuple[PVLFModel, PVLFProcessor]:
         return AutoModel.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
     if "pvlf" in args.methods:
         raise ValueError(f"{args.model} is no PVLF checkpoint; measure it with --methods image text image+text")
+    set_seed(0)  # kept embeddings are of one model: its fusion, random and unused here, must be the same every time
     return PVLFModel.from_vl_pretrained(args.model), PVLFProcessor.from_vl_pretrained(args.model)
 
 

@@ -7,7 +7,7 @@ otherwise the few negatives that matter would seldom meet.
 
     python train_scripts/pretrain_emoji_backbone.py --output_dir outputs/blip-emoji-tiny
 
-Interrupted, the same command resumes. The committed backbone came of three runs; its card has their settings and time.
+Interrupted, the same command resumes. The committed backbone came of four runs; its card has their settings and time.
 """
 
 import json
@@ -41,7 +41,8 @@ from pvlf_hf import (
     load_emoji_pictures,
 )
 from pvlf_hf.emoji_cir import TEST_VENDOR
-from pvlf_hf.evaluation import encode_gallery, environment
+from pvlf_hf.encoding import encode_gallery
+from pvlf_hf.evaluation import environment
 from pvlf_hf.metrics import recall_at_k, target_ranks
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have

@@ -7,24 +7,31 @@
     # a recipe; flags after it override its lines
     python train_scripts/train_pvlf.py train_scripts/configs/emoji.yaml --seed 1
 
+    # a row of the paper's tables (train_scripts/reproduce.py does whole tables), on data sets kept in data/
+    python train_scripts/train_pvlf.py train_scripts/configs/paper/pvlf-blip-both-combined.yaml --data_root data \
+        --evaluate_on cirr-val fashioniq
+
     # several GPUs
     accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml train_scripts/train_pvlf.py RECIPE
 
 The table (CSV, JSON Lines or Parquet) has columns `reference`, `caption`, `target`. Interrupted, the same command
-resumes from the last checkpoint in `--output_dir`. The folder then holds model, processor and `results.json`.
+resumes from the last checkpoint in `--output_dir`. The folder then holds model, processor and `results.json`, of the
+last step; where `--metric_for_best_model` is given, `results.json` also names the checkpoint that is best by it.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from pvlf_hf import (
     CIRBenchmark,
@@ -37,12 +44,18 @@ from pvlf_hf import (
     evaluate,
     load_emoji_cir,
     load_emoji_cir_train,
+    load_hub_triplets,
     load_triplets,
+    stream_triplets,
     write_results,
 )
 from pvlf_hf.configuration_pvlf import TRANSAGG
 from pvlf_hf.emoji_cir import TIERS
-from pvlf_hf.evaluation import QueryMethod, encode_gallery
+from pvlf_hf.encoding import QueryMethod, encode_gallery
+from pvlf_hf.laion_cir import SUBSETS, load_laion_cir
+from pvlf_hf.protocols import load_protocol
+
+LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 
 
 @dataclass
@@ -70,12 +83,19 @@ class ModelArguments:
     residual: str | None = field(default=None, metadata={"help": "pre_norm, or paper for equations 10-11 literally."})
     gamma: float | None = field(default=None, metadata={"help": "Focusing exponent (paper: 2; 0: cross-entropy)."})
     temperature: float | None = field(default=None, metadata={"help": "Softmax temperature (paper: 0.01)."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of the fusion: sdpa, eager (trains faster on CPUs), flash_attention_2."}
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What differs from PVLFConfig's defaults."""
+        baseline = TRANSAGG if self.method == "transagg" else {}
+        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
+        return {**baseline, **given}
 
     def build(self) -> PVLFModel:
         """The model on its pretrained dual encoder, fusion and aggregation fresh."""
-        baseline = TRANSAGG if self.method == "transagg" else {}
-        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
-        return PVLFModel.from_vl_pretrained(self.model, **{**baseline, **given})
+        return PVLFModel.from_vl_pretrained(self.model, **self.settings())
 
 
 @dataclass
@@ -83,30 +103,94 @@ class DataArguments:
     """What it is trained and evaluated on."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "emoji-cir; leave out to train on your own files.", "choices": ["emoji-cir"]}
+        default=None,
+        metadata={
+            "help": "emoji-cir, or laion-cir-... in --data_root; leave out to train on your own files.",
+            "choices": ["emoji-cir", *LAION_CIR],
+        },
     )
     train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet of your triplets."})
+    train_shards: str | None = field(
+        default=None, metadata={"help": "Parquet or tar shards to stream: folder, pattern or URL (write_shards)."}
+    )
+    hub_dataset: str | None = field(
+        default=None, metadata={"help": "Hub dataset with the columns reference, caption and target."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Likewise; evaluated while training."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the images named in the files are."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Protocol evaluated while training, such as cirr-val (pvlf_hf.protocols)."}
+    )
+    evaluate_on: list[str] | None = field(
+        default=None, metadata={"help": "Protocols that the trained model is measured on; by default --validation."}
+    )
+    allow_missing: bool = field(
+        default=False, metadata={"help": "Leave out rows whose pictures are absent, and say so, instead of stopping."}
+    )
+    check_counts: bool = field(
+        default=True, metadata={"help": "Stop where a data set does not have its published number of rows."}
+    )
 
-    def load(self) -> tuple[Dataset, CIRBenchmark | None]:
-        """Training triplets and validation benchmark."""
-        if self.dataset and (self.train_file or self.validation_file):
-            raise ValueError("--dataset and --train_file or --validation_file exclude each other")
+    def load(self) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
+        """Training triplets and validation benchmark, or benchmarks by name where the protocol has several."""
+        sources = [n for n in ("dataset", "train_file", "train_shards", "hub_dataset") if getattr(self, n)]
+        if len(sources) > 1:
+            raise ValueError(" and ".join(f"--{name}" for name in sources) + " exclude each other")
+        if self.validation_file and (self.dataset or self.validation):
+            raise ValueError("--validation_file excludes --dataset and --validation")
+        return self._training_triplets(), self._validation()
+
+    def _training_triplets(self) -> Dataset | IterableDataset:
+        if self.train_shards:
+            return stream_triplets(self.train_shards)
+        if self.hub_dataset:
+            return load_hub_triplets(self.hub_dataset)
         if self.dataset == "emoji-cir":
-            return load_emoji_cir_train(), load_emoji_cir("validation")
+            return load_emoji_cir_train()
+        if self.dataset:
+            if not self.data_root:
+                raise ValueError(f"--dataset {self.dataset} needs --data_root, the folder that holds laion-cir/")
+            root = Path(self.data_root) / "laion-cir"
+            return load_laion_cir(root, LAION_CIR[self.dataset], self.allow_missing, self.check_counts)
         if not (self.train_file and self.image_folder):
-            raise ValueError("pass --train_file and --image_folder, or --dataset emoji-cir")
-        train = load_triplets(self.train_file, self.image_folder)
-        if not self.validation_file:
-            return train, None
-        held_out = load_triplets(self.validation_file, self.image_folder)
-        return train, benchmark_from_triplets(Path(self.validation_file).stem, held_out)
+            raise ValueError(
+                "pass --train_file and --image_folder, or --dataset emoji-cir (or laion-cir-...), --train_shards or "
+                "--hub_dataset"
+            )
+        return load_triplets(self.train_file, self.image_folder)
 
-    def final_benchmarks(self, validation: CIRBenchmark | None) -> list[CIRBenchmark]:
-        """What the trained model is measured on: EmojiCIR's three test tiers, or the validation file."""
+    def _validation(self) -> CIRBenchmark | dict[str, CIRBenchmark] | None:
+        if self.validation:
+            benchmarks = self.load_protocols([self.validation])
+            return benchmarks[0] if len(benchmarks) == 1 else {b.name: b for b in benchmarks}
+        if self.dataset == "emoji-cir":
+            return load_emoji_cir("validation")
+        if self.validation_file and self.image_folder:
+            held_out = load_triplets(self.validation_file, self.image_folder)
+            return benchmark_from_triplets(Path(self.validation_file).stem, held_out)
+        return None
+
+    def load_protocols(self, names: Sequence[str]) -> list[CIRBenchmark]:
+        """The benchmarks of protocols, from `data_root`."""
+        return [
+            benchmark
+            for name in names
+            for benchmark in load_protocol(
+                name, self.data_root or ".", allow_missing=self.allow_missing, check_counts=self.check_counts
+            )
+        ]
+
+    def final_benchmarks(self, validation: CIRBenchmark | dict[str, CIRBenchmark] | None) -> list[CIRBenchmark]:
+        """What the trained model is measured on: `evaluate_on`, EmojiCIR's three test tiers, or the validation."""
+        if self.evaluate_on:
+            return self.load_protocols(self.evaluate_on)
         if self.dataset == "emoji-cir":
             return [load_emoji_cir("test", tier) for tier in TIERS]
+        if isinstance(validation, dict):
+            return list(validation.values())
         return [validation] if validation else []
 
 
@@ -129,15 +213,25 @@ def train(
     model = model_args.build()
     triplets, validation = data_args.load()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(Path(args.output_dir)))
     trainer.save_model()
     benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
-    evaluations = evaluate_all(trainer.model, processor, benchmarks)
+    measured = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32, as stored
+    evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": run_settings(args)}
+        if best := trainer.state.best_model_checkpoint:
+            name, value = args.metric_for_best_model, trainer.state.best_metric
+            facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)
     return evaluations
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is what the Trainer writes last, so a torn one has none."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    steps = {int(state.parent.name.removeprefix("checkpoint-")): state.parent for state in states}
+    return str(steps[max(steps)]) if steps else None
 
 
 def evaluate_all(
@@ -160,7 +254,7 @@ def evaluate_all(
 def baselines(name: str, benchmarks: list[CIRBenchmark]) -> list[Evaluation]:
     """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
     model, processor = PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
-    return evaluate_all(model, processor, benchmarks, ("image", "text", "image+text"))
+    return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 
 
 def run_settings(args: PVLFTrainingArguments) -> dict[str, Any]:
@@ -174,18 +268,41 @@ def run_settings(args: PVLFTrainingArguments) -> dict[str, Any]:
 
 
 def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:
-    """Flags, or a YAML recipe followed by flags that override it; a recipe's model folder is relative to the clone."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, PVLFTrainingArguments), description=__doc__)
+    """Flags, or a YAML recipe followed by flags that override it; a recipe's model folder is relative to the clone.
+
+    Raises:
+        ValueError: if the recipe has a line that is no argument of this script; names file, line and key.
+    """
+    kinds: list[Any] = [ModelArguments, DataArguments, PVLFTrainingArguments]
     if command_line and command_line[0].endswith((".yaml", ".yml")):
-        recipe = yaml.safe_load(Path(command_line[0]).read_text()) or {}
-        given = {name: value for name, value in recipe.items() if value is not None}
-        flags = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
-        command_line = [*flags, *command_line[1:]]
+        recipe = read_recipe(Path(command_line[0]), {f.name for kind in kinds for f in fields(kind) if f.init})
+        command_line = [*recipe, *command_line[1:]]
+    parser = HfArgumentParser(kinds, description=__doc__)
     model_args, data_args, args = parser.parse_args_into_dataclasses(command_line)
     in_clone = Path(__file__).resolve().parents[1] / model_args.model
     if in_clone.is_dir() and not Path(model_args.model).exists():
         model_args.model = str(in_clone)
     return model_args, data_args, args
+
+
+def read_recipe(file: Path, known: set[str]) -> list[str]:
+    """The lines of a YAML recipe as flags."""
+    text = file.read_text(encoding="utf-8")
+    node = yaml.compose(text)
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{file}: a recipe has lines of the form `name: value`")
+    for key, _ in node.value if node else []:
+        if key.value not in known:
+            close = get_close_matches(str(key.value), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ", see train_pvlf.py --help"
+            raise ValueError(f"{file}, line {key.start_mark.line + 1}: unknown setting {key.value!r}{hint}")
+    flags = []
+    for name, value in (yaml.safe_load(text) or {}).items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
 
 
 if __name__ == "__main__":

@@ -1,0 +1,418 @@
+"""The paper's tables as committed, a recipe for each row of ours, and a table made on miniatures of the data sets."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from miniatures import make_all
+from tiny import make_model, make_processor
+from transformers import AutoConfig, BlipForImageTextRetrieval
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import gpu_hours  # noqa: E402
+import paper_tables  # noqa: E402
+import reproduce  # noqa: E402
+from train_pvlf import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
+
+from pvlf_hf.evaluation import read_results  # noqa: E402
+from pvlf_hf.protocols import load_protocol  # noqa: E402
+from pvlf_hf.submission import lint_submission  # noqa: E402
+
+TABLES = paper_tables.load_tables()
+RECIPES = {file.stem: file for file in sorted(reproduce.RECIPES.glob("*.yaml"))}
+CELLS = [
+    ((number, row.name, column), figure)
+    for number, table in TABLES.items()
+    for row in table.rows
+    for column, figure in zip(table.columns, row.paper, strict=True)
+]
+FIGURE = dict(CELLS)
+
+
+def footnoted_cells(*but):
+    notes = [(number, note) for number, table in TABLES.items() for note in table.footnotes]
+    return {
+        (number, row, column)
+        for number, note in notes
+        if "columns" in note and note["id"] not in but
+        for row, column in product(note["rows"], note["columns"])
+    }
+
+
+# The paper
+
+
+def test_figures_are_those_of_the_paper():
+    """A printed figure does not change by accident."""
+    figures = json.dumps([[number, row.name, row.labels, row.paper] for number, t in TABLES.items() for row in t.rows])
+    assert hashlib.sha256(figures.encode()).hexdigest()[:16] == "b1a104f1c75a46f4"
+    assert [len(table.rows) for table in TABLES.values()] == [14, 15, 12, 7, 4]
+
+
+def test_footnotes_mark_exactly_the_figures_that_cannot_be_right():
+    def off(parts, whole):
+        """A mean that rounding of its parts and of itself does not explain."""
+        decimals = 2 if any(round(p, 1) != p for p in parts) else 1
+        return abs(sum(parts) / len(parts) - whole) > 10**-decimals + 1e-9
+
+    wrong = set()
+    for row, k in product((row.name for row in TABLES[1].rows), (10, 50)):
+        if off(
+            [FIGURE[1, row, f"{part} R@{k}"] for part in ("shirt", "dress", "toptee")],
+            FIGURE[1, row, f"average R@{k}"],
+        ):
+            wrong.add((1, row, f"average R@{k}"))
+    means = {"CIRR average": ("CIRR R@5", "CIRR Rsubset@1"), "FIQ average": ("FIQ R@10", "FIQ R@50")}
+    for (number, row, column), figure in CELLS:
+        if column in means and off([FIGURE[number, row, part] for part in means[column]], figure):
+            wrong.add((number, row, column))
+        columns = list(TABLES[number].columns)
+        earlier = [c for c in columns[: columns.index(column)] if "@" in c and c.split("@")[0] == column.split("@")[0]]
+        if figure is not None and any(FIGURE[number, row, c] > figure for c in earlier):
+            wrong.add((number, row, column))  # more may not be found among fewer
+    assert wrong == footnoted_cells("rounding") and len(wrong) == 4
+
+
+def test_rows_of_one_recipe_agree_wherever_they_are_printed():
+    """What shows that Table 3's BLIP rows are Table 2's, and TransAgg's on Laion-CIR-Template."""
+    printed = {}
+    for number, table in TABLES.items():
+        for row in (row for row in table.rows if row.recipe):
+            for source, column, figure in zip(table.columns.values(), table.columns, row.paper, strict=True):
+                printed.setdefault((row.recipe, source), []).append(((number, row.name, column), figure))
+    cells = [cell for its in printed.values() for cell, figure in its if figure != its[0][1]]
+    assert set(cells) == {cell for cell in footnoted_cells("case", "average", "average-frozen", "average-both")}
+    assert sum(len(its) > 1 for its in printed.values()) >= 25
+
+
+def test_every_footnote_has_its_place():
+    for table in TABLES.values():
+        for note in table.footnotes:
+            assert set(note.get("rows", [])) <= {row.name for row in table.rows} and note["text"]
+            assert set(note.get("columns", [])) <= set(table.columns)
+    of_tables = {number: table.marks() for number, table in TABLES.items()}
+    assert of_tables == {1: "[^protocol]", 2: "", 3: "", 4: "[^test-server]", 5: "[^test-server]"}
+    assert TABLES[2].marks("CASE Pre-LaSCo.Ca.", "Rsubset@3") == "[^case]"
+    assert [row.name for row in TABLES[3].rows if TABLES[3].marks(row.name)] == [
+        row.name for row in TABLES[3].rows if row.name.endswith("TransAgg")
+    ]
+
+
+# The recipes
+
+
+def test_rows_are_trained_measured_or_quoted():
+    rows = [row for table in TABLES.values() for row in table.rows]
+    assert all(bool(row.recipe) + bool(row.baseline and row.model) + row.quoted == 1 for row in rows)
+    assert {row.recipe for row in rows if row.recipe} == set(RECIPES) and len(RECIPES) == 24
+    assert {row.name.split()[0] for row in rows if row.quoted} == {
+        "Pic2Word", "PALAVRA", "SEARLE-XL-OTI", "CompoDiff", "Context-I2W", "CASE",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_what_they_are_called_and_the_papers(name, tmp_path):
+    method, backbone, finetuning, subset, *ablation = name.split("-")
+    model_args, data_args, args = parse_arguments([str(RECIPES[name]), f"--output_dir={tmp_path}"])
+    config = gpu_hours.model_config(model_args)
+    checkpoint = {"blip": "Salesforce/blip-itm-base-coco", "clip": "openai/clip-vit-large-patch14"}[backbone]
+    assert (model_args.model, args.finetuning, data_args.dataset) == (checkpoint, finetuning, f"laion-cir-{subset}")
+    prompts, layers, gamma = (25, 2, 2) if method == "pvlf" else (1, 2, 0)
+    for change in ablation:
+        prompts, layers = (int(change[1:]), layers) if change[0] == "p" else (prompts, int(change[1:]))
+    depth = layers if method == "pvlf" else 1
+    assert (config.num_prompts, config.fusion_layers, config.prompt_depth, config.gamma) == (
+        prompts,
+        layers,
+        depth,
+        gamma,
+    )
+    assert (config.joint_width, config.temperature, config.alpha) == ({"blip": 256, "clip": 768}[backbone], 0.01, 1)
+    assert (config.fusion_heads, config.fusion_ffn_size, config.dropout, config.residual) == (8, 2048, 0.5, "pre_norm")
+    assert (args.learning_rate, args.encoder_learning_rate, args.min_lr_ratio) == (1e-4, 1e-6, 0.01)
+    assert (args.weight_decay, args.max_grad_norm, args.decay_norms_and_biases) == (0.05, 5, True)
+    assert (args.per_device_train_batch_size, args.num_train_epochs, args.max_steps) == (64, 100, -1)
+    assert (data_args.validation, args.metric_for_best_model, args.load_best_model_at_end) == (
+        "cirr-val", "mean_of_seven", False,
+    )  # fmt: skip
+
+
+def test_every_line_of_a_recipe_has_its_source():
+    for name, file in RECIPES.items():
+        settings = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert [line for line in settings if "  # " not in line] == [f"output_dir: outputs/paper/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: a\n\nfine_tuning: both\n", "line 3: unknown setting 'fine_tuning'; did you mean 'finetuning'"),
+        ("model: a\nqqqqqqqq: 1\n", "line 2: unknown setting 'qqqqqqqq', see train_pvlf.py --help"),
+        ("- model\n", "a recipe has lines of the form `name: value`"),
+    ],
+)
+def test_an_unknown_line_of_a_recipe_is_named(text, said, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match="mine.yaml.*") as error:
+        parse_arguments([str(tmp_path / "mine.yaml")])
+    assert said in str(error.value)
+
+
+def test_a_recipe_may_hold_lists(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "evaluate_on: [cirr-val, fashioniq]\nencoder_learning_rate: 1.0e-6\nseed: null\n"
+    )
+    _, data_args, args = parse_arguments([str(tmp_path / "mine.yaml"), "--bf16"])
+    assert (data_args.evaluate_on, args.encoder_learning_rate, args.bf16) == (["cirr-val", "fashioniq"], 1e-6, True)
+
+
+# The cost
+
+
+def test_operations_agree_with_pencil_and_paper(tmp_path):
+    model_args, *_ = parse_arguments([str(RECIPES["pvlf-blip-both-combined"]), f"--output_dir={tmp_path}"])
+    config = gpu_hours.model_config(model_args).to_json_string()
+    tokens, width, layers = 577, 768, 12
+    a_layer = tokens * 12 * width**2 + 2 * tokens**2 * width  # four projections and 8 d^2; scores, and their sum
+    image = 2 * (layers * a_layer + 576 * (3 * 16**2) * width + tokens * width * 256)
+    query, target = gpu_hours.encoding_flops(config)
+    assert target == image
+    assert image < query < 1.1 * image
+    both, frozen = (gpu_hours.training_flops(config, mode) for mode in ("both", "frozen"))
+    assert 2.9 * (query + target) < both < 3 * (query + target) and frozen < 1.1 * (query + target)
+
+
+def test_hours_follow_the_samples(checkpoint, tmp_path):
+    def hours(name, *flags, processes=1):
+        arguments = [
+            str(RECIPES[name]),
+            f"--model={checkpoint}",
+            "--fusion_heads=4",
+            f"--output_dir={tmp_path}",
+            *flags,
+        ]
+        return gpu_hours.gpu_hours(*parse_arguments(arguments), processes)
+
+    whole = hours("pvlf-blip-both-combined")
+    assert whole == pytest.approx(2 * hours("pvlf-blip-both-combined", "--num_train_epochs=50"))
+    assert whole == pytest.approx(hours("pvlf-blip-both-combined", "--max_steps=50000"))
+    assert whole == pytest.approx(hours("pvlf-blip-both-combined", "--per_device_train_batch_size=16", processes=4))
+    assert whole > hours("pvlf-blip-both-combined", "--validation=fashioniq") > 1.5 * hours("pvlf-blip-both-llm")
+    with pytest.raises(ValueError, match="emoji-cir.*not known"):
+        hours("pvlf-blip-both-llm", "--dataset=emoji-cir")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny BLIP as released checkpoints are."""
+    folder, model = tmp_path_factory.mktemp("blip"), make_model()
+    blip = BlipForImageTextRetrieval(model.config.vl_config)
+    for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
+        setattr(blip, name, getattr(model.backbone, name))
+    blip.save_pretrained(folder)
+    make_processor().tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("data"))
+
+
+def in_small(checkpoint):
+    return [
+        "--", f"--model={checkpoint}", "--max_steps=2", "--fusion_heads=4", "--fusion_ffn_size=40",
+        "--per_device_train_batch_size=4", "--dataloader_num_workers=0", "--check_counts=false",
+    ]  # fmt: skip
+
+
+def test_dry_run_says_what_and_how_long(checkpoint, tmp_path, capsys):
+    flags = ["--table", "4", "--rows", "p=5", "p=25", "--seeds", "0", "1", "--output_dir", str(tmp_path), "--dry_run"]
+    reproduce.main([*flags, *in_small(checkpoint)])
+    said = capsys.readouterr().out
+    assert "p=5: 0 of 2 trained, 0.0 GPU hours to go" in said and "p=10" not in said
+    assert said.count("train_pvlf.py") == 4 and "configs/paper/pvlf-blip-both-combined-p5.yaml --model=" in said
+    assert "0.0 GPU hours of training expected" in said and "A100" in said and "30% of it used" in said
+    assert not list(tmp_path.iterdir())
+    reproduce.main(["--table", "1", "--rows", "Text-only", "--dry_run"])
+    assert "Text-only: no training, openai/clip-vit-base-patch32 measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--table", "5", "--rows", "J=9", "--dry_run"],
+            "Table 5 has no row 'J=9'; its rows are\n  TransAgg\n  PVLF J=1",
+        ),
+        (["--table", "2", "--rows", "Pic2Word", "--dry_run"], "'Pic2Word' is quoted from another paper"),
+        (["--table", "6"], "invalid choice: 6"),
+        (
+            ["--table", "1"],
+            "pass --data_root, a folder with\n  laion-cir/: the training triplets\n  cirr/: validation",
+        ),
+        (
+            ["--table", "1", "--rows", "Text-only", "--data_root", "/nowhere"],
+            "lacks\n  fashioniq/: the FashionIQ columns",
+        ),
+        (["--table", "4", "--data_root", "/nowhere"], "laion-cir/: the training triplets\n  cirr/: validation"),
+    ],
+)
+def test_what_cannot_run_says_why(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(flags)
+    error = capsys.readouterr().err
+    assert said in error
+    assert ("fashioniq/" in error) == (flags[1] == "1")
+
+
+def test_several_processes_share_the_batch(tmp_path):
+    topology, (row,) = tmp_path / "four.yaml", reproduce.chosen_rows(TABLES[5], ["PVLF J=3"])
+    topology.write_text("num_processes: 4\n")
+    args = SimpleNamespace(seeds=[7], data_root=None, accelerate_config=topology)
+    (run,) = reproduce.runs_of(row, args, ["--bf16=false"], tmp_path)
+    command = " ".join(run.command())
+    assert f"-m accelerate.commands.launch --config_file {topology} {SCRIPTS / 'train_pvlf.py'}" in command
+    assert command.endswith(f"--bf16=false --seed=7 --output_dir={run.folder} --per_device_train_batch_size=16")
+    assert run.settings()["training"]["processes"] == 4
+    with pytest.raises(ValueError, match="batch of 6 cannot be shared by 4 processes"):
+        list(reproduce.runs_of(row, args, ["--per_device_train_batch_size=6"], tmp_path))
+
+
+def test_figures_of_seeds_and_reservations(tmp_path):
+    metrics = dict.fromkeys([f"recall@{k}" for k in (1, 5, 10, 50)], 0.5)
+    for seed, recall in ((0, 0.40), (1, 0.42)):
+        folder = tmp_path / "pvlf-blip-both-combined-p5" / f"seed{seed}"
+        (folder / "last" / "cirr-val").mkdir(parents=True)
+        (folder / "arguments.json").write_text(json.dumps({"overrides": ["--num_train_epochs=20"] * seed}))
+        evaluation = {
+            "benchmark": "cirr/val",
+            "metrics": {**metrics, "recall@1": recall},
+            "protocol": {"missing": "2 queries"},
+        }
+        (folder / "last" / "cirr-val" / "results.json").write_text(json.dumps({"evaluations": [evaluation]}))
+    paper_tables.write_table(TABLES[4], tmp_path, [0, 1, 2])
+    row, other = json.loads((tmp_path / "table4.json").read_text())["rows"][:2]
+    assert row["ours"]["last"]["R@1"] == {"mean": pytest.approx(41), "std": pytest.approx(2**0.5), "seeds": 2}
+    assert row["difference"]["last"]["R@1"] == pytest.approx(41 - 39.49)
+    assert row["caveats"] == [
+        "2 of 3 seeds so far",
+        "cirr/val lacks files: 2 queries",
+        "run with `--num_train_epochs=20`",
+    ]
+    assert other["ours"] == {} and other["paper"]["R@1"] == 39.66
+    text = (tmp_path / "table4.md").read_text()
+    assert "| 5 | paper (CIRR: test) | 39.49 | 72.23 | 82.06 | 95.24 |" in text
+    assert "|  | ours (CIRR: val), last epoch | 41.00 ± 1.41 | 50.00 ± 0.00 |" in text
+    assert "|  | difference (CIRR: val - test) | +1.51 | -22.23 |" in text
+    assert "| 10 | paper (CIRR: test); ours not run yet | 39.66 |" in text
+    assert "# Table 4: Prompt length p[^test-server]" in text and "- p=5: 2 of 3 seeds so far; cirr/val lacks" in text
+    for number in TABLES:  # nothing measured
+        paper_tables.write_table(TABLES[number], tmp_path / "none", [0])
+    assert (tmp_path / "none" / "table2.md").read_text().count("quoted, not run") == 6
+    assert "| 61.91[^case] |" in (tmp_path / "none" / "table2.md").read_text()
+
+
+def test_published_data_sets_train_and_validate(data):
+    published = DataArguments(
+        dataset="laion-cir-template", data_root=str(data), validation="fashioniq", check_counts=False
+    )
+    triplets, validation = published.load()
+    names = [f"fashioniq/val/{category}" for category in ("dress", "shirt", "toptee")]
+    assert len(triplets) == 8 and list(validation) == names
+    assert [b.name for b in published.final_benchmarks(validation)] == names
+    elsewhere = replace(published, validation="cirr-val", evaluate_on=["cirr-val", "circo-val"])
+    assert [b.name for b in elsewhere.final_benchmarks(elsewhere.load()[1])] == ["cirr/val", "circo/val"]
+    for wrong, said in [
+        ({"data_root": None}, "--dataset laion-cir-template needs --data_root"),
+        ({"train_file": "mine.csv"}, "--dataset and --train_file exclude each other"),
+        ({"validation_file": "mine.csv"}, "--validation_file excludes --dataset and --validation"),
+        ({"validation": "cirr"}, "unknown protocol 'cirr'; choose from"),
+        ({"check_counts": True}, "8 triplets, but the published annotations have 16000"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            replace(published, **wrong).load()
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step in (8, 16, 120):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-120")
+    (tmp_path / "checkpoint-120" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+
+
+def test_a_table_interrupted_and_resumed(checkpoint, data, tmp_path, capfd):
+    def flags(table, *rows, steps=8):
+        where = ["--data_root", str(data), "--output_dir", str(tmp_path)]
+        return ["--table", table, "--rows", *rows, *where, *in_small(checkpoint), f"--max_steps={steps}"]
+
+    run, name = tmp_path / "transagg-blip-text-llm" / "seed0", "TransAgg (Laion-CIR-LLM)"
+    killed = kill_when(flags("2", "Image-only", name), lambda: last_checkpoint(run))
+    assert killed and not (run / "results.json").exists(), capfd.readouterr().err[-3000:]
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "baselines").rglob("*results*.json")}
+    assert first and [row["name"] for row in table_of(tmp_path, 2) if row["ours"]] == ["Image-only"]
+    leave_trace(Path(last_checkpoint(run), "trainer_state.json"))
+
+    reproduce.main(flags("2", "Image-only", name))
+    reproduce.main(flags("1", name))  # trained already
+    assert {file: file.stat().st_mtime_ns for file in first} == first
+    assert "trace" in (run / "checkpoint-8" / "trainer_state.json").read_text()  # went on from the checkpoint
+    config = AutoConfig.from_pretrained(run)
+    assert (config.num_prompts, config.prompt_depth, config.gamma) == (1, 1, 0)
+
+    (trained,), (again,) = (read_results(f / "results.json") for f in (run, run / "last" / "cirr-val"))
+    assert trained.per_query == again.per_query
+    baseline, ours = (row for row in table_of(tmp_path, 2) if row["ours"])
+    assert baseline["ours"].keys() == {"untrained"} and ours["ours"].keys() == {"last", "best"}
+    recall = 100 * trained.metrics["recall@1"]
+    assert ours["ours"]["last"]["R@1"]["mean"] == recall
+    assert ours["difference"]["last"]["R@1"] == pytest.approx(recall - FIGURE[2, name, "R@1"], abs=0.01)
+    (fashion,) = (row["ours"]["best"] for row in table_of(tmp_path, 1) if row["ours"])
+    categories = [fashion[f"{category} R@10"]["mean"] for category in ("dress", "shirt", "toptee")]
+    assert fashion["average R@10"]["mean"] == pytest.approx(sum(categories) / 3)
+
+    (test1,) = load_protocol("cirr-test1", data, check_counts=False)
+    files = sorted(run.glob("*/cirr-test1/submissions/**/*.json"))
+    assert len(files) == 4 and not any(lint_submission(file, test1) for file in files)
+    with pytest.raises(ValueError, match="holds a run with max_steps=8, not 9: delete it"):
+        reproduce.main(flags("1", name, steps=9))
+
+
+def kill_when(flags, happened):
+    """Starts the command, kills it and all it started once something has happened, and returns what."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *flags], env=env, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (found := happened()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return found
+
+
+def leave_trace(state_file):
+    """In the log of a checkpoint, which the training that goes on from it takes over."""
+    state = json.loads(state_file.read_text())
+    state["log_history"].append({"trace": 1.0, "step": 0})
+    state_file.write_text(json.dumps(state))
+
+
+def table_of(folder, number):
+    return json.loads((folder / f"table{number}.json").read_text())["rows"]

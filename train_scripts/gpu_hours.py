@@ -1,0 +1,108 @@
+"""What a training costs: operations counted by running one step on shapes alone, turned into hours of a GPU.
+
+Everything that is assumed and not counted stands in the constants below.
+"""
+
+import json
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from train_pvlf import DataArguments, ModelArguments
+from transformers import AutoConfig
+
+from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
+from pvlf_hf.cirr import EXPECTED_COUNTS
+from pvlf_hf.configuration_pvlf import BLIP_BASE
+
+GPU = "NVIDIA A100 80 GB"  # the paper's
+PEAK_FLOPS = 312e12  # a second, dense bfloat16, by its data sheet
+UTILISATION = 0.3  # assumed share of the peak; loading pictures must keep up with it
+CAPTION_TOKENS = 16  # assumed, padding to the longest of a batch included
+TRIPLETS = {"laion-cir-template": 16_000, "laion-cir-llm": 16_000, "laion-cir-combined": 32_000}  # as the paper rounds
+
+# Sizes of the released checkpoints, so that the question can be answered before anything is downloaded.
+DUAL_ENCODERS = {
+    "Salesforce/blip-itm-base-coco": BLIP_BASE,
+    "openai/clip-vit-large-patch14": {
+        "model_type": "clip",
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    },
+}
+
+ASSUMPTIONS = (
+    "Operations of one step are counted by PyTorch: towers, fusion and aggregation, backward where something trains, "
+    f"{CAPTION_TOKENS} tokens a caption, nothing cached; Laion-CIR counts {TRIPLETS['laion-cir-template']:,} or "
+    f"{TRIPLETS['laion-cir-combined']:,} triplets, and CIRR val is ranked after each epoch. Assumed: {GPU}, "
+    f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s in bfloat16, {UTILISATION:.0%} of it used, and pictures loaded as fast."
+)
+
+
+def gpu_hours(
+    model_args: ModelArguments, data_args: DataArguments, args: PVLFTrainingArguments, processes: int = 1
+) -> float:
+    """Hours that a training takes on `GPU`, those of all processes added up.
+
+    Raises:
+        ValueError: if the training set is none of `TRIPLETS`.
+    """
+    if data_args.dataset not in TRIPLETS:
+        raise ValueError(f"the number of triplets of {data_args.dataset!r} is not known; known are {sorted(TRIPLETS)}")
+    config = model_config(model_args)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    steps_an_epoch = TRIPLETS[data_args.dataset] // batch
+    steps = args.max_steps if args.max_steps > 0 else steps_an_epoch * args.num_train_epochs
+    query, image = encoding_flops(config.to_json_string())
+    queries, gallery = EXPECTED_COUNTS["val"] if data_args.validation == "cirr-val" else (0, 0)
+    flops = steps * batch * training_flops(config.to_json_string(), args.finetuning)
+    flops += steps / steps_an_epoch * (queries * query + gallery * image)
+    return flops / (PEAK_FLOPS * UTILISATION) / 3600
+
+
+def model_config(model_args: ModelArguments) -> PVLFConfig:
+    """The configuration that `model_args.build()` would give, without the weights."""
+    vl_config: Any = DUAL_ENCODERS.get(model_args.model)
+    return PVLFConfig(vl_config=vl_config or AutoConfig.from_pretrained(model_args.model), **model_args.settings())
+
+
+@cache
+def training_flops(config: str, finetuning: str) -> int:
+    """Operations of a training step, forward and backward, for one triplet."""
+    model, query, target = _without_data(config)
+    model.set_finetuning(finetuning)
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        (model(**query).query_embeds * model(**target).target_embeds).sum().backward()
+    return counter.get_total_flops()
+
+
+@cache
+def encoding_flops(config: str) -> tuple[int, int]:
+    """Operations to embed a query and a gallery image."""
+    model, query, target = _without_data(config)
+    counts = []
+    for inputs in (query, target):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(**inputs)
+        counts.append(counter.get_total_flops())
+    return counts[0], counts[1]
+
+
+def _without_data(config_json: str) -> tuple[PVLFModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model, a query and a target that have shapes and no memory."""
+    config = PVLFConfig(**json.loads(config_json))
+    size = config.vl_config.vision_config.image_size
+    with torch.device("meta"):
+        model = PVLFModel(config)
+        images = torch.empty(1, 3, size, size)
+        input_ids = torch.empty(1, CAPTION_TOKENS, dtype=torch.long)
+    return model, {"pixel_values": images, "input_ids": input_ids}, {"target_pixel_values": images}

@@ -1,0 +1,220 @@
+"""The tables of the paper, and ours beside them: what `paper_tables.json` holds, what runs measured, and Markdown."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pvlf_hf.encoding import QueryMethod
+from pvlf_hf.evaluation import environment
+
+PAPER = Path(__file__).with_name("paper_tables.json")
+WEIGHTS = {"last": "last epoch", "best": "best epoch by validation", "untrained": "no training"}
+"""Which weights of a run are measured: the names of its folders, and in words."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the paper: with a `recipe` it is trained, with a `baseline` only measured, else `quoted`.
+
+    Args:
+        name: what `--rows` calls it.
+        labels: its cells before the figures.
+        paper: the printed figures, in percent, None where there is none.
+        recipe: names a file of `configs/paper`.
+        baseline: a way to embed queries without training, by the dual encoder `model`.
+        quoted: from another paper; never run.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    paper: tuple[float | None, ...]
+    recipe: str | None = None
+    baseline: QueryMethod | None = None
+    model: str | None = None
+    quoted: bool = False
+
+    def folders(self, output_dir: Path, seeds: Sequence[int]) -> list[Path]:
+        """Where its runs are kept: one for each seed, one for a baseline, or none; rows of one recipe share them."""
+        if self.recipe:
+            return [output_dir / self.recipe / f"seed{seed}" for seed in seeds]
+        return [output_dir / "baselines" / self.baseline] if self.baseline else []
+
+
+def _row(labels: list[str], paper: list[float | None], **rest: Any) -> Row:
+    return Row(labels=tuple(labels), paper=tuple(paper), **rest)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper; `columns` says where our figures come from: protocol, benchmark, metric."""
+
+    number: int
+    title: str
+    labels: tuple[str, ...]
+    columns: dict[str, tuple[str, str, str]]
+    rows: tuple[Row, ...]
+    footnotes: tuple[dict[str, Any], ...]
+
+    @property
+    def protocols(self) -> list[str]:
+        """What a row is measured on; CIRR brings the files for its server along."""
+        names = list(dict.fromkeys(protocol for protocol, _, _ in self.columns.values()))
+        return [*names, "cirr-test1"] if "cirr-val" in names else names
+
+    def marks(self, row: str | None = None, column: str | None = None) -> str:
+        """Footnotes of the table, of a row of it, or of a cell."""
+        place = ({"rows"} if row else set()) | ({"columns"} if column else set())
+        ids = [
+            note["id"]
+            for note in self.footnotes
+            if {"rows", "columns"} & note.keys() == place
+            and (not row or row in note["rows"])
+            and (not column or column in note["columns"])
+        ]
+        return "".join(f"[^{i}]" for i in ids)
+
+
+def load_tables() -> dict[int, Table]:
+    """The tables of the paper by number, from `paper_tables.json`."""
+    tables: dict[str, Any] = json.loads(PAPER.read_text(encoding="utf-8"))["tables"]
+    return {
+        int(number): Table(
+            int(number),
+            table["title"],
+            tuple(table["labels"]),
+            {name: tuple(source) for name, source in table["columns"].items()},
+            tuple(_row(**row) for row in table["rows"]),
+            tuple(table["footnotes"]),
+        )
+        for number, table in tables.items()
+    }
+
+
+def write_table(table: Table, output_dir: Path, seeds: Sequence[int]) -> None:
+    """Writes `table{N}.json` and `table{N}.md` from what has been measured so far."""
+    rows = [entry(table, row, output_dir, seeds) for row in table.rows]
+    content = {
+        "table": table.number,
+        "title": table.title,
+        "splits": {"CIRR": {"paper": "test1", "ours": "val"}, "FashionIQ": {"paper": "val", "ours": "val"}},
+        "rows": rows,
+        "footnotes": table.footnotes,
+        "environment": environment(),
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for ending, text in (("json", json.dumps(content, indent=2, ensure_ascii=False)), ("md", render(table, rows))):
+        (output_dir / f"table{table.number}.{ending}").write_text(text + "\n", encoding="utf-8")
+
+
+def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """A row: printed figures, ours by weights as mean and deviation over seeds, difference, reservations."""
+    paper = dict(zip(table.columns, row.paper, strict=True))
+    ours, caveats, folders = {}, set(), row.folders(output_dir, seeds)
+    for name in WEIGHTS:
+        measured = [dict(measurements(table, folder / name)) for folder in folders]
+        by_seed = [figures(table, its) for its in measured if its]
+        if by_seed:
+            ours[name] = {c: spread([its[c] for its in by_seed if c in its]) for c in table.columns}
+            caveats |= {f"{len(by_seed)} of {len(folders)} seeds so far"} if len(by_seed) < len(folders) else set()
+            caveats |= {
+                text for folder, its in zip(folders, measured, strict=True) for text in reservations(folder, its)
+            }
+    return {
+        "name": row.name,
+        "labels": row.labels,
+        **({"quoted": True} if row.quoted else {"recipe": row.recipe} if row.recipe else {"model": row.model}),
+        "paper": paper,
+        "ours": ours,
+        "difference": {
+            name: {c: round(its["mean"] - paper[c], 2) for c, its in columns.items() if its and paper[c] is not None}
+            for name, columns in ours.items()
+        },
+        "caveats": sorted(caveats),
+    }
+
+
+def measurements(table: Table, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Protocol and evaluations, of those the table shows and the folder has."""
+    for protocol in dict.fromkeys(protocol for protocol, _, _ in table.columns.values()):
+        file = folder / protocol / "results.json"
+        if file.exists():
+            yield protocol, json.loads(file.read_text(encoding="utf-8"))["evaluations"]
+
+
+def figures(table: Table, measured: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Percent by column."""
+    metrics = {(protocol, e["benchmark"]): e["metrics"] for protocol, its in measured.items() for e in its}
+    return {
+        column: 100 * metrics[protocol, benchmark][metric]
+        for column, (protocol, benchmark, metric) in table.columns.items()
+        if (protocol, benchmark) in metrics
+    }
+
+
+def reservations(run: Path, measured: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Where figures are not those of the recipe on the full benchmark, because the user allowed it."""
+    if measured and (overrides := json.loads((run / "arguments.json").read_text(encoding="utf-8"))["overrides"]):
+        yield f"run with `{' '.join(overrides)}`"
+    for evaluation in (e for its in measured.values() for e in its):
+        if (missing := evaluation["protocol"]["missing"]) != "none":
+            yield f"{evaluation['benchmark']} lacks files: {missing}"
+
+
+def spread(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean and sample standard deviation in percent, None without values."""
+    if not values:
+        return None
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": len(values)}
+
+
+def render(table: Table, rows: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown, footnotes below."""
+    heads = [*table.labels, "figures", *table.columns]
+    parts = [f"# Table {table.number}: {table.title}{table.marks()}", "Percent; ± standard deviation over seeds."]
+    if "cirr-val" in table.protocols:
+        parts.append(
+            "**CIRR: the paper's figures are of the test server, ours of val**, so their difference is an indication "
+            "only. The files to upload for test figures are `cirr_test1_recall.json` and "
+            "`cirr_test1_recall_subset.json` below `cirr-test1` in the folder of each run."
+        )
+    lines = [line(heads), "|" + " --- |" * len(heads), *(text for row in rows for text in lines_of(table, row))]
+    caveats = [f"- {row['name']}: {'; '.join(row['caveats'])}" for row in rows if row["caveats"]]
+    footnotes = [f"[^{note['id']}]: {note['text']}" for note in table.footnotes]
+    if caveats:
+        caveats = ["Ours with a reservation:", *caveats]
+    return "\n\n".join([*parts, "\n".join(lines), *(["\n".join(caveats)] if caveats else []), *footnotes])
+
+
+def lines_of(table: Table, row: dict[str, Any]) -> Iterator[str]:
+    """The paper's line of a row; then for each of our weights a line, and one of its difference to the paper."""
+    paper, ours, difference = "paper", "ours", "difference"
+    if "cirr-val" in table.protocols:
+        paper, ours, difference = "paper (CIRR: test)", "ours (CIRR: val)", "difference (CIRR: val - test)"
+    status = "; quoted, not run" if row.get("quoted") else "" if row["ours"] else "; ours not run yet"
+    first, *others = row["labels"]
+    printed = [number(row["paper"][column]) + table.marks(row["name"], column) for column in table.columns]
+    yield line([first + table.marks(row["name"]), *others, paper + status, *printed])
+    blank = [""] * len(table.labels)
+    for weights, figures_of in row["ours"].items():
+        yield line([*blank, f"{ours}, {WEIGHTS[weights]}", *map(cell, figures_of.values())])
+        yield line([*blank, difference, *(number(row["difference"][weights].get(c), "+") for c in table.columns)])
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Two decimals, or a dash where there is no figure."""
+    return "-" if value is None else f"{value:{sign}.2f}"
+
+
+def cell(figure: dict[str, Any] | None) -> str:
+    """Mean, and deviation where there are several seeds."""
+    if figure is None:
+        return "-"
+    return number(figure["mean"]) + (f" ± {figure['std']:.2f}" if figure["std"] is not None else "")

@@ -1,0 +1,245 @@
+"""Trains and measures the rows of the paper's Tables 1-5, and sets our figures beside the printed ones.
+
+    python train_scripts/reproduce.py --table 2 --dry_run
+    python train_scripts/reproduce.py --table 2 --data_root data --rows "PVLF (Laion-CIR-Combined)" --seeds 0 1 2
+    python train_scripts/reproduce.py --table 5 --data_root data \
+        --accelerate_config train_scripts/accelerate/multi_gpu.yaml
+
+Writes `table2.md` and `table2.json` after every row. A training that several tables share is run once; interrupted,
+the same command goes on where it stopped. Rows quoted from other papers are shown and never run. The labels of CIRR's
+test split are on a server: ours are of val, and beside them lie the two files to upload.
+Flags after `--` go to train_pvlf.py, for instance `-- --num_train_epochs 20`; the tables say so.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import evaluate_pvlf
+import yaml
+from accelerate.utils.memory import clear_device_cache
+from gpu_hours import ASSUMPTIONS, gpu_hours
+from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
+from train_pvlf import parse_arguments, run_settings
+
+SCRIPTS = Path(__file__).resolve().parent
+RECIPES = SCRIPTS / "configs" / "paper"
+FOLDERS = {
+    "laion-cir": "the training triplets",
+    "cirr": "validation while training, the CIRR columns and the files for its server",
+    "fashioniq": "the FashionIQ columns",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe, or one untrained baseline, and the folder that keeps it.
+
+    Args:
+        row: a row that it belongs to.
+        folder: where everything of it is.
+        arguments: as train_pvlf.py takes them.
+        overrides: those of them that depart from the recipe.
+        launcher: what runs that script.
+        processes: how many it runs it in.
+    """
+
+    row: Row
+    folder: Path
+    arguments: tuple[str, ...]
+    overrides: tuple[str, ...]
+    launcher: tuple[str, ...] = (sys.executable,)
+    processes: int = 1
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the training is complete."""
+        return (self.folder / "results.json").exists()
+
+    def command(self) -> list[str]:
+        """The training as a command line."""
+        return [*self.launcher, str(SCRIPTS / "train_pvlf.py"), *self.arguments]
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the run: another one must not go on in its folder."""
+        model_args, data_args, args = parse_arguments(list(self.arguments))
+        data = {name: getattr(data_args, name) for name in ("dataset", "validation", "allow_missing")}
+        training = {**run_settings(args), "processes": self.processes}
+        return json.loads(json.dumps({"model": vars(model_args), "data": data, "training": training}))
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Plans, trains, measures and renders one table."""
+    command_line = list(sys.argv[1:] if command_line is None else command_line)
+    split = command_line.index("--") if "--" in command_line else len(command_line)
+    own, overrides = command_line[:split], command_line[split + 1 :]
+    tables = load_tables()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=int, required=True, choices=list(tables), help="table of the paper")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to run, by default all")
+    parser.add_argument("--data_root", type=Path, help="holds laion-cir/, cirr/ and fashioniq/")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="keeps runs and tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="trainings of each recipe")
+    parser.add_argument("--accelerate_config", type=Path, help="topology for `accelerate launch`: several GPUs")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would run, and the GPU hours expected")
+    args = parser.parse_args(own)
+    table = tables[args.table]
+    try:
+        rows = chosen_rows(table, args.rows)
+        if not args.dry_run:
+            check_data_root(table, rows, args.data_root)
+    except ValueError as error:
+        parser.error(str(error))
+    output_dir = args.output_dir.resolve()
+    runs = [run for row in rows for run in runs_of(row, args, overrides, output_dir)]
+    if args.dry_run:
+        print_plan(table, rows, runs)
+        return
+    for run in runs:
+        claim(run)
+        if run.row.recipe:
+            train(run)
+        measure(run, table.protocols)
+        write_table(table, output_dir, args.seeds)
+    write_table(table, output_dir, args.seeds)
+    print((output_dir / f"table{table.number}.md").read_text(encoding="utf-8"))
+
+
+def chosen_rows(table: Table, names: Sequence[str] | None) -> list[Row]:
+    """The named rows, or all; a `ValueError` lists the names there are."""
+    if unknown := sorted(set(names or ()) - {row.name for row in table.rows}):
+        known = "\n  ".join(row.name + " (quoted, cannot be run)" * row.quoted for row in table.rows)
+        raise ValueError(f"Table {table.number} has no row {unknown[0]!r}; its rows are\n  {known}")
+    rows = [row for row in table.rows if names is None or row.name in names]
+    if names and (quoted := [row.name for row in rows if row.quoted]):
+        raise ValueError(f"{quoted[0]!r} is quoted from another paper: there is nothing of it to run here")
+    return rows
+
+
+def check_data_root(table: Table, rows: Sequence[Row], data_root: Path | None) -> None:
+    """A `ValueError` says which folders the rows need, for what, and which are missing."""
+    needed = {protocol.partition("-")[0] for protocol in table.protocols}
+    if any(row.recipe for row in rows):
+        needed |= {"laion-cir", "cirr"}
+    missing = [name for name in FOLDERS if name in needed and not (data_root and (data_root / name).is_dir())]
+    if missing:
+        lines = "".join(f"\n  {name}/: {FOLDERS[name]}" for name in missing)
+        where = f"{data_root} lacks" if data_root else "pass --data_root, a folder with"
+        raise ValueError(f"{where}{lines}\nLink or move the data sets there; --dry_run needs none.")
+
+
+def runs_of(row: Row, args: argparse.Namespace, overrides: Sequence[str], output_dir: Path) -> Iterator[Run]:
+    """A training of the row's recipe for each seed, or its baseline, or nothing for a quoted row."""
+    common = (*overrides, *([f"--data_root={args.data_root.resolve()}"] if args.data_root else []))
+    folders = row.folders(output_dir, args.seeds)
+    if row.baseline:
+        yield Run(row, folders[0], (f"--model={row.model}", *common), tuple(overrides))
+        return
+    for seed, folder in zip(args.seeds, folders, strict=bool(folders)):
+        flags = (str(RECIPES / f"{row.recipe}.yaml"), *common, f"--seed={seed}", f"--output_dir={folder}")
+        if not args.accelerate_config:
+            yield Run(row, folder, flags, tuple(overrides))
+            continue
+        processes = int(yaml.safe_load(args.accelerate_config.read_text(encoding="utf-8"))["num_processes"])
+        launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(args.accelerate_config))
+        share = f"--per_device_train_batch_size={share_of_batch(flags, processes)}"
+        yield Run(row, folder, (*flags, share), tuple(overrides), launcher, processes)
+
+
+def share_of_batch(flags: Sequence[str], processes: int) -> int:
+    """Rows of a batch for each process, so that all of them together have the recipe's batch and negatives."""
+    batch = parse_arguments(list(flags))[2].per_device_train_batch_size
+    if batch % processes:
+        raise ValueError(f"a batch of {batch} cannot be shared by {processes} processes: choose a divisor of it")
+    return batch // processes
+
+
+def claim(run: Run) -> None:
+    """Notes in the folder what the run is; a `ValueError` names the first setting in which another holds it."""
+    wanted, file = run.settings(), run.folder / "arguments.json"
+    if file.exists():
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        differ = [(name, recorded[part].get(name), its[name]) for part, its in wanted.items() for name in its]
+        for name, there, here in differ:
+            if there != here:
+                raise ValueError(
+                    f"{run.folder} holds a run with {name}={there}, not {here}: delete it or choose another "
+                    "--output_dir"
+                )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**wanted, "overrides": run.overrides}, indent=2) + "\n", encoding="utf-8")
+
+
+def train(run: Run) -> None:
+    """Trains in a process of its own, unless that is done; an interrupted training goes on from its checkpoint.
+
+    Raises:
+        RuntimeError: if the training fails.
+    """
+    if run.is_trained:
+        return
+    log_file = run.folder / "log.txt"
+    print(f"training {run.row.name}; progress in {log_file}", flush=True)
+    with log_file.open("a") as log:
+        done = subprocess.run(run.command(), stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"training {run.row.name} failed; the reason is at the end of {log_file}")
+
+
+def measure(run: Run, protocols: Sequence[str]) -> None:
+    """Measures a run where that is not done, in float32; for CIRR's test split it writes the files to upload."""
+    model_args, data_args, _ = parse_arguments(list(run.arguments))
+    weights = {"untrained": Path(model_args.model)} if run.row.baseline else trained_weights(run.folder)
+    for (name, source), protocol in product(weights.items(), protocols):
+        folder = run.folder / name / protocol
+        if (folder / "results.json").exists() or (folder / "submissions").exists():
+            continue
+        print(f"measuring {run.row.name}, {WEIGHTS[name]}, on {protocol}", flush=True)
+        flags = {
+            "model": source,
+            "methods": run.row.baseline or "pvlf",
+            "protocols": protocol,
+            "output_dir": folder,
+            "embeddings": run.folder / name / "embeddings",
+            "data_root": data_args.data_root,
+            "allow_missing": data_args.allow_missing,
+            "check_counts": data_args.check_counts,
+        }
+        evaluate_pvlf.main([f"--{flag}={value}" for flag, value in flags.items()])
+        clear_device_cache(garbage_collection=True)  # the next training may need all of it
+
+
+def trained_weights(folder: Path) -> dict[str, Path]:
+    """What is measured of a training, by keys of `WEIGHTS`; the best epoch only where the training chose one."""
+    best = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("best")
+    return {"last": folder} | ({"best": folder / best["checkpoint"]} if best else {})
+
+
+def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run]) -> None:
+    """What a run of the table does, and the hours of training it expects."""
+    hours, plan = 0.0, [f"Table {table.number}: {table.title}; measured on {', '.join(table.protocols)}"]
+    for row in rows:
+        its = [run for run in runs if run.row == row]
+        left = [run for run in its if row.recipe and not run.is_trained]
+        cost = sum(gpu_hours(*parse_arguments(list(run.arguments)), run.processes) for run in left)
+        hours += cost
+        if row.quoted:
+            plan.append(f"\n{row.name}: quoted, not run")
+        elif row.baseline:
+            plan.append(f"\n{row.name}: no training, {row.model} measured")
+        else:
+            plan.append(f"\n{row.name}: {len(its) - len(left)} of {len(its)} trained, {cost:.1f} GPU hours to go")
+            plan += ["  " + shlex.join(run.command()) for run in left]
+    plan.append(f"\n{hours:.1f} GPU hours of training expected.\n{ASSUMPTIONS}")
+    print("\n".join(plan))
+
+
+if __name__ == "__main__":
+    main()
