@@ -19,7 +19,6 @@ from train_pvlf import (
     baselines,
     evaluate_all,
     parse_arguments,
-    run_settings,
     train,
 )
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
@@ -52,7 +51,7 @@ class DemoArguments:
     """What the demo can be told."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, tables and picture go."})
-    max_steps: int = field(default=200, metadata={"help": "Training steps."})
+    max_steps: int = field(default=400, metadata={"help": "Training steps."})
     queries: int = field(default=1500, metadata={"help": "Test queries to rank, of 1,500."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
@@ -108,7 +107,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
     """
     folder = Path(args.output_dir)
     backbone = sha256((Path(model_args.model) / "model.safetensors").read_bytes()).hexdigest()
-    settings = {"model": vars(model_args), "backbone": backbone, "training": run_settings(args)}
+    settings = {"model": vars(model_args), "backbone": backbone, "training": args.settings()}
     record = folder / "demo_settings.json"
     if folder.exists() and any(folder.iterdir()) and not record.exists():
         raise ValueError(f"{folder} holds something that the demo did not make; choose another --output_dir")

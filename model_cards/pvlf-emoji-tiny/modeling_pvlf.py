@@ -447,8 +447,6 @@ class PVLFModel(PVLFPreTrainedModel):
             ValueError: if attentions are asked of an implementation that does not compute them, or the numbers of
                 images and captions differ.
         """
-        if pixel_values.shape[0] != input_ids.shape[0]:
-            raise ValueError(f"{pixel_values.shape[0]} reference images but {input_ids.shape[0]} relative captions")
         image_tokens = self._image_tokens(pixel_values)
         text_tokens, text_position = self.backbone.text_tokens(input_ids, attention_mask)
         return self.compose(
@@ -473,7 +471,14 @@ class PVLFModel(PVLFPreTrainedModel):
             attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
             output_attentions: return attention weights.
             output_hidden_states: return hidden states.
+
+        Raises:
+            ValueError: as [`~PVLFModel.get_query_features`].
         """
+        if image_tokens.shape[0] != text_tokens.shape[0]:
+            raise ValueError(f"{image_tokens.shape[0]} reference images but {text_tokens.shape[0]} relative captions")
+        # Autocast leaves half precision behind, and so does the feature cache (TransAgg casts here, too).
+        image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"{self.config._attn_implementation!r} attention does not return its weights: call "
@@ -503,6 +508,10 @@ class PVLFModel(PVLFPreTrainedModel):
         attention_mask: Tensor | None = None,
         target_pixel_values: Tensor | None = None,
         target_ids: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        text_position: Tensor | None = None,
+        target_features: Tensor | None = None,
         return_loss: bool | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -510,12 +519,18 @@ class PVLFModel(PVLFPreTrainedModel):
     ) -> PVLFOutput:
         """Embeds queries, target images, or both.
 
+        What an encoder that does not train has encoded already (`pvlf_hf.feature_cache`) can stand for its input.
+
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
             input_ids: int64 `(batch, n)`, relative captions.
             attention_mask: `(batch, n)`, 0 for padding.
             target_pixel_values: `(targets, 3, height, width)`; for a loss the target of each query, in order.
             target_ids: int64 `(targets,)`, equal for equal targets, which are then no negatives of each other.
+            image_tokens: `(batch, 1 + m, d)`, any float dtype, instead of `pixel_values`.
+            text_tokens: `(batch, n, d)`, instead of `input_ids`; with it `attention_mask` and
+            text_position: int64 `(batch,)`, where each caption's global feature stands.
+            target_features: `(targets, d)`, row 0 of their tokens, instead of `target_pixel_values`.
             return_loss: compute the loss; by default whenever there are queries and targets.
             output_attentions: return the fusion layers' attention weights (needs eager attention).
             output_hidden_states: return the fusion layers' states.
@@ -524,23 +539,34 @@ class PVLFModel(PVLFPreTrainedModel):
         Raises:
             ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.
         """
-        if (pixel_values is None) != (input_ids is None):
+        if pixel_values is not None:
+            image_tokens = self._image_tokens(pixel_values)
+        if input_ids is not None:
+            text_tokens, text_position = self.backbone.text_tokens(input_ids, attention_mask)
+        if target_pixel_values is not None:
+            target_features = self._image_tokens(target_pixel_values)[:, 0]
+        if (image_tokens is None) != (text_tokens is None):
             raise ValueError(
                 "a query is pixel_values and input_ids together; for one of them alone use get_image_features or "
                 "get_text_features"
             )
-        if pixel_values is None and target_pixel_values is None:
+        if image_tokens is None and target_features is None:
             raise ValueError("nothing to embed: pass pixel_values with input_ids, target_pixel_values, or all three")
         output = PVLFOutput()
-        if pixel_values is not None:
-            query = self.get_query_features(
-                pixel_values, input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True
+        if image_tokens is not None:
+            query = self.compose(
+                image_tokens,
+                text_tokens,  # type: ignore[arg-type]  # checked above
+                text_position,  # type: ignore[arg-type]  # comes with text_tokens
+                attention_mask,
+                output_attentions,
+                output_hidden_states,
             )
             output.query_embeds = query.pooler_output
             output.aggregation_weights = query.aggregation_weights
             output.hidden_states, output.attentions = query.hidden_states, query.attentions
-        if target_pixel_values is not None:
-            output.target_embeds = self.get_image_features(target_pixel_values, return_dict=True).pooler_output
+        if target_features is not None:
+            output.target_embeds = normalize(target_features)
         if output.query_embeds is not None and output.target_embeds is not None:
             output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)
             if return_loss is not False:

@@ -1,0 +1,318 @@
+"""The paper's tables in small, on EmojiCIR, for a laptop: methods, fine-tuning modes, prompt length, depth and loss.
+
+    python train_scripts/emoji_tables.py --bf16                        # all tables, three seeds
+    python train_scripts/emoji_tables.py --tables methods --seeds 0 1 2
+
+Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. Writes all numbers
+to `model_cards/emoji-cir/results.json`, renders them as tables and a plot into that card and the first table into
+README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
+Interrupted, the same command goes on with the runs that are missing; runs of another recipe are refused.
+`--render_only` renders the committed numbers and renews the checkpoint's copy of the code.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from demo import draw_sheet
+from train_pvlf import baselines, evaluate_all, parse_arguments
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import load_emoji_cir
+from pvlf_hf.emoji_cir import TIERS
+from pvlf_hf.significance import seed_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
+CARD = ROOT / "model_cards" / "emoji-cir"
+CHECKPOINT = ROOT / "model_cards" / "pvlf-emoji-tiny"
+BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
+CONFIGURATIONS = {
+    "PVLF-Deep": [],  # the recipe: text encoder trained, 25 prompts in each of two layers, gamma 2
+    "PVLF-Shallow": ["--prompt_depth=1"],
+    "TransAgg": ["--method=transagg"],
+    "PVLF-Deep, frozen": ["--finetuning=frozen"],
+    "TransAgg, frozen": ["--method=transagg", "--finetuning=frozen"],
+    **{f"{length} prompts": [f"--num_prompts={length}"] for length in (5, 35)},
+    **{f"J = {depth}": [f"--fusion_layers={depth}", f"--prompt_depth={depth}"] for depth in (1, 3)},
+    "cross-entropy": ["--gamma=0"],
+    "PVLF-Deep, both": ["--finetuning=both", "--feature_cache="],  # what trains cannot be cached
+}
+TABLES = {  # title, rows (name in the table -> configuration), and the row that differences are to
+    "methods": ("Methods (as Tables 1-2)", {m: m for m in ("TransAgg", "PVLF-Shallow", "PVLF-Deep")}, "TransAgg"),
+    "finetuning": (
+        "Which encoders train (as Table 3)",
+        {
+            "TransAgg, none": "TransAgg, frozen",
+            "PVLF-Deep, none": "PVLF-Deep, frozen",
+            "TransAgg, text": "TransAgg",
+            "PVLF-Deep, text": "PVLF-Deep",
+            "PVLF-Deep, both": "PVLF-Deep, both",
+        },
+        "PVLF-Deep, text",
+    ),
+    "prompts": ("Prompt length (as Table 4)", {"5": "5 prompts", "25": "PVLF-Deep", "35": "35 prompts"}, "25"),
+    "depth": (
+        "Depth J of prompts and fusion (as Table 5)",
+        {"TransAgg": "TransAgg", "J = 1": "J = 1", "J = 2": "PVLF-Deep", "J = 3": "J = 3"},
+        "J = 2",
+    ),
+    "loss": (
+        "Loss (eq. 15)",
+        {"cross-entropy, γ = 0": "cross-entropy", "focal, γ = 2": "PVLF-Deep"},
+        "cross-entropy, γ = 0",
+    ),
+}
+COLUMNS = {f"recall@{k}": f"R@{k}" for k in (1, 5, 10, 50)} | {f"recall_subset@{k}": f"Rs@{k}" for k in (1, 2, 3)}
+START, END = "<!-- emoji-cir results: written by train_scripts/emoji_tables.py -->", "<!-- end of results -->"
+
+Scores = dict[tuple[str, str], dict[int | None, dict[str, float]]]
+"""(configuration or baseline, tier) -> seed -> metrics."""
+
+
+def main() -> None:
+    """Trains what is missing, collects, renders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which to measure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for an interval")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="where the runs are kept"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
+    parser.add_argument(
+        "--publish", action="store_true", help="make the first seed's PVLF-Deep the committed checkpoint"
+    )
+    parser.add_argument("--render_only", action="store_true", help="render the committed results.json anew")
+    args = parser.parse_args()
+    folder = args.output_dir.resolve()
+    if not args.render_only:
+        flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
+        wanted = {name for table in args.tables for name in TABLES[table][1].values()}
+        pairs = product(args.seeds, (name for name in CONFIGURATIONS if name in wanted))
+        in_order = sorted(pairs, key=lambda pair: "both" in pair[1])  # the slow ones last
+        runs = [(name, seed, folder / f"{name}-seed{seed}".replace(" ", "")) for seed, name in in_order]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train_one(*run, args.jobs, flags), runs))
+        results = {"runs": [collect(*run) for run in runs], "baselines": baseline_entries()}
+        (CARD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if args.publish:
+        publish(folder / f"PVLF-Deep-seed{args.seeds[0]}")
+    for source in sorted((ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")):
+        shutil.copyfile(source, CHECKPOINT / source.name)  # the code that travels with the checkpoint
+    results = json.loads((CARD / "results.json").read_text())
+    plot(results, CARD / "tables.png")
+    for file, text in renderings(results).items():
+        file.write_text(filled(file.read_text(encoding="utf-8"), text), encoding="utf-8")
+        print(text)
+
+
+def train_one(name: str, seed: int, folder: Path, jobs: int, flags: list[str]) -> None:
+    """One run of train_pvlf.py in its own process, unless its results are there."""
+    arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *CONFIGURATIONS[name], *flags]
+    if (folder / "results.json").exists():
+        model_args, _, training_args = parse_arguments(arguments)
+        wanted = {"model": vars(model_args), "training": training_args.settings()}
+        recorded = json.loads((folder / "results.json").read_text())
+        if {name: recorded[name] for name in wanted} != json.loads(json.dumps(wanted)):
+            raise ValueError(f"{folder} holds a run of another recipe; delete it or choose another --output_dir")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"training {name}, seed {seed}; progress in {folder / 'log.txt'}", flush=True)
+    command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), *arguments]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed} failed; the reason is at the end of {folder / 'log.txt'}")
+
+
+def collect(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What a run reported, under its configuration's name."""
+    results = json.loads((folder / "results.json").read_text())
+    metrics = {tier_of(e["benchmark"]): e["metrics"] for e in results["evaluations"]}
+    its = {key: results[key] for key in ("model", "training", "environment")}
+    return {
+        "configuration": name,
+        "seed": seed,
+        "metrics": metrics,
+        "counts": results["evaluations"][0]["counts"],
+        **its,
+    }
+
+
+def baseline_entries() -> list[dict[str, Any]]:
+    """The untrained ways to compose, by the dual encoder alone; they have no seed."""
+    evaluations = baselines(str(ROOT / "model_cards" / "blip-emoji-tiny"), [load_emoji_cir("test", t) for t in TIERS])
+    return [
+        {"method": name, "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations if e.method == method}}
+        for name, method in BASELINES.items()
+    ]
+
+
+def tier_of(benchmark: str) -> str:
+    """`emoji-cir/test/plain` -> `plain`."""
+    return benchmark.rsplit("/", 1)[-1]
+
+
+def publish(folder: Path) -> None:
+    """Makes the committed checkpoint of a finished run: weights in float16, which load as float32, sheet and results.
+
+    The results are measured on what is stored; rounding moves a few queries against the run itself.
+    """
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model.half().save_pretrained(CHECKPOINT)
+    model.config.dtype = "float32"
+    model.config.save_pretrained(CHECKPOINT)
+    processor.save_pretrained(CHECKPOINT)
+    stored, benchmarks = AutoModel.from_pretrained(CHECKPOINT), [load_emoji_cir("test", tier) for tier in TIERS]
+    draw_sheet(stored, processor, benchmarks[0]).save(CHECKPOINT / "retrievals.png", optimize=True)
+    metrics = {tier_of(e.benchmark): e.metrics for e in evaluate_all(stored, processor, benchmarks)}
+    training = json.loads((folder / "results.json").read_text())["training"]
+    results = {"training": training, "metrics": metrics}
+    (CHECKPOINT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def scores_of(results: dict[str, Any]) -> Scores:
+    """All numbers by what they belong to."""
+    scores: Scores = {}
+    for entry in [*results["baselines"], *results["runs"]]:
+        for tier, metrics in entry["metrics"].items():
+            name = entry.get("configuration") or entry["method"]
+            scores.setdefault((name, tier), {})[entry.get("seed")] = metrics
+    return scores
+
+
+def renderings(results: dict[str, Any]) -> dict[Path, str]:
+    """What stands between the markers of each file."""
+    scores = scores_of(results)
+    checkpoint = json.loads((CHECKPOINT / "results.json").read_text())
+    measured = [n for n, (_, rows, _) in TABLES.items() if all((c, "plain") in scores for c in rows.values())]
+    tables = [f"### {TABLES[name][0]}\n\n{table(scores, name)}" for name in measured]
+    return {
+        ROOT / "README.md": f"{caption(results)}\n\n{methods_by_tier(scores)}",
+        CARD / "README.md": f"{caption(results)}\n\n### By tier\n\n{methods_by_tier(scores)}\n\n"
+        + "\n\n".join(tables),
+        CHECKPOINT / "README.md": checkpoint_table(checkpoint, scores),
+    }
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the numbers are."""
+    seeds = ", ".join(str(s) for s in sorted({run["seed"] for run in results["runs"]}))
+    (steps,) = {run["training"]["max_steps"] for run in results["runs"]}
+    counts = results["runs"][0]["counts"]
+    return (
+        f"Percent; trained rows: mean ± standard deviation over seeds {seeds}, {steps} steps each; "
+        f"{counts['queries']} queries against {counts['gallery']} pictures."
+    )
+
+
+def methods_by_tier(scores: Scores) -> str:
+    """Baselines and methods on all tiers, and who is ahead."""
+    names = [*BASELINES, *TABLES["methods"][1]]
+    rows = [[tier, name, *cells(scores[name, tier])] for tier, name in product(TIERS, names)]
+    ahead = "; ".join(f"{tier} {difference(scores, tier, 'PVLF-Deep', 'TransAgg')}" for tier in TIERS)
+    ratios = ", ".join(
+        f"R@{k} {average(scores['PVLF-Deep', 'plain'], k) / average(scores['Image-only', 'plain'], k):.1f}x"
+        for k in (1, 5, 10)
+    )
+    return (
+        markdown(["captions", "method", *COLUMNS.values()], rows)
+        + f"\n\nPVLF-Deep over Image-only, plain captions, mean over seeds: {ratios}. PVLF-Deep minus TransAgg in "
+        f"R@10, points [95 % interval over seeds]: {ahead}."
+    )
+
+
+def table(scores: Scores, name: str) -> str:
+    """One table on plain captions, each row beside its difference to one of them."""
+    _, rows, reference = TABLES[name]
+    lines = [
+        [
+            label,
+            *cells(scores[c, "plain"]),
+            "-" if label == reference else difference(scores, "plain", c, rows[reference]),
+        ]
+        for label, c in rows.items()
+    ]
+    return markdown(["", *COLUMNS.values(), f"R@10 minus that of {reference} [95 %]"], lines)
+
+
+def checkpoint_table(checkpoint: dict[str, Any], scores: Scores) -> str:
+    """What the committed weights reach."""
+    training = checkpoint["training"]
+    rows = [[tier, "this checkpoint", *cells({None: checkpoint["metrics"][tier]})] for tier in TIERS]
+    rows += [["any", "Image-only", *cells(scores["Image-only", "plain"])]]
+    return f"Percent; seed {training['seed']}, {training['max_steps']} steps.\n\n" + markdown(
+        ["captions", "", *COLUMNS.values()], rows
+    )
+
+
+def average(runs: dict[int | None, dict[str, float]], k: int) -> float:
+    """Mean recall@k over seeds."""
+    return mean(metrics[f"recall@{k}"] for metrics in runs.values())
+
+
+def difference(scores: Scores, tier: str, name: str, other: str) -> str:
+    """Mean difference in R@10 between runs of the same seed, in points, with Student's interval over seeds."""
+    a, b = scores[name, tier], scores[other, tier]
+    points = [100 * (a[seed]["recall@10"] - b[seed]["recall@10"]) for seed in a.keys() & b.keys()]
+    if len(points) < 2:
+        return f"{mean(points):+.1f}"
+    low, high = seed_interval(points)
+    return f"{mean(points):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def cells(runs: dict[int | None, dict[str, float]]) -> list[str]:
+    """Means of fractions in percent, with the sample standard deviation where there are several runs."""
+    columns = [[100 * metrics[column] for metrics in runs.values()] for column in COLUMNS]
+    return [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{c[0]:.1f}" for c in columns]
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """One panel a table: R@10 on plain captions, every seed a dot, its mean a bar."""
+    from matplotlib.figure import Figure  # imported here: the extra [plots] has it
+
+    scores = scores_of(results)
+    image_only = 100 * average(scores["Image-only", "plain"], 10)
+    shown = [(title, rows) for title, rows, _ in TABLES.values() if all((c, "plain") in scores for c in rows.values())]
+    figure = Figure(figsize=(11, 2.9 * -(-len(shown) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(shown) // 2), 2, squeeze=False, sharey=True).flat
+    for ax, (title, rows) in zip(axes, shown, strict=False):
+        for place, label in enumerate(rows):
+            values = [100 * metrics["recall@10"] for metrics in scores[rows[label], "plain"].values()]
+            ax.bar(place, mean(values), color="#9ecae1" if "TransAgg" in label else "#3182bd", width=0.7)
+            ax.plot([place] * len(values), values, "o", color="black", markersize=3)
+        ax.axhline(image_only, color="grey", linestyle="--", linewidth=1)
+        ax.set_xticks(range(len(rows)), [label.replace(", ", "\n") for label in rows], fontsize=8)
+        ax.set_title(title, fontsize=10)
+        ax.set_ylabel("R@10, plain captions [%]", fontsize=8)
+    for ax in list(figure.axes)[len(shown) :]:
+        ax.remove()
+    figure.savefig(file, dpi=110)
+
+
+def filled(text: str, between: str) -> str:
+    """The text with something else between the markers."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{between}\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    main()
