@@ -34,6 +34,7 @@ ORDER = [
     "encoding",
     "evaluation",
     "protocols",
+    "model_card",
     "submission",
     "doctor",
     "sheet",

@@ -18,7 +18,6 @@ import json
 import sys
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from pvlf_hf.benchmark import CIRBenchmark
 from pvlf_hf.embedding_store import EmbeddingStore
 from pvlf_hf.encoding import QUERY_METHODS, embed
 from pvlf_hf.evaluation import Evaluation, average, evaluate, write_results
+from pvlf_hf.model_card import results_tables
 from pvlf_hf.modeling_pvlf import PVLFModel
 from pvlf_hf.processing_pvlf import PVLFProcessor
 from pvlf_hf.protocols import describe_protocols, load_protocol, protocol_card
@@ -118,36 +118,15 @@ def write(folder: Path, evaluations: list[Evaluation], arguments: dict[str, Any]
     write_results(folder / "results.json", evaluations, arguments=arguments)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     cards = {e.benchmark + e.protocol["name"]: protocol_card(e, results["environment"]) for e in evaluations}
-    parts = [f"# {arguments['model']}", *tables(results["evaluations"]), "## How it was measured", *cards.values()]
+    parts = [
+        f"# {arguments['model']}",
+        results_tables(results["evaluations"]),
+        "## How it was measured",
+        *cards.values(),
+    ]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("\n\n".join(parts[: -len(cards) - 1]))
     print(f"\nSee {folder / 'results.md'} for how it was measured.")
-
-
-def tables(evaluations: list[dict[str, Any]]) -> list[str]:
-    """Markdown tables of evaluations with the same metrics, and one more of those by semantic aspect."""
-    found = []
-    for _, group in groupby(sorted(evaluations, key=lambda e: e["protocol"]["metrics"]), lambda e: [*e["metrics"]]):
-        rows = list(group)
-        names = [*rows[0]["metrics"]]
-        for columns in ([n for n in names if "/" not in n], [n for n in names if "/" in n]):
-            if columns:
-                found.append(table(rows, columns))
-    return ["Percent, with 95 % bootstrap intervals over queries.", *found]
-
-
-def table(evaluations: list[dict[str, Any]], columns: list[str]) -> str:
-    """One table, a row an evaluation."""
-    heads = [c.replace("recall_subset", "Rs").replace("recall", "R").replace("map", "mAP") for c in columns]
-    lines = ["| " + " | ".join(["benchmark", "protocol", "method", *heads]) + " |", "|" + " --- |" * (len(heads) + 3)]
-    for e in evaluations:
-        low_high = [(100 * low, 100 * high) for low, high in (e["intervals"][c] for c in columns)]
-        cells = [
-            f"{100 * e['metrics'][c]:.2f} ({low:.1f} to {high:.1f})"
-            for c, (low, high) in zip(columns, low_high, strict=True)
-        ]
-        lines.append("| " + " | ".join([e["benchmark"], e["protocol"]["name"], e["method"], *cells]) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import yaml
 from accelerate.utils.memory import clear_device_cache
 from gpu_hours import ASSUMPTIONS, gpu_hours
 from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
-from train_pvlf import parse_arguments, run_settings
+from train_pvlf import parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPES = SCRIPTS / "configs" / "paper"
@@ -71,7 +71,7 @@ class Run:
         """What identifies the run: another one must not go on in its folder."""
         model_args, data_args, args = parse_arguments(list(self.arguments))
         data = {name: getattr(data_args, name) for name in ("dataset", "validation", "allow_missing")}
-        training = {**run_settings(args), "processes": self.processes}
+        training = {**args.settings(), "processes": self.processes}
         return json.loads(json.dumps({"model": vars(model_args), "data": data, "training": training}))
 
 

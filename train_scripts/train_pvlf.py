@@ -219,11 +219,13 @@ def train(
     measured = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32, as stored
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
-        facts = {"model": vars(model_args), "data": vars(data_args), "training": run_settings(args)}
+        facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)
+    if args.push_to_hub:
+        trainer.push_to_hub(results=Path(args.output_dir) / "results.json")
     return evaluations
 
 
@@ -255,16 +257,6 @@ def baselines(name: str, benchmarks: list[CIRBenchmark]) -> list[Evaluation]:
     """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
     model, processor = PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
-
-
-def run_settings(args: PVLFTrainingArguments) -> dict[str, Any]:
-    """The settings of the run that matter for its outcome."""
-    names = (
-        "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm num_train_epochs "
-        "max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps bf16 fp16 "
-        "gather_negatives"
-    )
-    return {**{name: getattr(args, name) for name in names.split()}, "processes": args.world_size}
 
 
 def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .fashioniq import load_fashioniq, load_fashioniq_train
     from .feature_cache import FeatureCache, cache_features
     from .laion_cir import load_laion_cir
+    from .model_card import render_card, write_card
     from .protocols import load_protocol
     from .sheet import retrieval_sheet, sheet_rows
     from .significance import bootstrap_interval, paired_test, seed_interval
@@ -65,6 +66,8 @@ _MODULE_OF = {
     "FeatureCache": "feature_cache",
     "cache_features": "feature_cache",
     "load_laion_cir": "laion_cir",
+    "render_card": "model_card",
+    "write_card": "model_card",
     "load_protocol": "protocols",
     "retrieval_sheet": "sheet",
     "sheet_rows": "sheet",
@@ -125,10 +128,12 @@ __all__ = [
     "load_protocol",
     "load_triplets",
     "paired_test",
+    "render_card",
     "retrieval_sheet",
     "seed_interval",
     "sheet_rows",
     "stream_triplets",
+    "write_card",
     "write_circo_submission",
     "write_cirr_submission",
     "write_results",

@@ -1,13 +1,16 @@
 """HF Trainer for PVLF: focal InfoNCE over the batch of all processes, the paper's optimiser, retrieval metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset, IterableDataset
+from huggingface_hub import auth_check
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -15,8 +18,9 @@ from transformers import Trainer
 
 from .benchmark import CIRBenchmark, check_columns
 from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
-from .evaluation import evaluate
+from .evaluation import environment, evaluate
 from .feature_cache import FeatureCollator, cache_features
+from .model_card import write_card
 from .modeling_pvlf import PVLFModel, PVLFOutput
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
@@ -206,6 +210,44 @@ class PVLFTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes sure of the Hub repository before the first step; pushes in training would fail unseen.
+
+        Raises:
+            ValueError: if the token may not write there.
+        """
+        try:
+            super().init_hf_repo(token, private)
+            if self.is_world_process_zero():
+                repository: Any = self.hub_model_id
+                auth_check(repository, token=token or self.args.hub_token, write=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+            name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
+            raise ValueError(
+                f"this token may not write to {name} on the Hub: log in with one that may (`hf auth login`) or name a "
+                f"repository of yours as hub_model_id. The Hub says: {error.server_message}"
+            ) from error
+
+    def create_model_card(  # type: ignore[override]  # of the library's arguments, those that are metadata
+        self, results: str | Path | Mapping[str, Any] | None = None, model_name: str | None = None, **metadata: Any
+    ) -> None:
+        """Writes `README.md` in the output folder, see [`~pvlf_hf.model_card.write_card`].
+
+        [`~transformers.Trainer.push_to_hub`] calls it with its own further arguments:
+        `trainer.push_to_hub(results="results.json", license="apache-2.0")`.
+
+        Args:
+            results: what was measured, a file of [`write_results`] or its content. Nothing is looked for elsewhere: a
+                file of an earlier run is not about these weights. Without it the card says that nothing was measured.
+            model_name: name of the model where it has none on the Hub.
+            metadata: more of [`~huggingface_hub.ModelCardData`].
+        """
+        if self.is_world_process_zero():
+            run = {"training": self.args.settings(), "environment": environment()}
+            write_card(str(self.args.output_dir), self.hub_model_id or model_name, results or run, **metadata)
 
 
 class GatherWithGradient(torch.autograd.Function):

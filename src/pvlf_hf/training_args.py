@@ -101,5 +101,14 @@ class PVLFTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
 
+    def settings(self) -> dict[str, Any]:
+        """What matters for the outcome of a run, as `results.json` and the model card have it."""
+        names = (
+            "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm "
+            "num_train_epochs max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps "
+            "bf16 fp16 gather_negatives"
+        )
+        return {**{name: getattr(self, name) for name in names.split()}, "processes": self.world_size}
+
 
 __all__ = ["PVLFTrainingArguments"]

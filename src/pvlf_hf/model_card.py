@@ -1,0 +1,310 @@
+"""The model card (`README.md`) of a checkpoint, rendered from what its run recorded and from nothing else.
+
+python -m pvlf_hf.model_card outputs/mine --name you/pvlf-mine --license bsd-3-clause
+hf upload you/pvlf-mine outputs/mine --exclude "checkpoint-*"
+
+What stands between `<!-- pvlf-hf: results -->` and `<!-- pvlf-hf: end of results -->`, and the same for the other
+sections, is rendered; everything else of a card is its author's, and is kept byte for byte when it is rendered again.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id, yaml_dump
+
+from .benchmark import Protocol
+from .evaluation import Evaluation
+from .protocols import protocol_card
+
+PICTURE = "retrievals.png"
+"""A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""
+
+_DEFAULTS = {
+    "library_name": "transformers",
+    "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval: the tag below finds it
+    "tags": ["composed-image-retrieval", "pvlf"],
+}
+_METHODS = {"pvlf": "PVLF", "transagg": "TransAgg"}
+
+_ABOUT = """\
+{method} for composed image retrieval: a reference picture and a few words about what should be different are embedded
+where gallery pictures are; the nearest by cosine are the answer. Built on {base},
+trained on {data}."""
+
+_USAGE = """\
+```python
+from transformers import AutoModel, AutoProcessor
+
+# The code comes with the checkpoint; with `import pvlf_hf` instead, trust_remote_code is not needed.
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+
+gallery = model.get_image_features(**processor.process_targets(images)).pooler_output  # (n, d)
+query = model.get_query_features(**processor.process_queries(picture, "the same but red")).pooler_output
+best = (query @ gallery.T).argsort(descending=True)  # embeddings are unit vectors: this is the cosine
+```"""
+
+_CITATION = """\
+```bibtex
+@inproceedings{wang2024pvlf,
+  title     = {Prompting Vision-Language Fusion for Zero-Shot Composed Image Retrieval},
+  author    = {Wang and Chen and Zhao and Su},
+  booktitle = {Asian Conference on Machine Learning (ACML)},
+  year      = {2024}
+}
+```"""
+
+
+def write_card(
+    folder: str | Path, name: str | None = None, results: str | Path | Mapping[str, Any] | None = None, **metadata: Any
+) -> Path:
+    """Renders `README.md` in a checkpoint's folder; one that is there keeps what its author wrote.
+
+    Args:
+        folder: of the checkpoint, as the Trainer or `save_pretrained` left it.
+        name: Hub name of the model, `you/pvlf-mine`; by default the folder's name.
+        results: what was measured and how it was trained, a file of [`write_results`] or its content; by default
+            `results.json` in the folder. Without one the card says that nothing was measured.
+        metadata: more of [`~huggingface_hub.ModelCardData`]: `license`, `language`, `base_model`, ...
+
+    Raises:
+        ValueError: as [`render_card`].
+    """
+    folder = Path(folder)
+    file = folder / "README.md"
+    if results is None:
+        results = folder / "results.json" if (folder / "results.json").exists() else {}
+    facts = results if isinstance(results, Mapping) else json.loads(Path(results).read_text(encoding="utf-8"))
+    picture = PICTURE if (folder / PICTURE).exists() else None
+    card = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
+    text = render_card(facts, name or folder.resolve().name, card, picture, **metadata)
+    file.write_bytes(text.encode())
+    return file
+
+
+def render_card(
+    results: Mapping[str, Any], name: str, card: str = "", picture: str | None = None, **metadata: Any
+) -> str:
+    """The text of a model card. Every figure in it comes from `results`; what is not there is said not to be there.
+
+    Args:
+        results: the content of a run's `results.json`: `model`, `data`, `training`, `evaluations`, `environment`.
+        name: Hub name of the model.
+        card: the card as it is. The rendered sections that it has are rendered anew; one without any, such as the
+            library's, gets all of them at its end. Of its metadata, `model-index` and what `results` or `metadata`
+            say are replaced. The rest stays as it is.
+        picture: an example to show, a file beside the card.
+        metadata: more of [`~huggingface_hub.ModelCardData`].
+
+    Returns:
+        the card with its metadata; `huggingface_hub.ModelCard` takes it and can push it.
+
+    Raises:
+        ValueError: if a section of the card has a start and no end, or the reverse, or stands there twice.
+    """
+    sections = {
+        "about": (f"# {name.rpartition('/')[2]}", _about(results, picture)),
+        "usage": ("## Usage", _USAGE.format(name=name)),
+        "results": ("## Results", results_tables(results.get("evaluations", []))),
+        "protocols": ("## How it was measured", _protocols(results)),
+        "training": ("## Training", _training(results)),
+        "citation": ("## Citation", _CITATION),
+    }
+    line_end = "\r\n" if "\r\n" in card else "\n"
+    present = [(span, section) for section in sections if (span := _span(card, section))]
+    for (start, end), section in sorted(present, reverse=True):  # from the end: places before it stay valid
+        card = card[:start] + _marked(section, sections[section][1]).replace("\n", line_end) + card[end:]
+    if not present:
+        gap = "\n" if card.endswith("\n") or not card else "\n\n"
+        headed = [f"{heading}\n\n{_marked(section, text)}\n" for section, (heading, text) in sections.items()]
+        card += (gap + "\n".join(headed)).replace("\n", line_end)
+    return _with_metadata(card, _metadata(results, name, metadata), line_end)
+
+
+def results_tables(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown tables of what [`write_results`] wrote: one for each set of metrics, semantic aspects apart."""
+    if not evaluations:
+        return "Not measured."
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(tuple(evaluation["metrics"]), []).append(evaluation)
+    tables = []
+    for names, rows in groups.items():
+        for columns in ([n for n in names if "/" not in n], [n for n in names if "/" in n]):
+            tables += [_table(rows, columns)] if columns else []
+    with_intervals = all("intervals" in evaluation for evaluation in evaluations)
+    return "\n\n".join(
+        ["Percent" + (", with 95 % bootstrap intervals over queries." if with_intervals else "."), *tables]
+    )
+
+
+def _table(evaluations: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    def cell(evaluation: Mapping[str, Any], metric: str) -> str:
+        percent = f"{100 * evaluation['metrics'][metric]:.2f}"
+        if "intervals" not in evaluation:
+            return percent
+        low, high = evaluation["intervals"][metric]
+        return f"{percent} ({100 * low:.1f} to {100 * high:.1f})"
+
+    lines = [["benchmark", "protocol", "method", *map(_short, columns)], ["---"] * (len(columns) + 3)]
+    for e in evaluations:
+        labels = [e["benchmark"], e["protocol"].get("name", "not recorded"), e["method"]]
+        lines.append([*(label.replace("|", "/") for label in labels), *(cell(e, metric) for metric in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _short(metric: str) -> str:
+    return metric.replace("recall_subset", "Rs").replace("recall", "R").replace("map", "mAP")
+
+
+def _about(results: Mapping[str, Any], picture: str | None) -> str:
+    model, data = results.get("model", {}), results.get("data", {})
+    base, trained_on = model.get("model"), data.get("dataset") or data.get("train_file")
+    text = _ABOUT.format(
+        method=_METHODS.get(model.get("method"), "`PVLFModel`"),
+        base=f"`{_shown(base)}`" if base else "a dual encoder that was not recorded",
+        data=f"`{_shown(trained_on)}`" if trained_on else "data that was not recorded",
+    )
+    return text + (f"\n\n![Queries with what was retrieved]({picture})" if picture else "")
+
+
+def _protocols(results: Mapping[str, Any]) -> str:
+    facts = results.get("environment", {"versions": "not recorded", "commit": None})
+    unknown = {field.name: "not recorded" for field in fields(Protocol)}
+    cards = {}
+    for e in results.get("evaluations", []):
+        protocol = {**unknown, **{name: value for name, value in e["protocol"].items() if name in unknown}}
+        precision = e.get("precision", "not recorded")
+        evaluation = Evaluation(e["benchmark"], e["method"], e["metrics"], e["counts"], protocol, precision, {})
+        cards[e["benchmark"], protocol["name"]] = protocol_card(evaluation, facts)
+    return "\n\n".join(cards.values()) or "Nothing was measured."
+
+
+def _training(results: Mapping[str, Any]) -> str:
+    groups = (results.get("model", {}), results.get("data", {}), results.get("training", {}))
+    settings = {name: value for group in groups for name, value in group.items() if value is not None}
+    rows = [f"| {name} | {_shown(value)} |" for name, value in settings.items()]
+    parts = ["Settings that are not listed keep their defaults.\n\n| setting | |\n| --- | --- |\n" + "\n".join(rows)]
+    if best := results.get("best"):
+        parts.append(f"In training, {best['metric']} was best at `{best['checkpoint']}`: {best['value']}.")
+    environment = results.get("environment", {})
+    versions = [f"{name} {version}" for name, version in environment.items() if name != "commit"]
+    commit = f"; commit {environment['commit']}" if environment.get("commit") else ""
+    parts.append(f"Run with {', '.join(versions)}{commit}." if versions else "Versions were not recorded.")
+    return "\n\n".join(parts if rows else ["Settings were not recorded.", *parts[1:]])
+
+
+def _shown(value: Any) -> str:
+    """A setting for readers elsewhere: of a path on the machine that trained, the name alone."""
+    is_path = isinstance(value, str) and Path(value).expanduser().is_absolute()
+    return str(Path(value).name if is_path else value).replace("|", "/")
+
+
+def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata that `results` and the caller state; `model-index` is None where nothing was measured."""
+    base = results.get("model", {}).get("model")
+    dataset = results.get("data", {}).get("dataset")
+    stated = {"base_model": base if _is_hub_name(base) else None, "datasets": [dataset] if dataset else None, **given}
+    if stated.get("tags"):
+        tags = stated["tags"]
+        stated["tags"] = [*_DEFAULTS["tags"], *([tags] if isinstance(tags, str) else tags)]
+    data = ModelCardData(eval_results=_eval_results(results) or None, model_name=name.rpartition("/")[2], **stated)
+    its = data.to_dict()
+    its.pop("model_name", None)  # what the library leaves of a model-index without results
+    return {**its, "model-index": its.get("model-index")}
+
+
+def _is_hub_name(name: str | None) -> bool:
+    """False for a folder that is here, and for what the Hub would not take as a name."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return not Path(str(name)).exists()
+
+
+def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """What the model itself reached, not the baselines measured beside it; values as recorded, fractions."""
+    return [
+        EvalResult(
+            task_type="composed-image-retrieval",
+            task_name="Composed image retrieval",
+            dataset_type=e["benchmark"].partition("/")[0],
+            dataset_name=e["benchmark"],
+            dataset_config=e["protocol"].get("name"),
+            dataset_split=e["benchmark"].partition("/")[2] or None,
+            dataset_revision=e["protocol"].get("revision"),
+            dataset_args=dict(e["protocol"]),
+            metric_type=metric,
+            metric_name=_short(metric),
+            metric_value=value,
+        )
+        for e in results.get("evaluations", [])
+        if e["method"] == "pvlf"
+        for metric, value in e["metrics"].items()
+    ]
+
+
+def _marked(section: str, text: str) -> str:
+    return f"<!-- pvlf-hf: {section} -->\n{text}\n<!-- pvlf-hf: end of {section} -->"
+
+
+def _span(card: str, section: str) -> tuple[int, int] | None:
+    """Where a section with its markers stands; None if it does not."""
+    starts, ends = (
+        [found.span() for found in re.finditer(re.escape(f"<!-- pvlf-hf: {words}{section} -->"), card)]
+        for words in ("", "end of ")
+    )
+    if not starts and not ends:
+        return None
+    if len(starts) != 1 or len(ends) != 1 or ends[0][0] < starts[0][1]:
+        raise ValueError(
+            f"the card must have one <!-- pvlf-hf: {section} --> and after it one <!-- pvlf-hf: end of {section} -->, "
+            f"but has {len(starts)} and {len(ends)}; mend it, or take both out to leave the section to yourself"
+        )
+    return starts[0][0], ends[0][1]
+
+
+def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
+    """The card with keys of its YAML block replaced, removed (None) or added; defaults only added."""
+    opening, front, closing, body = f"---{line_end}", "", f"---{line_end}", card
+    if block := REGEX_YAML_BLOCK.match(card):
+        closing = block.group(3).lstrip("\r\n")
+        opening, front = block.group(1), card[block.end(1) : block.end(3) - len(closing)]
+        body = card[block.end() :]
+    for key, value in {**_DEFAULTS, **stated}.items():
+        found = re.search(rf"^{re.escape(key)}:[^\n]*\n(?:[ -][^\n]*\n)*", front, re.MULTILINE)
+        if found and key not in stated:
+            continue
+        text = "" if value is None else yaml_dump({key: value}, sort_keys=False).replace("\n", line_end)
+        start, end = found.span() if found else (len(front), len(front))
+        front = front[:start] + text + front[end:]
+    return opening + front + closing + body
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pvlf_hf.model_card", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="the checkpoint's folder; its README.md is written")
+    parser.add_argument("--name", help="Hub name of the model (default: the folder's name)")
+    parser.add_argument("--results", type=Path, help="results.json of its run (default: the one in the folder)")
+    parser.add_argument("--license", help="the Hub's name of the licence of the weights")
+    parser.add_argument("--base_model", help="Hub name of what it was built on, where the run had it as a folder")
+    args = parser.parse_args(arguments)
+    metadata = {name: value for name in ("license", "base_model") if (value := getattr(args, name))}
+    sys.stdout.write(f"{write_card(args.folder, args.name, args.results, **metadata)}\n")
+
+
+__all__ = ["PICTURE", "render_card", "results_tables", "write_card"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Round trips over a Hub: published by one process, used by a stranger's that has neither the package nor a cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import serving
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+TOKENS = {"hf_owner": ("you", True), "hf_reader": ("you", False), "hf_other": ("someone", True)}
+FIGURES = {"recall@1": 0.25, "recall_subset@1": 0.5}
+
+PUBLISH = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, create_repo, create_tag, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import make_model, make_processor
+
+from pvlf_hf.model_card import render_card, write_card
+
+folder = Path(sys.argv[1])
+picture, results = Image.open(folder / "picture.png"), json.loads((folder / "results.json").read_text())
+processor, models = make_processor(), {name: make_model(seed=seed) for seed, name in enumerate(["first", "second"])}
+outputs = {}
+for name, model in models.items():
+    with torch.no_grad():
+        outputs[name] = model(**processor(images=picture, text="the same but red", target_images=picture)).similarity
+save_file(outputs, folder / "published.safetensors")
+
+# In parts: a commit each for model, processor and card; a later version on a branch of its own.
+for name in ("you/parts", "you/secret"):
+    models["first"].push_to_hub(name, private=name == "you/secret")
+    processor.push_to_hub(name)
+    ModelCard(render_card(results, name)).push_to_hub(name)
+create_tag("you/parts", tag="v1")
+models["second"].push_to_hub("you/parts", revision="next")
+processor.push_to_hub("you/parts")  # loads the card there and writes it again
+
+# At once: a folder with model, processor, results, card and picture.
+models["first"].save_pretrained(folder / "whole")
+processor.save_pretrained(folder / "whole")
+(folder / "whole" / "results.json").write_text(json.dumps(results))
+picture.save(folder / "whole" / "retrievals.png")
+write_card(folder / "whole", "you/whole", license="apache-2.0")
+create_repo("you/whole")
+upload_folder(repo_id="you/whole", folder_path=folder / "whole")
+
+try:
+    models["first"].push_to_hub("you/parts", token="hf_reader")
+except HfHubHTTPError as error:
+    (folder / "refusal.txt").write_text(str(error))
+"""
+
+STRANGER = """
+import sys
+sys.modules["pvlf_hf"] = None  # importing it fails, as where it is not installed
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+folder, offline = Path(sys.argv[1]), sys.argv[2] == "offline"
+picture = Image.open(folder / "picture.png")
+outputs = {}
+
+
+@torch.no_grad()
+def load(name, **where):
+    model = AutoModel.from_pretrained(name, trust_remote_code=True, **where)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **where)
+    output = model(**processor(images=picture, text="the same but red", target_images=picture))
+    outputs["@".join([name, *where.values()])] = output.similarity
+
+
+if not offline:
+    for token in (False, "hf_other"):
+        try:
+            load("you/secret", token=token)
+        except OSError as error:
+            assert "you/secret" in str(error) and "private" in str(error), error
+        else:
+            raise SystemExit(f"you/secret was given to {token}")
+for revision in ("main", "v1", "next"):
+    load("you/parts", revision=revision)
+load("you/whole")
+load("you/secret", token="hf_owner")
+if not offline:
+    snippet = ModelCard.load("you/whole").text.split("```python")[1].split("```")[0]
+    names = {"images": [picture, picture.rotate(90)], "picture": picture}
+    exec(snippet, names)
+    assert names["best"].shape == (1, 2)
+save_file(outputs, folder / f"{sys.argv[2]}.safetensors")
+"""
+
+TRAIN = """
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset, Image
+from tiny import make_model, make_processor
+
+from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
+
+folder = sys.argv[1]
+columns = {"reference": [folder + "/picture.png"] * 4, "caption": ["red", "blue", "green", "dark"]}
+columns |= {"target": columns["reference"], "target_id": columns["caption"]}
+triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
+
+
+def make_trainer(name, token):
+    args = PVLFTrainingArguments(
+        f"{folder}/{name}",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_steps=1,
+        hub_always_push=True,
+        push_to_hub=True,
+        hub_model_id=name,
+        hub_token=token,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return PVLFTrainer(make_model(), args, triplets, processing_class=make_processor())
+
+
+refusals = []
+for name, token in (("you/parts", "hf_reader"), ("you/new", "hf_reader"), ("you/parts", "hf_other")):
+    try:
+        make_trainer(name, token)
+    except ValueError as error:
+        refusals.append(str(error))
+Path(folder, "refusals.json").write_text(json.dumps(refusals))
+
+trainer = make_trainer("you/trained", "hf_owner")
+trainer.train()
+trainer.push_to_hub("Trained")
+trainer.push_to_hub("Measured", results=f"{folder}/results.json", license="apache-2.0")
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """Repositories named `parts` keep weights as regular files, the others as large ones."""
+    with serving(TOKENS, lfs=["you/whole/*.safetensors", "you/secret/*.safetensors", "*.png"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A picture and what a run would have recorded."""
+    folder = tmp_path_factory.mktemp("hub")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "picture.png")
+    protocol = {"name": "cirr-val", "gallery": "all", "revision": "abc"}
+    counts = {"queries": 4, "gallery": 9}
+    evaluation = {
+        "benchmark": "cirr/val",
+        "method": "pvlf",
+        "metrics": FIGURES,
+        "counts": counts,
+        "protocol": protocol,
+    }
+    (folder / "results.json").write_text(json.dumps({"evaluations": [evaluation]}))
+    return folder
+
+
+def run(script, hub, home, *arguments, **environment):
+    """Runs a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    env = {**known, **settings, **environment}
+    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def published(hub, folder, tmp_path_factory):
+    run(PUBLISH, hub, tmp_path_factory.mktemp("owner"), folder, HF_TOKEN="hf_owner")
+    return hub.repositories
+
+
+@pytest.fixture(scope="module")
+def stranger(hub, published, folder, tmp_path_factory):
+    """The cache of someone who has loaded everything once."""
+    home = tmp_path_factory.mktemp("stranger")
+    run(STRANGER, hub, home, folder, "online")
+    return home
+
+
+def test_a_stranger_gets_the_same_outputs(published, stranger, folder):
+    ours, theirs = load_file(folder / "published.safetensors"), load_file(folder / "online.safetensors")
+    versions = {"you/parts@main": "first", "you/parts@v1": "first", "you/parts@next": "second", "you/whole": "first"}
+    versions["you/secret@hf_owner"] = "first"
+    assert not ours["first"].equal(ours["second"])
+    assert {name: version for name in theirs for version in ours if theirs[name].equal(ours[version])} == versions
+
+
+def test_once_loaded_no_network_is_needed(hub, stranger, folder):
+    asked = len(hub.requests)
+    run(STRANGER, hub, stranger, folder, "offline", HF_HUB_OFFLINE="1", HF_TOKEN="hf_owner")
+    assert len(hub.requests) == asked
+    online, offline = load_file(folder / "online.safetensors"), load_file(folder / "offline.safetensors")
+    assert online.keys() == offline.keys()
+    assert all(online[name].equal(offline[name]) for name in online)
+
+
+def test_weights_travel_as_regular_and_as_large_files(hub, published):
+    kinds = {name: its.commits[its.branches["main"]].files["model.safetensors"].lfs for name, its in published.items()}
+    assert {name: kinds[name] for name in ("you/parts", "you/whole", "you/secret")} == {
+        "you/parts": False,
+        "you/whole": True,
+        "you/secret": True,
+    }
+    assert any(request.startswith("PUT /large-files/") for request in hub.requests)
+
+
+def test_a_folder_is_one_commit_with_all_that_belongs_to_it(published, folder):
+    repository = published["you/whole"]
+    assert len(repository.history()) == 2  # the Hub's own and ours
+    files = repository.commits[repository.branches["main"]].files
+    assert files.keys() == {path.name for path in (folder / "whole").iterdir()}
+    assert {"modeling_pvlf.py", "processor_config.json", "results.json", "retrievals.png"} <= files.keys()
+    assert all(file.content == (folder / "whole" / name).read_bytes() for name, file in files.items())
+
+
+@pytest.mark.parametrize("name", ["you/parts", "you/whole", "you/secret"])
+def test_the_card_states_the_results(published, name):
+    repository = published[name]
+    card = ModelCard(repository.commits[repository.branches["main"]].files["README.md"].content.decode())
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == FIGURES
+    assert "composed-image-retrieval" in card.data.tags
+    assert "| cirr/val | cirr-val | pvlf | 25.00 | 50.00 |" in card.text
+    assert f'from_pretrained("{name}", trust_remote_code=True)' in card.text
+
+
+def test_a_token_that_only_reads_is_refused_in_words(published, folder):
+    refusal = (folder / "refusal.txt").read_text()
+    assert "403 Forbidden: this token does not have the rights to write to you's repositories" in refusal
+
+
+@pytest.fixture(scope="module")
+def trained(hub, published, folder, tmp_path_factory):
+    run(TRAIN, hub, tmp_path_factory.mktemp("trainer"), folder)
+    return hub.repositories["you/trained"]
+
+
+def test_the_trainer_pushes_while_it_trains(trained):
+    steps = [f"Training in progress, step {step}" for step in (1, 2)]
+    assert trained.history() == ["initial commit", *steps, "Trained", "Measured"]
+    files = trained.commits[trained.branches["main"]].files
+    assert {"model.safetensors", "modeling_pvlf.py", "processor_config.json"} <= files.keys()
+    assert not any(name.startswith("checkpoint-") for name in files)
+
+
+def test_the_trainers_card_is_ours(trained):
+    cards = {
+        commit.message: ModelCard(commit.files["README.md"].content.decode())
+        for commit in trained.commits.values()
+        if "README.md" in commit.files
+    }
+    assert cards.keys() == {"Trained", "Measured"}
+    assert cards["Trained"].data.eval_results is None and "Not measured." in cards["Trained"].text
+    assert "| max_steps | 2 |" in cards["Trained"].text and "Run with python" in cards["Trained"].text
+    assert len(cards["Measured"].data.eval_results) == len(FIGURES) and cards["Measured"].data.license == "apache-2.0"
+
+
+def test_the_trainer_refuses_before_the_first_step(trained, folder):
+    refusals = json.loads((folder / "refusals.json").read_text())
+    for refusal, name in zip(refusals, ("you/parts", "you/new", "you/parts"), strict=True):
+        assert f"this token may not write to {name} on the Hub: log in with one that may" in refusal
+        assert "The Hub says: this token does not have the rights" in refusal

@@ -1,0 +1,187 @@
+"""Cards say what a run recorded and nothing else, and leave alone what their authors wrote."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from squares import make_benchmark
+
+from pvlf_hf.evaluation import score, write_results
+from pvlf_hf.model_card import main, render_card, results_tables, write_card
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = ["about", "usage", "results", "protocols", "training", "citation"]
+FACTS = {
+    "model": {"model": "Salesforce/blip-itm-base-coco", "method": "pvlf", "num_prompts": 10, "gamma": None},
+    "data": {"dataset": "laion-cir-combined", "train_file": None, "data_root": "/home/someone/photos"},
+    "training": {"seed": 7, "learning_rate": 0.0002},
+    "best": {"checkpoint": "checkpoint-40", "metric": "mean", "value": 0.625},
+}
+
+
+@pytest.fixture(scope="module")
+def results_file(tmp_path_factory):
+    """Nine squares ranked by two sets of embeddings, as a model's and as a baseline's."""
+    file = tmp_path_factory.mktemp("run") / "results.json"
+    embeds = torch.randn(5 + 9, 4, generator=torch.Generator().manual_seed(0))
+    measured = [score(make_benchmark(), e[:5], e[5:], m) for m, e in (("pvlf", embeds), ("image", embeds.flip(0)))]
+    write_results(file, measured, **FACTS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def results(results_file):
+    return json.loads(results_file.read_text())
+
+
+def section(card, name):
+    start, end = f"<!-- pvlf-hf: {name} -->", f"<!-- pvlf-hf: end of {name} -->"
+    return card.split(start)[1].split(end)[0]
+
+
+def by_hand(card):
+    """What is left of a card without metadata and rendered sections."""
+    body = card.partition("---")[2].partition("---")[2]
+    return re.split(r"<!-- pvlf-hf: \w+ -->.*?<!-- pvlf-hf: end of \w+ -->", body, flags=re.DOTALL)
+
+
+def test_figures_are_those_of_the_file(results):
+    card = render_card(results, "you/mine")
+    rows = [line.strip("| ").split(" | ") for line in section(card, "results").splitlines() if "squares" in line]
+    assert [row[2] for row in rows] == ["pvlf", "image"]
+    for row, evaluation in zip(rows, results["evaluations"], strict=True):
+        for cell, (metric, value) in zip(row[3:], evaluation["metrics"].items(), strict=True):
+            low, high = evaluation["intervals"][metric]
+            assert cell == f"{100 * value:.2f} ({100 * low:.1f} to {100 * high:.1f})"
+    (entry,) = ModelCard(card).data.to_dict()["model-index"][0]["results"]  # the model's own, without the baseline
+    assert {m["type"]: m["value"] for m in entry["metrics"]} == results["evaluations"][0]["metrics"]
+    assert entry["dataset"]["args"] == results["evaluations"][0]["protocol"]
+
+
+def test_protocol_training_and_environment_are_those_of_the_file(results):
+    card = render_card(results, "you/mine")
+    protocols, training = section(card, "protocols"), section(card, "training")
+    assert protocols.count("| squares | |") == 1  # one card, by whatever methods it was measured
+    assert "| gallery | nine squares (9 images) |" in protocols and "| queries | 5 |" in protocols
+    for setting in ("num_prompts | 10", "seed | 7", "learning_rate | 0.0002", "data_root | photos"):
+        assert f"| {setting} |" in training
+    assert "gamma" not in training and "checkpoint-40`: 0.625" in training
+    assert f"torch {results['environment']['torch']}" in training and "/home" not in card
+
+
+@pytest.mark.parametrize("absent", ["evaluations", "environment", "training", "all"])
+def test_what_is_not_recorded_is_said_not_to_be(results, absent):
+    known = {} if absent == "all" else {name: its for name, its in results.items() if name != absent}
+    card = render_card(known, "you/mine")
+    if absent in ("evaluations", "all"):
+        assert section(card, "results").strip() == "Not measured." and "model-index" not in card
+        assert section(card, "protocols").strip() == "Nothing was measured."
+    if absent in ("environment", "all"):
+        assert "Versions were not recorded." in section(card, "training")
+        assert not re.search(r"python \d|commit [0-9a-f]", card)
+    if absent == "all":
+        assert "Settings were not recorded." in section(card, "training")
+        assert not any(re.search(r"\d", section(card, name)) for name in SECTIONS[:1] + SECTIONS[2:5])
+
+
+def test_metadata(results, tmp_path):
+    data = ModelCard(render_card(results, "you/mine", license="bsd-3-clause", tags="fashion")).data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-feature-extraction",
+        "bsd-3-clause",
+    )
+    assert data.tags == ["composed-image-retrieval", "pvlf", "fashion"]
+    assert (data.base_model, data.datasets) == ("Salesforce/blip-itm-base-coco", ["laion-cir-combined"])
+    for folder in (str(tmp_path), str(ROOT / "src")):  # a folder's name is not one of the Hub
+        card = render_card({**results, "model": {"model": folder}}, "you/mine")
+        assert ModelCard(card).data.base_model is None and Path(folder).name in section(card, "about")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_what_the_author_wrote_is_kept(results, line_end):
+    card = render_card({}, "you/mine", language="en").replace("\n", line_end)
+    author = "Ours – ünïcode,  two spaces  " + line_end
+    card = card.replace("# mine", author + "# mine").replace("## Citation", author * 2 + "## Citing") + author
+    card = card.replace("tags:", "# my comment\ntags:".replace("\n", line_end)).replace("\n- pvlf", "\n- my-tag")
+    again = render_card(results, "you/mine", card)
+    assert by_hand(again) == by_hand(card)
+    assert section(again, "results") != section(card, "results")
+    assert (line_end == "\n") == ("\r" not in again) and again.count("\n") == again.count(line_end)
+    data = ModelCard(again).data
+    assert data.tags == ["composed-image-retrieval", "my-tag"] and data.language == "en" and data.eval_results
+    assert "# my comment" in again and list(ModelCard(again).data.to_dict())[-1] == "model-index"
+    assert render_card(results, "you/mine", again) == again
+    withdrawn = render_card({}, "you/mine", again)  # what it is built on stays, what was measured does not
+    assert ModelCard(withdrawn).data.eval_results is None and "Not measured." in section(withdrawn, "results")
+    assert ModelCard(withdrawn).data.base_model == "Salesforce/blip-itm-base-coco"
+
+
+def test_the_library_may_rewrite_a_card(results):
+    card = render_card(results, "you/mine", license="mit")
+    rewritten = str(ModelCard(card))  # as model.push_to_hub and processor.push_to_hub do
+    assert ModelCard(rewritten).text == ModelCard(card).text
+    assert ModelCard(rewritten).data.to_dict() == ModelCard(card).data.to_dict()
+    assert render_card(results, "you/mine", rewritten, license="mit") == rewritten
+
+
+def test_a_section_taken_out_stays_out_and_a_foreign_card_gets_all(results):
+    card = render_card(results, "you/mine")
+    without = card.replace(f"<!-- pvlf-hf: usage -->{section(card, 'usage')}<!-- pvlf-hf: end of usage -->", "See us.")
+    assert render_card(results, "you/mine", without) == without
+    foreign = str(ModelCard.from_template(ModelCardData(license="mit"), model_description="A model."))
+    ours = render_card(results, "you/mine", foreign)
+    assert ModelCard(ours).text.startswith(ModelCard(foreign).text) and ModelCard(ours).data.license == "mit"
+    assert [name for name in SECTIONS if section(ours, name)] == SECTIONS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda card: card.replace("<!-- pvlf-hf: end of results -->", ""),
+        lambda card: card.replace("<!-- pvlf-hf: results -->", ""),
+        lambda card: card + "<!-- pvlf-hf: results --><!-- pvlf-hf: end of results -->",
+    ],
+)
+def test_damaged_markers_are_named(results, damage):
+    with pytest.raises(ValueError, match="one <!-- pvlf-hf: results --> and after it one"):
+        render_card(results, "you/mine", damage(render_card(results, "you/mine")))
+
+
+def test_tables_of_other_metrics_and_aspects():
+    circo = {"benchmark": "circo/val", "method": "pvlf", "protocol": {"name": "circo"}}
+    aspects = {"map@5": 0.1, "map@10/colour": 0.25}
+    fashion = {**circo, "benchmark": "a|b", "metrics": {"recall@10": 0.5, "mean": 0.5}}
+    tables = results_tables([{**circo, "metrics": aspects}, fashion]).split("\n\n")
+    assert tables[0] == "Percent."  # these have no intervals
+    assert [table.splitlines()[0].split(" | ")[3:] for table in tables[1:]] == [
+        ["mAP@5 |"],
+        ["mAP@10/colour |"],
+        ["R@10", "mean |"],
+    ]
+    assert [table.splitlines()[2] for table in tables[1:]] == [
+        "| circo/val | circo | pvlf | 10.00 |",
+        "| circo/val | circo | pvlf | 25.00 |",
+        "| a/b | circo | pvlf | 50.00 | 50.00 |",
+    ]
+
+
+def test_a_checkpoints_folder(results, results_file, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert "Not measured." in write_card(folder).read_text(encoding="utf-8")
+    (folder / "results.json").write_text(results_file.read_text())
+    (folder / "retrievals.png").touch()
+    main([str(folder), "--name", "you/mine", "--license", "mit"])
+    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == render_card(results, "you/mine", picture="retrievals.png", license="mit")
+    assert "![Queries with what was retrieved](retrievals.png)" in card
+    assert write_card(folder, "you/mine", results_file).read_text(encoding="utf-8") == card
+
+
+def test_the_citation_is_the_readmes():
+    assert section(render_card({}, "x"), "citation").strip() in (ROOT / "README.md").read_text(encoding="utf-8")
