@@ -38,6 +38,8 @@ ORDER = [
     "submission",
     "doctor",
     "sheet",
+    "vector_index",
+    "gallery",
     "training_args",
     "trainer",
     "convert",

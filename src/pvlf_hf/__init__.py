@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate, write_results
     from .fashioniq import load_fashioniq, load_fashioniq_train
     from .feature_cache import FeatureCache, cache_features
+    from .gallery import Explanation, Gallery, Query, SearchResult
     from .laion_cir import load_laion_cir
     from .model_card import render_card, write_card
     from .protocols import load_protocol
@@ -65,6 +66,10 @@ _MODULE_OF = {
     "load_fashioniq_train": "fashioniq",
     "FeatureCache": "feature_cache",
     "cache_features": "feature_cache",
+    "Explanation": "gallery",
+    "Gallery": "gallery",
+    "Query": "gallery",
+    "SearchResult": "gallery",
     "load_laion_cir": "laion_cir",
     "render_card": "model_card",
     "write_card": "model_card",
@@ -96,7 +101,9 @@ __all__ = [
     "CIRBenchmark",
     "EmbeddingStore",
     "Evaluation",
+    "Explanation",
     "FeatureCache",
+    "Gallery",
     "PVLFCollator",
     "PVLFConfig",
     "PVLFImageProcessor",
@@ -107,6 +114,8 @@ __all__ = [
     "PVLFTrainer",
     "PVLFTrainingArguments",
     "Protocol",
+    "Query",
+    "SearchResult",
     "benchmark_from_triplets",
     "bootstrap_interval",
     "cache_features",

@@ -1,0 +1,757 @@
+"""Search in one's own pictures: by a picture, by words, or by a picture and what should be different.
+
+A gallery embeds pictures once and knows them by the digest of their files: encoded again is only what is new. Kept in
+a folder, `embeddings.safetensors` holds float32 `(pictures, d)`, and row i of `gallery.parquet` (`id`, `path`,
+`digest`) says what row i embeds, so that others can read both without this package.
+
+Example:
+    ```python
+    gallery = Gallery.from_folder("photos/", model, processor, path="photos.gallery")
+    result = gallery.search(image="dress.jpg", text="without sleeves", k=5)
+    result = result.refine(text="and now in blue", pick=0)  # from the best of them
+    result.sheet().save("session.png")
+    ```
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, Image
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from PIL import Image as PILImage
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import BatchFeature
+from transformers.utils import logging
+
+from .benchmark import check_columns
+from .embedding_store import EmbeddingStore
+from .encoding import device_of, encode_gallery
+from .feature_cache import digest
+from .image_processing_pvlf import Picture, open_rgb, to_rgb
+from .metrics import top_k
+from .modeling_pvlf import PVLFModel, PVLFQueryOutput
+from .processing_pvlf import PVLFProcessor
+from .sheet import SheetRow, retrieval_sheet
+from .vector_index import IndexName, VectorIndex, check_index, make_index
+
+logger = logging.get_logger(__name__)
+
+EMBEDDINGS, TABLE, PART = "embeddings.safetensors", "gallery.parquet", ".part.safetensors"
+
+SAVE_EVERY = 1024
+"""Pictures encoded between two writes (ours): what an interruption can lose."""
+
+Weights = tuple[float, float, float]
+"""Of picture, fusion and words in a query, in the order of the paper's eq. 13."""
+
+FUSION: Weights = (0.0, 1.0, 0.0)
+"""The model's own composition."""
+
+
+class Explanation(NamedTuple):
+    """Why a query is what it is: how the model weighed and where its fusion Transformer looked.
+
+    Args:
+        weights: w of eq. 13, for the picture, the fused feature and the words; free, they need not sum to 1.
+        tokens: of the text, special ones included.
+        attention: float32 `(layers, length, length)`, mean over heads; row i says where place i looked. Places are
+            the tokens, the prompts, the picture as a whole, and its patches row by row.
+        num_prompts: how many places the prompts take.
+    """
+
+    weights: Weights
+    tokens: list[str]
+    attention: Tensor
+    num_prompts: int
+
+    @property
+    def places(self) -> dict[str, slice]:
+        """Where `"text"`, `"prompts"` and `"image"` stand."""
+        text, prompts = len(self.tokens), len(self.tokens) + self.num_prompts
+        return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
+
+    def shares(self, source: Literal["text", "prompts", "image"] = "prompts") -> dict[str, Tensor]:
+        """How much of its attention a part gave to each part: float32 `(layers,)` each, together 1."""
+        looked = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
+        return {part: looked[:, place].sum(dim=1) for part, place in self.places.items()}
+
+    def words(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> list[float]:
+        """Attention that a part gave to each token, in their order."""
+        return self.attention[layer, self.places[source], self.places["text"]].mean(dim=0).tolist()
+
+    def patches(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> Tensor:
+        """Attention that a part gave to each patch: float32 `(rows, columns)`, a map of the cropped picture."""
+        looked = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
+        return looked.view(math.isqrt(len(looked)), -1)
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as encoded once; other weights, another k or another gallery of the same model need no encoder.
+
+    Args:
+        images: the reference pictures, RGB.
+        text: the words, or None.
+        fused: float32 `(d,)`, the model's composition, or the only half that there is.
+        image_embeds: float32 `(d,)`, of the pictures alone (their mean, where several), None without.
+        text_embeds: float32 `(d,)`, of the words alone, None without.
+        made_by: of which model, as [`EmbeddingStore`] states it.
+        why: one explanation a reference picture, if asked for.
+    """
+
+    images: tuple[PILImage.Image, ...]
+    text: str | None
+    fused: Tensor = field(repr=False)
+    image_embeds: Tensor | None = field(repr=False)
+    text_embeds: Tensor | None = field(repr=False)
+    made_by: dict[str, str] = field(repr=False)
+    why: tuple[Explanation, ...] = field(default=(), repr=False)
+
+    def embed(self, weights: Weights = FUSION) -> Tensor:
+        """normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
+
+        Args:
+            weights: (w_image, w_fused, w_text) of unit vectors: `(0, 1, 0)` is the model's composition,
+                `(0.5, 1, 0)` more of the picture, `(1, 0, 0)` the picture alone, `(0, 0, 1)` the words alone;
+                a negative one leads away from it.
+
+        Raises:
+            ValueError: if all weights are 0, or one is of a half that the query does not have.
+        """
+        parts = {"image": self.image_embeds, "fused": self.fused, "text": self.text_embeds}
+        total = torch.zeros_like(self.fused)
+        for (name, embeds), weight in zip(parts.items(), weights, strict=True):
+            if weight == 0:
+                continue
+            if embeds is None:
+                raise ValueError(f"weights {weights}: the query has no {name}; pass it to the search, or weigh it 0")
+            total = total + weight * embeds
+        if not total.any():
+            raise ValueError(f"weights {weights} leave nothing of the query: pass at least one that is not 0")
+        return F.normalize(total, dim=0)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, best first, and the session that led to it.
+
+    Args:
+        ids: of the pictures.
+        scores: cosines.
+        paths: their files or addresses, None where the gallery knows none.
+        query: what was searched; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
+        gallery: what was searched in.
+        previous: the result that this one refines.
+        pick: which result of `previous` it started from.
+    """
+
+    ids: list[str]
+    scores: list[float]
+    paths: list[str | None] = field(repr=False)
+    query: Query
+    gallery: "Gallery" = field(repr=False)
+    previous: "SearchResult | None" = field(default=None, repr=False)
+    pick: int | None = None
+
+    @property
+    def why(self) -> tuple[Explanation, ...]:
+        """One a reference picture, if the search was asked to `explain`."""
+        return self.query.why
+
+    @property
+    def session(self) -> list["SearchResult"]:
+        """The results of a chain of refinements, from the first search to this one."""
+        return [*(self.previous.session if self.previous else []), self]
+
+    def refine(
+        self,
+        text: str | None = None,
+        pick: int = 0,
+        k: int | None = None,
+        weights: Weights = FUSION,
+        explain: bool = False,
+    ) -> "SearchResult":
+        """Searches again from one of the results ("... and now in blue"), which is itself left out.
+
+        Args:
+            text: what should be different; None for more like it.
+            pick: which result is the reference, counted from 0.
+            k: how many results; as many as here by default.
+            weights: see [`Query.embed`].
+            explain: see [`Gallery.search`].
+
+        Raises:
+            ValueError: if there is no such result, its picture cannot be opened, and as [`Gallery.search`].
+        """
+        if not 0 <= pick < len(self.ids):
+            raise ValueError(f"pick={pick}: there are {len(self.ids)} results, choose 0 to {len(self.ids) - 1}")
+        picked = self.ids[pick]
+        query = self.gallery.query(self.gallery.picture(picked), text, explain)
+        found = self.gallery.search(
+            query=query, k=len(self.ids) if k is None else k, weights=weights, exclude=[picked]
+        )
+        return replace(found, previous=self, pick=pick)
+
+    def sheet(self, title: str = "", k: int = 5) -> PILImage.Image:
+        """Draws the session, a row a search; framed is the result that the next row refines, at last the best.
+
+        Args:
+            title: heading.
+            k: results in a row.
+
+        Raises:
+            ValueError: if a picture cannot be opened.
+        """
+        picks = [result.pick or 0 for result in self.session[1:]] + [0]
+        rows = []
+        for result, pick in zip(self.session, picks, strict=True):
+            more = f" (and {len(result.query.images) - 1} more pictures)" if len(result.query.images) > 1 else ""
+            rows.append(
+                SheetRow(
+                    reference=(*result.query.images, PILImage.new("RGB", (8, 8), "white"))[0],
+                    caption=(result.query.text or "") + more,
+                    results=[self.gallery.picture(image_id) for image_id in result.ids[:k]],
+                    target=self.gallery.picture(result.ids[pick]),
+                    rank=pick,
+                )
+            )
+        return retrieval_sheet(rows, title)
+
+
+class Gallery:
+    """Embedded pictures, to be searched. Made by `from_folder`, `from_images`, `from_dataset`, `load` or `from_hub`.
+
+    Under `accelerate launch` all processes share the encoding; search in the main one.
+
+    Attributes:
+        ids: names of the pictures.
+        paths: their files or addresses, None where the data set holds them itself.
+        digests: of the files; of an address itself, which is not fetched again to see whether it still holds the same.
+        embeds: float32 `(pictures, d)`, L2-normalised, in the order of ids.
+        skipped: id of every picture that could not be read, and why.
+        made_by: `fingerprint` and `dtype` of model and processor, as [`EmbeddingStore`] states them.
+    """
+
+    def __init__(
+        self,
+        table: dict[str, list[Any]],
+        embeds: Tensor,
+        made_by: dict[str, str],
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        index: IndexName = "exact",
+        uri: str | None = None,
+        sources: Dataset | None = None,
+        skipped: dict[str, str] | None = None,
+    ) -> None:
+        check_index(index, uri)
+        self.ids, self.paths, self.digests = table["id"], table["path"], table["digest"]
+        self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
+        self.index_name, self.uri, self.skipped = index, uri, skipped or {}
+        self._sources = sources or _as_dataset(self.paths)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> "Gallery":
+        """Embeds the pictures of a folder and its subfolders: every file whose ending Pillow can open.
+
+        Args:
+            folder: where the pictures are; their ids are their names in it (`"2024/dress.jpg"`).
+            model: embeds them.
+            processor: of the model.
+            path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
+                encoded, and what is gone is dropped. None keeps it in memory, see [`~Gallery.save`].
+            **options: `batch_size` (64); `progress` (True), show progress bars; `index`, `"exact"` (default),
+                `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in .db, or a cluster's
+                address), see `pvlf_hf.vector_index`.
+
+        Raises:
+            ValueError: if there is no picture, or none that can be read; `path` holds embeddings of another model;
+                or the index is unknown. A picture that cannot be read is skipped, counted in a warning and listed in
+                `skipped`.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; pass the one that holds the pictures")
+        files = sorted(file for file in folder.rglob("*") if not file.is_dir())  # links to nothing are reported
+        PILImage.init()
+        readable = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+        pictures = [file for file in files if file.suffix.lower() in readable]
+        if not pictures:
+            endings = sorted({file.suffix for file in files})[:5]
+            raise ValueError(f"{folder} holds no pictures, its files end in {endings}: pass the folder that does")
+        ids = [file.relative_to(folder).as_posix() for file in pictures]
+        return cls.from_dataset(
+            _as_dataset([str(f.absolute()) for f in pictures], ids), model, processor, path, **options
+        )
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Iterable[str | Path],
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> "Gallery":
+        """As [`~Gallery.from_folder`], of files and `http(s):` or `data:` addresses, which are their own ids."""
+        names = [str(image) for image in images]
+        return cls.from_dataset(_as_dataset(names, names), model, processor, path, **options)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset,
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        path: str | Path | None = None,
+        image_column: str = "image",
+        id_column: str = "image_id",
+        batch_size: int = 64,
+        progress: bool = True,
+        index: IndexName = "exact",
+        uri: str | None = None,
+    ) -> "Gallery":
+        """Embeds a column of pictures (`datasets.Image`); other arguments and errors as [`~Gallery.from_folder`].
+
+        Raises:
+            ValueError: if there is no such column, or ids repeat.
+        """
+        check_columns(dataset, (image_column, id_column), "gallery")
+        check_index(index, uri)
+        ids = [str(image_id) for image_id in dataset[id_column][:]]
+        if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
+            raise ValueError(f"gallery: {id_column} must be unique, repeated: {repeated[:3]}; rename or drop them")
+        mode = getattr(dataset.features[image_column], "mode", None)
+        sources = dataset.select_columns(image_column).rename_columns({image_column: "image"})
+        sources = sources.cast_column("image", Image(mode=mode, decode=False))
+        made_by = _claim(path, model, processor)
+        digests, bad = _digests(sources, progress)
+        encoding = _Encoding(sources, digests, Path(path) if path else None, made_by)
+        bad = encoding.run(model, processor, bad, batch_size, progress)
+        skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
+        kept = [row for row in range(len(ids)) if digests[row] not in bad]
+        _report(skipped, len(ids))
+        sources = sources.select(kept)
+        paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
+        table: dict[str, list[Any]] = {
+            "id": [ids[row] for row in kept],
+            "path": paths,
+            "digest": [digests[row] for row in kept],
+        }
+        embeds = encoding.take(table["digest"])
+        gallery = cls(table, embeds, made_by, model, processor, index, uri, sources, skipped)
+        if path:
+            gallery.save(path)
+        return gallery
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        index: IndexName = "exact",
+        uri: str | None = None,
+    ) -> "Gallery":
+        """Loads what was saved; embeddings stay on disk until they are used.
+
+        Raises:
+            ValueError: if there is no gallery in the folder, its two files do not belong together, or another model
+                made it.
+        """
+        path = Path(path)
+        if missing := [name for name in (EMBEDDINGS, TABLE) if not (path / name).is_file()]:
+            raise ValueError(f"{path} lacks {missing}: make it with Gallery.from_folder(..., path={str(path)!r})")
+        made_by = _claim(path, model, processor)
+        table = pq.read_table(path / TABLE).to_pydict()
+        digests, embeds = _read(path / EMBEDDINGS)
+        if digests != table["digest"]:
+            raise ValueError(
+                f"{path}: {EMBEDDINGS} and {TABLE} are not of one time: make the gallery again with this path, which "
+                "encodes nothing twice"
+            )
+        return cls(table, embeds, made_by, model, processor, index, uri)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the two files of a gallery, and removes what an interruption left.
+
+        Raises:
+            ValueError: if the folder holds embeddings of another model.
+        """
+        path = Path(path)
+        if EmbeddingStore(path).model not in (None, self.made_by):
+            raise ValueError(f"{path} holds embeddings of another model or processor: choose another folder")
+        state = PartialState()
+        if state.is_main_process:
+            self._write(path, self.paths)
+            for part in path.glob(f"*{PART}"):
+                part.unlink()
+        state.wait_for_everyone()
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> CommitInfo:
+        """Uploads embeddings, ids, digests and web addresses as a data set; pictures and paths of files stay here.
+
+        Args:
+            repo_id: `"user/name"`, created if need be.
+            private: whether a new one is.
+            token: of the Hub; by default the one logged in with.
+        """
+        with TemporaryDirectory() as folder:
+            self._write(Path(folder), [p if p and p.startswith(("http://", "https://")) else None for p in self.paths])
+            api = HfApi(token=token)
+            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+            message = f"Gallery of {len(self)} pictures"
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset", commit_message=message)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        model: PVLFModel,
+        processor: PVLFProcessor,
+        index: IndexName = "exact",
+        uri: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "Gallery":
+        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`]."""
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=[EMBEDDINGS, TABLE]
+        )
+        return cls.load(folder, model, processor, index, uri)
+
+    def search(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        text: str | None = None,
+        k: int = 10,
+        *,
+        query: Query | None = None,
+        weights: Weights = FUSION,
+        exclude: Sequence[str] = (),
+        explain: bool = False,
+    ) -> SearchResult:
+        """Finds the k nearest pictures by cosine; equal ones in the order of the gallery.
+
+        Args:
+            image: one reference picture or several, see [`~Gallery.query`].
+            text: what should be different; without a picture, what to look for.
+            k: how many results; a gallery that has fewer gives all.
+            query: instead of both, one that was encoded before (`result.query`).
+            weights: of picture, fusion and words: normalize(w_image image + w_fused fused + w_text text), without
+                running an encoder again, see [`Query.embed`]; by default the model's composition.
+            exclude: ids that are left out.
+            explain: also say why, in `result.why`; needs a picture and a text.
+
+        Raises:
+            ValueError: if there is nothing to search by, a picture cannot be read, the text is empty, the query is of
+                another model, k is below 1, an id is unknown or nothing is left, and as [`Query.embed`].
+        """
+        if query is None:
+            query = self.query(image, text, explain)
+        elif image is not None or text is not None or explain:
+            raise ValueError("a query is encoded already: pass it without image, text and explain")
+        if query.made_by != self.made_by:
+            raise ValueError("the query is of another model than this gallery: make it with gallery.query(...)")
+        if k < 1:
+            raise ValueError(f"k={k}: ask for at least one result")
+        if unknown := [image_id for image_id in exclude if image_id not in self._row_of]:
+            raise ValueError(f"exclude names {unknown[:3]}, which are not in the gallery; pass ids of its pictures")
+        excluded = [self._row_of[image_id] for image_id in exclude]
+        if len(set(excluded)) == len(self):
+            raise ValueError(f"exclude leaves none of the gallery's {len(self)} pictures; exclude fewer")
+        embeds = query.embed(weights)
+        rows = self.index.candidates(embeds, min(k + len(excluded), len(self)))
+        rows = rows[~torch.isin(rows, torch.tensor(excluded, dtype=torch.int64))].sort().values
+        scores, best = top_k(embeds[None], self.embeds[rows], min(k, len(rows)))
+        found = rows[best[0]].tolist()
+        ids, paths = [self.ids[row] for row in found], [self.paths[row] for row in found]
+        return SearchResult(ids, scores[0].tolist(), paths, query, self)
+
+    def query(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        text: str | None = None,
+        explain: bool = False,
+    ) -> Query:
+        """Encodes a query, for searches with several weights; arguments and errors as [`~Gallery.search`].
+
+        Several pictures are each composed with the text; the query is the normalised mean of their embeddings.
+        """
+        if image is None and text is None:
+            raise ValueError("nothing to search by: pass an image, a text or both")
+        if text is not None and not text.strip():
+            raise ValueError("text is empty: say what to look for, or leave text out to search by the picture alone")
+        if explain and (image is None or text is None):
+            raise ValueError("explain=True needs an image and a text: only their composition can be explained")
+        given = [] if image is None else image if isinstance(image, list | tuple) else [image]
+        arrays = [self.processor.image_processor.process_image(picture) for picture in given]
+        images = tuple(PILImage.fromarray(array.transpose(1, 2, 0)) for array in arrays)
+        if image is not None and not images:
+            raise ValueError("image is an empty list: pass at least one picture, or leave it out")
+        with _eval_mode(self.model, eager=explain):
+            return self._encode(images, text, explain)
+
+    def _encode(self, images: tuple[PILImage.Image, ...], text: str | None, explain: bool) -> Query:
+        model, device = self.model, device_of(self.model)
+        image_embeds = text_embeds = None
+        if images:
+            pictures = model.get_image_features(**self.processor(images=list(images)).to(device))
+            image_embeds = fused = _mean(pictures.pooler_output)
+        if text is not None:
+            inputs = self.processor(text=text).to(device)
+            tokens, position = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
+            text_embeds = fused = _mean(tokens[0, position])
+        if not images or text is None:
+            return Query(images, text, fused, image_embeds, text_embeds, self.made_by)
+        n = len(images)
+        output = model.compose(
+            pictures.last_hidden_state,
+            tokens.expand(n, -1, -1),
+            position.expand(n),
+            inputs["attention_mask"].expand(n, -1),
+            output_attentions=explain,
+        )
+        words = self.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        why = [_explain(output, row, words, model.config.num_prompts) for row in range(n if explain else 0)]
+        return Query(images, text, _mean(output.pooler_output), image_embeds, text_embeds, self.made_by, tuple(why))  # type: ignore[arg-type]
+
+    def picture(self, image_id: str) -> PILImage.Image:
+        """Opens a picture of the gallery, RGB.
+
+        Raises:
+            ValueError: if the gallery does not have it, or it is no longer where it was.
+        """
+        if image_id not in self._row_of:
+            raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
+        try:
+            return _open(self._sources[self._row_of[image_id]]["image"], self._sources.features["image"].mode)
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            raise ValueError(
+                f"the picture {image_id!r} cannot be opened ({error}): make the gallery again where its pictures are, "
+                "with the same path, which encodes nothing twice"
+            ) from error
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """Built at the first search."""
+        return make_index(self.index_name, self.uri, self.embeds, self.digests, self.made_by["fingerprint"])
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {image_id: row for row, image_id in enumerate(self.ids)}
+
+    def _write(self, folder: Path, paths: list[str | None]) -> None:
+        _write_embeddings(folder / EMBEDDINGS, self.digests, self.embeds, self.made_by)
+        columns = {"id": self.ids, "path": paths, "digest": self.digests}
+        temporary = folder / f"{uuid4().hex}.partial"
+        pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), temporary)
+        temporary.replace(folder / TABLE)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Gallery({len(self)} pictures, {len(self.skipped)} skipped, index={self.index_name!r})"
+
+
+class _Encoding:
+    """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
+
+    def __init__(self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str]) -> None:
+        self.sources, self.digests, self.path, self.made_by = sources, digests, path, made_by
+        files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
+        self.known: list[str] = []
+        self.embeds: list[Tensor] = []
+        for file in filter(Path.exists, files):
+            names, embeds = _read(file)
+            self.known += names
+            self.embeds.append(embeds)
+
+    def run(
+        self, model: PVLFModel, processor: PVLFProcessor, bad: dict[str, str], batch_size: int, progress: bool
+    ) -> dict[str, str]:
+        """Takes the digests of what cannot be read, and why; returns them with those that do not decode."""
+        bad, state = dict(bad), PartialState()
+        known = {*self.known, *bad}
+        first_row = {name: row for row, name in reversed(list(enumerate(self.digests))) if name not in known}
+        # One process says what is missing: nothing is written before all of them have read the folder.
+        (missing,) = broadcast_object_list([sorted(first_row.values())])
+        show = progress and state.is_main_process
+        with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
+            for start in range(0, len(missing), SAVE_EVERY):
+                rows = missing[start : start + SAVE_EVERY]
+                reader = _Reader(processor, self.sources.features["image"].mode, bar)
+                embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
+                for found in gather_object([reader.bad]):
+                    bad |= found
+                good = [place for place, row in enumerate(rows) if self.digests[row] not in bad]
+                self._keep([self.digests[rows[place]] for place in good], embeds[good])
+        return bad
+
+    def take(self, digests: list[str]) -> Tensor:
+        """float32 `(digests, d)`."""
+        row_of = {name: row for row, name in enumerate(self.known)}
+        return torch.cat(self.embeds)[[row_of[name] for name in digests]]
+
+    def _keep(self, digests: list[str], embeds: Tensor) -> None:
+        self.known += digests
+        self.embeds.append(embeds)
+        if self.path and digests and PartialState().is_main_process:
+            _write_embeddings(self.path / f"{uuid4().hex}{PART}", digests, embeds, self.made_by)
+
+
+class _Reader:
+    """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
+
+    def __init__(self, processor: PVLFProcessor, mode: str | None, bar: tqdm) -> None:
+        self.processor, self.mode, self.bar = processor, mode, bar
+        # Stands for what cannot be read: every process of a sharded model needs every forward.
+        self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
+        self.bad: dict[str, str] = {}
+
+    def process_targets(self, cells: list[dict[str, Any]]) -> BatchFeature:
+        """Inputs of undecoded cells."""
+        pixels = torch.cat([self._read(cell) for cell in cells])
+        self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
+        return BatchFeature({"pixel_values": pixels})
+
+    def _read(self, cell: dict[str, Any]) -> Tensor:
+        try:
+            return self.processor.process_targets(_open(cell, self.mode))["pixel_values"]
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            self.bad[_digest(cell, self.mode)] = str(error)
+            return self.black
+
+
+@contextmanager
+def _eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
+    """For the time being, without dropout and, where asked for, with the fusion's attention that returns weights."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if eager:
+        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are.
+        model.config._attn_implementation = {"": "eager"}
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+        model.config._attn_implementation = {"": attention}
+
+
+def _explain(output: PVLFQueryOutput, row: int, words: list[str], num_prompts: int) -> Explanation:
+    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # composed with attentions
+    attention = torch.stack([layer[row].float().mean(dim=0) for layer in output.attentions]).cpu()  # type: ignore[union-attr]
+    return Explanation((image, fused, text), words, attention, num_prompts)
+
+
+def _mean(embeds: Tensor) -> Tensor:
+    """`(n, d)` -> float32 `(d,)`, normalised, on the CPU."""
+    return F.normalize(embeds.float().mean(dim=0), dim=0).cpu()
+
+
+def _claim(path: str | Path | None, model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
+    """Which model this is; raises a `ValueError` if the folder holds embeddings of another."""
+    with TemporaryDirectory() as empty:
+        store = EmbeddingStore(path or empty)
+        store.claim(model, processor)
+    return dict(store.model or {})
+
+
+def _as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
+    columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
+    return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
+
+
+def _is_address(path: str | None) -> bool:
+    return bool(path) and str(path).startswith(("http://", "https://", "data:"))
+
+
+def _open(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
+    """Decodes a cell as its column would, RGB."""
+    if not cell or cell["bytes"] is cell["path"] is None:
+        raise ValueError("the gallery knows no file of it")
+    if cell["bytes"] is None and _is_address(cell["path"]):
+        return open_rgb(cell["path"])
+    return to_rgb(Image(mode=mode).decode_example(cell))
+
+
+def _digest(cell: dict[str, Any], mode: str | None) -> str:
+    """Of the file and of how it is decoded; of an address itself."""
+    if cell["bytes"] is not None:
+        return digest(str(mode), cell["bytes"])
+    return digest(str(mode), cell["path"] if _is_address(cell["path"]) else Path(cell["path"]).read_bytes())
+
+
+def _digests(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
+    """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
+    state, mode = PartialState(), sources.features["image"].mode
+    digests: list[str] = []
+    bad: dict[str, str] = {}
+    mine = sources if state.is_main_process else []
+    bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
+    for row, source in enumerate(bar):
+        try:
+            digests.append(_digest(source["image"], mode))
+        except (OSError, TypeError) as error:  # TypeError: an empty cell
+            digests.append(f"unreadable {row}")
+            bad[digests[-1]] = str(error)
+    digests, bad = broadcast_object_list([digests, bad])
+    return digests, bad
+
+
+def _report(skipped: dict[str, str], number: int) -> None:
+    first = [f"{image_id} ({reason})" for image_id, reason in list(skipped.items())[:3]]
+    if len(skipped) == number:
+        raise ValueError(f"none of the {number} pictures can be read, first: {first}; pass pictures that Pillow opens")
+    if skipped and PartialState().is_main_process:
+        logger.warning(
+            f"skipped {len(skipped)} of {number} pictures, which cannot be read, first: {first}; gallery.skipped "
+            "lists them all"
+        )
+
+
+def _write_embeddings(file: Path, digests: list[str], embeds: Tensor, made_by: dict[str, str]) -> None:
+    """As [`EmbeddingStore`] does, which therefore refuses to mix them with another model's."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{uuid4().hex}.partial")
+    try:
+        save_file({"embeddings": embeds}, temporary, {**made_by, "keys": json.dumps([[name] for name in digests])})
+        temporary.replace(file)  # readers never see half a file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> tuple[list[str], Tensor]:
+    """Digests and float32 `(digests, d)`, a view of the file."""
+    with safe_open(file, framework="pt") as opened:
+        return [name for (name,) in json.loads(opened.metadata()["keys"])], opened.get_tensor("embeddings")
+
+
+__all__ = ["Explanation", "Gallery", "Query", "SearchResult"]

@@ -1,0 +1,342 @@
+"""A gallery finds what brute force finds, encodes nothing twice, and says why."""
+
+import base64
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from squares import COLOURS, draw, make_benchmark
+from tiny import make_model
+from torch.nn import functional as F
+
+from pvlf_hf import gallery as module
+from pvlf_hf.encoding import encode_gallery, encode_queries
+from pvlf_hf.gallery import Gallery
+from pvlf_hf.metrics import top_k
+from pvlf_hf.vector_index import make_index
+
+TEXT = "the same but green"
+NEEDS = {"faiss": "faiss", "milvus": "milvus_lite"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Nine squares, one in a subfolder, and a file that is no picture."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for row, colour in enumerate(COLOURS):
+        draw(row).save(folder / ("sub" if row == 8 else ".") / f"{colour}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def build(photos, tiny_model, tiny_processor):
+    """Makes the gallery of the folder with the given options."""
+    return lambda **options: Gallery.from_folder(photos, tiny_model, tiny_processor, progress=False, **options)
+
+
+@contextmanager
+def counting(model, fail_at=None):
+    """Counts the pictures that pass the image encoder; interrupts at one of them."""
+    counts = [0]
+
+    def count(_, args, kwargs, output):
+        counts[0] += len(output[0])
+        if fail_at is not None and counts[0] > fail_at:
+            raise KeyboardInterrupt
+
+    hook = model.backbone.vision_model.register_forward_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def index_options(name, tmp_path):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    return {"index": name, **({"uri": str(tmp_path / "gallery.db")} if name == "milvus" else {})}
+
+
+def test_exact_search_is_brute_force(build, tiny_model, tiny_processor):
+    gallery = build()
+    benchmark = make_benchmark()
+    assert gallery.ids == sorted(f"{'sub/' if c == 'white' else ''}{c}.png" for c in COLOURS)
+    rows = [COLOURS.index(Path(image_id).stem) for image_id in gallery.ids]
+    anew = encode_gallery(tiny_model, tiny_processor, benchmark.gallery, progress=False)[rows]
+    torch.testing.assert_close(gallery.embeds, anew)
+    queries = encode_queries(tiny_model, tiny_processor, benchmark.queries, progress=False)
+    for query, expected in zip(benchmark.queries, queries, strict=True):
+        result = gallery.search(query["reference"], query["caption"], k=4)
+        scores, best = top_k(expected[None], anew, 4)
+        assert result.ids == [gallery.ids[row] for row in best[0]]
+        assert result.scores == pytest.approx(scores[0].tolist(), abs=1e-6)
+        assert all(
+            Path(path).name == Path(image_id).name for path, image_id in zip(result.paths, result.ids, strict=True)
+        )
+
+
+@pytest.mark.parametrize("name", ["exact", "faiss", "milvus"])
+def test_indices_find_the_nearest_neighbours(name, tmp_path):
+    torch.manual_seed(0)
+    embeds, queries = (F.normalize(torch.randn(n, 16), dim=1) for n in (600, 20))
+    embeds[300:310] = embeds[0]  # ties
+    options = index_options(name, tmp_path)
+    digests = [f"{max(row, 0):04d}" if not 300 <= row < 310 else "0000" for row in range(600)]
+    index = make_index(name, options.get("uri"), embeds, digests, "model")
+    _, best = top_k(torch.cat([queries, embeds[:1]]), embeds, 10)
+    found = [set(index.candidates(q, 10).tolist()) for q in (*queries, embeds[0])]
+    recall = np.mean([len(rows & set(b.tolist())) / 10 for rows, b in zip(found[:20], best, strict=False)])
+    assert recall == 1 if name == "exact" else recall > 0.95
+    assert len(index.candidates(queries[0], 600)) >= (600 if name == "exact" else 550)
+    if name != "faiss":
+        assert found[20] >= set(best[20].tolist())
+
+
+@pytest.mark.parametrize("name", ["faiss", "milvus"])
+def test_a_gallery_searches_alike_with_each_index(build, name, tmp_path, photos):
+    for copy in ("zebra", "ant"):  # of the first result, all three with one score
+        draw(0).save(photos / f"{copy}.png")
+    exact, other = build().search(photos / "red.png", k=4), build(**index_options(name, tmp_path))
+    found = other.search(photos / "red.png", k=4)
+    assert (found.ids, found.scores) == (exact.ids, exact.scores)
+    assert found.ids[:3] == ["ant.png", "red.png", "zebra.png"]
+    (photos / exact.ids[3]).unlink()
+    Image.new("RGB", (32, 32), "pink").save(photos / "new.png")
+    after = build(**index_options(name, tmp_path))
+    assert sorted(after.search(query=exact.query, k=100).ids) == sorted(after.ids)
+    if name == "milvus":
+        with pytest.raises(ValueError, match=r"gallery\.db holds an index of another model .* choose another file"):
+            Gallery.from_folder(
+                photos, make_model(seed=1), after.processor, progress=False, index="milvus", uri=after.uri
+            ).search(text=TEXT)
+
+
+def test_only_what_changed_is_encoded(build, photos, tiny_model, tmp_path):
+    path = tmp_path / "kept"
+    draw(1).save(photos / "copy.png")
+    with counting(tiny_model) as counts:
+        build(path=path)
+        assert counts == [9]  # equal files once
+    with counting(tiny_model) as counts:
+        build(path=path)
+        assert counts == [0]
+        (photos / "red.png").rename(photos / "renamed.png")
+        (photos / "lime.png").unlink()
+        draw(0).rotate(90).save(photos / "blue.png")
+        draw(1).rotate(90).save(photos / "added.png")
+        updated = build(path=path)
+        assert counts == [2]
+    anew = build()
+    assert updated.ids == anew.ids
+    torch.testing.assert_close(updated.embeds, anew.embeds)
+    table = pq.read_table(path / "gallery.parquet")
+    assert table.column_names == ["id", "path", "digest"]
+    assert table["id"].to_pylist() == anew.ids
+    assert load_file(path / "embeddings.safetensors")["embeddings"].equal(updated.embeds)
+
+
+def test_an_interruption_loses_little(build, photos, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    path = tmp_path / "kept"
+    with counting(tiny_model, fail_at=5), pytest.raises(KeyboardInterrupt):
+        build(path=path, batch_size=1)
+    with counting(tiny_model) as counts:
+        resumed = build(path=path, batch_size=1)
+    assert counts == [9 - 4]
+    torch.testing.assert_close(resumed.embeds, build().embeds)
+    assert sorted(file.name for file in path.iterdir()) == ["embeddings.safetensors", "gallery.parquet"]
+
+
+def test_loaded_equals_saved(build, tiny_model, tiny_processor, tmp_path):
+    gallery = build()
+    gallery.save(tmp_path / "kept")
+    loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
+    assert (loaded.ids, loaded.paths, loaded.digests) == (gallery.ids, gallery.paths, gallery.digests)
+    assert loaded.embeds.equal(gallery.embeds)
+    result = loaded.search(gallery.paths[0], TEXT)
+    assert result.ids == gallery.search(query=result.query).ids
+
+
+def test_another_model_is_refused(build, photos, tiny_model, tiny_processor, tmp_path):
+    path, other = tmp_path / "kept", make_model(seed=1)
+    gallery = build(path=path)
+    draw(1).rotate(90).save(photos / "new.png")
+    elsewhere = Gallery.from_folder(photos, other, tiny_processor, progress=False)
+    for refused in (
+        lambda: Gallery.from_folder(photos, other, tiny_processor, path=path, progress=False),
+        lambda: Gallery.load(path, other, tiny_processor),
+        lambda: elsewhere.save(path),
+    ):
+        with pytest.raises(ValueError, match="kept holds embeddings of another model"), counting(other) as counts:
+            refused()
+        assert counts == [0]
+    with pytest.raises(ValueError, match="the query is of another model"):
+        elsewhere.search(query=gallery.query(text=TEXT))
+
+
+def test_weights_lead_from_the_picture_to_the_words(build, tiny_model):
+    gallery, red = build(), draw(0)
+    query = gallery.query(red, TEXT)
+    with counting(tiny_model) as counts:
+        ends = [gallery.search(query=query, weights=weights) for weights in ((1, 0, 0), (0, 0, 1), (0, 1, 0))]
+        mixed = query.embed((0.5, 1, -0.25))
+        assert counts == [0]
+    alone = [gallery.search(red), gallery.search(text=TEXT), gallery.search(red, TEXT)]
+    assert [result.ids for result in ends] == [result.ids for result in alone]
+    for end, one in zip(ends, alone, strict=True):
+        assert end.scores == pytest.approx(one.scores, abs=1e-6)
+    assert len({tuple(result.ids) for result in ends}) == 3
+    parts = 0.5 * query.image_embeds + query.fused - 0.25 * query.text_embeds
+    torch.testing.assert_close(mixed, F.normalize(parts, dim=0))
+    with pytest.raises(ValueError, match="the query has no text; pass it to the search, or weigh it 0"):
+        gallery.search(red, weights=(0, 1, 0.5))
+    with pytest.raises(ValueError, match="leave nothing of the query"):
+        gallery.search(query=query, weights=(0, 0, 0))
+
+
+def test_several_pictures_are_averaged(build):
+    gallery, pictures = build(), [draw(0), draw(4), draw(7)]
+    for text in (TEXT, None):
+        each = torch.stack([gallery.query(picture, text).fused for picture in pictures])
+        query = gallery.query(pictures, text)
+        torch.testing.assert_close(query.fused, F.normalize(each.mean(dim=0), dim=0), rtol=0, atol=1e-6)
+    assert len(query.images) == 3
+
+
+def test_refinement_keeps_the_session(build, photos):
+    gallery = build()
+    first = gallery.search(photos / "red.png", TEXT, k=4)
+    second = first.refine("more dark", pick=2)
+    third = second.refine(k=20)
+    expected = gallery.search(photos / first.ids[2], "more dark", k=4, exclude=[first.ids[2]])
+    assert (second.ids, second.scores) == (expected.ids, expected.scores)
+    assert len(third.ids) == 8
+    assert third.session == [first, second, third]
+    sheet = third.sheet("a session")
+    assert sheet.height > first.sheet("a session").height
+    assert gallery.search(text=TEXT).sheet().mode == "RGB"
+    with pytest.raises(ValueError, match="pick=4: there are 4 results, choose 0 to 3"):
+        first.refine(TEXT, pick=4)
+
+
+def test_why(build, tiny_model, tiny_processor):
+    gallery, inputs = build(), tiny_processor.process_queries(draw(0), TEXT)
+    tiny_model.train()
+    result = gallery.search([draw(0), draw(1)], TEXT, explain=True)
+    assert (tiny_model.training, tiny_model.config._attn_implementation) == (True, "sdpa")
+    tiny_model.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = tiny_model.get_query_features(**inputs, output_attentions=True)
+    why = result.why[0]
+    assert why.weights == pytest.approx(expected.aggregation_weights[0].tolist(), abs=1e-6)
+    attention = torch.stack([layer[0].mean(dim=0) for layer in expected.attentions])
+    torch.testing.assert_close(why.attention, attention)
+    n = len(why.tokens)
+    assert (n, why.tokens[1:-1]) == (inputs["input_ids"].shape[1], TEXT.split())
+    for source, rows in (("text", attention[:, :n]), ("prompts", attention[:, n : n + 3])):
+        torch.testing.assert_close(sum(why.shares(source).values()), torch.ones(len(attention)))
+        torch.testing.assert_close(why.shares(source)["image"], rows[..., n + 3 :].sum(dim=2).mean(dim=1))
+        assert why.words(source) == pytest.approx(rows[-1, :, :n].mean(dim=0).tolist())
+        torch.testing.assert_close(why.patches(source, layer=0).flatten(), rows[0, :, n + 4 :].mean(dim=0))
+    assert len(result.why) == 2
+    assert gallery.search(draw(0), TEXT).why == ()
+
+
+def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_path, caplog, monkeypatch):
+    clean, whole = build(), (photos / "red.png").read_bytes()
+    (photos / "a_half.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "gone.png").symlink_to("nothing")
+    (photos / "no.jpg").write_bytes(b"no picture")
+    (photos / "same.png").symlink_to(photos / "no.jpg")
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    monkeypatch.setattr(module.logger, "propagate", True)
+    with counting(tiny_model, fail_at=9), pytest.raises(KeyboardInterrupt):
+        build(path=tmp_path / "kept")
+    with caplog.at_level(logging.WARNING), counting(tiny_model):
+        gallery = build(path=tmp_path / "kept")
+    assert list(gallery.skipped) == ["a_half.png", "gone.png", "no.jpg", "same.png"]
+    assert "cannot identify" in gallery.skipped["no.jpg"] and "No such file" in gallery.skipped["gone.png"]
+    assert "skipped 4 of 13 pictures, which cannot be read, first: ['a_half.png" in caplog.text
+    assert gallery.ids == clean.ids
+    torch.testing.assert_close(gallery.embeds, clean.embeds)
+
+
+def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):
+    folder = build()
+    pictures = make_benchmark().gallery.rename_columns({"image": "photo", "image_id": "name"})  # holds the bytes
+    names = {"image_column": "photo", "id_column": "name", "progress": False}
+    from_bytes = Gallery.from_dataset(pictures, tiny_model, tiny_processor, tmp_path / "kept", **names)
+    assert (from_bytes.ids, set(from_bytes.paths)) == (COLOURS, {None})
+    by_name = {Path(image_id).stem: embeds for image_id, embeds in zip(folder.ids, folder.embeds, strict=True)}
+    torch.testing.assert_close(from_bytes.embeds, torch.stack([by_name[name] for name in COLOURS]))
+    result = from_bytes.search(draw(0), TEXT)
+    assert np.array_equal(from_bytes.picture("red"), draw(0)) and result.refine("dark").ids
+    loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
+    with pytest.raises(
+        ValueError,
+        match=r"the picture 'red' cannot be opened \(the gallery knows no file of it\): make the gallery again",
+    ):
+        loaded.picture("red")
+    data = "data:image/png;base64," + base64.b64encode((photos / "red.png").read_bytes()).decode()
+    mixed = Gallery.from_images([data, photos / "blue.png"], tiny_model, tiny_processor, progress=False)
+    torch.testing.assert_close(mixed.embeds, torch.stack([by_name["red"], by_name["blue"]]))
+    assert mixed.ids == mixed.paths == [data, str(photos / "blue.png")]
+
+
+def test_what_is_wrong_is_said(build, photos, tiny_model, tiny_processor, tmp_path):
+    gallery, both = build(), (tiny_model, tiny_processor)
+    assert len(gallery.search(text=TEXT, k=1000).ids) == len(gallery) == 9
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    for folder in (empty, broken):
+        folder.mkdir()
+    (empty / "a.txt").write_text("")
+    (broken / "a.png").write_text("")
+    rows = Dataset.from_dict({"image": [str(photos / "red.png")] * 2, "image_id": ["a", "a"]})
+    wrong = {
+        r"empty holds no pictures, its files end in \['\.txt'\]": lambda: Gallery.from_folder(empty, *both),
+        "no such folder": lambda: Gallery.from_folder(tmp_path / "absent", *both),
+        "none of the 1 pictures can be read": lambda: Gallery.from_folder(broken, *both, progress=False),
+        "none of the 0 pictures": lambda: Gallery.from_images([], *both, progress=False),
+        r"image_id must be unique, repeated: \['a'\]": lambda: Gallery.from_dataset(rows, *both),
+        r"missing column\(s\) \['name'\]": lambda: Gallery.from_dataset(rows, *both, id_column="name"),
+        r"empty lacks \['embeddings.safetensors'": lambda: Gallery.load(empty, *both),
+        "index='annoy': choose one of": lambda: build(index="annoy"),
+        "index='milvus' with uri=None": lambda: build(index="milvus"),
+        "index='exact' with uri='x.db'": lambda: build(uri="x.db"),
+        "text is empty: say what to look for": lambda: gallery.search(photos / "red.png", " "),
+        "nothing to search by": lambda: gallery.search(),
+        "image is an empty list": lambda: gallery.search([], TEXT),
+        "cannot read picture 'absent.png'": lambda: gallery.search("absent.png"),
+        "k=0: ask for at least one": lambda: gallery.search(text=TEXT, k=0),
+        "explain=True needs an image and a text": lambda: gallery.search(text=TEXT, explain=True),
+        "a query is encoded already": lambda: gallery.search(text=TEXT, query=gallery.query(text=TEXT)),
+        r"exclude names \['nobody'\]": lambda: gallery.search(text=TEXT, exclude=["nobody"]),
+        "exclude leaves none of the gallery's 9": lambda: gallery.search(text=TEXT, exclude=gallery.ids),
+        "'nobody' is not in the gallery": lambda: gallery.picture("nobody"),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_files_of_two_times_are_not_read_as_one(build, photos, tiny_model, tiny_processor, tmp_path):
+    path = tmp_path / "kept"
+    build(path=path)
+    table = (path / "gallery.parquet").read_bytes()
+    (photos / "red.png").unlink()
+    build(path=path)
+    (path / "gallery.parquet").write_bytes(table)
+    with pytest.raises(ValueError, match="are not of one time: make the gallery again with this path"):
+        Gallery.load(path, tiny_model, tiny_processor)
+    with counting(tiny_model) as counts:
+        assert build(path=path).ids == Gallery.load(path, tiny_model, tiny_processor).ids
+    assert counts == [0]
