@@ -35,6 +35,7 @@ RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
 CARD = ROOT / "model_cards" / "emoji-cir"
 CHECKPOINT = ROOT / "model_cards" / "pvlf-emoji-tiny"
 BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
+BOTH = ["--finetuning=both", "--feature_cache="]  # what trains cannot be cached
 CONFIGURATIONS = {
     "PVLF-Deep": [],  # the recipe: text encoder trained, 25 prompts in each of two layers, gamma 2
     "PVLF-Shallow": ["--prompt_depth=1"],
@@ -44,7 +45,8 @@ CONFIGURATIONS = {
     **{f"{length} prompts": [f"--num_prompts={length}"] for length in (5, 35)},
     **{f"J = {depth}": [f"--fusion_layers={depth}", f"--prompt_depth={depth}"] for depth in (1, 3)},
     "cross-entropy": ["--gamma=0"],
-    "PVLF-Deep, both": ["--finetuning=both", "--feature_cache="],  # what trains cannot be cached
+    "PVLF-Deep, both": BOTH,
+    "TransAgg, both": ["--method=transagg", *BOTH],
 }
 TABLES = {  # title, rows (name in the table -> configuration), and the row that differences are to
     "methods": ("Methods (as Tables 1-2)", {m: m for m in ("TransAgg", "PVLF-Shallow", "PVLF-Deep")}, "TransAgg"),
@@ -55,6 +57,7 @@ TABLES = {  # title, rows (name in the table -> configuration), and the row that
             "PVLF-Deep, none": "PVLF-Deep, frozen",
             "TransAgg, text": "TransAgg",
             "PVLF-Deep, text": "PVLF-Deep",
+            "TransAgg, both": "TransAgg, both",
             "PVLF-Deep, both": "PVLF-Deep, both",
         },
         "PVLF-Deep, text",
