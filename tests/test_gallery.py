@@ -16,7 +16,7 @@ from squares import COLOURS, draw, make_benchmark
 from tiny import make_model
 from torch.nn import functional as F
 
-from pvlf_hf import gallery as module
+from pvlf_hf import gallery_encoding as module
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.gallery import Gallery
 from pvlf_hf.metrics import top_k

@@ -39,6 +39,7 @@ ORDER = [
     "doctor",
     "sheet",
     "vector_index",
+    "gallery_encoding",
     "gallery",
     "training_args",
     "trainer",

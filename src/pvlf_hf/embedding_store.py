@@ -9,17 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from uuid import uuid4
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_pvlf import PVLFConfig
-from .feature_cache import fingerprint
+from .feature_cache import fingerprint, text_settings, write_whole
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 
@@ -58,19 +56,20 @@ class EmbeddingStore:
                 f"{next(iter(models)).name}. Delete those that you do not want."
             )
 
-    def claim(self, model: PVLFModel, processor: PVLFProcessor) -> None:
-        """States whose embeddings are about to be added.
+    def claim(self, model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
+        """States whose embeddings are about to be added, and returns it as [`made_by`] does.
 
         Raises:
             ValueError: if the folder holds those of other weights or another processor.
         """
-        claimed = {"fingerprint": _fingerprint(model, processor), "dtype": dtype_of(model)}
+        claimed = made_by(model, processor)
         if self.model not in (None, claimed):
             raise ValueError(
                 f"{self.folder} holds embeddings of another model or processor, which must not be mixed: choose "
                 "another folder, or delete this one"
             )
         self.model = claimed
+        return claimed
 
     def fetch(self, name: str, keys: Sequence[Key], encode: Callable[[list[int]], Tensor] | None = None) -> Tensor:
         """Embeddings in the order of the keys; what is missing is encoded and added.
@@ -89,7 +88,8 @@ class EmbeddingStore:
             ValueError: if something is missing and there is no `encode`, or processes see different folders.
         """
         file = self.folder / f"{quote(name, safe='')}.safetensors"
-        row_of, embeds = _read(file)
+        keys_there, embeds = read_rows(file) if file.exists() else ([], torch.empty(0))
+        row_of = {key: row for row, key in enumerate(keys_there)}
         first_place = {key: place for place, key in reversed(list(enumerate(keys))) if key not in row_of}
         missing = sorted(first_place.values())
         if missing and encode is None:
@@ -113,13 +113,26 @@ class EmbeddingStore:
     def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
         if self.model is None:
             raise ValueError("say whose embeddings these are: call claim(model, processor) first")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{uuid4().hex}.partial")
-        try:
-            save_file({"embeddings": embeds}, temporary, {**self.model, "keys": json.dumps(keys)})
-            temporary.replace(file)  # readers never see half a file
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_rows(file, keys, embeds, self.model)
+
+
+def write_rows(file: Path, keys: Sequence[Key], embeds: Tensor, model: dict[str, str]) -> None:
+    """Writes embeddings, what each embeds, and whose they are ([`made_by`])."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, {"embeddings": embeds}, {**model, "keys": json.dumps(keys)})
+
+
+def read_rows(file: Path) -> tuple[list[Key], Tensor]:
+    """What each row embeds, and the rows float32 `(keys, d)`, a view of the file."""
+    with safe_open(file, framework="pt") as opened:
+        return list(map(tuple, json.loads(opened.metadata()["keys"]))), opened.get_tensor("embeddings")
+
+
+def made_by(model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
+    """Whose embeddings: `fingerprint` of everything but the inputs that they depend on, and `dtype`."""
+    config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
+    settings = processor.image_processor.to_json_string() + text_settings(processor) + json.dumps(config)
+    return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 
 def dtype_of(model: PVLFModel) -> str:
@@ -128,15 +141,6 @@ def dtype_of(model: PVLFModel) -> str:
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return str(dtype).removeprefix("torch.")
-
-
-def _fingerprint(model: PVLFModel, processor: PVLFProcessor) -> str:
-    """Digest of everything but the inputs that embeddings depend on."""
-    # The tokenizer keeps truncation and padding of its last call.
-    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
-    settings = [tokenizer, processor.max_text_length, processor.padding, *config]
-    return fingerprint([model], model, processor.image_processor.to_json_string() + json.dumps(settings))
 
 
 def _read_header(file: Path) -> dict[str, str]:
@@ -148,13 +152,4 @@ def _read_header(file: Path) -> dict[str, str]:
         raise ValueError(f"{file} is damaged or not ours ({error}): delete it, its part is encoded anew") from error
 
 
-def _read(file: Path) -> tuple[dict[Key, int], Tensor]:
-    """Rows by key, and the rows."""
-    if not file.exists():
-        return {}, torch.empty(0)
-    with safe_open(file, framework="pt") as opened:
-        keys = json.loads(opened.metadata()["keys"])
-        return {tuple(key): row for row, key in enumerate(keys)}, opened.get_tensor("embeddings")
-
-
-__all__ = ["EmbeddingStore"]
+__all__ = ["EmbeddingStore", "made_by"]

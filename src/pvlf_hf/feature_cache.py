@@ -8,11 +8,11 @@ picture's file (or of a caption) a row in it. Whatever changes, changes the name
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import PartialState
@@ -160,17 +160,23 @@ class FeatureCache:
             "starts": lengths.cumsum(0),
             "positions": torch.tensor([position for _, position in shard.values()]),
         }
-        temporary = self.folder / f"{uuid.uuid4().hex}.partial"
         try:
-            save_file(tensors, temporary, metadata={"digests": json.dumps(list(shard))})
-            temporary.replace(temporary.with_suffix(".safetensors"))  # readers never see half a file
+            write_whole(self.folder / f"{uuid4().hex}.safetensors", tensors, {"digests": json.dumps(list(shard))})
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"cannot write features to {self.folder} ({error}). What is there already can be used: make room and "
                 "run again, or train without feature_cache"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file under another name and renames it: readers never see half of it."""
+    temporary = file.with_name(f"{uuid4().hex}.partial")
+    try:
+        save_file(tensors, temporary, metadata)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class FeatureCollator:

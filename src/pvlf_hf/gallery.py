@@ -13,7 +13,6 @@ Example:
     ```
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,23 +28,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, Image
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from PIL import Image as PILImage
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import BatchFeature
 from transformers.utils import logging
 
 from .benchmark import check_columns
-from .embedding_store import EmbeddingStore
-from .encoding import device_of, encode_gallery
-from .feature_cache import digest
-from .image_processing_pvlf import Picture, open_rgb, to_rgb
+from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
+from .encoding import device_of
+from .gallery_encoding import EMBEDDINGS, PART, Encoding, as_dataset, digests_of, open_cell, report
+from .image_processing_pvlf import Picture
 from .metrics import top_k
 from .modeling_pvlf import PVLFModel, PVLFQueryOutput
 from .processing_pvlf import PVLFProcessor
@@ -54,10 +48,7 @@ from .vector_index import IndexName, VectorIndex, check_index, make_index
 
 logger = logging.get_logger(__name__)
 
-EMBEDDINGS, TABLE, PART = "embeddings.safetensors", "gallery.parquet", ".part.safetensors"
-
-SAVE_EVERY = 1024
-"""Pictures encoded between two writes (ours): what an interruption can lose."""
+TABLE = "gallery.parquet"
 
 Weights = tuple[float, float, float]
 """Of picture, fusion and words in a query, in the order of the paper's eq. 13."""
@@ -266,7 +257,7 @@ class Gallery:
         self.ids, self.paths, self.digests = table["id"], table["path"], table["digest"]
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
         self.index_name, self.uri, self.skipped = index, uri, skipped or {}
-        self._sources = sources or _as_dataset(self.paths)
+        self._sources = sources or as_dataset(self.paths)
 
     @classmethod
     def from_folder(
@@ -306,7 +297,7 @@ class Gallery:
             raise ValueError(f"{folder} holds no pictures, its files end in {endings}: pass the folder that does")
         ids = [file.relative_to(folder).as_posix() for file in pictures]
         return cls.from_dataset(
-            _as_dataset([str(f.absolute()) for f in pictures], ids), model, processor, path, **options
+            as_dataset([str(f.absolute()) for f in pictures], ids), model, processor, path, **options
         )
 
     @classmethod
@@ -320,7 +311,7 @@ class Gallery:
     ) -> "Gallery":
         """As [`~Gallery.from_folder`], of files and `http(s):` or `data:` addresses, which are their own ids."""
         names = [str(image) for image in images]
-        return cls.from_dataset(_as_dataset(names, names), model, processor, path, **options)
+        return cls.from_dataset(as_dataset(names, names), model, processor, path, **options)
 
     @classmethod
     def from_dataset(
@@ -349,13 +340,13 @@ class Gallery:
         mode = getattr(dataset.features[image_column], "mode", None)
         sources = dataset.select_columns(image_column).rename_columns({image_column: "image"})
         sources = sources.cast_column("image", Image(mode=mode, decode=False))
-        made_by = _claim(path, model, processor)
-        digests, bad = _digests(sources, progress)
-        encoding = _Encoding(sources, digests, Path(path) if path else None, made_by)
+        its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
+        digests, bad = digests_of(sources, progress)
+        encoding = Encoding(sources, digests, Path(path) if path else None, its_model)
         bad = encoding.run(model, processor, bad, batch_size, progress)
         skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
         kept = [row for row in range(len(ids)) if digests[row] not in bad]
-        _report(skipped, len(ids))
+        report(skipped, len(ids))
         sources = sources.select(kept)
         paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
         table: dict[str, list[Any]] = {
@@ -364,7 +355,7 @@ class Gallery:
             "digest": [digests[row] for row in kept],
         }
         embeds = encoding.take(table["digest"])
-        gallery = cls(table, embeds, made_by, model, processor, index, uri, sources, skipped)
+        gallery = cls(table, embeds, its_model, model, processor, index, uri, sources, skipped)
         if path:
             gallery.save(path)
         return gallery
@@ -387,15 +378,15 @@ class Gallery:
         path = Path(path)
         if missing := [name for name in (EMBEDDINGS, TABLE) if not (path / name).is_file()]:
             raise ValueError(f"{path} lacks {missing}: make it with Gallery.from_folder(..., path={str(path)!r})")
-        made_by = _claim(path, model, processor)
+        its_model = EmbeddingStore(path).claim(model, processor)
         table = pq.read_table(path / TABLE).to_pydict()
-        digests, embeds = _read(path / EMBEDDINGS)
-        if digests != table["digest"]:
+        keys, embeds = read_rows(path / EMBEDDINGS)
+        if [name for (name,) in keys] != table["digest"]:
             raise ValueError(
                 f"{path}: {EMBEDDINGS} and {TABLE} are not of one time: make the gallery again with this path, which "
                 "encodes nothing twice"
             )
-        return cls(table, embeds, made_by, model, processor, index, uri)
+        return cls(table, embeds, its_model, model, processor, index, uri)
 
     def save(self, path: str | Path) -> None:
         """Writes the two files of a gallery, and removes what an interruption left.
@@ -550,7 +541,7 @@ class Gallery:
         if image_id not in self._row_of:
             raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
         try:
-            return _open(self._sources[self._row_of[image_id]]["image"], self._sources.features["image"].mode)
+            return open_cell(self._sources[self._row_of[image_id]]["image"], self._sources.features["image"].mode)
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
             raise ValueError(
                 f"the picture {image_id!r} cannot be opened ({error}): make the gallery again where its pictures are, "
@@ -567,7 +558,7 @@ class Gallery:
         return {image_id: row for row, image_id in enumerate(self.ids)}
 
     def _write(self, folder: Path, paths: list[str | None]) -> None:
-        _write_embeddings(folder / EMBEDDINGS, self.digests, self.embeds, self.made_by)
+        write_rows(folder / EMBEDDINGS, [(name,) for name in self.digests], self.embeds, self.made_by)
         columns = {"id": self.ids, "path": paths, "digest": self.digests}
         temporary = folder / f"{uuid4().hex}.partial"
         pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), temporary)
@@ -578,75 +569,6 @@ class Gallery:
 
     def __repr__(self) -> str:
         return f"Gallery({len(self)} pictures, {len(self.skipped)} skipped, index={self.index_name!r})"
-
-
-class _Encoding:
-    """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
-
-    def __init__(self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str]) -> None:
-        self.sources, self.digests, self.path, self.made_by = sources, digests, path, made_by
-        files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
-        self.known: list[str] = []
-        self.embeds: list[Tensor] = []
-        for file in filter(Path.exists, files):
-            names, embeds = _read(file)
-            self.known += names
-            self.embeds.append(embeds)
-
-    def run(
-        self, model: PVLFModel, processor: PVLFProcessor, bad: dict[str, str], batch_size: int, progress: bool
-    ) -> dict[str, str]:
-        """Takes the digests of what cannot be read, and why; returns them with those that do not decode."""
-        bad, state = dict(bad), PartialState()
-        known = {*self.known, *bad}
-        first_row = {name: row for row, name in reversed(list(enumerate(self.digests))) if name not in known}
-        # One process says what is missing: nothing is written before all of them have read the folder.
-        (missing,) = broadcast_object_list([sorted(first_row.values())])
-        show = progress and state.is_main_process
-        with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
-            for start in range(0, len(missing), SAVE_EVERY):
-                rows = missing[start : start + SAVE_EVERY]
-                reader = _Reader(processor, self.sources.features["image"].mode, bar)
-                embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
-                for found in gather_object([reader.bad]):
-                    bad |= found
-                good = [place for place, row in enumerate(rows) if self.digests[row] not in bad]
-                self._keep([self.digests[rows[place]] for place in good], embeds[good])
-        return bad
-
-    def take(self, digests: list[str]) -> Tensor:
-        """float32 `(digests, d)`."""
-        row_of = {name: row for row, name in enumerate(self.known)}
-        return torch.cat(self.embeds)[[row_of[name] for name in digests]]
-
-    def _keep(self, digests: list[str], embeds: Tensor) -> None:
-        self.known += digests
-        self.embeds.append(embeds)
-        if self.path and digests and PartialState().is_main_process:
-            _write_embeddings(self.path / f"{uuid4().hex}{PART}", digests, embeds, self.made_by)
-
-
-class _Reader:
-    """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
-
-    def __init__(self, processor: PVLFProcessor, mode: str | None, bar: tqdm) -> None:
-        self.processor, self.mode, self.bar = processor, mode, bar
-        # Stands for what cannot be read: every process of a sharded model needs every forward.
-        self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
-        self.bad: dict[str, str] = {}
-
-    def process_targets(self, cells: list[dict[str, Any]]) -> BatchFeature:
-        """Inputs of undecoded cells."""
-        pixels = torch.cat([self._read(cell) for cell in cells])
-        self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
-        return BatchFeature({"pixel_values": pixels})
-
-    def _read(self, cell: dict[str, Any]) -> Tensor:
-        try:
-            return self.processor.process_targets(_open(cell, self.mode))["pixel_values"]
-        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            self.bad[_digest(cell, self.mode)] = str(error)
-            return self.black
 
 
 @contextmanager
@@ -674,84 +596,6 @@ def _explain(output: PVLFQueryOutput, row: int, words: list[str], num_prompts: i
 def _mean(embeds: Tensor) -> Tensor:
     """`(n, d)` -> float32 `(d,)`, normalised, on the CPU."""
     return F.normalize(embeds.float().mean(dim=0), dim=0).cpu()
-
-
-def _claim(path: str | Path | None, model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
-    """Which model this is; raises a `ValueError` if the folder holds embeddings of another."""
-    with TemporaryDirectory() as empty:
-        store = EmbeddingStore(path or empty)
-        store.claim(model, processor)
-    return dict(store.model or {})
-
-
-def _as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
-    columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
-    return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
-
-
-def _is_address(path: str | None) -> bool:
-    return bool(path) and str(path).startswith(("http://", "https://", "data:"))
-
-
-def _open(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
-    """Decodes a cell as its column would, RGB."""
-    if not cell or cell["bytes"] is cell["path"] is None:
-        raise ValueError("the gallery knows no file of it")
-    if cell["bytes"] is None and _is_address(cell["path"]):
-        return open_rgb(cell["path"])
-    return to_rgb(Image(mode=mode).decode_example(cell))
-
-
-def _digest(cell: dict[str, Any], mode: str | None) -> str:
-    """Of the file and of how it is decoded; of an address itself."""
-    if cell["bytes"] is not None:
-        return digest(str(mode), cell["bytes"])
-    return digest(str(mode), cell["path"] if _is_address(cell["path"]) else Path(cell["path"]).read_bytes())
-
-
-def _digests(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
-    """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
-    state, mode = PartialState(), sources.features["image"].mode
-    digests: list[str] = []
-    bad: dict[str, str] = {}
-    mine = sources if state.is_main_process else []
-    bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
-    for row, source in enumerate(bar):
-        try:
-            digests.append(_digest(source["image"], mode))
-        except (OSError, TypeError) as error:  # TypeError: an empty cell
-            digests.append(f"unreadable {row}")
-            bad[digests[-1]] = str(error)
-    digests, bad = broadcast_object_list([digests, bad])
-    return digests, bad
-
-
-def _report(skipped: dict[str, str], number: int) -> None:
-    first = [f"{image_id} ({reason})" for image_id, reason in list(skipped.items())[:3]]
-    if len(skipped) == number:
-        raise ValueError(f"none of the {number} pictures can be read, first: {first}; pass pictures that Pillow opens")
-    if skipped and PartialState().is_main_process:
-        logger.warning(
-            f"skipped {len(skipped)} of {number} pictures, which cannot be read, first: {first}; gallery.skipped "
-            "lists them all"
-        )
-
-
-def _write_embeddings(file: Path, digests: list[str], embeds: Tensor, made_by: dict[str, str]) -> None:
-    """As [`EmbeddingStore`] does, which therefore refuses to mix them with another model's."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{uuid4().hex}.partial")
-    try:
-        save_file({"embeddings": embeds}, temporary, {**made_by, "keys": json.dumps([[name] for name in digests])})
-        temporary.replace(file)  # readers never see half a file
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(file: Path) -> tuple[list[str], Tensor]:
-    """Digests and float32 `(digests, d)`, a view of the file."""
-    with safe_open(file, framework="pt") as opened:
-        return [name for (name,) in json.loads(opened.metadata()["keys"])], opened.get_tensor("embeddings")
 
 
 __all__ = ["Explanation", "Gallery", "Query", "SearchResult"]

@@ -1,0 +1,155 @@
+"""What a gallery is made of: picture files known by their digests, encoded once, kept in parts, damage set aside."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import BatchFeature
+from transformers.utils import logging
+
+from .embedding_store import read_rows, write_rows
+from .encoding import encode_gallery
+from .feature_cache import digest
+from .image_processing_pvlf import open_rgb, to_rgb
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+
+logger = logging.get_logger(__name__)
+
+EMBEDDINGS, PART = "embeddings.safetensors", ".part.safetensors"
+
+SAVE_EVERY = 1024
+"""Pictures encoded between two writes (ours): what an interruption can lose."""
+
+
+class Encoding:
+    """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
+
+    def __init__(self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str]) -> None:
+        self.sources, self.digests, self.path, self.made_by = sources, digests, path, made_by
+        files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
+        self.known: list[str] = []
+        self.embeds: list[Tensor] = []
+        for file in filter(Path.exists, files):
+            keys, embeds = read_rows(file)
+            self.known += [name for (name,) in keys]
+            self.embeds.append(embeds)
+
+    def run(
+        self, model: PVLFModel, processor: PVLFProcessor, bad: dict[str, str], batch_size: int, progress: bool
+    ) -> dict[str, str]:
+        """Takes the digests of what cannot be read, and why; returns them with those that do not decode."""
+        bad, state = dict(bad), PartialState()
+        known = {*self.known, *bad}
+        first_row = {name: row for row, name in reversed(list(enumerate(self.digests))) if name not in known}
+        # One process says what is missing: nothing is written before all of them have read the folder.
+        (missing,) = broadcast_object_list([sorted(first_row.values())])
+        show = progress and state.is_main_process
+        with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
+            for start in range(0, len(missing), SAVE_EVERY):
+                rows = missing[start : start + SAVE_EVERY]
+                reader = Reader(processor, self.sources.features["image"].mode, bar)
+                embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
+                for found in gather_object([reader.bad]):
+                    bad |= found
+                good = [place for place, row in enumerate(rows) if self.digests[row] not in bad]
+                self._keep([self.digests[rows[place]] for place in good], embeds[good])
+        return bad
+
+    def take(self, digests: list[str]) -> Tensor:
+        """float32 `(digests, d)`."""
+        row_of = {name: row for row, name in enumerate(self.known)}
+        return torch.cat(self.embeds)[[row_of[name] for name in digests]]
+
+    def _keep(self, digests: list[str], embeds: Tensor) -> None:
+        self.known += digests
+        self.embeds.append(embeds)
+        if self.path and digests and PartialState().is_main_process:
+            keys = [(name,) for name in digests]
+            write_rows(self.path / f"{uuid4().hex}{PART}", keys, embeds, self.made_by)
+
+
+class Reader:
+    """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
+
+    def __init__(self, processor: PVLFProcessor, mode: str | None, bar: tqdm) -> None:
+        self.processor, self.mode, self.bar = processor, mode, bar
+        # Stands for what cannot be read: every process of a sharded model needs every forward.
+        self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
+        self.bad: dict[str, str] = {}
+
+    def process_targets(self, cells: list[dict[str, Any]]) -> BatchFeature:
+        """Inputs of undecoded cells."""
+        pixels = torch.cat([self._read(cell) for cell in cells])
+        self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
+        return BatchFeature({"pixel_values": pixels})
+
+    def _read(self, cell: dict[str, Any]) -> Tensor:
+        try:
+            return self.processor.process_targets(open_cell(cell, self.mode))["pixel_values"]
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            self.bad[digest_of(cell, self.mode)] = str(error)
+            return self.black
+
+
+def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
+    """Files or addresses as a column of undecoded pictures, `image`, with `image_id` beside it where given."""
+    columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
+    return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
+
+
+def _is_address(path: str | None) -> bool:
+    return bool(path) and str(path).startswith(("http://", "https://", "data:"))
+
+
+def open_cell(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
+    """Decodes a cell as its column would, RGB."""
+    if not cell or cell["bytes"] is cell["path"] is None:
+        raise ValueError("the gallery knows no file of it")
+    if cell["bytes"] is None and _is_address(cell["path"]):
+        return open_rgb(cell["path"])
+    return to_rgb(Image(mode=mode).decode_example(cell))
+
+
+def digest_of(cell: dict[str, Any], mode: str | None) -> str:
+    """Of the file and of how it is decoded; of an address itself."""
+    if cell["bytes"] is not None:
+        return digest(str(mode), cell["bytes"])
+    return digest(str(mode), cell["path"] if _is_address(cell["path"]) else Path(cell["path"]).read_bytes())
+
+
+def digests_of(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
+    """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
+    state, mode = PartialState(), sources.features["image"].mode
+    digests: list[str] = []
+    bad: dict[str, str] = {}
+    mine = sources if state.is_main_process else []
+    bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
+    for row, source in enumerate(bar):
+        try:
+            digests.append(digest_of(source["image"], mode))
+        except (OSError, TypeError) as error:  # TypeError: an empty cell
+            digests.append(f"unreadable {row}")
+            bad[digests[-1]] = str(error)
+    digests, bad = broadcast_object_list([digests, bad])
+    return digests, bad
+
+
+def report(skipped: dict[str, str], number: int) -> None:
+    """Warns of pictures that were skipped, id -> reason; a `ValueError` if that is all of them."""
+    first = [f"{image_id} ({reason})" for image_id, reason in list(skipped.items())[:3]]
+    if len(skipped) == number:
+        raise ValueError(f"none of the {number} pictures can be read, first: {first}; pass pictures that Pillow opens")
+    if skipped and PartialState().is_main_process:
+        logger.warning(
+            f"skipped {len(skipped)} of {number} pictures, which cannot be read, first: {first}; gallery.skipped "
+            "lists them all"
+        )
