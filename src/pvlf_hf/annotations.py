@@ -179,7 +179,7 @@ def make_triplets(
     Raises:
         ValueError: as [`make_benchmark`].
     """
-    named = {i: images[i] for row in rows for i in _named(row) if i in images}
+    named = {i: images[i] for row in rows for i in named_images(row) if i in images}
     kept, paths = _with_files(name, rows, named, folders, allow_missing)
     if len(kept) < len(rows):
         logger.warning("%s: %d of %d triplets left out for want of files", name, len(rows) - len(kept), len(rows))
@@ -195,19 +195,19 @@ def _with_files(
     allow_missing: bool,
 ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
     """The rows whose images all have a file, and the paths by image id of those that have one."""
-    if unknown := list(dict.fromkeys(i for row in rows for i in _named(row) if i not in images)):
+    if unknown := list(dict.fromkeys(i for row in rows for i in named_images(row) if i not in images)):
         raise ValueError(
             f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
             "Do the two annotation files belong together?"
         )
-    folder, paths = max(((f, _paths_in(f, images)) for f in folders), key=lambda found: len(found[1]))
+    folder, paths = max(((f, paths_in(f, images)) for f in folders), key=lambda found: len(found[1]))
     missing = [i for i in images if i not in paths]
     if missing and paths and not allow_missing:
         raise ValueError(
             f"{name}: {len(missing)} of {len(images)} images have no file in {folder}, first: {missing[:3]}. "
             "Pass allow_missing=True to leave them out, and with them the rows that name them."
         )
-    kept = [row for row in rows if all(i in paths for i in _named(row))]
+    kept = [row for row in rows if all(i in paths for i in named_images(row))]
     if not kept:
         names = " or ".join(images[missing[0]])
         raise ValueError(
@@ -216,7 +216,7 @@ def _with_files(
     return kept, paths
 
 
-def _paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Paths of the images that are in a folder, which is listed once: 123,403 questions to a file server take long."""
 
     @cache
@@ -234,7 +234,8 @@ def _paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, st
     return paths
 
 
-def _named(row: Mapping[str, Any]) -> Iterable[str]:
+def named_images(row: Mapping[str, Any]) -> Iterable[str]:
+    """Ids of all images that a query or triplet names, with repetitions."""
     yield from (row[column] for column in ("reference_id", "target_id") if column in row)
     yield from (i for column in ("target_ids", "subset_ids") for i in row.get(column, ()))
 

@@ -28,12 +28,12 @@ EXPECTED_IMAGES = 123403
 
 SPLITS = tuple(EXPECTED_COUNTS)
 
-_IMAGE_LISTS = tuple(
+IMAGE_LISTS = tuple(
     f"{folder}image_info_unlabeled2017.json"
     for folder in ("COCO2017_unlabeled/annotations/", "COCO2017_unlabeled/", "annotations/", "")
 )
 
-_IMAGE_FOLDERS = ("COCO2017_unlabeled/unlabeled2017", "unlabeled2017", "COCO2017_unlabeled", "images", ".")
+IMAGE_FOLDERS = ("COCO2017_unlabeled/unlabeled2017", "unlabeled2017", "COCO2017_unlabeled", "images", ".")
 
 
 def load_circo(
@@ -66,8 +66,8 @@ def load_circo(
     check_choice("reference", reference, ("kept", "removed"))
     root = Path(root)
     annotations = find_file(root, [f"annotations/{split}.json", f"{split}.json"])
-    listing = find_file(root, _IMAGE_LISTS)
-    rows, images = _read_queries(annotations, has_targets=split == "val"), _read_images(listing)
+    listing = find_file(root, IMAGE_LISTS)
+    rows, images = read_queries(annotations, has_targets=split == "val"), read_images(listing)
     if check_counts:
         check_counts_of(
             f"circo/{split}", queries=(len(rows), EXPECTED_COUNTS[split]), images=(len(images), EXPECTED_IMAGES)
@@ -80,10 +80,11 @@ def load_circo(
         metrics="circo",
         revision=digest(annotations, listing),
     )
-    return make_benchmark(f"circo/{split}", rows, images, [root / f for f in _IMAGE_FOLDERS], protocol, allow_missing)
+    return make_benchmark(f"circo/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
 
 
-def _read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+    """Columns of the queries but the pictures, checked row by row."""
     fields: dict[str, Any] = {"id": int, "reference_img_id": int, "relative_caption": str}
     if has_targets:
         fields |= {"target_img_id": int, "gt_img_ids": list[int]}
@@ -108,7 +109,7 @@ def _read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_images(file: Path) -> dict[str, list[str]]:
+def read_images(file: Path) -> dict[str, list[str]]:
     """File names by image id."""
     content = read_json(file, dict)
     check_records(file, {"the object": content}, {"images": list})

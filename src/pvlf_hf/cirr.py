@@ -28,7 +28,7 @@ EXPECTED_COUNTS = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148,
 
 SPLITS = tuple(EXPECTED_COUNTS)
 
-_IMAGE_FOLDERS = (".", "img_raw", "images", "NLVR2/images")
+IMAGE_FOLDERS = (".", "img_raw", "images", "NLVR2/images")
 
 
 def load_cirr(
@@ -54,7 +54,7 @@ def load_cirr(
     """
     check_choice("split", split, SPLITS)
     root = Path(root)
-    rows, images, revision = _read(root, split, check_counts)
+    rows, images, revision = read_annotations(root, split, check_counts)
     _check_subsets(f"cirr/{split}", rows)
     protocol = Protocol(
         name=f"cirr-{split}",
@@ -62,7 +62,7 @@ def load_cirr(
         captions="as annotated, not lower-cased",
         revision=revision,
     )
-    return make_benchmark(f"cirr/{split}", rows, images, [root / f for f in _IMAGE_FOLDERS], protocol, allow_missing)
+    return make_benchmark(f"cirr/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
 
 
 def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts: bool = True) -> Dataset:
@@ -80,18 +80,20 @@ def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts:
         ValueError: if a file is absent or not as published, or pictures are absent.
     """
     root = Path(root)
-    rows, images, _ = _read(root, "train", check_counts)
+    rows, images, _ = read_annotations(root, "train", check_counts)
     triplets = [{column: row[column] for column in ("reference_id", "caption", "target_id")} for row in rows]
-    return make_triplets("cirr/train", triplets, images, [root / f for f in _IMAGE_FOLDERS], allow_missing)
+    return make_triplets("cirr/train", triplets, images, [root / f for f in IMAGE_FOLDERS], allow_missing)
 
 
-def _read(root: Path, split: str, check_counts: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
+def read_annotations(
+    root: Path, split: str, check_counts: bool
+) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
     """Queries, file names by image id, and the revision of a split."""
     captions, gallery = (
         find_file(root, [f"cirr/{name}", name])
         for name in (f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json")
     )
-    rows = _read_queries(captions, has_targets=split != "test1")
+    rows = read_queries(captions, has_targets=split != "test1")
     files = read_json(gallery, dict)
     check_records(gallery, {"the object": files}, dict.fromkeys(files, str))
     if check_counts:
@@ -100,7 +102,8 @@ def _read(root: Path, split: str, check_counts: bool) -> tuple[list[dict[str, An
     return rows, {name: [file.removeprefix("./")] for name, file in files.items()}, digest(captions, gallery)
 
 
-def _read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
+    """Columns of the queries but the pictures, checked row by row."""
     # target_soft is left alone: 37 of the hard targets of val are not in it.
     target = {"target_hard": str} if has_targets else {}
     records = read_records(file, {"pairid": int, "reference": str, "caption": str, "img_set": dict, **target})

@@ -133,13 +133,13 @@ def examine_cirr(
     """
 
     def read() -> list[Tree]:
-        rows, images, _ = cirr._read(Path(root), split, check_counts=False)
+        rows, images, _ = cirr.read_annotations(Path(root), split, check_counts=False)
         return [
             Tree(
                 f"cirr/{split}",
                 rows,
                 images,
-                [Path(root) / folder for folder in cirr._IMAGE_FOLDERS],
+                [Path(root) / folder for folder in cirr.IMAGE_FOLDERS],
                 lambda: cirr.load_cirr(root, split, allow_missing=True, check_counts=False),
                 dict(zip(("queries", "images"), cirr.EXPECTED_COUNTS[split], strict=True)),
             )
@@ -154,7 +154,7 @@ def examine_fashioniq(
     """Examines a split of the three categories of FashionIQ; arguments as of [`examine_cirr`]."""
 
     def read_category(category: str) -> Tree:
-        rows, images, _ = fashioniq._read(Path(root), category, split, "separate", check_counts=False)
+        rows, images, _ = fashioniq.read_annotations(Path(root), category, split, "separate", check_counts=False)
         name = f"fashioniq/{split}/{category}"
         blank = [str(n) for n, row in enumerate(rows) if not all(text.strip(".?, ") for text in row["caption"])]
         finding = Finding(
@@ -166,7 +166,7 @@ def examine_fashioniq(
             name,
             [{**row, "caption": fashioniq.compose_captions(row["caption"])} for row in rows],
             images,
-            [Path(root) / folder for folder in fashioniq._IMAGE_FOLDERS],
+            [Path(root) / folder for folder in fashioniq.IMAGE_FOLDERS],
             lambda: fashioniq.load_fashioniq(root, category, split, allow_missing=True, check_counts=False),
             dict(zip(("queries", "images"), fashioniq.EXPECTED_COUNTS[split][category], strict=True)),
             findings=(finding,) if blank else (),
@@ -184,14 +184,14 @@ def examine_circo(
 
     def read() -> list[Tree]:
         file = annotations.find_file(Path(root), [f"annotations/{split}.json", f"{split}.json"])
-        rows = circo._read_queries(file, has_targets=split == "val")
-        images = circo._read_images(annotations.find_file(Path(root), circo._IMAGE_LISTS))
+        rows = circo.read_queries(file, has_targets=split == "val")
+        images = circo.read_images(annotations.find_file(Path(root), circo.IMAGE_LISTS))
         return [
             Tree(
                 f"circo/{split}",
                 rows,
                 images,
-                [Path(root) / folder for folder in circo._IMAGE_FOLDERS],
+                [Path(root) / folder for folder in circo.IMAGE_FOLDERS],
                 lambda: circo.load_circo(root, split, allow_missing=True, check_counts=False),
                 {"queries": circo.EXPECTED_COUNTS[split], "images": circo.EXPECTED_IMAGES},
             )
@@ -216,13 +216,13 @@ def examine_laion_cir(
     """
 
     def read_part(part: str) -> Tree:
-        places = [place.format(f"laion_{part}_info.json") for place in laion_cir._FILE_PLACES]
-        rows = laion_cir._read_triplets(annotations.find_file(Path(root), places))
+        places = [place.format(f"laion_{part}_info.json") for place in laion_cir.FILE_PLACES]
+        rows = laion_cir.read_triplets(annotations.find_file(Path(root), places))
         return Tree(
             f"laion-cir/{part}",
             rows,
             {row[column]: [f"{row[column]}.png"] for row in rows for column in ("reference_id", "target_id")},
-            [Path(root) / folder.format(part) for folder in laion_cir._IMAGE_FOLDERS],
+            [Path(root) / folder.format(part) for folder in laion_cir.IMAGE_FOLDERS],
             lambda: laion_cir.load_laion_cir(root, part, allow_missing=True, check_counts=False),
             {"triplets": laion_cir.EXPECTED_COUNTS[part]} if part in laion_cir.EXPECTED_COUNTS else {},
             is_training=True,
@@ -230,7 +230,7 @@ def examine_laion_cir(
 
     def read() -> list[Tree]:
         # As the loader does where the file of the combined set is absent.
-        combined = any((Path(root) / p.format("laion_combined_info.json")).is_file() for p in laion_cir._FILE_PLACES)
+        combined = any((Path(root) / p.format("laion_combined_info.json")).is_file() for p in laion_cir.FILE_PLACES)
         parts = ("template", "llm") if subset == "combined" and not combined else (subset,)
         return [read_part(part) for part in parts]
 
@@ -275,7 +275,7 @@ def _examine(
     findings: list[Finding] = []
     counts = {}
     for tree in trees:
-        paths = max((annotations._paths_in(folder, tree.images) for folder in tree.folders), key=len)
+        paths = max((annotations.paths_in(folder, tree.images) for folder in tree.folders), key=len)
         counts[tree.name] = {tree.rows_are: len(tree.rows), "images": len(tree.images), "files": len(paths)}
         findings += tree.findings
         if check_counts:
@@ -283,7 +283,7 @@ def _examine(
         unlisted = _examine_listing(tree)
         findings += unlisted + _examine_names(tree, paths) + _examine_files(tree, paths)
         findings += _examine_captions(tree, tokenizer)
-        if not unlisted and any(all(i in paths for i in annotations._named(row)) for row in tree.rows):
+        if not unlisted and any(all(i in paths for i in annotations.named_images(row)) for row in tree.rows):
             findings += _examine_loading(tree)
     return Report(subject, counts, tuple(findings))
 
@@ -298,7 +298,7 @@ def _examine_counts(tree: Tree, counts: Mapping[str, int]) -> list[Finding]:
 
 
 def _examine_listing(tree: Tree) -> list[Finding]:
-    unlisted = dict.fromkeys(i for row in tree.rows for i in annotations._named(row) if i not in tree.images)
+    unlisted = dict.fromkeys(i for row in tree.rows for i in annotations.named_images(row) if i not in tree.images)
     if not unlisted:
         return []
     message = f"{len(unlisted)} images that rows name are not in the gallery's list"
@@ -408,7 +408,7 @@ def _examine_loading(tree: Tree) -> list[Finding]:
 def _effect(tree: Tree, lost: Iterable[str]) -> str:
     """What the numbers are without some images."""
     lost, rows = set(lost), len(tree.rows)
-    hit = sum(not lost.isdisjoint(annotations._named(row)) for row in tree.rows)
+    hit = sum(not lost.isdisjoint(annotations.named_images(row)) for row in tree.rows)
     if tree.is_training:
         return f"{hit} of {rows} triplets cannot be trained on"
     easier = (

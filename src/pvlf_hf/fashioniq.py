@@ -54,7 +54,7 @@ _USUAL = ("val", "original", "and", "kept")
 
 _ENDINGS = ("png", "jpg", "jpeg")
 
-_IMAGE_FOLDERS = ("images", ".")
+IMAGE_FOLDERS = ("images", ".")
 
 
 def load_fashioniq(
@@ -93,7 +93,7 @@ def load_fashioniq(
     if gallery == "union" and split == "test":
         raise ValueError("gallery='union' is made of references and targets, and test has no targets; use 'original'")
     root = Path(root)
-    rows, images, revision = _read(root, category, split, captions, check_counts)
+    rows, images, revision = read_annotations(root, category, split, captions, check_counts)
     if gallery == "union":
         named = {row[column] for row in rows for column in ("reference_id", "target_id")}
         images = {asin: names for asin, names in images.items() if asin in named}
@@ -108,7 +108,7 @@ def load_fashioniq(
         metrics="fashioniq",
         revision=revision,
     )
-    folders = [root / folder for folder in _IMAGE_FOLDERS]
+    folders = [root / folder for folder in IMAGE_FOLDERS]
     return make_benchmark(f"fashioniq/{split}/{category}", rows, images, folders, protocol, allow_missing)
 
 
@@ -136,10 +136,10 @@ def load_fashioniq_train(
         ValueError: as [`load_fashioniq`], or if the captions are not a single text.
     """
     check_choice("captions of training", captions, ("and", "and-reversed", "first"))
-    folders = [Path(root) / folder for folder in _IMAGE_FOLDERS]
+    folders = [Path(root) / folder for folder in IMAGE_FOLDERS]
     parts = []
     for category in categories:
-        rows, images, _ = _read(Path(root), category, "train", captions, check_counts)
+        rows, images, _ = read_annotations(Path(root), category, "train", captions, check_counts)
         parts.append(make_triplets(f"fashioniq/train/{category}", rows, images, folders, allow_missing))
     return concatenate_datasets(parts)
 
@@ -163,7 +163,7 @@ def _join(first: str, second: str) -> str:
     return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
 
 
-def _read(
+def read_annotations(
     root: Path, category: str, split: str, style: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
     """Queries, possible file names by ASIN, and the revision of a split."""

@@ -15,9 +15,9 @@ SUBSETS = ("template", "llm", "combined")
 EXPECTED_COUNTS = {"template": 16000, "llm": 16000}
 """Triplets; how many the published `combined` has is not known exactly (about 32,000)."""
 
-_FILE_PLACES = ("{}", "files/{}", "data/files/{}")
+FILE_PLACES = ("{}", "files/{}", "data/files/{}")
 
-_IMAGE_FOLDERS = (".", "images", "laion_cir_{}")
+IMAGE_FOLDERS = (".", "images", "laion_cir_{}")
 
 
 def load_laion_cir(
@@ -41,20 +41,20 @@ def load_laion_cir(
     """
     check_choice("subset", subset, SUBSETS)
     root = Path(root)
-    places = [place.format(f"laion_{subset}_info.json") for place in _FILE_PLACES]
+    places = [place.format(f"laion_{subset}_info.json") for place in FILE_PLACES]
     if subset == "combined" and not any((root / place).is_file() for place in places):
         parts = [load_laion_cir(root, part, allow_missing, check_counts) for part in ("template", "llm")]
         return concatenate_datasets(parts)
-    rows = _read_triplets(find_file(root, places))
+    rows = read_triplets(find_file(root, places))
     name = f"laion-cir/{subset}"
     if check_counts and subset in EXPECTED_COUNTS:
         check_counts_of(name, triplets=(len(rows), EXPECTED_COUNTS[subset]))
     images = {row[column]: [f"{row[column]}.png"] for row in rows for column in ("reference_id", "target_id")}
-    folders = [root / folder.format(subset) for folder in _IMAGE_FOLDERS]
+    folders = [root / folder.format(subset) for folder in IMAGE_FOLDERS]
     return make_triplets(name, rows, images, folders, allow_missing)
 
 
-def _read_triplets(file: Path) -> list[dict[str, str]]:
+def read_triplets(file: Path) -> list[dict[str, str]]:
     """Reads either form: a list, or an object whose keys are the references."""
     content: Any = read_json(file, list | dict)
     fields: dict[str, Any] = {"tgt_image_id": str | int, "relative_cap": str}

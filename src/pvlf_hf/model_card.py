@@ -155,14 +155,15 @@ def _table(evaluations: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
         low, high = evaluation["intervals"][metric]
         return f"{percent} ({100 * low:.1f} to {100 * high:.1f})"
 
-    lines = [["benchmark", "protocol", "method", *map(_short, columns)], ["---"] * (len(columns) + 3)]
+    lines = [["benchmark", "protocol", "method", *map(short_name, columns)], ["---"] * (len(columns) + 3)]
     for e in evaluations:
         labels = [e["benchmark"], e["protocol"].get("name", "not recorded"), e["method"]]
         lines.append([*(label.replace("|", "/") for label in labels), *(cell(e, metric) for metric in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _short(metric: str) -> str:
+def short_name(metric: str) -> str:
+    """`recall_subset@1` -> `Rs@1`, and so on, for the heads of tables."""
     return metric.replace("recall_subset", "Rs").replace("recall", "R").replace("map", "mAP")
 
 
@@ -245,7 +246,7 @@ def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
             dataset_revision=e["protocol"].get("revision"),
             dataset_args=dict(e["protocol"]),
             metric_type=metric,
-            metric_name=_short(metric),
+            metric_name=short_name(metric),
             metric_value=value,
         )
         for e in results.get("evaluations", [])
