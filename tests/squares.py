@@ -38,6 +38,20 @@ def make_benchmark(subsets=True, wordings=False, **protocol):
     )
 
 
+def each_with_each(folder, colours, caption):
+    """Triplets of plain squares, kept as files: from every colour to every other, `caption(reference, target)`."""
+    for colour in colours:
+        PILImage.new("RGB", (32, 32), colour).save(folder / f"{colour}.png")
+    pairs = [(a, b) for a in colours for b in colours if a != b]
+    triplets = {
+        "reference": [str(folder / f"{a}.png") for a, _ in pairs],
+        "caption": [caption(a, b) for a, b in pairs],
+        "target": [str(folder / f"{b}.png") for _, b in pairs],
+        "target_id": [b for _, b in pairs],
+    }
+    return Dataset.from_dict(triplets).cast_column("reference", Image()).cast_column("target", Image())
+
+
 def with_pictures(columns, pictures):
     kinds = {c: List(Value("string")) if isinstance(v[0], list) else Value("string") for c, v in columns.items()}
     return Dataset.from_dict(columns, features=Features(kinds | {pictures: Image()}))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Image
 from PIL import Image as PILImage
+from squares import each_with_each
 from tiny import make_model, make_processor
 from transformers import AutoModel
 
@@ -23,16 +23,7 @@ COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange
 @pytest.fixture
 def squares(tmp_path):
     """Triplets of eight coloured squares, each with each."""
-    for colour in COLOURS:
-        PILImage.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
-    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
-    rows = {
-        "reference": [str(tmp_path / f"{a}.png") for a, _ in pairs],
-        "caption": [f"make it {b} and {a}" for a, b in pairs],
-        "target": [str(tmp_path / f"{b}.png") for _, b in pairs],
-        "target_id": [b for _, b in pairs],
-    }
-    return Dataset.from_dict(rows).cast_column("reference", Image()).cast_column("target", Image())
+    return each_with_each(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset, Image
-from PIL import Image as PILImage
+from squares import each_with_each
 from tiny import make_model
 
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
@@ -20,16 +20,7 @@ COLOURS = list(WORDS)
 @pytest.fixture
 def squares(tmp_path):
     """Coloured squares; "make it c" from any colour wants square c."""
-    for colour in COLOURS:
-        PILImage.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
-    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
-    triplets = {
-        "reference": [str(tmp_path / f"{a}.png") for a, _ in pairs],
-        "caption": [f"make it {WORDS[b]}" for _, b in pairs],
-        "target": [str(tmp_path / f"{b}.png") for _, b in pairs],
-        "target_id": [b for _, b in pairs],
-    }
-    return Dataset.from_dict(triplets).cast_column("reference", Image()).cast_column("target", Image())
+    return each_with_each(tmp_path, COLOURS, lambda _, target: f"make it {WORDS[target]}")
 
 
 @pytest.fixture

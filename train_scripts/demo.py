@@ -34,6 +34,7 @@ from pvlf_hf import (
 )
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.encoding import encode_gallery, encode_queries
+from pvlf_hf.model_card import short_name
 from pvlf_hf.sheet import retrieval_sheet, sheet_rows
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
@@ -127,7 +128,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
 def results_table(evaluations: list[Evaluation]) -> str:
     """Markdown, recalls in percent."""
     columns = [k for k in evaluations[0].metrics if not k.startswith("mean")]
-    head = ["method", "captions", *(c.replace("recall_subset", "Rs").replace("recall", "R") for c in columns)]
+    head = ["method", "captions", *map(short_name, columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for e in evaluations:
         tier = e.benchmark.rsplit("/", 1)[-1]
