@@ -4,14 +4,15 @@ BIN := .venv/bin
 # Threads that wait for each other by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test setup lint format
+.PHONY: demo test setup setup-dev lint format
 demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/demo
 	$(BIN)/python train_scripts/demo.py $(DEMO_FLAGS)
 
-test: setup lint  ## lint, type checks and the whole test suite
+test: setup-dev lint  ## lint, type checks and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 setup: .venv/installed
+setup-dev: .venv/installed-dev
 
 # torch first, at its pinned version: otherwise a dependency may draw in another build of several gigabytes.
 .venv/installed: pyproject.toml constraints.txt
@@ -19,14 +20,18 @@ setup: .venv/installed
 	  echo "$(PYTHON) is too old: Transformers 5.23 needs Python 3.11 or newer. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[emoji]'
+	touch $@
 
-lint: setup  ## what CI checks, without changing files
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: setup-dev  ## what CI checks, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## let ruff change files
+format: setup-dev  ## let ruff change files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

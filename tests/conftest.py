@@ -1,7 +1,8 @@
-"""One thread, no network, toy models."""
+"""One thread, no network, toy models; no test sees another's Accelerate state."""
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import make_model, make_processor
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
@@ -11,6 +12,13 @@ torch.set_num_threads(1)  # threads that wait for each other on a busy machine c
 def offline(monkeypatch):
     """Tests that start processes of their own hand this environment on."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its settings, mixed precision for one, for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
