@@ -577,7 +577,7 @@ def _eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if eager:
-        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are: {} says so.
+        # Not set_attn_implementation, which warns of BLIP's encoders; they are to stay as they are, which {} says.
         model.config._attn_implementation = {"": "eager", "vl_config": {}}
     try:
         with torch.inference_mode():
