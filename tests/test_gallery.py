@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark
-from tiny import make_model
+from tiny import BACKBONES, make_inputs, make_model
 from torch.nn import functional as F
 
 from pvlf_hf import gallery_encoding as module
@@ -226,6 +226,17 @@ def test_refinement_keeps_the_session(build, photos):
     assert gallery.search(text=TEXT).sheet().mode == "RGB"
     with pytest.raises(ValueError, match="pick=4: there are 4 results, choose 0 to 3"):
         first.refine(TEXT, pick=4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_a_search_leaves_the_model_as_it_was(photos, tiny_processor, backbone):
+    """Padding stays masked in the encoders, too: their own attention settings are not touched."""
+    model, inputs = make_model(backbone), make_inputs(backbone)  # captions of different lengths
+    before = model(**inputs)
+    gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
+    gallery.search(draw(0), TEXT, explain=True)
+    assert torch.equal(model(**inputs).query_embeds, before.query_embeds)
 
 
 def test_why(build, tiny_model, tiny_processor):

@@ -74,7 +74,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 
 folder, offline = Path(sys.argv[1]), sys.argv[2] == "offline"
 picture = Image.open(folder / "picture.png")
@@ -101,6 +101,10 @@ for revision in ("main", "v1", "next"):
     load("you/parts", revision=revision)
 load("you/whole")
 load("you/secret", token="hf_owner")
+for name in ("you/parts", "you/whole"):  # the pipeline's class travels with the model
+    pipe = pipeline("composed-image-retrieval", model=name, trust_remote_code=True, gallery=[picture], device="cpu")
+    (found,) = pipe(picture, text="the same but red")
+    assert abs(found["score"] - outputs["you/whole"].item()) < 1e-5, found
 if not offline:
     snippet = ModelCard.load("you/whole").text.split("```python")[1].split("```")[0]
     names = {"images": [picture, picture.rotate(90)], "picture": picture}

@@ -10,6 +10,7 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A module imports only what stands before it.
 ORDER = [
+    "pipeline_pvlf",
     "configuration_pvlf",
     "backbones_pvlf",
     "loss_pvlf",

@@ -1,18 +1,20 @@
 """Composed image retrieval with PVLF for Hugging Face Transformers.
 
-Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoImageProcessor`.
-Data, training and evaluation are imported when first used.
+Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProcessor`, `AutoImageProcessor` and
+`pipeline("composed-image-retrieval")`. Data, training and evaluation are imported when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_pvlf import PVLFConfig
 from .image_processing_pvlf import PVLFImageProcessor
 from .loss_pvlf import focal_info_nce
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
+from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
 from .processing_pvlf import PVLFProcessor
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ AutoConfig.register(PVLFConfig.model_type, PVLFConfig, exist_ok=True)
 AutoModel.register(PVLFConfig, PVLFModel, exist_ok=True)
 AutoImageProcessor.register(PVLFConfig, image_processor_classes={"pil": PVLFImageProcessor}, exist_ok=True)
 AutoProcessor.register(PVLFConfig, PVLFProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ComposedImageRetrievalPipeline, pt_model=AutoModel, type="multimodal"
+)
 
 _MODULE_OF = {
     "CIRBenchmark": "benchmark",
@@ -99,6 +104,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CIRBenchmark",
+    "ComposedImageRetrievalPipeline",
     "EmbeddingStore",
     "Evaluation",
     "Explanation",
