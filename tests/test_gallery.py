@@ -251,6 +251,14 @@ def test_why(build, tiny_model, tiny_processor):
     assert gallery.search(draw(0), TEXT).why == ()
 
 
+def test_explaining_leaves_the_model_as_it_was(build, tiny_model, tiny_processor):
+    padded = tiny_processor.process_queries([draw(0), draw(1)], [TEXT, "red"])
+    with torch.no_grad():
+        before = tiny_model.get_query_features(**padded).pooler_output
+        build().search(draw(0), TEXT, explain=True)
+        assert torch.equal(tiny_model.get_query_features(**padded).pooler_output, before)
+
+
 def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_path, caplog, monkeypatch):
     clean, whole = build(), (photos / "red.png").read_bytes()
     (photos / "a_half.png").write_bytes(whole[: len(whole) // 2])
