@@ -45,6 +45,8 @@ ORDER = [
     "training_args",
     "trainer",
     "convert",
+    "onnx_encoder",
+    "export",
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
@@ -82,6 +84,11 @@ def test_what_travels_stands_alone():
         ours, others = imports_of(module)
         assert set(ours) <= set(TRAVELLING)
         assert others <= TRAVELS_WITH | sys.stdlib_module_names, f"{module} imports {others}"
+
+
+def test_the_onnx_encoder_runs_without_torch():
+    ours, others = imports_of("onnx_encoder")
+    assert not ours and others <= {"numpy", "onnxruntime", "PIL", "tokenizers"} | sys.stdlib_module_names
 
 
 def test_importing_the_package_imports_only_what_travels():

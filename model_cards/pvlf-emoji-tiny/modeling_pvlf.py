@@ -365,6 +365,7 @@ class PVLFModel(PVLFPreTrainedModel):
         trained = {"frozen": (False, False), "text": (False, True), "both": (True, True)}
         if finetuning not in trained:
             raise ValueError(f"finetuning={finetuning!r}: choose one of {sorted(trained)}")
+        self.requires_grad_(True)  # also what PEFT froze and left so when its adapter was merged
         sides = (self.backbone.vision_modules, self.backbone.text_modules)
         for names, trains in zip(sides, trained[finetuning], strict=True):
             for name in names:

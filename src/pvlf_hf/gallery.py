@@ -577,7 +577,8 @@ def _eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if eager:
-        # Not set_attn_implementation, which warns of BLIP's encoders; they are to stay as they are, which {} says.
+        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are; without
+        # vl_config, the library would set theirs to None, and BLIP would attend to text padding.
         model.config._attn_implementation = {"": "eager", "vl_config": {}}
     try:
         with torch.inference_mode():

@@ -30,7 +30,8 @@ class PVLFTrainer(Trainer):
     """Trains a [`PVLFModel`] on triplets.
 
     Args:
-        model: the model; `args.finetuning` decides which of its encoders train.
+        model: the model; `args.finetuning` decides which of its encoders train. With an adapter (PEFT's
+            `get_peft_model`) the adapter's configuration decides instead, and checkpoints hold the adapter alone.
         args: [`PVLFTrainingArguments`].
         train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`, a `datasets.Dataset` or, for sets that
             do not fit, what [`stream_triplets`] returns (set `max_steps`).
@@ -73,7 +74,8 @@ class PVLFTrainer(Trainer):
                     f"train_dataset has {len(train_dataset)} rows, a step takes {rows} and shorter batches are "
                     "dropped: lower per_device_train_batch_size"
                 )
-        model.set_finetuning(args.finetuning)
+        if not has_adapter(model):
+            model.set_finetuning(args.finetuning)
         super().__init__(
             model=model,
             args=args,
@@ -146,7 +148,7 @@ class PVLFTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Groups: fusion and aggregation at `learning_rate`, encoders at `encoder_learning_rate`."""
+        """Groups: the encoders' own weights at `encoder_learning_rate`, all that is new at `learning_rate`."""
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(opt_model))
@@ -154,7 +156,8 @@ class PVLFTrainer(Trainer):
             for name, parameter in opt_model.named_parameters():
                 if parameter.requires_grad:
                     decays = self.args.decay_norms_and_biases or (name in decayed and not name.endswith("prompts"))
-                    groups.setdefault(("backbone." in name, decays), []).append(parameter)
+                    is_encoder = "backbone." in name and "lora_" not in name  # LoRA starts from nothing, as the fusion
+                    groups.setdefault((is_encoder, decays), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             self.optimizer = optimizer_class(
                 [
@@ -246,7 +249,8 @@ class PVLFTrainer(Trainer):
             metadata: more of [`~huggingface_hub.ModelCardData`].
         """
         if self.is_world_process_zero():
-            run = {"training": self.args.settings(), "environment": environment()}
+            training = self.args.settings() | ({"finetuning": "adapter"} if has_adapter(self.model) else {})
+            run = {"training": training, "environment": environment()}
             write_card(str(self.args.output_dir), self.hub_model_id or model_name, results or run, **metadata)
 
 
@@ -266,6 +270,11 @@ class GatherWithGradient(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT has put adapters into a model and chosen which weights train."""
+    return bool(getattr(model, "peft_config", None))
 
 
 def _cosine_factor(step: int, warmup: int, total: int, floor: float) -> float:

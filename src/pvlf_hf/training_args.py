@@ -19,9 +19,9 @@ class PVLFTrainingArguments(TrainingArguments):
     Args:
         finetuning (`str`, *optional*, defaults to `"both"`):
             Which encoders train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
-            encoder, `"both"`. The paper's headline row is `"both"`.
+            encoder, `"both"`. The paper's headline row is `"both"`. Of a model with a PEFT adapter only that trains.
         encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate of the encoders' weights (TransAgg).
+            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which start anew.
         min_lr_ratio (`float`, *optional*, defaults to 0.01):
             The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`), but never
             above the group's own rate. With the defaults that floor is the encoders' rate, which stays constant.
