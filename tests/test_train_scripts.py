@@ -13,6 +13,7 @@ from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
 
 from pvlf_hf import load_triplets, write_shards
+from pvlf_hf.training import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
@@ -92,8 +93,6 @@ def test_training_on_a_stream_of_shards(files, tmp_path):
 
 
 def test_a_recipe_and_flags_that_override_it(files, tmp_path):
-    from train_pvlf import parse_arguments
-
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"method": "transagg", "learning_rate": 0.002, "seed": 3, "bf16": False}))
     model_args, _, args = parse_arguments([str(recipe), f"--output_dir={tmp_path}", "--seed", "4"])
@@ -104,8 +103,6 @@ def test_a_recipe_and_flags_that_override_it(files, tmp_path):
 
 
 def test_every_recipe_can_be_read(tmp_path):
-    from train_pvlf import parse_arguments
-
     recipes = sorted((SCRIPTS / "configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
@@ -127,8 +124,6 @@ def test_missing_data_is_said(files, tmp_path):
     assert "pass --train_file and --image_folder, or --dataset emoji-cir" in said
 
 
-@pytest.mark.parametrize(
-    "script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py", "convert.py"]
-)
+@pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py"])
 def test_help_teaches(script):
     assert "usage" in run(script, "--help")
