@@ -84,7 +84,7 @@ def common(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    r"""Composed image retrieval with PVLF: find images by a picture and what should be different.
+    """Composed image retrieval with PVLF: find images by a picture and what should be different.
 
     \b
     export PVLF_MODEL=outputs/mine
@@ -104,7 +104,7 @@ def index(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 64,
     as_json: Json = False,
 ) -> None:
-    r"""Embed a folder of pictures, to search it.
+    """Embed a folder of pictures, to search it.
 
     \b
     pvlf-hf index photos/ --model outputs/mine --path photos.gallery
@@ -143,7 +143,7 @@ def search(
     explain: Annotated[bool, typer.Option("--explain", help="Also say what the model looked at.")] = False,
     as_json: Json = False,
 ) -> None:
-    r"""Search by a picture, by words, or by a picture and a change.
+    """Search by a picture, by words, or by a picture and a change.
 
     \b
     pvlf-hf search photos.gallery --image dress.jpg --text "without sleeves" -k 5 --sheet result.html
@@ -197,7 +197,7 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port (default: a free one).")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
-    r"""Search in the browser.
+    """Search in the browser.
 
     \b
     pvlf-hf demo photos.gallery --model outputs/mine
@@ -232,6 +232,31 @@ def evaluate(context: typer.Context) -> None:
     main(context.args)
 
 
+@app.command(no_args_is_help=True)
+def card(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint's folder.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Hub name of the model (default: the folder's name).")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of its run (default: the one in the folder).")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="The Hub's name of the licence of the weights.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub name of what it was built on, where the run had it as a folder.")
+    ] = None,
+) -> None:
+    """Write the model card of a checkpoint, from its results.
+
+    \b
+    pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
+
+    A card that is there keeps what its author wrote.
+    """
+    from pvlf_hf import write_card
+
+    given = {"license": license, "base_model": base_model}
+    typer.echo(str(write_card(folder, name, results, **{key: value for key, value in given.items() if value})))
+
+
 class Subject(StrEnum):
     """What the doctor examines."""
 
@@ -254,7 +279,7 @@ def doctor(
     partial: Annotated[bool, typer.Option("--partial", help="Do not compare counts with the published ones.")] = False,
     as_json: Json = False,
 ) -> None:
-    r"""Examine a data set before GPU hours are spent on it.
+    """Examine a data set before GPU hours are spent on it.
 
     \b
     pvlf-hf doctor cirr data/cirr --split val
@@ -281,7 +306,7 @@ def lint(
     ],
     as_json: Json = False,
 ) -> None:
-    r"""Check files before an upload.
+    """Check files before an upload.
 
     \b
     pvlf-hf submit lint outputs/mine/evaluation/submissions/pvlf/*/*.json
@@ -316,7 +341,7 @@ def blip(
     vision_heads: VisionHeads = None,
     text_heads: TextHeads = None,
 ) -> None:
-    r"""BLIP as Salesforce released it, which PVLF is built on.
+    """BLIP as Salesforce released it, which PVLF is built on.
 
     \b
     pvlf-hf convert blip model_base_retrieval_coco.pth --tokenizer vocab.txt --output-dir outputs/blip
@@ -337,7 +362,7 @@ def transagg(
     vision_heads: VisionHeads = None,
     text_heads: TextHeads = None,
 ) -> None:
-    r"""The baseline TransAgg, trained on BLIP or on CLIP.
+    """The baseline TransAgg, trained on BLIP or on CLIP.
 
     \b
     pvlf-hf convert transagg model.pt --tokenizer bert-base-uncased --output-dir outputs/transagg
