@@ -13,14 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
-from train_pvlf import (
-    DataArguments,
-    ModelArguments,
-    baselines,
-    evaluate_all,
-    parse_arguments,
-    train,
-)
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from pvlf_hf import (
@@ -34,8 +26,11 @@ from pvlf_hf import (
 )
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.encoding import encode_gallery, encode_queries
+from pvlf_hf.evaluation import evaluate_all
+from pvlf_hf.measurement import baselines
 from pvlf_hf.model_card import short_name
 from pvlf_hf.sheet import retrieval_sheet, sheet_rows
+from pvlf_hf.training import DataArguments, ModelArguments, parse_arguments, train
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {

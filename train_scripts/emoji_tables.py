@@ -23,12 +23,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from demo import draw_sheet
-from train_pvlf import baselines, evaluate_all, parse_arguments
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir
 from pvlf_hf.emoji_cir import TIERS
+from pvlf_hf.evaluation import evaluate_all
+from pvlf_hf.measurement import baselines
 from pvlf_hf.significance import seed_interval
+from pvlf_hf.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"

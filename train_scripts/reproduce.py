@@ -22,12 +22,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import evaluate_pvlf
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from gpu_hours import ASSUMPTIONS, gpu_hours
 from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
-from train_pvlf import parse_arguments
+
+from pvlf_hf import measurement
+from pvlf_hf.training import parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPES = SCRIPTS / "configs" / "paper"
@@ -212,7 +213,7 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
             "allow_missing": data_args.allow_missing,
             "check_counts": data_args.check_counts,
         }
-        evaluate_pvlf.main([f"--{flag}={value}" for flag, value in flags.items()])
+        measurement.main([f"--{flag}={value}" for flag, value in flags.items()])
         clear_device_cache(garbage_collection=True)  # the next training may need all of it
 
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .benchmark import CIRBenchmark
 from .embedding_store import EmbeddingStore, dtype_of
-from .encoding import QueryMethod, check_method, embed
+from .encoding import QueryMethod, check_method, embed, encode_gallery
 from .metrics import (
     CIRCO_KS,
     average_precision_at_k,
@@ -123,6 +124,23 @@ def evaluate(
     embeds = embed(model, processor, benchmark, method, batch_size, gallery_embeds, progress, store)
     dtype = dtype_of(model) if model is not None else store.model["dtype"]  # type: ignore[union-attr,index]
     return score(benchmark, *embeds, method, f"embeddings {dtype}, cosines float64 rounded to float32")
+
+
+def evaluate_all(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    benchmarks: Sequence[CIRBenchmark],
+    methods: Sequence[QueryMethod] = ("pvlf",),
+) -> list[Evaluation]:
+    """Evaluates on benchmarks by one or several methods, encoding a gallery that they share only once."""
+    galleries: dict[str, Tensor] = {}
+    evaluations = []
+    for method, benchmark in product(methods, benchmarks):
+        key = benchmark.gallery._fingerprint
+        if key not in galleries:
+            galleries[key] = encode_gallery(model, processor, benchmark.gallery)
+        evaluations.append(evaluate(model, processor, benchmark, method, gallery_embeds=galleries[key]))
+    return evaluations
 
 
 def score(
@@ -331,6 +349,7 @@ __all__ = [
     "average",
     "environment",
     "evaluate",
+    "evaluate_all",
     "intervals",
     "read_results",
     "score",
