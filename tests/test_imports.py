@@ -41,6 +41,8 @@ ORDER = [
     "vector_index",
     "gallery_encoding",
     "gallery",
+    "request_guard",
+    "web_demo",
     "training_args",
     "trainer",
     "convert",
