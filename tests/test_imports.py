@@ -44,6 +44,8 @@ ORDER = [
     "gallery_encoding",
     "gallery",
     "search_page",
+    "request_guard",
+    "web_demo",
     "training_args",
     "trainer",
     "training",
