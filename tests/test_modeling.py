@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce
+from pvlf_hf.backbones_pvlf import FusedBlipAttention
 
 FINETUNING = ("frozen", "text", "both")
 RESIDUALS = ("pre_norm", "paper")
@@ -434,6 +435,26 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
     assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # what one gets unasked
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_blip_attention_equals_eager(tmp_path, dropout):
+    """Outputs and gradients of the ViT, as built and as loaded, against the attention that Transformers writes out."""
+    original = save_dual_encoder("blip", tmp_path, attention_dropout=dropout).vision_model
+    fused = PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4).backbone.vision_model
+    built = PVLFModel(tiny_config()).backbone.vision_model
+    pixels = make_inputs("blip")["pixel_values"]
+    assert all(type(layer.self_attn) is FusedBlipAttention for tower in (fused, built) for layer in tower.encoder.layers)
+    assert not any(isinstance(module, FusedBlipAttention) for module in original.modules())
+    for tower in (original, fused):
+        tower(pixels).last_hidden_state.sin().sum().backward()
+    close(fused(pixels).last_hidden_state, original(pixels).last_hidden_state, atol=1e-5)
+    for name, parameter in original.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name).grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+    fused.train()
+    torch.manual_seed(0)
+    runs = [fused(pixels).last_hidden_state for _ in range(2)]
+    assert torch.equal(*runs) == (dropout == 0)  # in training the tower's own attention dropout still acts
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_weights(backbone, dtype, tmp_path):
@@ -577,14 +598,17 @@ def test_blip_carries_no_cross_attention():
 # --- from a pretrained dual encoder ---------------------------------------------------------------------------------
 
 
-def save_dual_encoder(backbone, folder):
+def save_dual_encoder(backbone, folder, **vision):
     """A checkpoint as on the Hub; BLIP's text tower is a decoder there, with cross-attention."""
     torch.manual_seed(3)
     if backbone == "clip":
         original = CLIPModel(CLIPConfig(**CONFIGS["clip"]))
     else:
         text = {**CONFIGS["blip"]["text_config"], "is_decoder": True, "encoder_hidden_size": 24}
-        original = BlipForImageTextRetrieval(BlipConfig(**{**CONFIGS["blip"], "text_config": text}))
+        vision = {**CONFIGS["blip"]["vision_config"], **vision}
+        original = BlipForImageTextRetrieval(
+            BlipConfig(**{**CONFIGS["blip"], "text_config": text, "vision_config": vision})
+        )
         assert any("crossattention" in name for name in original.state_dict())
     original.save_pretrained(folder)
     return original.eval()
