@@ -60,13 +60,15 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def fuse_attention(self) -> None:
-        """Computes by a fused kernel what attention Transformers only has written out; the weights stay as they are."""
+        """Puts a fused kernel where Transformers only has attention written out; the weights stay as they are."""
 
 
 class FusedBlipAttention(BlipAttention):
     """The ViT's attention without its 577 x 577 weights, which in training are most of what an image keeps."""
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(  # type: ignore[override]  # it has no weights to return
+        self, hidden_states: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """`(batch, length, width)` to the same shape."""
         batch, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
