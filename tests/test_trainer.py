@@ -2,14 +2,15 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from datasets import Dataset, Image
 from squares import each_with_each
 from tiny import make_model
-from transformers.models.blip.modeling_blip import BlipEncoderLayer
-from transformers.models.blip.modeling_blip_text import BlipTextLayer
+from transformers.models.blip.modeling_blip import BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.modeling_pvlf import PVLFFusionLayer
@@ -214,21 +215,22 @@ def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_i
 
 def test_activation_checkpointing_does_not_change_training(tiny_processor, squares, tmp_path, monkeypatch):
     """The argument reaches both towers and the fusion; dropout draws the same when a layer is computed again."""
-    calls = {}
-    for kind in (BlipEncoderLayer, BlipTextLayer, PVLFFusionLayer):
+    inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer
+    calls = Counter()
+    for kind, name in inside.items():
 
-        def forward(self, *args, plain=kind.forward, kind=kind, **kwargs):
-            calls[kind] = calls.get(kind, 0) + 1
-            return plain(self, *args, **kwargs)
+        def counted(self, *args, plain=getattr(kind, name), kind=kind):
+            calls[kind] += 1
+            return plain(self, *args)
 
-        monkeypatch.setattr(kind, "forward", forward)
+        monkeypatch.setattr(kind, name, counted)
     runs = []
     for checkpointing in (False, True):
         calls.clear()
         settings = {"finetuning": "both", "activation_checkpointing": checkpointing}
         runs.append(trained(settings, squares, tiny_processor, tmp_path, dropout=0.5))
         # two steps of two layers; the ViT encodes references and targets
-        expected = {BlipEncoderLayer: 8, BlipTextLayer: 4, PVLFFusionLayer: 4}
+        expected = {BlipMLP: 8, BlipTextIntermediate: 4, PVLFFusionLayer: 4}
         assert calls == {kind: number * (1 + checkpointing) for kind, number in expected.items()}
     for name, wanted in runs[0].items():
         torch.testing.assert_close(runs[1][name], wanted, atol=1e-6, rtol=1e-5, msg=name)
