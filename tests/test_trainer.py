@@ -217,13 +217,16 @@ def test_activation_checkpointing_does_not_change_training(tiny_processor, squar
     """The argument reaches both towers and the fusion; dropout draws the same when a layer is computed again."""
     inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer
     calls = Counter()
-    for kind, name in inside.items():
 
-        def counted(self, *args, plain=getattr(kind, name), kind=kind):
+    def counting(kind, plain):
+        def counted(self, *args):
             calls[kind] += 1
             return plain(self, *args)
 
-        monkeypatch.setattr(kind, name, counted)
+        return counted
+
+    for kind, name in inside.items():
+        monkeypatch.setattr(kind, name, counting(kind, getattr(kind, name)))
     runs = []
     for checkpointing in (False, True):
         calls.clear()
