@@ -43,7 +43,8 @@ class PVLFTrainer(Trainer):
     Raises:
         ValueError: if the processor or a column is missing.
 
-    Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives.
+    Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives;
+    `args.gradient_cache_chunk_size` lets a batch be as large as it should.
     """
 
     args: PVLFTrainingArguments
@@ -135,7 +136,8 @@ class PVLFTrainer(Trainer):
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
         target_ids = inputs.get("target_ids")
-        outputs = model(**{k: v for k, v in inputs.items() if k != "target_ids"}, return_loss=False)
+        embedded = {k: v for k, v in inputs.items() if k != "target_ids"}
+        outputs = model(**embedded, return_loss=False, chunk_size=self.args.gradient_cache_chunk_size)
         queries, targets, positives = outputs.query_embeds, outputs.target_embeds, None
         if self.args.gather_negatives and self.accelerator.num_processes > 1:
             positives = (
@@ -144,7 +146,9 @@ class PVLFTrainer(Trainer):
             targets = GatherWithGradient.apply(targets)
             target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        loss = unwrapped.loss(queries, targets, positives=positives, target_ids=target_ids)
+        loss = unwrapped.loss(
+            queries, targets, positives=positives, target_ids=target_ids, chunk_size=self.args.loss_chunk_size
+        )
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

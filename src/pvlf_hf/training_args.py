@@ -35,6 +35,11 @@ class PVLFTrainingArguments(TrainingArguments):
         feature_cache (`str`, *optional*):
             Folder where the outputs of encoders that do not train are computed once and kept, in float16, for all
             epochs and runs. Needs `finetuning` `"frozen"` or `"text"`; pictures must not be augmented.
+        gradient_cache_chunk_size (`int`, *optional*):
+            Rows encoded at once with what backward needs (gradient caching, ours): a batch of any size, with all its
+            negatives and exact gradients, trains in about the memory of so many rows, for one more forward.
+        loss_chunk_size (`int`, *optional*):
+            Queries compared with all targets at once, where even the similarities of a batch are too many (ours).
 
     > Defaults that differ from `TrainingArguments`
 
@@ -65,6 +70,12 @@ class PVLFTrainingArguments(TrainingArguments):
     )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder to keep the outputs of frozen encoders in, shared between runs."}
+    )
+    gradient_cache_chunk_size: int | None = field(
+        default=None, metadata={"help": "Rows encoded at once; the batch, its negatives and gradients stay whole."}
+    )
+    loss_chunk_size: int | None = field(
+        default=None, metadata={"help": "Queries whose similarities with all targets are held at once."}
     )
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Of fusion and aggregation (paper)."})
@@ -98,6 +109,9 @@ class PVLFTrainingArguments(TrainingArguments):
                 "feature_cache keeps what encoders that do not train give, but finetuning='both' trains them: choose "
                 "'frozen' or 'text', or leave feature_cache out"
             )
+        for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1; leave it out to take a batch in one piece")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
 
