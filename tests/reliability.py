@@ -1,4 +1,4 @@
-"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that a row that no longer holds is red in the suite.
+"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that one that no longer holds is red in the suite.
 
     python tests/reliability.py           # the quick rows, part of the suite
     python tests/reliability.py --long    # the long ones, `tests/long_*.py`, which the suite leaves out
@@ -84,7 +84,7 @@ def break_on_purpose(row: str, edit: tuple[str, str, str]) -> str:
         if text.count(old) != 1:
             raise ValueError(f"{row}: {old!r} is {text.count(old)} times in {name}, expected once")
         file.write_text(text.replace(old, new))
-        environment = {**os.environ, "PYTHONPATH": str(Path(copy, "src"))}
+        environment = {**os.environ, "PYTHONPATH": str(Path(copy, "src")), "COLUMNS": "400"}
         command = [sys.executable, "-m", "pytest", "-n0", "-x", "-rfE", "--durations=0", row]
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if run.returncode == 0:
