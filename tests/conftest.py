@@ -8,6 +8,16 @@ from tiny import make_model, make_processor
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "reliability(chapter, claim, broken): a row of RELIABILITY.md (reliability.py)")
+
+
+@pytest.fixture
+def figure(record_property):
+    """What a test counted, for its row of RELIABILITY.md."""
+    return lambda text: record_property("figure", text)
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Tests that start processes of their own hand this environment on."""

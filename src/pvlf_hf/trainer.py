@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .benchmark import CIRBenchmark, check_columns
-from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
+from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator, id_number
 from .evaluation import environment, evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
@@ -149,7 +149,32 @@ class PVLFTrainer(Trainer):
         loss = unwrapped.loss(
             queries, targets, positives=positives, target_ids=target_ids, chunk_size=self.args.loss_chunk_size
         )
+        if model.training and not loss.isfinite():
+            self._refuse(loss, outputs, inputs.get("target_ids"))
         return (loss, outputs) if return_outputs else loss
+
+    def _refuse(self, loss: Tensor, outputs: PVLFOutput, target_ids: Tensor | None) -> None:
+        """Raises a `ValueError` with the triplets that a loss that is not finite comes from."""
+        embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
+        bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
+        names: dict[int, str] = {}
+        if isinstance(self.train_dataset, Dataset):  # a stream cannot be asked for its ids again
+            names = {id_number(str(name)): str(name) for name in self.train_dataset["target_id"][:]}
+        numbers = [] if target_ids is None else target_ids[bad].tolist()
+        ids = [names.get(number, number) for number in numbers]
+        found = int(bad.sum())
+        if found == len(bad):
+            advice = (
+                "all of them, so the weights are to blame: go on from the last checkpoint, with a lower learning rate"
+            )
+        elif found:
+            advice = "look at their pictures and captions"
+        else:
+            advice = "they come from another process, which names them, or from the temperature"
+        raise ValueError(
+            f"the loss of step {self.state.global_step + 1} is {loss.item()}: {found} of {len(bad)} triplets of the "
+            f"batch have embeddings that are not finite, with target_id {ids}; {advice}"
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups: the encoders' own weights at `encoder_learning_rate`, all that is new at `learning_rate`."""

@@ -109,6 +109,7 @@ class DataArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Likewise; evaluated while training."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the images named in the files are."})
+    allow_links: bool = field(default=False, metadata={"help": "Follow links that lead out of image_folder."})
     data_root: str | None = field(
         default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
     )
@@ -151,7 +152,7 @@ class DataArguments:
                 "pass --train_file and --image_folder, or --dataset emoji-cir (or laion-cir-...), --train_shards or "
                 "--hub_dataset"
             )
-        return load_triplets(self.train_file, self.image_folder)
+        return load_triplets(self.train_file, self.image_folder, allow_links=self.allow_links)
 
     def _validation(self) -> CIRBenchmark | dict[str, CIRBenchmark] | None:
         if self.validation:
@@ -160,7 +161,7 @@ class DataArguments:
         if self.dataset == "emoji-cir":
             return load_emoji_cir("validation")
         if self.validation_file and self.image_folder:
-            held_out = load_triplets(self.validation_file, self.image_folder)
+            held_out = load_triplets(self.validation_file, self.image_folder, allow_links=self.allow_links)
             return benchmark_from_triplets(Path(self.validation_file).stem, held_out)
         return None
 
