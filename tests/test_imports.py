@@ -16,6 +16,7 @@ ORDER = [
     "modeling_pvlf",
     "image_processing_pvlf",
     "processing_pvlf",
+    "whole_files",
     "benchmark",
     "data",
     "emoji_names",

@@ -34,6 +34,7 @@ from pvlf_hf.modeling_pvlf import PVLFModel
 from pvlf_hf.processing_pvlf import PVLFProcessor
 from pvlf_hf.protocols import describe_protocols, load_protocol, protocol_card
 from pvlf_hf.submission import write_circo_submission, write_cirr_submission
+from pvlf_hf.whole_files import whole
 
 
 @dataclass
@@ -87,7 +88,7 @@ def main(command_line: list[str] | None = None) -> None:
             evaluations += measured
             if len(measured) > 1 and measured[0].protocol["metrics"] == "fashioniq":
                 evaluations.append(average(measured))
-    if state.is_main_process and evaluations:
+    if state.is_main_process:  # also without labels: files for a server are of these arguments and this environment
         write(Path(args.output_dir), evaluations, vars(args))
     state.destroy_process_group()
 
@@ -124,7 +125,8 @@ def write(folder: Path, evaluations: list[Evaluation], arguments: dict[str, Any]
         "## How it was measured",
         *cards.values(),
     ]
-    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with whole(folder / "results.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("\n\n".join(parts[: -len(cards) - 1]))
     print(f"\nSee {folder / 'results.md'} for how it was measured.")
 

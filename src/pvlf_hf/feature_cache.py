@@ -30,6 +30,7 @@ from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, id_number
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .whole_files import PARTIAL, whole
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +109,9 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         # A second run waits for the first and then finds everything there.
         with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
+            if state.is_main_process:  # with the lock, and before others write: these are of killed processes
+                for left in self.folder.glob(f"*{PARTIAL}"):
+                    left.unlink()
             self.read_new_shards()
             first_of = {digest: place for place, digest in reversed(list(enumerate(digests))) if digest not in self}
             # One process says what is missing: another may read the folder when there is more in it already.
@@ -160,23 +164,8 @@ class FeatureCache:
             "starts": lengths.cumsum(0),
             "positions": torch.tensor([position for _, position in shard.values()]),
         }
-        try:
-            write_whole(self.folder / f"{uuid4().hex}.safetensors", tensors, {"digests": json.dumps(list(shard))})
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"cannot write features to {self.folder} ({error}). What is there already can be used: make room and "
-                "run again, or train without feature_cache"
-            ) from error
-
-
-def write_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under another name and renames it: readers never see half of it."""
-    temporary = file.with_name(f"{uuid4().hex}.partial")
-    try:
-        save_file(tensors, temporary, metadata)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole(self.folder / f"{uuid4().hex}.safetensors") as partial:
+            save_file(tensors, partial, {"digests": json.dumps(list(shard))})
 
 
 class FeatureCollator:
