@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .benchmark import CIRBenchmark, check_columns
 from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
@@ -161,6 +161,11 @@ class PVLFTrainer(Trainer):
         loss = unwrapped.loss(queries, targets, positives=positives, target_ids=target_ids)
         return (loss, outputs) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where all steps are done: the library makes one more when a complete run is started again."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any = None) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder, UNFINISHED)) if self._is_saving_checkpoint else folder
@@ -186,14 +191,22 @@ class PVLFTrainer(Trainer):
                     if (run / name).exists():
                         shutil.rmtree(run / name)
                     (folder / name).replace(run / name)
+                    for old in self._superfluous_checkpoints(run):
+                        old.replace(folder / old.name)  # deleted with it: a kill leaves no half of one either
                 self.accelerator.wait_for_everyone()
         finally:
             self._is_saving_checkpoint = False
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
-        if self.args.should_save:
-            best_one = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best_one, use_mtime=True)
+
+    def _superfluous_checkpoints(self, run: Path) -> list[Path]:
+        """All but the last `save_total_limit`, the best and the last."""
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        if limit <= 0:
+            return []
+        oldest_first = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
+        protected = {oldest_first[-1], best or oldest_first[-1]}
+        return list(map(Path, oldest_first[: -max(limit, len(protected))]))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._is_saving_checkpoint:  # only what is whole is pushed
