@@ -97,8 +97,9 @@ def train(inputs, tell, *more):
     script = str(SCRIPTS / "train_pvlf.py")
     settings = f"""--model={inputs / "blip"} --train_file={inputs / "triplets.csv"} --image_folder={inputs / "photos"}
         --validation_file={inputs / "triplets.csv"} --output_dir=run --fusion_heads=4 --fusion_ffn_size=40
-        --per_device_train_batch_size=8 --max_steps={STEPS} --save_steps=1 --save_total_limit=2 --eval_strategy=steps
-        --eval_steps=4 --logging_steps=1 --metric_for_best_model=eval_recall@1 --learning_rate=0.001 --disable_tqdm=True"""
+        --per_device_train_batch_size=8 --max_steps={STEPS} --save_steps=1 --save_total_limit=2
+        --eval_strategy=steps --eval_steps=4 --metric_for_best_model=eval_recall@1 --logging_steps=1
+        --learning_rate=0.001 --disable_tqdm=True"""
     sys.argv = [script, *settings.split(), *more]
     runpy.run_path(script, run_name="__main__")
 

@@ -13,7 +13,6 @@ from urllib.parse import quote
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +21,7 @@ from .configuration_pvlf import PVLFConfig
 from .feature_cache import fingerprint, text_settings
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
-from .whole_files import whole
+from .whole_files import locked, whole
 
 Key = tuple[Any, ...]
 """What a row embeds: `(image_id,)`, or of a query `(reference_id, wording)`, without the half that is not used."""
@@ -116,8 +115,7 @@ class EmbeddingStore:
     def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
         if self.model is None:
             raise ValueError("say whose embeddings these are: call claim(model, processor) first")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"):  # two runs over one data set may write the same file
+        with locked(self.folder):  # two runs over one data set may write the same file
             write_rows(file, keys, embeds, self.model)
 
 

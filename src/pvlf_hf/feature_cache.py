@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Image
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, id_number
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
-from .whole_files import PARTIAL, whole
+from .whole_files import locked, whole
 
 logger = logging.get_logger(__name__)
 
@@ -106,12 +105,8 @@ class FeatureCache:
             ValueError: if tokens do not fit float16.
         """
         state = PartialState()
-        self.folder.mkdir(parents=True, exist_ok=True)
         # A second run waits for the first and then finds everything there.
-        with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
-            if state.is_main_process:  # with the lock, and before others write: these are of killed processes
-                for left in self.folder.glob(f"*{PARTIAL}"):
-                    left.unlink()
+        with locked(self.folder) if state.is_main_process else nullcontext():
             self.read_new_shards()
             first_of = {digest: place for place, digest in reversed(list(enumerate(digests))) if digest not in self}
             # One process says what is missing: another may read the folder when there is more in it already.

@@ -29,6 +29,7 @@ from .model_card import write_card
 from .modeling_pvlf import PVLFModel, PVLFOutput
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
+from .whole_files import cannot_write
 
 UNFINISHED = "_unfinished"
 """What is being written to a run's folder; the Trainer pushes no file whose name begins so."""
@@ -235,11 +236,7 @@ class PVLFTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             if type(error) is RuntimeError and "inline_container" not in str(error):
                 raise
-            reason = str(error).partition("\n")[0]
-            raise OSError(
-                f"cannot write to {folder} ({reason}): make room there, get the right to write, or choose another "
-                "output_dir. Its checkpoints are whole: the same command goes on from the last."
-            ) from error
+            raise cannot_write(f"in {folder}", error) from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(place, ignore_errors=True)

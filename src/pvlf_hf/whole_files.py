@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 PARTIAL = ".partial"
@@ -34,13 +35,40 @@ def whole(file: str | Path) -> Iterator[Path]:
         yield partial
         partial.replace(file)
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"cannot write {file.name} in {file.parent} ({error}): make room there, get the right to write, or choose "
-            "another folder, and run again. What was there before is unchanged."
-        ) from error
+        raise cannot_write(f"{file.name} in {file.parent}", error) from error
     finally:
         with suppress(OSError):  # usually gone: it has taken the file's place
             partial.unlink()
 
 
-__all__ = ["whole"]
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process has the folder; files that killed ones were writing in it are removed.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise cannot_write(f"in {folder}", error) from error
+    try:
+        for left in folder.glob(f"*{PARTIAL}"):
+            left.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_write(what: str, error: Exception) -> OSError:
+    """The error to raise from one that writing met."""
+    reason = str(error).partition("\n")[0]
+    return OSError(
+        f"cannot write {what} ({reason}): make room there, get the right to write, or choose another folder, and run "
+        "again. What was there before is unchanged."
+    )
+
+
+__all__ = ["cannot_write", "locked", "whole"]
