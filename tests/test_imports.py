@@ -17,6 +17,7 @@ ORDER = [
     "modeling_pvlf",
     "image_processing_pvlf",
     "processing_pvlf",
+    "whole_files",
     "benchmark",
     "data",
     "emoji_names",

@@ -31,6 +31,7 @@ from pvlf_hf.measurement import baselines
 from pvlf_hf.model_card import short_name
 from pvlf_hf.sheet import retrieval_sheet, sheet_rows
 from pvlf_hf.training import DataArguments, ModelArguments, parse_arguments, train
+from pvlf_hf.whole_files import whole
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {
@@ -113,8 +114,8 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
         return
     if folder.exists() and not same:
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings))
+    with whole(record) as partial:
+        partial.write_text(json.dumps(settings))
     train(model_args, data_args, args, benchmarks=[])
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

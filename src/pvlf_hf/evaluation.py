@@ -32,6 +32,7 @@ from .metrics import (
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .significance import bootstrap_interval
+from .whole_files import whole
 
 RESAMPLES = 2000
 """Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""
@@ -289,10 +290,11 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
     file, evaluations = Path(file), list(evaluations)
     summaries = [{**asdict(e), "intervals": intervals(e)} for e in evaluations]
     per_query = [summary.pop("per_query") for summary in summaries]
-    file.parent.mkdir(parents=True, exist_ok=True)
     results = {**facts, "evaluations": summaries, "environment": environment()}
-    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _per_query_file(file).write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+    with whole(file) as partial, whole(_per_query_file(file)) as its_partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        its_partial.write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+        file.unlink(missing_ok=True)  # it comes last: a run that has it is finished, and both are of one run
 
 
 def read_results(file: str | Path) -> list[Evaluation]:

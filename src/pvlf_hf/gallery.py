@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +45,7 @@ from .modeling_pvlf import PVLFModel, PVLFQueryOutput
 from .processing_pvlf import PVLFProcessor
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
+from .whole_files import whole
 
 logger = logging.get_logger(__name__)
 
@@ -403,7 +403,7 @@ class Gallery:
         state = PartialState()
         if state.is_main_process:
             self._write(path, self.paths)
-            for part in path.glob(f"*{PART}"):
+            for part in path.glob(f"*{PART}*"):  # and of those that were being written
                 part.unlink()
         state.wait_for_everyone()
 
@@ -574,9 +574,8 @@ class Gallery:
     def _write(self, folder: Path, paths: list[str | None]) -> None:
         write_rows(folder / EMBEDDINGS, [(name,) for name in self.digests], self.embeds, self.made_by)
         columns = {"id": self.ids, "path": paths, "digest": self.digests}
-        temporary = folder / f"{uuid4().hex}.partial"
-        pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), temporary)
-        temporary.replace(folder / TABLE)
+        with whole(folder / TABLE) as partial:
+            pq.write_table(pa.table({name: pa.array(its, pa.string()) for name, its in columns.items()}), partial)
 
     def __len__(self) -> int:
         return len(self.ids)

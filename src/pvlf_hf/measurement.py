@@ -35,6 +35,7 @@ from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .protocols import describe_protocols, load_protocol, protocol_card
 from .submission import write_circo_submission, write_cirr_submission
+from .whole_files import whole
 
 
 @dataclass
@@ -115,7 +116,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
             evaluations += measured
             if len(measured) > 1 and measured[0].protocol["metrics"] == "fashioniq":
                 evaluations.append(average(measured))
-    if state.is_main_process and evaluations:
+    if state.is_main_process:  # also without labels: files for a server are of these arguments and this environment
         write(Path(args.output_dir), evaluations, args)
     return evaluations, submissions
 
@@ -172,15 +173,14 @@ def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     cards = {e.benchmark + e.protocol["name"]: protocol_card(e, results["environment"]) for e in evaluations}
     parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", *cards.values()]
-    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with whole(folder / "results.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def summary(args: EvaluationArguments, evaluations: list[Evaluation], submissions: list[Path]) -> str:
     """What the command prints: tables, or all of `results.json`."""
     folder = Path(args.output_dir)
-    results: dict[str, Any] = {"evaluations": []}
-    if evaluations:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if args.json:
         return json.dumps({**results, "submissions": [str(file) for file in submissions]}, indent=2)
     parts = []

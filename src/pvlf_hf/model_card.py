@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from .benchmark import Protocol
 from .evaluation import Evaluation
 from .protocols import protocol_card
+from .whole_files import whole
 
 PICTURE = "retrievals.png"
 """A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""
@@ -85,7 +86,8 @@ def write_card(
     picture = PICTURE if (folder / PICTURE).exists() else None
     card = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
     text = render_card(facts, name or folder.resolve().name, card, picture, **metadata)
-    file.write_bytes(text.encode())
+    with whole(file) as partial:
+        partial.write_bytes(text.encode())
     return file
 
 

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS
 from .image_processing_pvlf import open_picture
+from .whole_files import whole
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,8 @@ def write_shards(
     write = _write_tar if format == "tar" else _write_parquet
     for start, file in zip(tqdm(starts, desc="writing shards", unit="shard"), files, strict=True):
         if not file.exists():
-            unfinished = file.with_suffix(".unfinished")
-            write(unfinished, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
-            unfinished.replace(file)
+            with whole(file) as partial:
+                write(partial, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
     return files
 
 
@@ -94,7 +94,8 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     note = folder / "shards.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
-    note.write_text(json.dumps(facts), encoding="utf-8")
+    with whole(note) as partial:
+        partial.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _digest(rows: Dataset) -> str:

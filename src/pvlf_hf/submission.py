@@ -22,6 +22,7 @@ from .circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from .cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from .evaluation import excluded_rows, query_ids
 from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k, top_k
+from .whole_files import whole
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Answers to a query in each kind of file."""
@@ -284,6 +285,6 @@ def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tenso
 
 
 def _write(file: Path, content: dict[str, Any]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content), encoding="utf-8")
+    with whole(file) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
     return file

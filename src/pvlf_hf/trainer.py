@@ -1,6 +1,8 @@
 """HF Trainer for PVLF: focal InfoNCE over the batch of all processes, the paper's optimiser, retrieval metrics."""
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import cos, pi
 from pathlib import Path
@@ -11,10 +13,13 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from huggingface_hub import auth_check
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .benchmark import CIRBenchmark, check_columns
 from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator, id_number
@@ -24,6 +29,10 @@ from .model_card import write_card
 from .modeling_pvlf import PVLFModel, PVLFOutput
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
+from .whole_files import cannot_write
+
+UNFINISHED = "_unfinished"
+"""What is being written to a run's folder; the Trainer pushes no file whose name begins so."""
 
 
 class PVLFTrainer(Trainer):
@@ -49,6 +58,7 @@ class PVLFTrainer(Trainer):
 
     args: PVLFTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides it under accumulation
+    _is_saving_checkpoint = False
 
     def __init__(
         self,
@@ -88,7 +98,11 @@ class PVLFTrainer(Trainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, see the base class; first fills `args.feature_cache` where one is named."""
+        """Trains, see the base class; first fills `args.feature_cache` where one is named.
+
+        Raises:
+            OSError: if checkpoints or features cannot be written; those that were are whole, and the next run goes on.
+        """
         if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
             if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
                 raise ValueError(
@@ -106,6 +120,9 @@ class PVLFTrainer(Trainer):
                     self.args.per_device_eval_batch_size,
                     progress=not self.args.disable_tqdm,
                 )
+        if self.args.save_strategy != "no":
+            with self._unfinished(Path(str(self.args.output_dir))):
+                pass  # a folder that cannot be written to is said now, not at the first checkpoint
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -175,6 +192,85 @@ class PVLFTrainer(Trainer):
             f"the loss of step {self.state.global_step + 1} is {loss.item()}: {found} of {len(bad)} triplets of the "
             f"batch have embeddings that are not finite, with target_id {ids}; {advice}"
         )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where all steps are done: the library makes one more when a complete run is started again."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._is_saving_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Writes `checkpoint-N` elsewhere and renames it when all processes have written their part of it.
+
+        The library writes it in place: killed on the way, it leaves a checkpoint that lacks something, and takes it
+        for the last one when it resumes.
+        """
+        run, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._is_saving_checkpoint = True
+        try:
+            with self._unfinished(run) as folder:
+                self.accelerator.wait_for_everyone()  # now it is empty
+                super()._save_checkpoint(model, trial)
+                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best.name == name or best.exists():
+                    self.state.best_model_checkpoint = str(best)  # where it will be, not where it is being written
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                    if (run / name).exists():
+                        shutil.rmtree(run / name)
+                    (folder / name).replace(run / name)
+                    for old in self._superfluous_checkpoints(run):
+                        old.replace(folder / old.name)  # deleted with it: a kill leaves no half of one either
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._is_saving_checkpoint = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _superfluous_checkpoints(self, run: Path) -> list[Path]:
+        """All but the last `save_total_limit`, the best and the last."""
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        if limit <= 0:
+            return []
+        oldest_first = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
+        protected = {oldest_first[-1], best or oldest_first[-1]}
+        return list(map(Path, oldest_first[: -max(limit, len(protected))]))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving_checkpoint:  # only what is whole is pushed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes elsewhere and moves file by file, weights last: a folder with weights is a whole model."""
+        if self._is_saving_checkpoint or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        final = Path(output_dir or str(self.args.output_dir))
+        with self._unfinished(final) as folder:
+            super()._save(str(folder), state_dict)
+            for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                file.replace(final / file.name)
+
+    @contextmanager
+    def _unfinished(self, folder: Path) -> Iterator[Path]:
+        """A folder inside `folder` to write in, empty at first and gone at the end."""
+        place = folder / UNFINISHED
+        try:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)  # what a kill left
+                place.mkdir(parents=True)
+            yield place
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if type(error) is RuntimeError and "inline_container" not in str(error):
+                raise
+            raise cannot_write(f"in {folder}", error) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups: the encoders' own weights at `encoder_learning_rate`, all that is new at `learning_rate`."""
