@@ -245,6 +245,7 @@ def test_another_script(search, text):
     [
         (["--text", "x", "--weights", "1,2"], "--weights: '1,2': give three numbers"),
         (["--text", "x", "--sheet", "found.pdf"], "--sheet: found.pdf: name a file that ends in .png or .html"),
+        (["--text", "x", "--weights", "1,nan,0"], "--weights: '1,nan,0': give three numbers"),
         (["--text", "x", "-k", 0], "-k"),
         (["--nothing"], "No such option: --nothing"),
     ],
