@@ -45,14 +45,23 @@ class Commands(TyperGroup):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # `pvlf-hf ... | head`: Typer ends quietly
-            raise
-        except (ValueError, OSError, ImportError) as error:  # errors of the Hub are OSErrors
-            ours = isinstance(error, ImportError) and (error.name or "").startswith("pvlf_hf")
-            if ctx.params["debug"] or ours:
+        except Exception as error:
+            said = sentence(error)
+            if said is None or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {said}", err=True)
             raise typer.Exit(1) from error
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user; None of what is no fault of theirs."""
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):  # of the Hub's client
+        return f"the Hub cannot be reached ({error}): check the connection, or go on without it by HF_HUB_OFFLINE=1"
+    if isinstance(error, BrokenPipeError):  # `pvlf-hf ... | head`, which Typer ends quietly
+        return None
+    if isinstance(error, ImportError) and (error.name or "").startswith("pvlf_hf"):
+        return None
+    return str(error) if isinstance(error, ValueError | OSError | ImportError) else None
 
 
 # Both `--output-dir` and `--output_dir`, as in train and evaluate.
