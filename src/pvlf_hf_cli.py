@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,12 +45,23 @@ class Commands(TyperGroup):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, ImportError) as error:  # errors of the Hub are OSErrors
-            ours = isinstance(error, ImportError) and (error.name or "").startswith("pvlf_hf")
-            if ctx.params["debug"] or ours:
+        except Exception as error:
+            said = sentence(error)
+            if said is None or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {said}", err=True)
             raise typer.Exit(1) from error
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user; None of what is no fault of theirs."""
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):  # of the Hub's client
+        return f"the Hub cannot be reached ({error}): check the connection, or go on without it by HF_HUB_OFFLINE=1"
+    if isinstance(error, BrokenPipeError):  # `pvlf-hf ... | head`, which Typer ends quietly
+        return None
+    if isinstance(error, ImportError) and (error.name or "").startswith("pvlf_hf"):
+        return None
+    return str(error) if isinstance(error, ValueError | OSError | ImportError) else None
 
 
 # Both `--output-dir` and `--output_dir`, as in train and evaluate.
@@ -101,7 +113,7 @@ def index(
     photos: Annotated[Path, typer.Argument(help="Folder of pictures; subfolders count.", show_default=False)],
     model: Model,
     path: Annotated[Path, typer.Option(help="Folder that keeps the index.", show_default=False)],
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once (ours).")] = 64,
     as_json: Json = False,
 ) -> None:
     """Embed a folder of pictures, to search it.
@@ -135,9 +147,9 @@ def search(
         list[str] | None, typer.Option(help="Reference picture, file or address; several are averaged.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="What should be different; alone, what to look for.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many results.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many results (ours).")] = 10,
     weights: Annotated[
-        str, typer.Option(help="Of picture, composition and words; by default the model's composition alone.")
+        str, typer.Option(help="Of picture, composition and words (eq. 13); by default the model's composition alone.")
     ] = "0,1,0",
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet: a file ending in .png or .html.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what the model looked at.")] = False,
@@ -151,7 +163,7 @@ def search(
     """
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
-    of_image, of_fusion, of_text = numbers(weights)
+    shares = numbers(weights)
     if not is_index(index):
         raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
     from pvlf_hf import Gallery
@@ -159,7 +171,7 @@ def search(
     gallery = Gallery.load(index, *load(model))
     if text:
         check_words(gallery.processor.tokenizer, text)
-    result = gallery.search(image, text, k, weights=(of_image, of_fusion, of_text), explain=explain)
+    result = gallery.search(image, text, k, weights=shares, explain=explain)
     if sheet and sheet.suffix == ".png":
         result.sheet(k=k).save(sheet)
     elif sheet:
@@ -413,16 +425,17 @@ def known_digests(folder: Path) -> set[str]:
     return set(pq.read_table(folder / "gallery.parquet")["digest"].to_pylist()) if is_index(folder) else set()
 
 
-def numbers(weights: str) -> tuple[float, ...]:
+def numbers(weights: str) -> tuple[float, float, float]:
     """Three numbers of an option."""
     try:
         of_image, of_fusion, of_text = map(float, weights.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{weights!r}: give three numbers, of picture, composition and words, such as 1,1,0",
-            param_hint="--weights",
-        ) from error
-    return of_image, of_fusion, of_text
+        if isfinite(of_image + of_fusion + of_text):
+            return of_image, of_fusion, of_text
+    except ValueError:
+        pass
+    raise typer.BadParameter(
+        f"{weights!r}: give three numbers, of picture, composition and words, such as 1,1,0", param_hint="--weights"
+    )
 
 
 def check_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:

@@ -245,6 +245,7 @@ def test_another_script(search, text):
     [
         (["--text", "x", "--weights", "1,2"], "--weights: '1,2': give three numbers"),
         (["--text", "x", "--sheet", "found.pdf"], "--sheet: found.pdf: name a file that ends in .png or .html"),
+        (["--text", "x", "--weights", "1,nan,0"], "--weights: '1,nan,0': give three numbers"),
         (["--text", "x", "-k", 0], "-k"),
         (["--nothing"], "No such option: --nothing"),
     ],
@@ -262,6 +263,14 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
 
         monkeypatch.setattr("pvlf_hf.doctor.examine", examine)
         assert call("doctor", "cirr", tmp_path).exception is mistake
+
+
+def test_a_hub_out_of_reach_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("pvlf_hf.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
+    said = error(call("doctor", "cirr", tmp_path))
+    assert said.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in said
 
 
 # ---- the other commands ----
