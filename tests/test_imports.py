@@ -46,6 +46,7 @@ ORDER = [
     "convert",
     "onnx_encoder",
     "export",
+    "sentence_transformer",
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
