@@ -47,6 +47,7 @@ ORDER = [
     "onnx_encoder",
     "export",
     "sentence_transformer",
+    "mteb_model",
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
