@@ -53,6 +53,8 @@ ORDER = [
     "convert",
     "onnx_encoder",
     "export",
+    "sentence_transformer",
+    "mteb_model",
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
