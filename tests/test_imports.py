@@ -35,6 +35,7 @@ ORDER = [
     "evaluation",
     "protocols",
     "model_card",
+    "golden",
     "submission",
     "doctor",
     "sheet",

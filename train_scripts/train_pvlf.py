@@ -47,6 +47,7 @@ from pvlf_hf import (
     load_hub_triplets,
     load_triplets,
     stream_triplets,
+    write_golden,
     write_results,
 )
 from pvlf_hf.configuration_pvlf import TRANSAGG
@@ -225,6 +226,7 @@ def train(
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)
+        write_golden(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(results=Path(args.output_dir) / "results.json")
     return evaluations
