@@ -37,6 +37,7 @@ ORDER = [
     "evaluation",
     "protocols",
     "model_card",
+    "golden",
     "submission",
     "measurement",
     "doctor",

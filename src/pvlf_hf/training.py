@@ -37,6 +37,7 @@ from .configuration_pvlf import TRANSAGG
 from .data import benchmark_from_triplets, load_triplets
 from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
 from .evaluation import Evaluation, evaluate_all, write_results
+from .golden import write_golden
 from .laion_cir import SUBSETS, load_laion_cir
 from .measurement import HelpFormatter, parse
 from .modeling_pvlf import PVLFModel
@@ -216,7 +217,8 @@ def train(
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
-        write_results(folder / "results.json", evaluations, **facts)
+        write_golden(folder)
+        write_results(folder / "results.json", evaluations, **facts)  # last: a run that has it is finished
     if args.push_to_hub:
         trainer.push_to_hub(results=folder / "results.json")
     return evaluations
