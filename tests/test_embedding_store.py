@@ -107,13 +107,13 @@ def test_models_are_not_mixed(store, tiny_processor, tmp_path):
 
 
 def test_a_reloaded_model_is_the_same(tiny_model, tiny_processor, tmp_path):
+    stores = [EmbeddingStore(tmp_path / name) for name in "abc"]
+    stores[0].claim(tiny_model, tiny_processor)  # before it is saved
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
-    stores = [EmbeddingStore(tmp_path / name) for name in "ab"]
-    for store in stores:
-        model, processor = (c.from_pretrained(tmp_path / "model") for c in (AutoModel, AutoProcessor))
-        store.claim(model, processor)
-    assert stores[0].model == stores[1].model
+    stores[1].claim(tiny_model, tiny_processor)
+    stores[2].claim(*(c.from_pretrained(tmp_path / "model") for c in (AutoModel, AutoProcessor)))
+    assert stores[0].model == stores[1].model == stores[2].model
 
 
 def test_a_damaged_file_is_named(store):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_pvlf import PVLFConfig
-from .feature_cache import fingerprint, text_settings
+from .feature_cache import fingerprint, image_settings, text_settings
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .whole_files import locked, whole
@@ -134,7 +134,7 @@ def read_rows(file: Path) -> tuple[list[Key], Tensor]:
 def made_by(model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
     """Whose embeddings: `fingerprint` of everything but the inputs that they depend on, and `dtype`."""
     config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
-    settings = processor.image_processor.to_json_string() + text_settings(processor) + json.dumps(config)
+    settings = image_settings(processor) + text_settings(processor) + json.dumps(config)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 

@@ -263,7 +263,7 @@ def cache_features(
     model.eval()
     try:
         with torch.inference_mode():
-            images = FeatureCache(folder, fingerprint(image_side, model, processor.image_processor.to_json_string()))
+            images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "pictures", progress)
             texts = None
             if not any(p.requires_grad for module in text_side for p in module.parameters()):
@@ -316,6 +316,13 @@ def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: s
         for name, tensor in module.state_dict().items():
             parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", _raw_bytes(tensor)]
     return digest(*parts)
+
+
+def image_settings(processor: PVLFProcessor) -> str:
+    """Everything of the processor that pixels depend on."""
+    settings = processor.image_processor.to_dict()
+    settings.pop("auto_map", None)  # where its code is found; saving adds it
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def text_settings(processor: PVLFProcessor) -> str:
