@@ -157,10 +157,6 @@ class Searcher:
         """A few pictures to start from, others each time."""
         return Session(shown=tuple(random.sample(self.gallery.ids, min(SHOWN, len(self.gallery)))))
 
-    def take(self, session: Session, file: str | Path | None) -> Session:
-        """The visitor's own picture becomes the reference; without one there is none."""
-        return replace(session, steps=(), reference=open_upload(file) if file else None)
-
     def pick(self, session: Session, place: int) -> Session:
         """A picture of the grid becomes the reference."""
         if not 0 <= place < len(session.shown):
@@ -239,14 +235,14 @@ def has_both(query: Query) -> bool:
     return query.image_embeds is not None and query.text_embeds is not None
 
 
-def open_upload(path: str | Path) -> PILImage.Image:
+def open_upload(path: str | Path | None) -> PILImage.Image:
     """Opens an uploaded picture: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
 
     Raises:
         ValueError: if it is no picture, or a huge one.
     """
     try:
-        with PILImage.open(path) as picture:
+        with PILImage.open(path or "") as picture:
             if picture.width * picture.height <= MAX_PIXELS:
                 return clean(picture, LONGEST)
             size = f"{picture.width} x {picture.height}"
@@ -331,7 +327,8 @@ class Page:
         begin, go = [self.blocks.load, self.over.click], [self.button.click, self.text.submit]
         _listen("start", begin, self.start, [], everything)
         # Unprocessed: what is no picture gets a sentence of ours.
-        _listen("take", [reference.input], self.take, [session, reference], [session, reference], preprocess=False)
+        _listen("take", [reference.upload], self.take, [session, reference], [session, reference], preprocess=False)
+        _listen("drop", [reference.clear], self.drop, [session], [session])
         picked = _listen("pick", [self.grid.select], self.pick, [session], [session, reference, self.text])
         picked.then(None, js=ASK_ON)
         searched = _listen("search", go, self.search, [session, self.text, balance], results)
@@ -353,9 +350,13 @@ class Page:
         return self._show(session, reference=self.searcher.file(reference), text=text, balance=0)
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
-        """The visitor gave a picture, or took it away."""
-        session = self.searcher.take(session, upload.get("path") if upload else None)
+        """The visitor gave a picture."""
+        session = replace(session, steps=(), reference=open_upload((upload or {}).get("path")))
         return {self.session: session, self.reference: self.searcher.file(session.reference)}
+
+    def drop(self, session: Session) -> dict[Any, Any]:
+        """The visitor took the picture away."""
+        return {self.session: replace(session, steps=(), reference=None)}
 
     def pick(self, session: Session, event: gr.SelectData) -> dict[Any, Any]:
         """A picture of the grid was clicked."""
@@ -380,7 +381,7 @@ class Page:
         """Everything that follows from a session, and the values of components that are named."""
         file, steps = self.searcher.file, session.steps
         captions = [f"{place} · {score:.2f}" for place, score in enumerate(session.scores, 1)]
-        files = [file(image_id) for image_id in session.shown]
+        files: list[Any] = [file(image_id) for image_id in session.shown]
         self.grid.keep_in_cache.update(files)  # of the gallery's pictures each is made once
         why = steps[-1].why if steps else None
         blank = PILImage.new("RGB", (8, 8), "white")
