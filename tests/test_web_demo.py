@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
 import datasets
@@ -262,9 +263,10 @@ def test_pictures_are_shown_without_their_metadata(browse, url, gallery):
 )
 def test_no_other_file_is_served(url, gallery, file):
     file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
-    for path in (f"/gradio_api/file={file}", f"/gradio_api/file/{file}"):
-        answer = httpx.get(url.rstrip("/") + path)
-        assert answer.status_code in (403, 404), (path, answer.status_code)
+    for route in ("file=", "file/", "proxy="):
+        answer = httpx.get(f"{url}gradio_api/{route}{file}")
+        assert answer.status_code == 403, route
+        assert answer.json() == {"detail": "only pictures of this gallery are served"}, route  # by us, before Gradio
 
 
 def test_requests_are_bounded(url):
@@ -272,11 +274,37 @@ def test_requests_are_bounded(url):
     assert "larger than 64 KB" in httpx.post(f"{api}/queue/join", content=b"x" * 2**17).json()["detail"]
     huge = httpx.post(f"{api}/upload", files={"files": ("huge.png", bytes(21 * 2**20))})
     assert huge.status_code == 413 and "send a smaller picture" in huge.json()["detail"]
+    endless = httpx.post(f"{api}/queue/join", content=iter([b"{}"]))
+    assert endless.status_code == 411 and "Content-Length" in endless.json()["detail"]
+    connection = HTTPConnection(httpx.URL(url).host, httpx.URL(url).port)
+    connection.request("POST", "/gradio_api/queue/join", b"", {"Content-Length": "9" * 5000})  # more than Python's int
+    assert connection.getresponse().status in (400, 413)
+    connection.close()
     hasty = {"X-Forwarded-For": "10.9.9.9"}
     with httpx.Client(headers=hasty) as client:
         codes = [client.post(f"{api}/queue/join", content=b"{").status_code for _ in range(REQUESTS_PER_MINUTE + 5)]
-    assert codes == [422] * REQUESTS_PER_MINUTE + [429] * 5
-    assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 422  # others are not kept waiting
+    assert codes == [400] * REQUESTS_PER_MINUTE + [429] * 5
+    assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 400  # others are not kept waiting
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"[" * 60_000, 400),  # deeper than Python goes
+        (b"\xff", 400),
+        (b'{"data": [{"path": "\\u0000"}]}', 403),
+        (b'{"data": [{"path": "\\ud800"}]}', 403),
+        (b'{"data": [[{"a": {"path": "/etc/passwd"}}]]}', 403),
+        (b'{"data": [{"path": "HTTP://example.com/a.png"}]}', 403),
+        (b'{"data": [{"path": "%s/../secret"}]}', 403),
+        (b'{"data": [], "fn_index": "x", "session_hash": "s"}', 422),
+        (b"[]", 422),
+    ],
+)
+def test_odd_requests_are_refused(url, content, code):
+    content = content.replace(b"%s", os.environ[web_demo.UPLOADS].encode())
+    headers = {"Content-Type": "application/json"}
+    assert httpx.post(f"{url}gradio_api/queue/join", content=content, headers=headers).status_code == code
 
 
 def test_huge_pictures_are_not_decoded(tmp_path):
@@ -288,6 +316,7 @@ def test_huge_pictures_are_not_decoded(tmp_path):
 def test_only_this_machine_is_served(url):
     port = httpx.URL(url).port
     assert httpx.get(url).status_code == 200
+    assert httpx.get(url, headers={"Host": "pictures.example.com"}).status_code == 400
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # another address of this machine
 
@@ -320,30 +349,48 @@ def test_a_hub_space_runs_it(gallery, tmp_path):
     environment = os.environ | {
         "PVLF_MODEL": str(CARD),
         "PVLF_GALLERY": "photos",
+        "GRADIO_SERVER_NAME": "0.0.0.0",
         "GRADIO_SERVER_PORT": str(port),
         "SYSTEM": "spaces",
         "SPACE_ID": "me/demo",
         "TMPDIR": str(tmp_path),
         "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
     }
-    with subprocess.Popen(
-        [sys.executable, "app.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-    ) as app:
-        assert f"3 pictures at http://127.0.0.1:{port}/ (Ctrl+C ends it)\n" in app.stdout  # after what Gradio says
-        assert "This picture" in httpx.get(f"http://127.0.0.1:{port}/config").text
-        assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
-        app.send_signal(signal.SIGTERM)
-        assert app.wait(10) == 0
+    command = [sys.executable, "app.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert f"3 pictures at http://localhost:{port}/ (Ctrl+C ends it)\n" in process.stdout
+            proxy = httpx.HTTPTransport(local_address="127.0.0.2")
+            with httpx.Client(base_url=f"http://127.0.0.2:{port}", transport=proxy) as client:
+                assert "This picture" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
+                assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
+                for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted apart behind the proxy
+                    for _ in range(REQUESTS_PER_MINUTE if expected_code == 400 and visitor == 1 else 1):
+                        headers = {"X-Forwarded-For": f"10.0.0.{visitor}"}
+                        answer = client.post("/gradio_api/queue/join", content=b"{", headers=headers)
+                    assert answer.status_code == expected_code
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
     assert list(tmp_path.glob("pvlf-demo-*")) == []
-    assert set((tmp_path / "connected").read_text().split()) == {"127.0.0.1"}
+    assert set((tmp_path / "asked").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
 
 
-# What the process connects to, name servers included.
+def test_a_mistake_in_the_environment_is_a_sentence(monkeypatch):
+    monkeypatch.delenv("PVLF_MODEL", raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
+        web_demo.main()
+    signal.signal(signal.SIGTERM, handler)
+
+
+# Writes down whom the process connects to, and which names it looks up.
 WATCH = """
 import pathlib, sys
 def watch(event, args):
-    if event == "socket.connect" and isinstance(args[1], tuple):
-        with open(pathlib.Path(__file__).with_name("connected"), "a") as file:
-            file.write(f"{args[1][0]}\\n")
+    host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
+    if host:
+        with open(pathlib.Path(__file__).with_name("asked"), "a") as file:
+            file.write(f"{host}\\n")
 sys.addaudithook(watch)
 """
