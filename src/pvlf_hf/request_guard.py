@@ -5,6 +5,7 @@ requests of any length; a demo needs neither.
 """
 
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -39,23 +40,21 @@ class Guard:
         self.times: dict[str, deque[float]] = {}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Callable, send: Callable) -> None:
-        """Passes a request on, or answers it with 403, 411, 413 or 429."""
+        """Passes a request on, or answers it with 400, 403, 411, 413 or 429."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refusal = self._refuse(scope)
         if refusal is None and scope["method"] == "POST" and not scope["path"].endswith("/upload"):
             body = await _read(receive)
-            if not _names_only(body, self.folder):
-                refusal = 403, "a request may only name pictures that were uploaded here: upload the picture itself"
-            receive = _replay(body, receive)
+            refusal, receive = self._refuse_body(body), _replay(body, receive)
         if refusal is None:
             return await self.app(scope, receive, send)
         status, sentence = refusal
         await JSONResponse({"detail": sentence}, status)(scope, receive, send)
 
     def _refuse(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
-        _, asked, file = scope["path"].partition("/file=")
-        if asked and not _is_within(file, self.folder):
+        asked = re.search("/(?:file|proxy)[=/](.*)", scope["path"], re.DOTALL)
+        if asked and not self._is_ours(asked[1]):
             return 403, "only pictures of this gallery are served"
         if scope["method"] != "POST":
             return None
@@ -63,11 +62,32 @@ class Guard:
         if not length.isdecimal():
             return 411, "say how long the request is (Content-Length)"
         limit = MAX_UPLOAD + MAX_REQUEST if scope["path"].endswith("/upload") else MAX_REQUEST
-        if int(length) > limit:
+        if len(length) > 12 or int(length) > limit:
             return 413, f"this is larger than {limit >> 10:,} KB: send a smaller picture, or fewer words"
         if self._is_too_fast(scope["client"][0] if scope["client"] else ""):
             return 429, f"more than {self.per_minute} requests a minute: wait a moment, then go on"
         return None
+
+    def _refuse_body(self, body: bytes) -> tuple[int, str] | None:
+        try:
+            values = [json.loads(body)]
+        except (ValueError, RecursionError):
+            return 400, "this is not JSON that can be read"
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if isinstance(path := value.get("path"), str) and not self._is_ours(path):  # so Gradio names a file
+                    return 403, "a request may only name pictures that were uploaded here: upload the picture itself"
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+        return None
+
+    def _is_ours(self, path: str) -> bool:
+        try:
+            return Path(path).resolve().is_relative_to(self.folder)
+        except ValueError:  # no path at all
+            return False
 
     def _is_too_fast(self, client: str) -> bool:
         now = time.monotonic()
@@ -99,25 +119,4 @@ def _replay(body: bytes, receive: Callable) -> Callable:
     return again
 
 
-def _names_only(body: bytes, folder: Path) -> bool:
-    """Whether all files that a JSON body names, Gradio's `{"path": ...}`, are in the folder; addresses are not."""
-    try:
-        values = [json.loads(body)]
-    except (ValueError, RecursionError):  # not JSON: the server says so
-        return True
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            if isinstance(path := value.get("path"), str) and not _is_within(path, folder):
-                return False
-            values += value.values()
-        elif isinstance(value, list):
-            values += value
-    return True
-
-
-def _is_within(path: str, folder: Path) -> bool:
-    return "\0" not in path and Path(path).resolve().is_relative_to(folder)
-
-
-__all__ = ["Guard"]
+__all__ = ["MAX_REQUEST", "MAX_UPLOAD", "REQUESTS_PER_MINUTE", "Guard"]

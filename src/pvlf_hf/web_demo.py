@@ -36,6 +36,7 @@ from uuid import uuid4
 import numpy as np
 from PIL import Image as PILImage
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
@@ -93,6 +94,8 @@ CSS = """
 #balance .max_value::before {content: "words"; font-size: 13px}
 @media (max-width: 640px) {#grid .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr))}}
 """
+
+LOOPBACK = ["127.0.0.1", "localhost"]
 
 UPLOADS = "GRADIO_TEMP_DIR"
 """Of the environment: the folder of all files that Gradio keeps."""
@@ -157,10 +160,6 @@ class Searcher:
         """A few pictures to start from, others each time."""
         return Session(shown=tuple(random.sample(self.gallery.ids, min(SHOWN, len(self.gallery)))))
 
-    def take(self, session: Session, file: str | Path | None) -> Session:
-        """The visitor's own picture becomes the reference; without one there is none."""
-        return replace(session, steps=(), reference=open_upload(file) if file else None)
-
     def pick(self, session: Session, place: int) -> Session:
         """A picture of the grid becomes the reference."""
         if not 0 <= place < len(session.shown):
@@ -204,7 +203,10 @@ class Searcher:
         """A picture as it is shown, a WebP file made when first asked for; of the gallery's, the name is the row."""
         if reference is None:
             return None
-        name = str(self.row_of[reference]) if isinstance(reference, str) else sha256(reference.tobytes()).hexdigest()
+        if isinstance(reference, str):
+            name = str(self.row_of[reference])
+        else:
+            name = sha256(str(reference.size).encode() + reference.tobytes()).hexdigest()
         file = self.folder / f"{name}.webp"
         if not file.exists():
             picture = self.gallery.picture(reference) if isinstance(reference, str) else reference
@@ -219,9 +221,7 @@ class Searcher:
             name if weight >= 0 else f"less of the {name}": abs(weight) / total
             for name, weight in zip(("picture", "fusion of both", "words"), explanation.weights, strict=True)
         }
-        seen = self.gallery.processor.process_targets(query.images[0])[
-            "pixel_values"
-        ]  # (1, 3, height, width), cropped
+        seen = self.gallery.processor.process_targets(query.images[0])["pixel_values"]  # (1, 3, height, width)
         seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)
         attention = explanation.patches()[None, None]  # (1, 1, rows, columns)
         light, seen = (F.interpolate(x, (256, 256), mode="bilinear")[0] for x in (attention / attention.max(), seen))
@@ -239,14 +239,14 @@ def has_both(query: Query) -> bool:
     return query.image_embeds is not None and query.text_embeds is not None
 
 
-def open_upload(path: str | Path) -> PILImage.Image:
+def open_upload(path: str | Path | None) -> PILImage.Image:
     """Opens an uploaded picture: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
 
     Raises:
         ValueError: if it is no picture, or a huge one.
     """
     try:
-        with PILImage.open(path) as picture:
+        with PILImage.open(path or "") as picture:
             if picture.width * picture.height <= MAX_PIXELS:
                 return clean(picture, LONGEST)
             size = f"{picture.width} x {picture.height}"
@@ -331,7 +331,8 @@ class Page:
         begin, go = [self.blocks.load, self.over.click], [self.button.click, self.text.submit]
         _listen("start", begin, self.start, [], everything)
         # Unprocessed: what is no picture gets a sentence of ours.
-        _listen("take", [reference.input], self.take, [session, reference], [session, reference], preprocess=False)
+        _listen("take", [reference.upload], self.take, [session, reference], [*results, reference], preprocess=False)
+        _listen("drop", [reference.clear], self.drop, [session], results)
         picked = _listen("pick", [self.grid.select], self.pick, [session], [session, reference, self.text])
         picked.then(None, js=ASK_ON)
         searched = _listen("search", go, self.search, [session, self.text, balance], results)
@@ -353,9 +354,13 @@ class Page:
         return self._show(session, reference=self.searcher.file(reference), text=text, balance=0)
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
-        """The visitor gave a picture, or took it away."""
-        session = self.searcher.take(session, upload.get("path") if upload else None)
-        return {self.session: session, self.reference: self.searcher.file(session.reference)}
+        """The visitor gave a picture."""
+        picture = open_upload((upload or {}).get("path"))
+        return self._show(replace(session, steps=(), reference=picture), reference=self.searcher.file(picture))
+
+    def drop(self, session: Session) -> dict[Any, Any]:
+        """The visitor took the picture away."""
+        return self._show(replace(session, steps=(), reference=None))
 
     def pick(self, session: Session, event: gr.SelectData) -> dict[Any, Any]:
         """A picture of the grid was clicked."""
@@ -380,7 +385,7 @@ class Page:
         """Everything that follows from a session, and the values of components that are named."""
         file, steps = self.searcher.file, session.steps
         captions = [f"{place} · {score:.2f}" for place, score in enumerate(session.scores, 1)]
-        files = [file(image_id) for image_id in session.shown]
+        files: list[Any] = [file(image_id) for image_id in session.shown]
         self.grid.keep_in_cache.update(files)  # of the gallery's pictures each is made once
         why = steps[-1].why if steps else None
         blank = PILImage.new("RGB", (8, 8), "white")
@@ -405,7 +410,7 @@ class Page:
 
 
 def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *places: Any, **options: Any) -> Any:
-    """Events of all visitors are done one after another, and of one who is ahead of them the last."""
+    """All visitors' events pass one by one; of those that one visitor sends faster than that, the last counts."""
     return gr.on(
         events,
         _in_sentences(act),
@@ -463,19 +468,22 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) ->
     except (OSError, OverflowError) as error:
         where = host if port is None else f"{host}, port {port}"
         raise ValueError(f"cannot listen on {where} ({error}): choose another port, or leave it out") from error
-    if host not in ("127.0.0.1", "localhost"):
-        logger.warning(f"the demo listens on {host}: whoever reaches this machine sees the gallery's pictures")
     before = os.environ.get(UPLOADS)
     with TemporaryDirectory(prefix="pvlf-demo-") as folder:
         os.environ[UPLOADS] = folder
         page = build(gallery)
+        guards = [Middleware(Guard, folder=Path(folder).resolve())]
+        if host in LOOPBACK:  # a page elsewhere that gives this machine a name of its own does not get in by it
+            guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
+        else:
+            logger.warning(f"the demo listens on {host}: whoever reaches this machine sees the gallery's pictures")
         try:
             _, url, _ = page.launch(
                 server_name=host,
                 server_port=port,
                 max_file_size=MAX_UPLOAD,
                 state_session_capacity=SESSIONS,
-                app_kwargs={"middleware": [Middleware(Guard, folder=Path(folder).resolve())]},
+                app_kwargs={"middleware": guards},
                 theme=gr.themes.Default(
                     primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ),
@@ -519,26 +527,28 @@ def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, o
 
 
 def main() -> None:
-    """Serves what the environment names, as a Hub Space does; see the top of this file.
+    """Serves what the environment names, as a Hub Space does; see the top of this file."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, so that nothing of the visitors' is left behind
+    if "SPACE_ID" in os.environ:  # only its proxy reaches a Space, and says on whose behalf
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")
+    host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT")
+    try:
+        launch(_named_gallery(), host, int(port) if port else None, open_browser=False)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
-    Raises:
-        ValueError: if `PVLF_MODEL` is not set, and as [`serve`] and [`Gallery.from_folder`].
-    """
+
+def _named_gallery() -> Gallery:
     name, pictures = os.environ.get("PVLF_MODEL"), os.environ.get("PVLF_GALLERY")
     if not name:
         raise ValueError("PVLF_MODEL is not set: name a PVLF model, a folder or one on the Hub")
     model, processor = AutoModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
     if pictures:
-        gallery = Gallery.from_folder(pictures, model, processor)
-    else:
-        gallery = Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor)
-    port = os.environ.get("GRADIO_SERVER_PORT")
-    host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # also then nothing of the visitors' is left behind
-    launch(gallery, host, int(port) if port else None, open_browser=False)
+        return Gallery.from_folder(pictures, model, processor)
+    return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor)
 
 
-__all__ = ["build", "launch", "serve"]
+__all__ = ["build", "launch", "main", "serve"]
 
 
 if __name__ == "__main__":
