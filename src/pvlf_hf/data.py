@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 from torch import Tensor
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from .benchmark import CIRBenchmark, Protocol, check_columns

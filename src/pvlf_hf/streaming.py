@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from datasets.distributed import split_dataset_by_node
+from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS
