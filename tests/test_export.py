@@ -109,6 +109,8 @@ def test_pictures_and_captions_are_prepared_as_by_the_processor(exported, pictur
     for picture in pictures:
         expected = processor(images=picture, return_tensors="np")["pixel_values"]
         assert np.array_equal(encoder.pixel_values([picture]), expected), picture.name
+    many, once = encoder.embed_images(pictures * 4), encoder.embed_images(pictures)  # several batches
+    np.testing.assert_allclose(many, np.tile(once, (4, 1)), atol=1e-6)
     expected = processor(text=CAPTIONS, return_tensors="np")
     tokens = encoder.tokenizer.encode_batch(CAPTIONS)
     assert [t.ids for t in tokens] == expected["input_ids"].tolist()
