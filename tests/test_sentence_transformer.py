@@ -101,6 +101,7 @@ def test_loading_passes_settings_on():
     assert (module.model.dtype, module.max_seq_length) == (torch.bfloat16, 9)
     encoder = SentenceTransformer(modules=[module], device="cpu")
     assert encoder.encode(INPUTS).dtype == np.float32
+    assert PVLFSentenceModule.load(str(CARD.parent), subfolder=CARD.name).max_seq_length == 35
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+BATCH = 32
+"""Gallery pictures embedded at once (ours)."""
+
 Picture = str | Path | Image.Image
 
 
@@ -65,7 +68,8 @@ class OnnxEncoder:
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
         """Embeds gallery pictures: float32 `(images, d)`, unit vectors."""
-        return self.gallery.run(None, {"pixel_values": self.pixel_values(images)})[0]
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return np.concatenate([self.gallery.run(None, {"pixel_values": self.pixel_values(b)})[0] for b in batches])
 
     def embed_queries(self, images: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
         """Embeds reference pictures, each with what should be different: float32 `(queries, d)`, unit vectors."""

@@ -73,14 +73,14 @@ class PVLFSentenceModule(InputModule):
             **kwargs: `subfolder`, `token`, `revision`, `cache_folder` and `local_files_only` say where to look; what
                 the library passes besides is for modules of other kinds.
         """
-        where = {
-            name: kwargs[name] for name in ("subfolder", "token", "revision", "local_files_only") if name in kwargs
-        }
+        names = ("subfolder", "token", "revision", "local_files_only")
+        where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+        where["cache_dir"] = kwargs.get("cache_folder")
         model = PVLFModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
         processor = PVLFProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
         return cls(model, processor)
 
-    def save(self, output_path: str | PathLike, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+    def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes an ordinary PVLF checkpoint; other arguments of the library make no difference."""
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
