@@ -27,6 +27,7 @@ ORDER = [
     "fashioniq",
     "circo",
     "streaming",
+    "cosines",
     "metrics",
     "significance",
     "feature_cache",
