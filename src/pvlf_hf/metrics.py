@@ -59,7 +59,7 @@ def target_ranks(
         target_index: (Q,) int, position of the target in the gallery.
         exclude_index: (Q,) int, position of a gallery image left out of the query's ranking, such as its reference
             (the CIRR protocol; FashionIQ leaves nothing out).
-        chunk_size: queries scored at a time, each time against as many images as keep the memory within some 20 MB;
+        chunk_size: queries scored at a time, each time against as many images as keep the memory within some 50 MB;
             the ranks do not depend on it.
         ties: where the target stands among images of the same score; "best" and "worst" bound its rank.
 

@@ -49,7 +49,8 @@ class ExactIndex:
     def candidates(self, query: Tensor, k: int) -> Tensor:
         """See [`VectorIndex`]; all that rounding could have kept out of the best k are among them."""
         with full_precision():
-            cosines = (self.embeds @ query)[None]  # (1, gallery)
+            # Twice the query: MKL's product with a matrix reads memory two to three times faster than with a vector.
+            cosines = (self.embeds @ query.repeat(2, 1).T)[:, :1].T.contiguous()  # (1, gallery)
         return above(cosines, kth_at_least(cosines, k) - 2 * error_bound(len(query)))[1]
 
 
