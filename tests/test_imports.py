@@ -29,6 +29,7 @@ ORDER = [
     "fashioniq",
     "circo",
     "streaming",
+    "cosines",
     "metrics",
     "significance",
     "feature_cache",

@@ -4,8 +4,8 @@ Conventions used throughout, with Q queries, N gallery images, S subset members,
 embedding width d:
 
 - A score is the cosine of a query with a gallery image; higher is better. Products are summed in float64 and rounded
-  to float32, whatever the input dtype, because float32 products of *equal* gallery rows differ in the last bit with
-  their position in the matrix: ties and ranks would depend on chunk size and hardware.
+  to float32, whatever the input dtype, so that equal gallery rows tie and ranks do not depend on chunk size or
+  hardware. float32 products settle most ranks, and only what lies within their error is scored so (`cosines.py`).
 - A rank is 0-based: the number of gallery images before the target. Equal scores stand in gallery order, as a stable
   sort leaves them. Published evaluations sort with an unstable order; their numbers can differ where scores tie, at
   most as far as `ties="best"` and `ties="worst"` say.
@@ -18,14 +18,15 @@ Example:
     ([0, 1], {1: 0.5, 2: 1.0})
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+from .cosines import above, check_embeds, cosine_tiles, error_bound, kth_at_least, score_pairs
 
 CIRR_KS = (1, 5, 10, 50)
 CIRR_SUBSET_KS = (1, 2, 3)
@@ -34,6 +35,9 @@ CIRCO_KS = (5, 10, 25, 50)
 
 Ties = Literal["gallery order", "best", "worst"]
 """Where a target stands among images of the same score: by gallery position, before all of them, or after them."""
+
+CHUNK = 512
+"""Queries scored at a time (ours): of 256 to 2,048 the fastest."""
 
 NOT_RETRIEVED = torch.iinfo(torch.int64).max
 """Rank of a target that a ranked list does not hold: beyond every cut-off."""
@@ -44,7 +48,7 @@ def target_ranks(
     gallery_embeds: Tensor,
     target_index: Tensor,
     exclude_index: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
     ties: Ties = "gallery order",
 ) -> Tensor:
     """Rank of each query's target in the gallery.
@@ -55,8 +59,8 @@ def target_ranks(
         target_index: (Q,) int, position of the target in the gallery.
         exclude_index: (Q,) int, position of a gallery image left out of the query's ranking, such as its reference
             (the CIRR protocol; FashionIQ leaves nothing out).
-        chunk_size: queries scored at a time; the ranks do not depend on it, the memory does (about
-            `20 * chunk_size * N` bytes).
+        chunk_size: queries scored at a time, each time against as many images as keep the memory within some 50 MB;
+            the ranks do not depend on it.
         ties: where the target stands among images of the same score; "best" and "worst" bound its rank.
 
     Returns:
@@ -66,8 +70,8 @@ def target_ranks(
         ValueError: if widths or numbers of queries differ, an embedding is not finite, an index is outside the
             gallery, or a target is excluded.
     """
-    indices = _checked_indices(target_index, exclude_index, None, len(query_embeds), len(gallery_embeds))
-    return _chunked_ranks(query_embeds, gallery_embeds, indices, chunk_size, ties)[:, 0]
+    target, exclude, _ = _checked_indices(target_index, exclude_index, None, len(query_embeds), len(gallery_embeds))
+    return _ranks(query_embeds, gallery_embeds, target, exclude, chunk_size, ties)[:, 0]
 
 
 def positive_ranks(
@@ -75,7 +79,7 @@ def positive_ranks(
     gallery_embeds: Tensor,
     positive_index: Tensor,
     exclude_index: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
 ) -> Tensor:
     """Rank of every right answer of each query, where there are several (CIRCO).
 
@@ -96,8 +100,8 @@ def positive_ranks(
     positives = _checked_positions("positive_index", positive_index, len(query_embeds), len(gallery_embeds))
     if (row := _first((positives < 0).all(dim=1))) is not None:
         raise ValueError(f"positive_index of query {row} holds no position; drop the query")
-    indices = _Indices(positives, _checked_exclude(exclude_index, positives, len(gallery_embeds)), None)
-    return _chunked_ranks(query_embeds, gallery_embeds, indices, chunk_size, "gallery order")
+    exclude = _checked_exclude(exclude_index, positives, len(gallery_embeds))
+    return _ranks(query_embeds, gallery_embeds, positives, exclude, chunk_size, "gallery order")
 
 
 def subset_ranks(
@@ -106,7 +110,6 @@ def subset_ranks(
     subset_index: Tensor,
     target_index: Tensor,
     exclude_index: Tensor | None = None,
-    chunk_size: int = 128,
     ties: Ties = "gallery order",
 ) -> Tensor:
     """Rank of each query's target among a few gallery images only: the full ranking, restricted (CIRR's Rsubset).
@@ -118,7 +121,6 @@ def subset_ranks(
             filled up with -1. The excluded image may be a member or not.
         target_index: (Q,) int, position of the target in the gallery.
         exclude_index: (Q,) int, position of the gallery image left out of the query's ranking.
-        chunk_size: queries scored at a time.
         ties: where the target stands among images of the same score; "best" and "worst" bound its rank.
 
     Returns:
@@ -127,8 +129,14 @@ def subset_ranks(
     Raises:
         ValueError: as `target_ranks`, and if a row repeats a member or lacks its target.
     """
+    check_embeds(query_embeds, gallery_embeds)
     indices = _checked_indices(target_index, exclude_index, subset_index, len(query_embeds), len(gallery_embeds))
-    return _chunked_ranks(query_embeds, gallery_embeds, indices, chunk_size, ties)[:, 0]
+    target, exclude, _ = indices.to(query_embeds.device)
+    subset = subset_index.to(target)
+    row, place = (subset >= 0).nonzero(as_tuple=True)
+    scores = torch.full(subset.shape, -torch.inf, device=target.device)
+    scores[row, place] = score_pairs(query_embeds, gallery_embeds, row, subset[row, place])
+    return _ranks_among(scores, subset, scores[subset == target][:, None], target, exclude, ties)
 
 
 def ranks_from_scores(
@@ -158,7 +166,10 @@ def ranks_from_scores(
     if (row := _first(scores.isnan().any(dim=1))) is not None:
         raise ValueError(f"scores of query {row} hold NaN; look for it in the embeddings of that query")
     indices = _checked_indices(target_index, exclude_index, subset_index, *scores.shape)
-    return _count_ahead(scores, indices.take(slice(None), scores.device), ties)[:, 0]
+    target, exclude, subset = indices.to(scores.device)
+    positions = torch.arange(scores.shape[1], device=scores.device)[None] if subset is None else subset
+    among = scores if subset is None else scores.gather(1, subset.clamp(min=0))
+    return _ranks_among(among, positions, scores.gather(1, target), target, exclude, ties)
 
 
 def ranks_from_lists(
@@ -203,7 +214,7 @@ def top_k(
     gallery_embeds: Tensor,
     k: int,
     exclude_index: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The best k gallery images of each query, best first, ties in gallery order.
 
@@ -227,15 +238,29 @@ def top_k(
         )
     if exclude_index is not None:
         exclude_index = _checked_index("exclude_index", exclude_index, len(query_embeds), len(gallery_embeds))
-    scores, positions = [], []
-    for rows, chunk in _score_chunks(query_embeds, gallery_embeds, chunk_size):
-        if exclude_index is not None:
-            chunk.scatter_(1, exclude_index[rows, None].to(chunk.device), -torch.inf)
-        # torch.topk leaves the order of equal scores open.
-        best = chunk.sort(dim=1, descending=True, stable=True)
-        scores.append(best.values[:, :k].clone())  # a view would keep the whole chunk alive
-        positions.append(best.indices[:, :k].clone())
-    return torch.cat(scores), torch.cat(positions)
+    scores = torch.full((len(query_embeds), k), -torch.inf, device=query_embeds.device)
+    positions = torch.zeros_like(scores, dtype=torch.int64)
+    error = error_bound(query_embeds.shape[-1])
+    for rows, columns, cosines in cosine_tiles(query_embeds, gallery_embeds, exclude_index, chunk_size):
+        least = scores[rows, -1]  # what an image has to exceed
+        if least.isinf().any():
+            least = torch.maximum(least, kth_at_least(cosines, k) - error)
+        row, column = above(cosines, least - error)
+        if not len(row):
+            continue
+        found = score_pairs(query_embeds[rows], gallery_embeds[columns], row, column)
+        # Those of each query in a row, behind its best so far: a stable sort leaves ties in gallery order.
+        hit, group, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
+        place = k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
+        merged = scores.new_full((len(hit), k + int(counts.max())), -torch.inf)
+        merged_positions = torch.zeros_like(merged, dtype=torch.int64)
+        hit += rows.start
+        merged[:, :k], merged_positions[:, :k] = scores[hit], positions[hit]
+        merged[group, place], merged_positions[group, place] = found, column + columns.start
+        best = merged.sort(dim=1, descending=True, stable=True)
+        scores[hit] = best.values[:, :k]
+        positions[hit] = merged_positions.gather(1, best.indices[:, :k])
+    return scores, positions
 
 
 def recall_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
@@ -387,66 +412,77 @@ def circo_metrics(positive_ranks: Tensor, target_ranks: Tensor) -> dict[str, flo
 
 
 class _Indices(NamedTuple):
-    """Gallery positions, checked, on the CPU: positives (Q, G), excluded (Q,), subset members (Q, S)."""
+    """Gallery positions, checked: target (Q, 1), excluded (Q,), subset members (Q, S)."""
 
-    positives: Tensor
+    target: Tensor
     exclude: Tensor | None
     subset: Tensor | None
 
-    def take(self, rows: slice, device: torch.device) -> "_Indices":
-        return _Indices(*(None if index is None else index[rows].to(device) for index in self))  # type: ignore[arg-type]
+    def to(self, device: torch.device) -> "_Indices":
+        return _Indices(*(None if index is None else index.to(device) for index in self))  # type: ignore[arg-type]
 
 
-def _chunked_ranks(
-    query_embeds: Tensor, gallery_embeds: Tensor, indices: _Indices, chunk_size: int, ties: Ties
+def _ranks(
+    query_embeds: Tensor,
+    gallery_embeds: Tensor,
+    positives: Tensor,
+    exclude: Tensor | None,
+    chunk_size: int,
+    ties: Ties,
 ) -> Tensor:
-    chunks = _score_chunks(query_embeds, gallery_embeds, chunk_size)
-    return torch.cat([_count_ahead(scores, indices.take(rows, scores.device), ties) for rows, scores in chunks])
+    """(Q, G) number of gallery images before each positive, -1 where that is padding."""
+    check_embeds(query_embeds, gallery_embeds)
+    positives = positives.to(query_embeds.device)
+    row, place = (positives >= 0).nonzero(as_tuple=True)
+    scores = torch.full(positives.shape, torch.inf, device=positives.device)
+    scores[row, place] = score_pairs(query_embeds, gallery_embeds, row, positives[row, place])
+    ranks = torch.zeros_like(positives)
+    for rows, columns, cosines in cosine_tiles(query_embeds, gallery_embeds, exclude, chunk_size):
+        queries, gallery = query_embeds[rows], gallery_embeds[columns]
+        for its_ranks, score, positive in zip(ranks[rows].T, scores[rows].T, positives[rows].T, strict=True):
+            its_ranks += _count_before(queries, gallery, cosines, score, positive - columns.start, ties)
+    return ranks.where(positives >= 0, -1)
 
 
-def _count_ahead(scores: Tensor, indices: _Indices, ties: Ties) -> Tensor:
-    """(c, G) number of gallery images (of the subset, if any) before each positive, for a chunk of c queries."""
+def _count_before(
+    queries: Tensor, gallery: Tensor, cosines: Tensor, score: Tensor, positive: Tensor, ties: Ties
+) -> Tensor:
+    """(c,) number of a tile's images before the one of this score (c,) and position (c,), which may be elsewhere."""
+    error = error_bound(queries.shape[1])
+    low, high = score - error, score + error
+    flags = torch.empty_like(cosines)  # counted several times faster than booleans
+    before = torch.gt(cosines, high[:, None], out=flags).sum(dim=1)
+    near = torch.ge(cosines, low[:, None], out=flags).sum(dim=1) - before
+    itself = (positive >= 0) & (positive < cosines.shape[1])
+    (rows,) = (near > itself).nonzero(as_tuple=True)
+    cosines = cosines[rows]
+    row, column = ((cosines >= low[rows, None]) & (cosines <= high[rows, None])).nonzero(as_tuple=True)
+    row = rows[row]
+    ahead = _before(score_pairs(queries, gallery, row, column), column, score[row], positive[row], ties)
+    return before.long() + row[ahead].bincount(minlength=len(score))
+
+
+def _ranks_among(
+    scores: Tensor, positions: Tensor, score: Tensor, target: Tensor, exclude: Tensor | None, ties: Ties
+) -> Tensor:
+    """(Q,) number of images of these scores (Q, n) and positions (Q or 1, n) before the target (Q, 1) of that score.
+
+    A position of -1 stands for no image.
+    """
+    ahead = _before(scores, positions, score, target, ties) & (positions >= 0)
+    if exclude is not None:
+        ahead &= positions != exclude[:, None]
+    return ahead.sum(dim=1)
+
+
+def _before(scores: Tensor, positions: Tensor, score: Tensor, target: Tensor, ties: Ties) -> Tensor:
+    """Whether images stand before a target of a score."""
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r}: choose one of {get_args(Ties)}")
-    positives, exclude, subset = indices
-    positions = torch.arange(scores.shape[1], device=scores.device)
-    counts = []
-    for positive in positives.clamp(min=0).split(1, dim=1):  # (c, 1) in turn: all together need G times the memory
-        score = scores.gather(1, positive)  # from the same product, so that the positive ties with itself
-        ahead = scores > score  # (c, N)
-        if ties != "best":
-            ahead |= (scores == score) & (positions != positive if ties == "worst" else positions < positive)
-        if exclude is not None:
-            ahead.scatter_(1, exclude[:, None], False)
-        if subset is not None:
-            ahead = ahead.gather(1, subset.clamp(min=0)) & (subset >= 0)  # (c, S)
-        counts.append(ahead.sum(dim=1))
-    return torch.stack(counts, dim=1).where(positives >= 0, -1)
-
-
-def _score_chunks(query_embeds: Tensor, gallery_embeds: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the rows and the float32 cosines (c, N) of `chunk_size` queries at a time."""
-    queries, gallery = _unit_rows("query", query_embeds), _unit_rows("gallery", gallery_embeds)
-    if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            f"query_embeds are {queries.shape[1]} wide and gallery_embeds {gallery.shape[1]}; "
-            "compute both with the same model"
-        )
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    for start in range(0, len(queries), chunk_size):
-        rows = slice(start, start + chunk_size)
-        yield rows, (queries[rows] @ gallery.T).float()
-
-
-def _unit_rows(name: str, embeds: Tensor) -> Tensor:
-    if embeds.ndim != 2 or embeds.numel() == 0:
-        raise ValueError(
-            f"{name}_embeds must have shape (rows, width) and at least one row, got {tuple(embeds.shape)}"
-        )
-    if (row := _first(~embeds.isfinite().all(dim=1))) is not None:
-        raise ValueError(f"{name}_embeds hold NaN or infinity, first at {name} {row}")
-    return F.normalize(embeds.double(), dim=1)
+    ahead = scores > score
+    if ties != "best":
+        ahead |= (scores == score) & (positions != target if ties == "worst" else positions < target)
+    return ahead
 
 
 def _checked_indices(

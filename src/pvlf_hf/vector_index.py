@@ -9,10 +9,9 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-IndexName = Literal["exact", "faiss", "milvus"]
+from .cosines import above, error_bound, full_precision, kth_at_least
 
-ROUNDING = 1e-4
-"""More than two float32 cosines of unit vectors can be off (ours; some 1e-6 at the width 256)."""
+IndexName = Literal["exact", "faiss", "milvus"]
 
 SEARCH_WIDTH = 128
 """Neighbours that FAISS's graph search keeps in view, its `efSearch`. Ours: of the ten best of 20,000 random
@@ -49,8 +48,10 @@ class ExactIndex:
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
         """See [`VectorIndex`]; all that rounding could have kept out of the best k are among them."""
-        scores = self.embeds @ query  # (gallery,)
-        return (scores >= scores.topk(k).values[-1] - ROUNDING).nonzero()[:, 0]
+        with full_precision():
+            # Twice the query: MKL's product with a matrix reads memory two to three times faster than with a vector.
+            cosines = (self.embeds @ query.repeat(2, 1).T)[:, :1].T.contiguous()  # (1, gallery)
+        return above(cosines, kth_at_least(cosines, k) - 2 * error_bound(len(query)))[1]
 
 
 class FaissIndex:
