@@ -50,6 +50,7 @@ from pvlf_hf import (
     write_results,
 )
 from pvlf_hf.configuration_pvlf import TRANSAGG
+from pvlf_hf.data import triplets_digest
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.encoding import QueryMethod, encode_gallery
 from pvlf_hf.laion_cir import SUBSETS, load_laion_cir
@@ -220,6 +221,8 @@ def train(
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
+        if isinstance(triplets, Dataset):
+            facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
