@@ -36,6 +36,7 @@ ORDER = [
     "evaluation",
     "protocols",
     "model_card",
+    "golden",
     "submission",
     "doctor",
     "sheet",

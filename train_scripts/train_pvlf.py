@@ -47,6 +47,7 @@ from pvlf_hf import (
     load_hub_triplets,
     load_triplets,
     stream_triplets,
+    write_golden,
     write_results,
 )
 from pvlf_hf.configuration_pvlf import TRANSAGG
@@ -119,6 +120,7 @@ class DataArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "Likewise; evaluated while training."})
     image_folder: str | None = field(default=None, metadata={"help": "Where the images named in the files are."})
+    allow_links: bool = field(default=False, metadata={"help": "Follow links that lead out of image_folder."})
     data_root: str | None = field(
         default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
     )
@@ -161,7 +163,7 @@ class DataArguments:
                 "pass --train_file and --image_folder, or --dataset emoji-cir (or laion-cir-...), --train_shards or "
                 "--hub_dataset"
             )
-        return load_triplets(self.train_file, self.image_folder)
+        return load_triplets(self.train_file, self.image_folder, allow_links=self.allow_links)
 
     def _validation(self) -> CIRBenchmark | dict[str, CIRBenchmark] | None:
         if self.validation:
@@ -170,7 +172,7 @@ class DataArguments:
         if self.dataset == "emoji-cir":
             return load_emoji_cir("validation")
         if self.validation_file and self.image_folder:
-            held_out = load_triplets(self.validation_file, self.image_folder)
+            held_out = load_triplets(self.validation_file, self.image_folder, allow_links=self.allow_links)
             return benchmark_from_triplets(Path(self.validation_file).stem, held_out)
         return None
 
@@ -227,6 +229,7 @@ def train(
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
         write_results(Path(args.output_dir) / "results.json", evaluations, **facts)
+        write_golden(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(results=Path(args.output_dir) / "results.json")
     return evaluations

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .fashioniq import load_fashioniq, load_fashioniq_train
     from .feature_cache import FeatureCache, cache_features
     from .gallery import Explanation, Gallery, Query, SearchResult
+    from .golden import check_golden, write_golden
     from .laion_cir import load_laion_cir
     from .model_card import render_card, write_card
     from .protocols import load_protocol
@@ -70,6 +71,8 @@ _MODULE_OF = {
     "Gallery": "gallery",
     "Query": "gallery",
     "SearchResult": "gallery",
+    "check_golden": "golden",
+    "write_golden": "golden",
     "load_laion_cir": "laion_cir",
     "render_card": "model_card",
     "write_card": "model_card",
@@ -119,6 +122,7 @@ __all__ = [
     "benchmark_from_triplets",
     "bootstrap_interval",
     "cache_features",
+    "check_golden",
     "convert_salesforce_blip",
     "convert_transagg",
     "evaluate",
@@ -145,6 +149,7 @@ __all__ = [
     "write_card",
     "write_circo_submission",
     "write_cirr_submission",
+    "write_golden",
     "write_results",
     "write_shards",
 ]

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .benchmark import check_columns
+from .data import files_below
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
 from .encoding import device_of
 from .gallery_encoding import EMBEDDINGS, PART, Encoding, as_dataset, digests_of, open_cell, report
@@ -266,6 +267,7 @@ class Gallery:
         model: PVLFModel,
         processor: PVLFProcessor,
         path: str | Path | None = None,
+        allow_links: bool = False,
         **options: Any,
     ) -> "Gallery":
         """Embeds the pictures of a folder and its subfolders: every file whose ending Pillow can open.
@@ -276,19 +278,20 @@ class Gallery:
             processor: of the model.
             path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
                 encoded, and what is gone is dropped. None keeps it in memory, see [`~Gallery.save`].
+            allow_links: follow links that lead out of the folder, also to other folders.
             **options: `batch_size` (64); `progress` (True), show progress bars; `index`, `"exact"` (default),
                 `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in .db, or a cluster's
                 address), see `pvlf_hf.vector_index`.
 
         Raises:
-            ValueError: if there is no picture, or none that can be read; `path` holds embeddings of another model;
-                or the index is unknown. A picture that cannot be read is skipped, counted in a warning and listed in
-                `skipped`.
+            ValueError: if there is no picture, or none that can be read; a link leads out of the folder; `path` holds
+                embeddings of another model; or the index is unknown. A picture that cannot be read is skipped, counted
+                in a warning and listed in `skipped`.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; pass the one that holds the pictures")
-        files = sorted(file for file in folder.rglob("*") if not file.is_dir())  # links to nothing are reported
+        files = files_below(folder, allow_links)  # links to nothing too, which are reported
         PILImage.init()
         readable = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
         pictures = [file for file in files if file.suffix.lower() in readable]
@@ -430,11 +433,22 @@ class Gallery:
         revision: str | None = None,
         token: str | None = None,
     ) -> "Gallery":
-        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`]."""
+        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
+
+        Raises:
+            ValueError: if it names files, which another's gallery must not open here. Web addresses it may name are
+                fetched when their pictures are asked for.
+        """
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=[EMBEDDINGS, TABLE]
         )
-        return cls.load(folder, model, processor, index, uri)
+        gallery = cls.load(folder, model, processor, index, uri)
+        if files := [path for path in gallery.paths if path and not path.startswith(("http://", "https://"))]:
+            raise ValueError(
+                f"{repo_id} names {len(files)} files of this machine, first: {files[:3]}; a gallery on the Hub has "
+                "web addresses or none, as push_to_hub leaves them"
+            )
+        return gallery
 
     def search(
         self,

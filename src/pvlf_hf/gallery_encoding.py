@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .embedding_store import read_rows, write_rows
 from .encoding import encode_gallery
 from .feature_cache import digest
-from .image_processing_pvlf import open_rgb, to_rgb
+from .image_processing_pvlf import check_file, open_picture, to_rgb
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 
@@ -96,7 +96,7 @@ class Reader:
         try:
             return self.processor.process_targets(open_cell(cell, self.mode))["pixel_values"]
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            self.bad[digest_of(cell, self.mode)] = str(error)
+            self.bad[digest_of(cell, self.mode)] = str(error) or type(error).__name__
             return self.black
 
 
@@ -114,16 +114,18 @@ def open_cell(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
     """Decodes a cell as its column would, RGB."""
     if not cell or cell["bytes"] is cell["path"] is None:
         raise ValueError("the gallery knows no file of it")
-    if cell["bytes"] is None and _is_address(cell["path"]):
-        return open_rgb(cell["path"])
-    return to_rgb(Image(mode=mode).decode_example(cell))
+    with open_picture(cell["path"] if cell["bytes"] is None else cell["bytes"]) as picture:
+        return to_rgb(picture.convert(mode) if mode else picture)
 
 
 def digest_of(cell: dict[str, Any], mode: str | None) -> str:
     """Of the file and of how it is decoded; of an address itself."""
     if cell["bytes"] is not None:
         return digest(str(mode), cell["bytes"])
-    return digest(str(mode), cell["path"] if _is_address(cell["path"]) else Path(cell["path"]).read_bytes())
+    if _is_address(cell["path"]):
+        return digest(str(mode), cell["path"])
+    check_file(cell["path"])
+    return digest(str(mode), Path(cell["path"]).read_bytes())
 
 
 def digests_of(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
@@ -136,7 +138,7 @@ def digests_of(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, s
     for row, source in enumerate(bar):
         try:
             digests.append(digest_of(source["image"], mode))
-        except (OSError, TypeError) as error:  # TypeError: an empty cell
+        except (OSError, ValueError, TypeError) as error:  # TypeError: an empty cell
             digests.append(f"unreadable {row}")
             bad[digests[-1]] = str(error)
     digests, bad = broadcast_object_list([digests, bad])

@@ -166,6 +166,11 @@ class PVLFProcessor(ProcessorMixin):
         for index, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise ValueError(f"caption {index} is {caption!r}, not a string")
+            if half := next((letter for letter in caption if "\ud800" <= letter <= "\udfff"), None):
+                raise ValueError(
+                    f"caption {index} holds {half!r}, which is no character but half of one (a surrogate): it was "
+                    "read with a wrong encoding, or cut in two"
+                )
             if not caption.strip():
                 raise ValueError(
                     f"caption {index} is empty: say what changes, or search by the image alone with "

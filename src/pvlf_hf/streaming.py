@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, triplets_digest
+from .image_processing_pvlf import open_picture
 from .whole_files import whole
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,10 @@ def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
                 row |= {column: text.get(column) for column in TRIPLET_COLUMNS if column not in row}
                 if lacking := [column for column, cell in row.items() if cell is None]:
                     raise ValueError(f"row {number} has no {' and no '.join(lacking)}")
+                for column in ("reference", "target"):
+                    if row[column]["bytes"] is None:  # a file of this machine, or an address
+                        raise ValueError(f"the {column} of row {number} is a name, not the picture itself")
+                    open_picture(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
                 yield {**row, "target_id": str(row["target_id"])}
         except Exception as error:  # pyarrow, tarfile and networks raise what they like and do not name the file
             raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error

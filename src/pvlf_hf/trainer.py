@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .benchmark import CIRBenchmark, check_columns
-from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
+from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator, id_number
 from .evaluation import environment, evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
@@ -160,7 +160,32 @@ class PVLFTrainer(Trainer):
             target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
         unwrapped: Any = self.accelerator.unwrap_model(model)
         loss = unwrapped.loss(queries, targets, positives=positives, target_ids=target_ids)
+        if model.training and not loss.isfinite():
+            self._refuse(loss, outputs, inputs.get("target_ids"))
         return (loss, outputs) if return_outputs else loss
+
+    def _refuse(self, loss: Tensor, outputs: PVLFOutput, target_ids: Tensor | None) -> None:
+        """Raises a `ValueError` with the triplets that a loss that is not finite comes from."""
+        embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
+        bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
+        names: dict[int, str] = {}
+        if isinstance(self.train_dataset, Dataset):  # a stream cannot be asked for its ids again
+            names = {id_number(str(name)): str(name) for name in self.train_dataset["target_id"][:]}
+        numbers = [] if target_ids is None else target_ids[bad].tolist()
+        ids = [names.get(number, number) for number in numbers]
+        found = int(bad.sum())
+        if found == len(bad):
+            advice = (
+                "all of them, so the weights are to blame: go on from the last checkpoint, with a lower learning rate"
+            )
+        elif found:
+            advice = "look at their pictures and captions"
+        else:
+            advice = "they come from another process, which names them, or from the temperature"
+        raise ValueError(
+            f"the loss of step {self.state.global_step + 1} is {loss.item()}: {found} of {len(bad)} triplets of the "
+            f"batch have embeddings that are not finite, with target_id {ids}; {advice}"
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where all steps are done: the library makes one more when a complete run is started again."""
@@ -222,7 +247,8 @@ class PVLFTrainer(Trainer):
         with self._unfinished(final) as folder:
             super()._save(str(folder), state_dict)
             for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-                file.replace(final / file.name)
+                if file.name != "README.md" or not (final / file.name).exists():  # PEFT's; ours is its author's
+                    file.replace(final / file.name)
 
     @contextmanager
     def _unfinished(self, folder: Path) -> Iterator[Path]:
@@ -234,7 +260,7 @@ class PVLFTrainer(Trainer):
                 place.mkdir(parents=True)
             yield place
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and "inline_container" not in str(error):
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise cannot_write(f"in {folder}", error) from error
         finally:
