@@ -84,7 +84,7 @@ def pictures():
             stream = io.BytesIO()
             try:
                 picture.save(stream, format, **more, **({"exif": exif} if format in ("JPEG", "PNG", "TIFF") else {}))
-            except (OSError, ValueError):  # the format has no such mode
+            except (KeyError, OSError, ValueError):  # Pillow has no such format, or the format no such mode
                 continue
             yield stream.getvalue()
 

@@ -409,7 +409,7 @@ def bad_pictures():
     4,
     "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel pictures, wrong endings, SVG, PDF and EPS "
     "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
-    broken=(IMAGES, "formats=FORMATS)", "formats=None)"),
+    broken=(IMAGES, "formats=formats)", "formats=None)"),
 )
 def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
     ghostscript, ran = tmp_path / "bin/gs", tmp_path / "ran"

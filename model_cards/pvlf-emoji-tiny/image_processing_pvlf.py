@@ -202,7 +202,9 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
         stream = io.BytesIO(download(str(source)))
     else:
         check_file(source)
-    picture = Image.open(stream, formats=FORMATS)
+    Image.init()
+    formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
+    picture = Image.open(stream, formats=formats)
     check_pixels(picture)
     return picture
 

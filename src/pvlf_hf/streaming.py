@@ -180,7 +180,9 @@ def find_shards(shards: str | Path | list[str]) -> list[str]:
         if not matches:
             raise ValueError(f"no shards: {name!r} names no {' or '.join(BUILDERS)} file, folder or pattern of them")
         local = isinstance(filesystem, LocalFileSystem)
-        found += sorted(matches) if local else sorted(filesystem.unstrip_protocol(match) for match in matches)
+        # Old versions of fsspec put https:// before http:// too.
+        whole = [match if local or "://" in match else filesystem.unstrip_protocol(match) for match in matches]
+        found += sorted(whole)
     return list(dict.fromkeys(found))
 
 
