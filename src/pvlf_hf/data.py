@@ -5,6 +5,7 @@ user's own folder of images, is brought to this shape.
 """
 
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -262,6 +263,14 @@ class PVLFCollator:
             return_tensors="pt",
         )
         return {**batch, "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows])}
+
+
+def triplets_digest(triplets: Dataset) -> str:
+    """Which triplets, by their captions and target ids; pictures are not read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in ("caption", "target_id"):
+        digest.update(json.dumps(list(triplets[column])).encode())
+    return digest.hexdigest()
 
 
 def id_number(name: str) -> int:

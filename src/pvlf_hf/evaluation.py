@@ -327,9 +327,11 @@ def _frozen(values: Any) -> Any:
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and commit that a result was measured with; commit is None where this file is not under git."""
-    packages = ("pvlf-hf", "torch", "transformers", "accelerate", "datasets", "pillow")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "commit": _commit()}
+    """Versions, device and commit of a result; commit is None where this file is not under git."""
+    packages = ("pvlf-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pillow")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {**versions, "device": str(device or platform.machine()), "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from .benchmark import check_columns
-from .data import TRIPLET_COLUMNS
+from .data import TRIPLET_COLUMNS, triplets_digest
 from .image_processing_pvlf import open_picture
 from .whole_files import whole
 
@@ -78,7 +78,10 @@ def write_shards(
         rows = rows.cast_column(column, Image(decode=False))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": _digest(rows)})
+    _claim(
+        folder,
+        {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": triplets_digest(rows)},
+    )
     starts = range(0, len(rows), rows_per_shard)
     files = [folder / f"triplets-{n:05d}-of-{len(starts):05d}.{format}" for n in range(len(starts))]
     write = _write_tar if format == "tar" else _write_parquet
@@ -96,13 +99,6 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
     with whole(note) as partial:
         partial.write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _digest(rows: Dataset) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for column in ("caption", "target_id"):
-        digest.update(json.dumps(list(rows[column])).encode())
-    return digest.hexdigest()
 
 
 def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:

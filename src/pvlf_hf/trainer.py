@@ -253,7 +253,8 @@ class PVLFTrainer(Trainer):
         with self._unfinished(final) as folder:
             super()._save(str(folder), state_dict)
             for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-                file.replace(final / file.name)
+                if file.name != "README.md" or not (final / file.name).exists():  # PEFT's; ours is its author's
+                    file.replace(final / file.name)
 
     @contextmanager
     def _unfinished(self, folder: Path) -> Iterator[Path]:
@@ -265,7 +266,7 @@ class PVLFTrainer(Trainer):
                 place.mkdir(parents=True)
             yield place
         except (OSError, SafetensorError, RuntimeError) as error:
-            if type(error) is RuntimeError and "inline_container" not in str(error):
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise cannot_write(f"in {folder}", error) from error
         finally:

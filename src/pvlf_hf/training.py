@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, set_seed
 
 from .benchmark import CIRBenchmark
 from .configuration_pvlf import TRANSAGG
-from .data import benchmark_from_triplets, load_triplets
+from .data import benchmark_from_triplets, load_triplets, triplets_digest
 from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
 from .evaluation import Evaluation, evaluate_all, write_results
 from .golden import write_golden
@@ -214,6 +214,8 @@ def train(
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
+        if isinstance(triplets, Dataset):
+            facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}

@@ -1,9 +1,12 @@
 """The arguments of a PVLF training run, with the paper's settings as defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 
@@ -40,6 +43,11 @@ class PVLFTrainingArguments(TrainingArguments):
             negatives and exact gradients, trains in about the memory of so many rows, for one more forward.
         loss_chunk_size (`int`, *optional*):
             Queries compared with all targets at once, where even the similarities of a batch are too many (ours).
+
+    > Of the library's, for several processes and for repeating a run
+
+    `ddp_timeout` (1800 s): a process that hangs ends the job after so long; one that dies ends it at once.
+    `full_determinism` (False): the same bits again on the same GPUs, where they otherwise differ in rounding; slower.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -95,6 +103,8 @@ class PVLFTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 on a machine without accelerator is refused until one says so
         super().__post_init__(*args, **kwargs)
+        if self.use_cpu and dist.is_initialized():  # the library passes it on for GPUs only
+            _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         if self.finetuning not in ("frozen", "text", "both"):
             raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
         if self.lr_scheduler_type != "cosine":
@@ -116,13 +126,22 @@ class PVLFTrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
 
     def settings(self) -> dict[str, Any]:
-        """What matters for the outcome of a run, as `results.json` and the model card have it."""
+        """What matters for the outcome of a run, as `results.json` and the model card have it.
+
+        The names are flags, all but `processes`; what is not among them had its default.
+        """
         names = (
             "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm "
             "num_train_epochs max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps "
             "bf16 fp16 gather_negatives"
         )
-        return {**{name: getattr(self, name) for name in names.split()}, "processes": self.world_size}
+        seldom = (
+            "data_seed full_determinism decay_norms_and_biases dataloader_drop_last train_sampling_strategy "
+            "feature_cache optim optim_args adam_beta1 adam_beta2 adam_epsilon tf32 torch_compile neftune_noise_alpha"
+        )
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in seldom.split() if getattr(self, name) != defaults[name]]
+        return {**{name: getattr(self, name) for name in (*names.split(), *changed)}, "processes": self.world_size}
 
 
 __all__ = ["PVLFTrainingArguments"]
