@@ -320,9 +320,9 @@ def screenshots(url, folder):
             page.get_by_text("1 · ").first.wait_for()
             page.locator("#grid button").nth(1).click()
             page.wait_for_function("document.querySelector('#text textarea, #text input').value == ''")
-            page.get_by_label("but …").fill("as an artist")
+            page.get_by_label("but …").fill("a firefighter")
             page.get_by_role("button", name="Search").click()
-            page.locator("#trail").get_by_text("as an artist").wait_for()
+            page.locator("#trail").get_by_text("a firefighter").wait_for()
             page.wait_for_timeout(1000)  # what moves comes to rest
             page.evaluate("scrollTo(0, 0)")
             page.screenshot(path=folder / f"{name}.png", full_page=True)

@@ -83,6 +83,7 @@ CSS = """
 #grid .thumbnail-item {flex-direction: column; aspect-ratio: 5 / 6}
 #grid .thumbnail-item img {flex: 1; min-height: 0; padding: 4px}
 #grid .caption-label, #trail .caption-label {position: static; border: 0; background: none; color: #555}
+#grid .caption-label {opacity: 1 !important}
 #trail {border: 0}
 #trail .grid-container {display: flex; flex-wrap: wrap; padding: 0; gap: 8px}
 #trail .thumbnail-item {width: auto; height: 56px; aspect-ratio: auto; padding: 0 4px}
