@@ -73,14 +73,11 @@ class PVLFConfig(PreTrainedConfig):
         ValueError: if the settings cannot go together; the message says what to change.
 
     Example:
-    ```python
-    >>> from pvlf_hf import PVLFConfig
-
-    >>> PVLFConfig().joint_width  # BLIP base
-    256
-    >>> PVLFConfig(prompt_depth=1).num_prompts  # PVLF-Shallow
-    25
-    ```
+        >>> from pvlf_hf import PVLFConfig
+        >>> PVLFConfig().joint_width  # BLIP base
+        256
+        >>> PVLFConfig(prompt_depth=1).num_prompts  # PVLF-Shallow
+        25
     """
 
     model_type = "pvlf"

@@ -281,18 +281,16 @@ class PVLFModel(PVLFPreTrainedModel):
     """Composed image retrieval: embeds "this picture, but ..." and gallery pictures into one space.
 
     Example:
-    ```python
-    >>> from PIL import Image
-    >>> from transformers import AutoModel, AutoProcessor
-    >>> import pvlf_hf
+        >>> from PIL import Image
+        >>> from transformers import AutoModel, AutoProcessor
+        >>> import pvlf_hf
 
-    >>> model = AutoModel.from_pretrained("model_cards/pvlf-emoji-tiny")
-    >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
-    >>> dress = Image.open("dress.jpg")  # doctest: +SKIP
-    >>> query = model.get_query_features(**processor.process_queries(dress, "without sleeves"))  # doctest: +SKIP
-    >>> query.pooler_output.shape  # doctest: +SKIP
-    torch.Size([1, 128])
-    ```
+        >>> model = AutoModel.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> picture = Image.new("RGB", (72, 72), "gold")
+        >>> query = model.get_query_features(**processor.process_queries(picture, "make it blue"))
+        >>> query.pooler_output.shape
+        torch.Size([1, 128])
     """
 
     def __init__(self, config: PVLFConfig) -> None:

@@ -36,11 +36,15 @@ class ComposedImageRetrievalPipeline(Pipeline):
         ValueError: if the model is not PVLF or the gallery not as above.
 
     Example:
-        ```python
-        pipe = pipeline("composed-image-retrieval", model="model_cards/pvlf-emoji-tiny", gallery=files)
-        pipe({"image": "dress.jpg", "text": "the same but sleeveless"}, top_k=5)
-        # [{"score": 0.71, "index": 12, "image": "photos/0012.jpg"}, ...]
-        ```
+        >>> from PIL import Image
+        >>> from transformers import pipeline
+        >>> import pvlf_hf
+
+        >>> pictures = [Image.new("RGB", (72, 72), colour) for colour in ("red", "gold", "navy")]
+        >>> pipe = pipeline("composed-image-retrieval", model="model_cards/pvlf-emoji-tiny", gallery=pictures)
+        >>> results = pipe({"image": pictures[0], "text": "please colour this yellow"}, top_k=2)
+        >>> [sorted(result) for result in results]
+        [['image', 'index', 'score'], ['image', 'index', 'score']]
     """
 
     processor: Any  # PVLFProcessor; a checkpoint's own class where its code is loaded with it

@@ -27,10 +27,14 @@ class PVLFProcessor(ProcessorMixin):
         ValueError: if the length leaves no room for a word or the padding is neither of the two.
 
     Example:
-        ```python
-        inputs = processor.process_queries(images, ["the same dress, but sleeveless"])
-        query_embeds = model.get_query_features(**inputs)
-        ```
+        >>> from PIL import Image
+        >>> from transformers import AutoProcessor
+        >>> import pvlf_hf
+
+        >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> inputs = processor.process_queries(Image.new("RGB", (200, 100)), "the same dress, but sleeveless")
+        >>> inputs["pixel_values"].shape
+        torch.Size([1, 3, 72, 72])
     """
 
     def __init__(

@@ -23,10 +23,8 @@ def whole(file: str | Path) -> Iterator[Path]:
         OSError: if it cannot be written; what was there before is as it was.
 
     Example:
-        ```python
-        with whole("results.json") as partial:
-            partial.write_text("{}")
-        ```
+        >>> with whole("outputs/results.json") as partial:
+        ...     written = partial.write_text("{}")
     """
     file = Path(file)
     partial = file.with_name(file.name + PARTIAL)
