@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .whole_files import whole
 
 GOLDEN = "golden.safetensors"
 
@@ -39,7 +40,9 @@ def write_golden(folder: str | Path) -> Path:
     file = Path(folder, GOLDEN)
     picture = draw_picture()
     made_with = {name: version(name) for name in ("torch", "transformers", "pillow")}
-    save_file({"picture": picture, **_outputs(folder, picture, CAPTION)}, file, {"caption": CAPTION, **made_with})
+    tensors = {"picture": picture, **_outputs(folder, picture, CAPTION)}
+    with whole(file) as partial:
+        save_file(tensors, partial, {"caption": CAPTION, **made_with})
     return file
 
 
