@@ -208,11 +208,10 @@ def outcome(folder, hub):
         facts = {name: content for name, content in facts.items() if not name.endswith(".safetensors")}
     for repository in hub.repositories.values():
         for commit in repository.commits.values():
-            if weights := commit.files.get("model.safetensors"):
-                (folder.parent / "weights.safetensors").write_bytes(weights.content)
-                read(folder.parent / "weights.safetensors")
-        last = repository.commits[repository.branches["main"]].files
-        facts |= {f"hub/{name}": file.content for name, file in last.items() if name != "training_args.bin"}
+            for name, file in commit.files.items():
+                pushed = folder.parent / Path(name).name
+                pushed.write_bytes(file.content)
+                facts[f"hub/{name}"] = None if name == "training_args.bin" else read(pushed)  # at last, of the last
     return facts
 
 

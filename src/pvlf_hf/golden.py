@@ -1,7 +1,7 @@
 """A golden file beside a checkpoint: a query and a target with their embeddings, to be replayed anywhere and later.
 
-Training (`pvlf_hf.training`) writes it beside what it trains. Whoever downloads a checkpoint, or changes a version of
-a library, can then check it:
+`train_pvlf.py` writes it beside what it trains. Whoever downloads a checkpoint, or changes a version of a library, can
+then check it:
 
     check_golden("outputs/mine")
 """
@@ -40,9 +40,9 @@ def write_golden(folder: str | Path) -> Path:
     file = Path(folder, GOLDEN)
     picture = draw_picture()
     made_with = {name: version(name) for name in ("torch", "transformers", "pillow")}
-    content = {"picture": picture, **_outputs(folder, picture, CAPTION)}
+    tensors = {"picture": picture, **_outputs(folder, picture, CAPTION)}
     with whole(file) as partial:
-        save_file(content, partial, {"caption": CAPTION, **made_with})
+        save_file(tensors, partial, {"caption": CAPTION, **made_with})
     return file
 
 
