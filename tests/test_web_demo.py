@@ -5,7 +5,6 @@ import io
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -378,10 +377,8 @@ def test_a_hub_space_runs_it(gallery, tmp_path):
 
 def test_a_mistake_in_the_environment_is_a_sentence(monkeypatch):
     monkeypatch.delenv("PVLF_MODEL", raising=False)
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
         web_demo.main()
-    signal.signal(signal.SIGTERM, handler)
 
 
 # Writes down whom the process connects to, and which names it looks up.

@@ -516,20 +516,25 @@ def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, o
         port: the first free one from 7860 by default.
         open_browser: open the page.
     """
-    with serve(gallery, host, port) as url:
-        sys.stdout.write(f"{len(gallery)} pictures at {url} (Ctrl+C ends it)\n")
-        sys.stdout.flush()
-        if open_browser:
-            webbrowser.open(url)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
+    ended, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # in order: nothing of the visitors' is left behind
+    try:
+        with serve(gallery, host, port) as url:
+            sys.stdout.write(f"{len(gallery)} pictures at {url} (Ctrl+C ends it)\n")
+            sys.stdout.flush()
+            if open_browser:
+                webbrowser.open(url)
+            ended.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def main() -> None:
     """Serves what the environment names, as a Hub Space does; see the top of this file."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, so that nothing of the visitors' is left behind
     if "SPACE_ID" in os.environ:  # only its proxy reaches a Space, and says on whose behalf
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT")
