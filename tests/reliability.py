@@ -14,8 +14,8 @@ write the same:
         ...
         figure("12 files, 12 refused")
 
-`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run keep
-what they had, and those whose test is gone go.
+`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run
+keep what they had, and those whose test is gone go.
 """
 
 import argparse
