@@ -16,8 +16,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
-CORE = """imports configuration modeling processing image_processing loss metrics data streaming benchmarks trainer gallery
-auto_classes hostile numerics compatibility""".split()
+CORE = """imports configuration modeling processing image_processing loss metrics data streaming benchmarks trainer
+gallery auto_classes hostile numerics compatibility""".split()
 """Of the test modules, those that need nothing but the dependencies of users."""
 
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")

@@ -2,18 +2,20 @@
 
     python tests/reliability.py           # the quick rows, part of the suite
     python tests/reliability.py --long    # the long ones, `tests/long_*.py`, which the suite leaves out
-    python tests/reliability.py --break   # breaks what each row guards, in a copy, and notes what its test then says
+    python tests/reliability.py --break   # breaks what each row guards, in a copy, and notes what its test then says;
+                                          # with --long what the long rows guard
 
 A row is written where it is tested. The marker takes its chapter, its claim, and one edit of a file that must turn the
-test red; `figure` takes what was counted. Figures are counts or errors, not seconds, so that two runs write the same:
+test red, all as literals; `figure` takes what was counted. Figures are counts or errors, not seconds, so that two runs
+write the same:
 
     @pytest.mark.reliability(4, "PDF is not read as a picture", broken=("src/pvlf_hf/x.py", "old text", "new text"))
     def test_pdf_is_refused(figure):
         ...
         figure("12 files, 12 refused")
 
-Words after the command choose rows by `pytest -k`, as in `--break -k pickle`. What was found stays in
-`tests/reliability.json`; rows that are not run keep what they had, and those whose test is gone go.
+`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run keep
+what they had, and those whose test is gone go.
 """
 
 import argparse
@@ -135,16 +137,15 @@ def write(found: dict[str, dict[str, str]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--long", action="store_true", help="the long rows instead of the quick ones")
-    which.add_argument("--break", action="store_true", dest="broken", help="break what rows guard, in a copy")
-    parser.add_argument("-k", default="", help="only tests whose name has this")
+    parser.add_argument("--long", action="store_true", help="the long rows instead of the quick ones")
+    parser.add_argument("--break", action="store_true", dest="broken", help="break what rows guard, in a copy")
+    parser.add_argument("-k", default="", help="only tests with this in their name")
     args = parser.parse_args()
     found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    code = 0
+    code, rows = 0, declared()
     if args.broken:
-        for row, (_, _, edit) in declared().items():
-            if args.k in row:
+        for row, (_, _, edit) in rows.items():
+            if args.k in row and row.startswith("tests/long_") == args.long:
                 seen = break_on_purpose(row, edit)
                 print(f"{row}: {seen}", flush=True)
                 found.setdefault(row, {})["seen"] = seen

@@ -33,8 +33,6 @@ from pvlf_hf.data import unreadable
 from pvlf_hf.sheet import SheetRow, retrieval_sheet
 from pvlf_hf.streaming import stream_triplets, write_shards
 
-IMAGES = "src/pvlf_hf/image_processing_pvlf.py"
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -409,7 +407,7 @@ def bad_pictures():
     4,
     "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel pictures, wrong endings, SVG, PDF and EPS "
     "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
-    broken=(IMAGES, "formats=formats)", "formats=None)"),
+    broken=("src/pvlf_hf/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
 )
 def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
     ghostscript, ran = tmp_path / "bin/gs", tmp_path / "ran"
@@ -452,7 +450,7 @@ def good_reference(folder):
     4,
     "Pixels, bytes, download time and formats have limits, which the user sets and no checkpoint does; what is "
     "beyond them is refused before it takes memory",
-    broken=(IMAGES, "            check_bytes(len(content))", "            pass"),
+    broken=("src/pvlf_hf/image_processing_pvlf.py", "            check_bytes(len(content))", "            pass"),
 )
 def test_limits_can_be_set(tmp_path, monkeypatch, figure):
     file, eps = tmp_path / "a.png", tmp_path / "a.eps"

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from pvlf_hf import PVLFTrainer, focal_info_nce
 from pvlf_hf.metrics import recall_at_k, target_ranks, top_k
 
-LOSS = "src/pvlf_hf/loss_pvlf.py"
-
 
 def adversarial():
     """Queries and targets by what is odd about them; rows are unit vectors unless they are zero."""
@@ -49,7 +47,7 @@ def plain_loss(queries, targets, temperature, gamma, ids):
     7,
     "The loss and its gradient are those of float64, also for identical, zero and tied embeddings, one query, bf16 "
     "and temperature 1e-4; float64's own gradient passes `gradcheck`",
-    broken=(LOSS, "-torch.expm1(log_p)", "1 - log_p.exp()"),
+    broken=("src/pvlf_hf/loss_pvlf.py", "-torch.expm1(log_p)", "1 - log_p.exp()"),
 )
 def test_loss_equals_float64(figure):
     cases = 0
