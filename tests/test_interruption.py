@@ -270,9 +270,9 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
     "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, what was "
     "there as it was, and the same outcome once there is room",
     broken=(
-        "src/pvlf_hf/evaluation.py",
-        "whole(_per_query_file(file)) as its_partial:",
-        "__import__('contextlib').nullcontext(_per_query_file(file)) as its_partial:",
+        "src/pvlf_hf/embedding_store.py",
+        "    with whole(file) as partial:",
+        "    with __import__('contextlib').nullcontext(file) as partial:",
     ),
 )
 def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure):

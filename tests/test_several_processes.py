@@ -125,7 +125,11 @@ def losses_of(folder, rows, **settings):
     3,
     "A last batch too short to share, kept (`dataloader_drop_last=False`): filled with the first rows of the epoch, "
     "as the losses say, and nobody waits for it in vain",
-    broken=("tests/test_several_processes.py", "[*range(28), *range(8)]", "[*range(28), *range(8, 16)]"),
+    broken=(
+        "src/pvlf_hf/training_args.py",
+        "        super().__post_init__(*args, **kwargs)\n",
+        "        self.accelerator_config = {'even_batches': False}\n        super().__post_init__(*args, **kwargs)\n",
+    ),
 )
 def test_uneven_last_batch(tmp_path, figure):
     together = run_in_processes(2, losses_of, tmp_path, [*range(28)])
