@@ -29,6 +29,7 @@ def fresh_accelerate():
     """Accelerate keeps its settings, mixed precision for one, for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    assert not torch.is_autocast_enabled("cpu"), "autocast was left on for the tests that follow"
 
 
 @pytest.fixture

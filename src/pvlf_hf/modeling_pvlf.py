@@ -558,7 +558,8 @@ class PVLFModel(PVLFPreTrainedModel):
                 "text_position": text_position,
                 "target_features": target_features,
             }
-            embed = partial(self.forward, return_loss=False, return_dict=True)
+            # Not self.forward: Accelerate puts autocast around that, which, entered twice, would stay on.
+            embed = partial(PVLFModel.forward, self, return_loss=False, return_dict=True)
             return self._compare(embed_in_chunks(embed, rows, chunk_size), target_ids, return_loss)
         if pixel_values is not None:
             image_tokens = self._image_tokens(pixel_values)
