@@ -421,7 +421,7 @@ def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monke
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
     gallery = Gallery.from_folder(folder, tiny_model, tiny_processor, progress=False)
-    assert not ran.exists()
+    assert not ran.exists(), "Ghostscript was run"
     assert gallery.ids == sorted(good)
     assert sorted(gallery.skipped) == sorted([*bad, "pipe.png"])
     for name, (reason, _) in bad.items():
@@ -461,7 +461,8 @@ def test_limits_can_be_set(tmp_path, monkeypatch, figure):
             patch.setattr(limits, "MAX_BYTES", 1000)
             content = limits.urllib.request.quote(file.read_bytes())
             for source in (file, address, f"{address}/endless", f"data:image/png,{content}"):
-                assert "MAX_BYTES = 1000" in (unreadable(source) or "it was read"), source
+                answer = unreadable(source) or "it was read"
+                assert "MAX_BYTES = 1000" in answer, answer
         with monkeypatch.context() as patch:
             patch.setattr(limits, "MAX_SECONDS", 0.5)
             start = time.monotonic()
