@@ -39,7 +39,7 @@ def weights_of(folder, seed, **settings):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_same_seed_same_run(tmp_path, figure, processes):
     one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
-    worst = np.abs(one - again).max()
+    worst = float(np.abs(one - again).max())
     assert worst == 0 if processes == 1 else worst < 1e-6
     assert np.abs(one - other).max() > 1e-4
     figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else 'within 1e-6'}")

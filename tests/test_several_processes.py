@@ -83,8 +83,10 @@ def compare(alone, together):
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     ours, theirs = (np.concatenate([g[name].ravel() for name in reference]) for g in (gradients, reference))
     distance = np.abs(ours - theirs)
+    distances = loss, float(distance.max() / np.abs(theirs).max()), float(distance.mean() / np.abs(theirs).mean())
+    assert max(distances) < 1e-5, distances
     assert per_query == its_queries  # every query once, in order, with the same rank
-    return loss, distance.max() / np.abs(theirs).max(), distance.mean() / np.abs(theirs).mean()
+    return distances
 
 
 def check(alone, number, sharded, folder):
@@ -93,7 +95,6 @@ def check(alone, number, sharded, folder):
     assert all(isinstance(outcome, tuple) for outcome in outcomes), outcomes
     assert {outcome[3] for outcome in outcomes} == {"DTensor" if sharded else "Parameter"}
     loss, worst, mean = (max(distances) for distances in zip(*(compare(alone, its) for its in outcomes), strict=True))
-    assert loss < 1e-5 and worst < 1e-5 and mean < 1e-5, (loss, worst, mean)
     loss, worst, mean = (f"{10 ** math.ceil(math.log10(distance)):.0e}" for distance in (loss, worst, mean))
     kind = "FSDP" if sharded else "DDP"
     return f"{number} {kind}: losses within {loss}, gradients within {worst} at worst, {mean} in the mean"
