@@ -235,8 +235,11 @@ class PVLFTrainer(Trainer):
         return list(map(Path, oldest_first[: -max(limit, len(protected))]))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_saving_checkpoint:  # only what is whole is pushed
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._is_saving_checkpoint:  # only what is whole is pushed
+            return
+        if self.args.hub_always_push:  # a push that is under way reads the files that this one is about to replace
+            self._finish_current_push()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Writes elsewhere and moves file by file, weights last: a folder with weights is a whole model."""
