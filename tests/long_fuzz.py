@@ -11,14 +11,14 @@ import pytest
 TESTS = Path(__file__).parent
 
 RUNS = {
-    "image": 40_000,
-    "submission": 20_000,
     "laion-cir": 7_000,
     "cirr": 7_000,
     "cirr-gallery": 7_000,
     "fashioniq": 7_000,
     "circo": 7_000,
     "circo-gallery": 7_000,
+    "submission": 20_000,
+    "image": 40_000,
     "csv": 1_000,
     "jsonl": 1_000,
     "parquet": 1_000,

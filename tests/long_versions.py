@@ -20,7 +20,7 @@ CORE = """imports configuration modeling processing image_processing loss metric
 gallery auto_classes hostile numerics compatibility""".split()
 """Of the test modules, those that need nothing but the dependencies of users."""
 
-TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "fsspec[http]")
 
 
 def requirements(which):

@@ -14,8 +14,8 @@ write the same:
         ...
         figure("12 files, 12 refused")
 
-`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run keep
-what they had, and those whose test is gone go.
+`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run
+keep what they had, and those whose test is gone go.
 """
 
 import argparse
@@ -141,22 +141,23 @@ def main() -> int:
     parser.add_argument("--break", action="store_true", dest="broken", help="break what rows guard, in a copy")
     parser.add_argument("-k", default="", help="only tests with this in their name")
     args = parser.parse_args()
-    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    code, rows = 0, declared()
+    code, rows, new = 0, declared(), {}
     if args.broken:
         for row, (_, _, edit) in rows.items():
             if args.k in row and row.startswith("tests/long_") == args.long:
                 seen = break_on_purpose(row, edit)
                 print(f"{row}: {seen}", flush=True)
-                found.setdefault(row, {})["seen"] = seen
+                new[row] = {"seen": seen}
                 code |= seen == "**still passes**"
     else:
         files = sorted(map(str, TESTS.glob("long_*.py"))) if args.long else []
         code, figures = measure(files, ["-n0"] * args.long + ["-k", args.k] * bool(args.k))
-        for row, figure in figures.items():
-            found.setdefault(row, {})["figure"] = figure
-        if args.long:
-            found["long"] = f"`python tests/reliability.py --long`, {machine()}"
+        new = {row: {"figure": figure} for row, figure in figures.items()}
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}  # only now: another may have run meanwhile
+    for row, cells in new.items():
+        found.setdefault(row, {}).update(cells)
+    if args.long and not args.broken:
+        found["long"] = f"`python tests/reliability.py --long`, {machine()}"
     write(found)
     return code
 

@@ -67,8 +67,7 @@ class Evil:
     broken=(
         "src/pvlf_hf/modeling_pvlf.py",
         'PVLFModel.register_for_auto_class("AutoModel")',
-        "from functools import partial\n"
-        "PVLFModel.from_pretrained = partial(PVLFModel.from_pretrained, weights_only=False)",
+        "load = torch.load\ntorch.load = lambda *args, **options: load(*args, **{**options, 'weights_only': False})",
     ),
 )
 def test_weights_cannot_run_code(checkpoint, tmp_path, figure):
@@ -81,7 +80,7 @@ def test_weights_cannot_run_code(checkpoint, tmp_path, figure):
         for legacy in (False, True):
             options = {} if protocol is None else {"pickle_protocol": protocol}
             torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy, **options)
-            with pytest.raises((pickle.UnpicklingError, OSError, ValueError)):
+            with pytest.raises(pickle.UnpicklingError, match="Unsupported|unsupported|Weights only"):
                 PVLFModel.from_pretrained(tmp_path)
             assert not ran.exists()
             stores += 1
@@ -122,7 +121,7 @@ def test_settings_cannot_run_code(checkpoint, tmp_path, monkeypatch, figure):
     settings_files = ("config.json", "processor_config.json", "tokenizer_config.json")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked, and a user may say yes"))
     attempts = 0
-    for repository in ("", f"{evil}--"):
+    for repository in (f"{evil}--", ""):
         auto_map = {f"Auto{kind}": f"{repository}evil.Evil{kind}" for kind in kinds}
         auto_map["AutoTokenizer"] = [f"{repository}evil.EvilTokenizer", None]
         bait = {"auto_map": auto_map, "trust_remote_code": True, "custom_pipelines": {"x": {"impl": "evil.EvilModel"}}}
@@ -422,7 +421,7 @@ def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monke
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
     gallery = Gallery.from_folder(folder, tiny_model, tiny_processor, progress=False)
-    assert not ran.exists()
+    assert not ran.exists(), "Ghostscript was run"
     assert gallery.ids == sorted(good)
     assert sorted(gallery.skipped) == sorted([*bad, "pipe.png"])
     for name, (reason, _) in bad.items():
@@ -462,7 +461,8 @@ def test_limits_can_be_set(tmp_path, monkeypatch, figure):
             patch.setattr(limits, "MAX_BYTES", 1000)
             content = limits.urllib.request.quote(file.read_bytes())
             for source in (file, address, f"{address}/endless", f"data:image/png,{content}"):
-                assert "MAX_BYTES = 1000" in unreadable(source), source
+                answer = unreadable(source) or "it was read"
+                assert "MAX_BYTES = 1000" in answer, answer
         with monkeypatch.context() as patch:
             patch.setattr(limits, "MAX_SECONDS", 0.5)
             start = time.monotonic()
@@ -577,9 +577,9 @@ def test_any_text(checkpoint_name, photos, tiny_model, figure):
     "Whatever is done to the bytes of a picture, an annotation, a table or a submission file, its reader answers or "
     "raises a `ValueError` (by hypothesis; for 100,000 inputs guided by coverage see the long row)",
     broken=(
-        "src/pvlf_hf/annotations.py",
-        "if not isinstance(record, dict):",
-        "if False:",
+        "src/pvlf_hf/image_processing_pvlf.py",
+        "except Exception as error:  # Pillow's decoders",
+        "except OSError as error:  # Pillow's decoders",
     ),
 )
 @pytest.mark.parametrize("target", TARGETS)

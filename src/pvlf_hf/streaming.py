@@ -140,7 +140,8 @@ def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, 
 
     Args:
         shards: Parquet or tar files with the contents that [`write_shards`] describes: a file, a URL (`https://...`,
-            `hf://datasets/...`), a pattern (`"shards/*.tar"`), a folder, or a list of these.
+            for which `pip install "fsspec[http]"`, or `hf://datasets/...`), a pattern (`"shards/*.tar"`), a folder, or
+            a list of these.
         shuffle_buffer: the order of the shards is shuffled, and rows within a buffer of this many encoded rows; 0
             leaves both as they are (in the first pass: later ones begin with another shard).
         seed: of the order, the same in every process.
