@@ -84,7 +84,7 @@ def compare(alone, together):
     ours, theirs = (np.concatenate([g[name].ravel() for name in reference]) for g in (gradients, reference))
     distance = np.abs(ours - theirs)
     distances = loss, float(distance.max() / np.abs(theirs).max()), float(distance.mean() / np.abs(theirs).mean())
-    # Logged losses, some 2.4 here, have four decimals: the least difference can show as 1e-4 of them. Gradients have all.
+    # Logged losses, some 2.4 here, have four decimals: the least difference can show as 1e-4. Gradients have all.
     assert distances[0] < 1e-4 and max(distances[1:]) < 1e-5, distances
     assert per_query == its_queries  # every query once, in order, with the same rank
     return distances
