@@ -188,9 +188,11 @@ def folder(tmp_path_factory):
 
 def run(script, hub, home, *arguments, **environment):
     """Runs a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
+    # Not sys.path: what other tests loaded by trust_remote_code may have put its modules there.
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     env = {**known, **settings, **environment}
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=300)

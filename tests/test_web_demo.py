@@ -353,7 +353,7 @@ def test_a_hub_space_runs_it(gallery, tmp_path):
         "SYSTEM": "spaces",
         "SPACE_ID": "me/demo",
         "TMPDIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "app.py"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
