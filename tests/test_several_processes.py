@@ -45,6 +45,7 @@ def trainer_of(folder, rows, sharded=False, callbacks=(), dropout=0.0, **setting
         logging_steps=1,
         disable_tqdm=True,
         train_sampling_strategy="sequential",
+        optim="sgd",  # Adam's first steps are signs: of a gradient that is all rounding, a key's bias, they differ
         **settings,
     )
     args.per_device_train_batch_size = BATCH // args.world_size
@@ -84,8 +85,7 @@ def compare(alone, together):
     ours, theirs = (np.concatenate([g[name].ravel() for name in reference]) for g in (gradients, reference))
     distance = np.abs(ours - theirs)
     distances = loss, float(distance.max() / np.abs(theirs).max()), float(distance.mean() / np.abs(theirs).mean())
-    # Logged losses, some 2.4 here, have four decimals: the least difference can show as 1e-4. Gradients have all.
-    assert distances[0] < 1e-4 and max(distances[1:]) < 1e-5, distances
+    assert max(distances) < 1e-5, distances
     assert per_query == its_queries  # every query once, in order, with the same rank
     return distances
 
