@@ -340,3 +340,24 @@ def test_files_of_two_times_are_not_read_as_one(build, photos, tiny_model, tiny_
     with counting(tiny_model) as counts:
         assert build(path=path).ids == Gallery.load(path, tiny_model, tiny_processor).ids
     assert counts == [0]
+
+
+def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, tiny_processor):
+    photos, path = tmp_path / "photos", tmp_path / "kept"
+    photos.mkdir()
+    rows = np.linspace(0, 255, 900)[:, None, None] * np.linspace(0.2, 1, 1200)[None, :, None] * [1, 0.5, 0.2]
+    for turns in range(3):
+        picture = Image.fromarray(np.rot90(rows, turns).astype(np.uint8))
+        picture.save(photos / f"{turns}.jpg", exif=(exif := Image.Exif()))
+        exif[0x0112] = 6  # the next one lies on its side
+    model = make_model()
+    whole, draft = (
+        Gallery.from_folder(photos, model, tiny_processor, progress=False, path=path, draft=draft)
+        for draft in (False, True)
+    )
+    assert not set(whole.digests) & set(draft.digests)  # neither stands for the other
+    assert not draft.embeds.equal(whole.embeds)
+    assert F.cosine_similarity(whole.embeds, draft.embeds).min() > 0.999
+    cell = draft._sources[1]["image"]
+    assert module.open_cell(cell, None, module.draft_side(tiny_processor)).size == (113, 150)
+    assert module.open_cell(cell, None).size == (900, 1200)
