@@ -62,17 +62,20 @@ def table(timings: dict[str, Timing]) -> str:
 
 
 def peak_memory(code: str) -> int:
-    """Highest resident memory, in bytes, of a fresh Python process that runs `code` (Linux counts in KiB)."""
-    program = f"{code}\nimport resource\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    """Highest resident memory, in bytes, of a fresh Python process that runs `code` (Linux only).
+
+    `resource` cannot tell: the maximum it reports starts from what the parent process held.
+    """
+    program = f"{code}\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1]) * 1024
 
 
-def matrix_rate(size: int = 2048, rounds: int = 5) -> float:
-    """float32 operations a second of a square matrix product on this machine: the floor that encoders are held to."""
+def matrix_rate(size: int = 2048, rounds: int = 5, dtype: Any = None) -> float:
+    """Operations a second of a square matrix product on this machine, by default in float32: the encoders' floor."""
     import torch
 
-    a = torch.randn(size, size)
+    a = torch.randn(size, size, dtype=dtype)
     best = min(side_by_side({"product": lambda: a @ a}, rounds)["product"].seconds)
     return 2 * size**3 / best
 
