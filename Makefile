@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that wait for each other by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test setup setup-dev lint format
+.PHONY: demo test setup setup-dev lint format sbom
 demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/demo
 	$(BIN)/python train_scripts/demo.py $(DEMO_FLAGS)
 
@@ -35,3 +35,9 @@ lint: setup-dev  ## what CI checks, without changing files
 format: setup-dev  ## let ruff change files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sbom: setup  ## a bill of materials of .venv in CycloneDX's form; the tool has an environment of its own
+	$(PYTHON) -m venv build/cyclonedx
+	build/cyclonedx/bin/python -m pip install -q --disable-pip-version-check cyclonedx-bom==7.5.0
+	mkdir -p outputs
+	build/cyclonedx/bin/cyclonedx-py environment --gather-license-texts --output-file outputs/sbom.json $(BIN)/python

@@ -8,6 +8,16 @@ from tiny import make_model, make_processor
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "reliability(chapter, claim, broken): a row of RELIABILITY.md (reliability.py)")
+
+
+@pytest.fixture
+def figure(record_property):
+    """What a test counted, for its row of RELIABILITY.md."""
+    return lambda text: record_property("figure", text)
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Tests that start processes of their own hand this environment on."""
@@ -19,6 +29,7 @@ def fresh_accelerate():
     """Accelerate keeps its settings, mixed precision for one, for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    assert not torch.is_autocast_enabled("cpu"), "autocast was left on for the tests that follow"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -219,6 +220,7 @@ class Request(BaseHTTPRequestHandler):
 
     def preupload(self, name, revision):
         """Which files travel in the commit and which go ahead as large ones; the client leaves out unchanged ones."""
+        time.sleep(self.hub.delay)
         there = self.commit(self.repository(name, write=True), revision).files
         answers = []
         for path in (asked["path"] for asked in json.loads(self.body)["files"]):
@@ -331,7 +333,11 @@ class Hub(ThreadingHTTPServer):
     Args:
         tokens: `(user, may write)` of each token.
         lfs: patterns of `owner/repository/path` that are stored as large files.
+
+    Set `delay` to have each commit wait for so many seconds before its files are read.
     """
+
+    delay = 0.0
 
     def __init__(self, tokens, lfs=()):
         super().__init__(("127.0.0.1", 0), Request)

@@ -3,8 +3,6 @@
 import json
 import pickle
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
 )
+from typer.testing import CliRunner
 
 from pvlf_hf import PVLFModel, PVLFProcessor
 from pvlf_hf.configuration_pvlf import BLIP_BASE
@@ -29,8 +28,8 @@ from pvlf_hf.convert import (
     pvlf_from_transagg,
     resize_positions,
 )
+from pvlf_hf_cli import app
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 HEADS = {"blip": {"vision_heads": 4, "text_heads": 4}, "clip": {}}
 
 
@@ -309,17 +308,18 @@ def test_another_vocabulary_or_a_full_folder_is_refused(backbone, tmp_path):
         convert_transagg(tmp_path / "model.pth", tmp_path, **HEADS[backbone])
 
 
-def test_the_command_line_converts_and_says_how_to_load(tmp_path, capsys):
-    from convert import main
+def test_the_command_line_converts_and_says_how_to_load(tmp_path):
+    def convert(*arguments):
+        done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
 
     torch.save({"model": salesforce_tensors()}, tmp_path / "blip.pth")
     torch.save(transagg_tensors("clip"), tmp_path / "clip.pt")
     heads = ["--vision_heads", "4", "--text_heads", "4", "--tokenizer", str(write_tokenizer("blip", tmp_path))]
-    main(["blip", str(tmp_path / "blip.pth"), "--output_dir", str(tmp_path / "b"), "--image_size", "16", *heads])
-    said = capsys.readouterr().out
+    said = convert("blip", tmp_path / "blip.pth", "--output_dir", tmp_path / "b", "--image_size", 16, *heads)
     assert "model.safetensors" in said and f'processor = PVLFProcessor.from_vl_pretrained("{tmp_path / "b"}")' in said
-    main(["transagg", str(tmp_path / "clip.pt"), "--output_dir", str(tmp_path / "c")])
-    said = capsys.readouterr().out
+    said = convert("transagg", tmp_path / "clip.pt", "--output-dir", tmp_path / "c")
     assert f'model = AutoModel.from_pretrained("{tmp_path / "c"}")' in said and "pass --tokenizer" in said
     names = {}
     exec("\n".join(line.strip() for line in said.partition("Load it with:")[2].splitlines()[1:3]), names)

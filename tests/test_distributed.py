@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 
 
-def run(folder, processes, finetuning="both", gather="gather"):
+def run(folder, processes, *chunk_size, finetuning="both", gather="gather"):
     folder.mkdir()
     command = [sys.executable]
     if processes > 1:
         # --standalone picks a free port; `accelerate launch --cpu --num_processes 2` would silently run one process.
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(HERE / "train_in_processes.py"), str(folder), finetuning, gather]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command += [str(HERE / "train_in_processes.py"), str(folder), finetuning, gather, *chunk_size]
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     outcome = load_file(folder / "outcome.safetensors")
@@ -32,8 +33,10 @@ def alone(tmp_path_factory):
     return run(tmp_path_factory.mktemp("alone") / "run", 1)
 
 
-def test_two_processes_equal_one(alone, tmp_path):
-    together = run(tmp_path / "run", 2)
+@pytest.mark.parametrize("chunk_size", [(), ("4",)], ids=["whole", "chunks"])
+def test_two_processes_equal_one(alone, tmp_path, chunk_size):
+    """Six rows a process, at once or in chunks of four and two (gradient caching)."""
+    together = run(tmp_path / "run", 2, *chunk_size)
     torch.testing.assert_close(together.pop("loss"), alone["loss"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.pop("grad_norm"), alone["grad_norm"], rtol=1e-3, atol=1e-5)
     for name, weight in together.items():

@@ -7,16 +7,18 @@ import datasets
 import pytest
 from miniatures import make_circo, make_cirr, make_fashioniq, make_laion_cir, write_json
 from tiny import make_processor
+from typer.testing import CliRunner
 
 from pvlf_hf.cirr import load_cirr
 from pvlf_hf.doctor import (
+    examine,
     examine_circo,
     examine_cirr,
     examine_fashioniq,
     examine_laion_cir,
     examine_triplets,
-    main,
 )
+from pvlf_hf_cli import Subject, app
 
 MAKERS = {"laion-cir": make_laion_cir, "cirr": make_cirr, "fashioniq": make_fashioniq, "circo": make_circo}
 EXAMINERS = {
@@ -267,32 +269,42 @@ def test_own_triplets_outside_the_folder(table):
     assert "loader" in kinds
 
 
-def test_command_line(table, tmp_path, capsys):
+def test_command_line(table, tmp_path):
+    def doctor(*arguments):
+        done = CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+        return done.exit_code, done.stdout
+
     root, images = make_cirr(tmp_path / "cirr"), table.parent / "images"
-    assert main(["cirr", str(root), "--partial"]) == 0
-    assert "0 errors, 0 warnings, 0 notes\ncirr/val: 10 queries, 14 images, 14 files" in capsys.readouterr().out
-    assert main(["cirr", str(root), "--split", "test1"]) == 1
-    text = capsys.readouterr().out
-    assert (
-        "2 errors" in text and "\nERROR cirr/test1, counts: 8 queries, published are 4148\n    the annotations" in text
-    )
+    code, text = doctor("cirr", root, "--partial")
+    assert code == 0 and "0 errors, 0 warnings, 0 notes\ncirr/val: 10 queries, 14 images, 14 files" in text
+    code, text = doctor("cirr", root, "--split", "test1")
+    assert code == 1 and "2 errors" in text
+    assert "\nERROR cirr/test1, counts: 8 queries, published are 4148\n    the annotations" in text
     make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
     cut(pictures("laion-cir", images)[0])
-    options = ["--images", str(images), "--tokenizer", str(tmp_path / "tokenizer"), "--json"]
-    assert main(["triplets", str(table), *options]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["healthy"] is False and [f["kind"] for f in report["findings"]] == ["corrupt"]
+    options = ["--images", images, "--tokenizer", tmp_path / "tokenizer", "--json"]
+    code, text = doctor("triplets", table, *options)
+    report = json.loads(text)
+    assert code == 1 and report["healthy"] is False and [f["kind"] for f in report["findings"]] == ["corrupt"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (["cirr", "x", "--split", "test"], "--split test: cirr has train, val, test1"),
-        (["cir", "x"], "invalid choice"),
-        (["cirr", "x", "--tokenizer", "/nowhere"], "--tokenizer /nowhere"),
+        (["cirr", "x", "--split", "test"], 1, "error: unknown split 'test': cirr has train, val, test1"),
+        (["cir", "x"], 2, "'cir' is not one of 'laion-cir', 'cirr', 'fashioniq', 'circo', 'triplets'"),
+        (["cirr", "x", "--tokenizer", "/nowhere"], 1, "error: no tokenizer in /nowhere"),
     ],
 )
-def test_wrong_calls(options, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(options)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+def test_wrong_calls(options, code, message):
+    done = CliRunner().invoke(app, ["doctor", *options])
+    assert done.exit_code == code and message in done.stderr and not done.stdout
+
+
+def test_every_data_set_is_examined_by_name(tmp_path):
+    assert [subject.value for subject in Subject] == [*MAKERS, "triplets"]
+    for name in ("laion-cir", "cirr"):  # their splits differ
+        root = MAKERS[name](tmp_path / name)
+        assert examine(name, root, check_counts=False) == EXAMINERS[name](root, check_counts=False)
+    with pytest.raises(ValueError, match="unknown data set 'cir'; choose from .*'laion-cir'"):
+        examine("cir", tmp_path)

@@ -233,7 +233,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
     assert environment["torch"] == torch.__version__
     assert environment["pvlf-hf"] == pvlf_hf.__version__
     assert environment["commit"] is None or re.match("[0-9a-f]{40}(-dirty)?$", environment["commit"])
-    assert {"python", "transformers", "accelerate", "datasets", "pillow"} < set(environment)
+    assert {"python", "transformers", "tokenizers", "accelerate", "datasets", "pillow", "device"} < set(environment)
 
 
 def test_results_can_be_read_again(tmp_path):

@@ -10,12 +10,14 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A module imports only what stands before it.
 ORDER = [
+    "pipeline_pvlf",
     "configuration_pvlf",
     "backbones_pvlf",
     "loss_pvlf",
     "modeling_pvlf",
     "image_processing_pvlf",
     "processing_pvlf",
+    "whole_files",
     "benchmark",
     "data",
     "emoji_names",
@@ -36,15 +38,25 @@ ORDER = [
     "evaluation",
     "protocols",
     "model_card",
+    "golden",
     "submission",
+    "measurement",
     "doctor",
     "sheet",
     "vector_index",
     "gallery_encoding",
     "gallery",
+    "search_page",
+    "request_guard",
+    "web_demo",
     "training_args",
     "trainer",
+    "training",
     "convert",
+    "onnx_encoder",
+    "export",
+    "sentence_transformer",
+    "mteb_model",
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
@@ -82,6 +94,11 @@ def test_what_travels_stands_alone():
         ours, others = imports_of(module)
         assert set(ours) <= set(TRAVELLING)
         assert others <= TRAVELS_WITH | sys.stdlib_module_names, f"{module} imports {others}"
+
+
+def test_the_onnx_encoder_runs_without_torch():
+    ours, others = imports_of("onnx_encoder")
+    assert not ours and others <= {"numpy", "onnxruntime", "PIL", "tokenizers"} | sys.stdlib_module_names
 
 
 def test_importing_the_package_imports_only_what_travels():

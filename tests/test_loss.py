@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvlf_hf import focal_info_nce
 
@@ -157,6 +158,38 @@ def test_positives_among_the_targets_of_other_processes():
     ids = [0, 1, 2, 0, 1, 1, 2, 3, 0]
     masked = focal_info_nce(queries, targets, 0.1, positives=positives, target_ids=torch.tensor(ids))
     assert masked.item() == pytest.approx(slow_loss(queries, targets, 0.1, 1.0, 2.0, [3, 4, 5], ids), rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 64])
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.5, "gamma": 0.3, "temperature": 0.1}])
+def test_chunks_change_neither_loss_nor_gradient(chunk_size, settings):
+    positives = torch.arange(7) + 7  # the second of three processes
+    ids = torch.arange(21) // 2  # twins, across the border of chunks too
+    for extra in ({"positives": positives}, {"positives": positives, "target_ids": ids}, {}):
+        runs = []
+        for size in (None, chunk_size):
+            embeds = unit(7).requires_grad_(), unit(21, seed=1).requires_grad_()
+            loss = focal_info_nce(*embeds, **settings, **extra, chunk_size=size)
+            runs.append((loss, *torch.autograd.grad(loss, embeds)))
+        for chunked, whole in zip(*runs, strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_hold_few_similarities():
+    """No tensor larger than a chunk's similarities is made, and none of them waits for backward."""
+    made, kept = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made.append(max(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)))
+            return out
+
+    queries, targets = (unit(60, d=2, seed=seed).requires_grad_() for seed in (0, 1))
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        focal_info_nce(queries, targets, chunk_size=4, target_ids=torch.arange(60)).backward()
+    assert max(made) == 4 * 60
+    assert sum(kept) < 4 * 60
 
 
 def test_too_few_targets_are_refused():

@@ -8,9 +8,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from squares import make_benchmark
+from typer.testing import CliRunner
 
 from pvlf_hf.evaluation import score, write_results
-from pvlf_hf.model_card import main, render_card, results_tables, write_card
+from pvlf_hf.model_card import render_card, results_tables, write_card
+from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ["about", "usage", "results", "protocols", "training", "citation"]
@@ -169,14 +171,14 @@ def test_tables_of_other_metrics_and_aspects():
     ]
 
 
-def test_a_checkpoints_folder(results, results_file, tmp_path, capsys):
+def test_a_checkpoints_folder(results, results_file, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     assert "Not measured." in write_card(folder).read_text(encoding="utf-8")
     (folder / "results.json").write_text(results_file.read_text())
     (folder / "retrievals.png").touch()
-    main([str(folder), "--name", "you/mine", "--license", "mit"])
-    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    done = CliRunner().invoke(app, ["card", str(folder), "--name", "you/mine", "--license", "mit"])
+    assert done.stdout == f"{folder / 'README.md'}\n"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card == render_card(results, "you/mine", picture="retrievals.png", license="mit")
     assert "![Queries with what was retrieved](retrievals.png)" in card

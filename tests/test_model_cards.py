@@ -29,6 +29,16 @@ def test_the_code_beside_the_checkpoint_is_the_current_one():
     assert copies == sources, "run `python train_scripts/emoji_tables.py --render_only`"
 
 
+def test_cards_of_recipes_say_what_the_recipes_say_and_no_figure():
+    from recipe_cards import RECIPES, recipe_card
+
+    assert {path.stem for path in (CARDS / "recipes").iterdir()} == {*RECIPES}
+    for recipe in RECIPES:
+        card = (CARDS / "recipes" / f"{recipe}.md").read_text()
+        assert card == recipe_card(recipe), "run `python train_scripts/recipe_cards.py`"
+        assert "Not measured." in card
+
+
 @torch.no_grad()
 def test_the_emoji_checkpoint_composes():
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")

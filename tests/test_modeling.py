@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from itertools import product
 
 import pytest
@@ -21,7 +22,8 @@ from transformers import (
     CLIPModel,
 )
 
-from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce
+from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce, modeling_pvlf
+from pvlf_hf.backbones_pvlf import FusedBlipAttention
 
 FINETUNING = ("frozen", "text", "both")
 RESIDUALS = ("pre_norm", "paper")
@@ -223,7 +225,7 @@ def test_parts_of_a_training_input():
     assert targets.target_embeds is not None
     assert targets.loss is targets.similarity is targets.query_embeds is None
     without = model(**inputs, return_loss=False)
-    assert without.loss is None and without.similarity.shape == (3, 3)
+    assert without.loss is without.similarity is None and without.target_embeds.shape == (3, 32)
     ids = torch.tensor([0, 1, 0])
     both = model(**inputs, target_ids=ids)
     assert torch.equal(both.loss, focal_info_nce(both.query_embeds, both.target_embeds, target_ids=ids))
@@ -391,6 +393,79 @@ def test_activation_checkpointing_computes_the_same(backbone, finetuning):
         torch.testing.assert_close(runs[0][1][name], runs[1][1][name], msg=name)
 
 
+def gradients(model, **kwargs):
+    """Loss and gradients of a batch of five; dropout draws the same in every call."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = model(**make_inputs(model.config.vl_config.model_type, batch=5), **kwargs).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("finetuning", FINETUNING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_caching_equals_the_whole_batch(backbone, finetuning, checkpointing):
+    model = make_model(backbone, temperature=1.0, dropout=0.0)
+    model.set_finetuning(finetuning)
+    model.train()
+    if backbone == "blip":
+        for module in model.backbone.modules():  # BERT's own dropout draws in another order
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    whole = gradients(model)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    for chunk_size in (1, 2, 5, 9):
+        chunked = gradients(model, chunk_size=chunk_size)
+        assert chunked.keys() == whole.keys()
+        for name, wanted in whole.items():
+            torch.testing.assert_close(chunked[name], wanted, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_caching_repeats_dropout(backbone, autocast, monkeypatch):
+    """Against the same chunks, embedded once and kept until backward."""
+    model = make_model(backbone, temperature=1.0, dropout=0.5).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        cached = gradients(model, chunk_size=2)
+        other = gradients(model)
+        monkeypatch.setattr(modeling_pvlf, "checkpoint", lambda embed, use_reentrant, **rows: embed(**rows))
+        kept = gradients(model, chunk_size=2)
+    for name, wanted in kept.items():
+        # autocast rounds its copies of weights once for all chunks, or once for each
+        atol, rtol = (2e-3, 0.05) if autocast else (1e-6, 1e-4)
+        torch.testing.assert_close(cached[name], wanted, atol=atol, rtol=rtol, msg=name)
+    assert not torch.allclose(
+        other["fusion.prompts"], kept["fusion.prompts"], rtol=0.3
+    )  # dropout does make a difference
+
+
+def test_gradient_caching_keeps_one_chunk_at_a_time(tiny_model, monkeypatch):
+    tiny_model.train()
+    made, alive = [], []
+
+    def watch(module, inputs, output):
+        made.append(weakref.ref(output))
+        alive.append(sum(reference() is not None for reference in made))
+
+    tiny_model.fusion.layers[0].linear1.register_forward_hook(watch)
+    gradients(tiny_model, chunk_size=1)
+    assert len(alive) == 10 and max(alive) == 1  # five rows, each encoded twice
+    monkeypatch.setattr(modeling_pvlf, "checkpoint", lambda embed, use_reentrant, **rows: embed(**rows))
+    made.clear()
+    gradients(tiny_model, chunk_size=1)
+    assert max(alive) == 5  # the test can tell
+
+
+def test_what_cannot_be_chunked_is_refused(tiny_model):
+    inputs = make_inputs("blip")
+    with pytest.raises(ValueError, match="ask for attentions or hidden states without it"):
+        tiny_model(**inputs, chunk_size=2, output_hidden_states=True)
+    inputs["target_pixel_values"] = inputs["target_pixel_values"][:2]
+    with pytest.raises(ValueError, match=r"a target for each query, but got \[2, 3\] rows"):
+        tiny_model(**inputs, chunk_size=2, return_loss=False)
+
+
 def test_training_lowers_the_loss(backbone):
     model, inputs = make_model(backbone, dropout=0.0, temperature=0.1), make_inputs(backbone)
     model.train()
@@ -432,6 +507,27 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
         close(sdpa, eager, atol=1e-5)
     close(*(output.query_embeds for output in outputs))
     assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # what one gets unasked
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_blip_attention_equals_eager(tmp_path, dropout):
+    """Outputs and gradients of the ViT, as built and as loaded, against the attention that Transformers writes out."""
+    original = save_dual_encoder("blip", tmp_path, attention_dropout=dropout).vision_model
+    fused = PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4).backbone.vision_model
+    built = PVLFModel(tiny_config()).backbone.vision_model
+    pixels = make_inputs("blip")["pixel_values"]
+    for layer in (*fused.encoder.layers, *built.encoder.layers):
+        assert type(layer.self_attn) is FusedBlipAttention
+    assert not any(isinstance(module, FusedBlipAttention) for module in original.modules())
+    for tower in (original, fused):
+        tower(pixels).last_hidden_state.sin().sum().backward()
+    close(fused(pixels).last_hidden_state, original(pixels).last_hidden_state, atol=1e-5)
+    for name, parameter in original.named_parameters():
+        torch.testing.assert_close(fused.get_parameter(name).grad, parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+    fused.train()
+    torch.manual_seed(0)
+    runs = [fused(pixels).last_hidden_state for _ in range(2)]
+    assert torch.equal(*runs) == (dropout == 0)  # in training the tower's own attention dropout still acts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -577,14 +673,17 @@ def test_blip_carries_no_cross_attention():
 # --- from a pretrained dual encoder ---------------------------------------------------------------------------------
 
 
-def save_dual_encoder(backbone, folder):
+def save_dual_encoder(backbone, folder, **vision):
     """A checkpoint as on the Hub; BLIP's text tower is a decoder there, with cross-attention."""
     torch.manual_seed(3)
     if backbone == "clip":
         original = CLIPModel(CLIPConfig(**CONFIGS["clip"]))
     else:
         text = {**CONFIGS["blip"]["text_config"], "is_decoder": True, "encoder_hidden_size": 24}
-        original = BlipForImageTextRetrieval(BlipConfig(**{**CONFIGS["blip"], "text_config": text}))
+        vision = {**CONFIGS["blip"]["vision_config"], **vision}
+        original = BlipForImageTextRetrieval(
+            BlipConfig(**{**CONFIGS["blip"], "text_config": text, "vision_config": vision})
+        )
         assert any("crossattention" in name for name in original.state_dict())
     original.save_pretrained(folder)
     return original.eval()

@@ -43,7 +43,7 @@ def test_query_logits_and_loss(backbone, text_padding, path, attention):
     close(output.query_embeds, io[f"query_{path}"], atol=5e-6)
     close(output.aggregation_weights, io[f"mix_weights_{path}"][:, [2, 1, 0]])
     close(output.similarity, io[f"logits_{path}"] / 100, atol=1e-6)
-    close(output.loss, io[f"loss_{path}"][0])
+    close(output.loss, io[f"loss_{path}"][0], atol=3e-5)  # of about 12: cosines are multiplied by 100
 
 
 @torch.no_grad()

@@ -23,11 +23,11 @@ sys.path.insert(0, str(SCRIPTS))
 import gpu_hours  # noqa: E402
 import paper_tables  # noqa: E402
 import reproduce  # noqa: E402
-from train_pvlf import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
 
 from pvlf_hf.evaluation import read_results  # noqa: E402
 from pvlf_hf.protocols import load_protocol  # noqa: E402
 from pvlf_hf.submission import lint_submission  # noqa: E402
+from pvlf_hf.training import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
 
 TABLES = paper_tables.load_tables()
 RECIPES = {file.stem: file for file in sorted(reproduce.RECIPES.glob("*.yaml"))}
@@ -158,7 +158,7 @@ def test_every_line_of_a_recipe_has_its_source():
     ("text", "said"),
     [
         ("model: a\n\nfine_tuning: both\n", "line 3: unknown setting 'fine_tuning'; did you mean 'finetuning'"),
-        ("model: a\nqqqqqqqq: 1\n", "line 2: unknown setting 'qqqqqqqq', see train_pvlf.py --help"),
+        ("model: a\nqqqqqqqq: 1\n", "line 2: unknown setting 'qqqqqqqq', see pvlf-hf train --help"),
         ("- model\n", "a recipe has lines of the form `name: value`"),
     ],
 )

@@ -89,12 +89,12 @@ def test_the_tar_has_the_layout_of_webdataset(triplets, tmp_path):
 def test_writing_resumes_after_finished_shards(triplets, tmp_path, format):
     files = write_shards(triplets, tmp_path / "shards", 8, format)
     whole = [file.read_bytes() for file in files]
-    files[2].rename(files[2].with_suffix(".unfinished"))  # and shorter, as an interrupted run leaves it
-    files[2].with_suffix(".unfinished").write_bytes(b"half")
+    files[2].unlink()
+    files[2].with_name(f"{files[2].name}.partial").write_bytes(b"half")  # as an interrupted run leaves it
     files[0].write_bytes(b"finished, so not touched")
     assert write_shards(triplets, tmp_path / "shards", 8, format) == files
     assert [file.read_bytes() for file in files] == [b"finished, so not touched", *whole[1:]]
-    assert not list((tmp_path / "shards").glob("*.unfinished"))
+    assert not list((tmp_path / "shards").glob("*.partial"))
 
 
 def test_writing_refuses(triplets, tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from miniatures import make_circo, make_cirr
+from typer.testing import CliRunner
 
 from pvlf_hf.benchmark import CIRBenchmark
 from pvlf_hf.circo import load_circo
@@ -20,11 +19,11 @@ from pvlf_hf.submission import (
     circo_submission,
     cirr_submission,
     lint_submission,
-    main,
     score_submission,
     write_circo_submission,
     write_cirr_submission,
 )
+from pvlf_hf_cli import app
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())
 
@@ -181,19 +180,25 @@ def whole_files():
     yield {str(n): list(range(50)) for n in range(800)}
 
 
-def test_the_command_fails_on_problems_only(tmp_path, capsys):
+def test_the_command_fails_on_problems_only(tmp_path):
+    def lint(*arguments):
+        done = CliRunner().invoke(app, ["submit", "lint", *map(str, arguments)])
+        return done.exit_code, done.stdout
+
     files = [tmp_path / f"{number}.json" for number in range(3)]
     for file, content in zip(files, whole_files(), strict=True):
         file.write_text(json.dumps(content))
-    assert main(["lint", *map(str, files)]) == 0
-    assert capsys.readouterr().out == "".join(f"{file}: fine\n" for file in files)
+    assert lint(*files) == (0, "".join(f"{file}: fine\n" for file in files))
     strings = tmp_path / "strings.json"
     strings.write_text(json.dumps({key: list(map(str, ids)) for key, ids in json.loads(files[2].read_text()).items()}))
-    assert main(["lint", str(strings)]) == 0  # a warning
+    assert lint(strings)[0] == 0  # a warning
     files[0].write_text(files[0].read_text()[:-100])
-    run = [sys.executable, "-m", "pvlf_hf.submission", "lint", str(files[1]), str(files[0])]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "1.json: fine" in done.stdout and "0.json: is not JSON" in done.stdout
+    code, text = lint(files[1], files[0])
+    assert code == 1 and "1.json: fine" in text and "0.json: is not JSON" in text
+    code, text = lint("--json", strings, files[0])
+    problems = json.loads(text)["files"]
+    assert code == 1 and list(problems) == [str(strings), str(files[0])]
+    assert problems[str(strings)][0].startswith("warning: ids are strings")
 
 
 ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "²", "test1-0-0-img0", [], [[]], {}, {"a": [1]}, "x" * 999]

@@ -8,20 +8,28 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub_server import serving
 from PIL import Image
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
+from typer.testing import CliRunner
 
 from pvlf_hf import load_triplets, write_shards
+from pvlf_hf.training import parse_arguments
+from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 
-def run(script, *arguments, fails=False):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+COMMAND = "pvlf-hf train"
+
+
+def run(script, *arguments, fails=False, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    what = ["-m", "pvlf_hf_cli", "train"] if script == COMMAND else [SCRIPTS / script]
+    command = [sys.executable, *map(str, (*what, *arguments))]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -75,7 +83,7 @@ def test_training_on_own_files_resumes_and_reloads(files, tmp_path):
 
     (tmp_path / "parts").mkdir()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "parts" / "checkpoint-2")  # as if killed after step 2
-    run("train_pvlf.py", *flags(files, tmp_path / "parts"))
+    run(COMMAND, *flags(files, tmp_path / "parts"))
     again = AutoModel.from_pretrained(tmp_path / "parts")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert a.equal(b), name
@@ -87,13 +95,9 @@ def test_training_on_a_stream_of_shards(files, tmp_path):
     run("train_pvlf.py", *given, f"--train_shards={tmp_path / 'shards'}")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["evaluations"][0]["counts"] == {"queries": 56, "gallery": 8}
-    said = run("train_pvlf.py", *flags(files, tmp_path / "run"), "--train_shards=shards", fails=True)
-    assert "--train_file and --train_shards exclude each other" in said
 
 
 def test_a_recipe_and_flags_that_override_it(files, tmp_path):
-    from train_pvlf import parse_arguments
-
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"method": "transagg", "learning_rate": 0.002, "seed": 3, "bf16": False}))
     model_args, _, args = parse_arguments([str(recipe), f"--output_dir={tmp_path}", "--seed", "4"])
@@ -104,8 +108,6 @@ def test_a_recipe_and_flags_that_override_it(files, tmp_path):
 
 
 def test_every_recipe_can_be_read(tmp_path):
-    from train_pvlf import parse_arguments
-
     recipes = sorted((SCRIPTS / "configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
@@ -122,13 +124,24 @@ def test_every_topology_is_known_to_accelerate():
     assert topologies["multi_node"].num_machines == 2
 
 
-def test_missing_data_is_said(files, tmp_path):
-    said = run("train_pvlf.py", f"--model={files / 'blip'}", f"--output_dir={tmp_path}", fails=True)
-    assert "pass --train_file and --image_folder, or --dataset emoji-cir" in said
+def test_wrong_data_is_said_before_a_model_is_fetched(files, tmp_path):
+    for given, said in (
+        ([], "pass --train_file and --image_folder, or --dataset emoji-cir"),
+        (["--train_file=a.csv", "--train_shards=b"], "--train_file and --train_shards exclude each other"),
+    ):
+        done = CliRunner().invoke(app, ["train", "--model=you/nothing", f"--output_dir={tmp_path}", *given])
+        assert done.exit_code == 1 and done.stderr.splitlines()[-1].startswith(f"error: {said}")
 
 
-@pytest.mark.parametrize(
-    "script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py", "convert.py"]
-)
+def test_a_token_that_only_reads_is_said_before_the_first_step(files, tmp_path):
+    with serving({"hf_reader": ("you", False)}) as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_reader", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        push = ["--push_to_hub", "--hub_model_id=you/mine"]
+        said = run(COMMAND, *flags(files, tmp_path / "run"), *push, fails=True, **online)
+    assert "\nerror: this token may not write to you/mine on the Hub: log in with one that may" in said
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py"])
 def test_help_teaches(script):
     assert "usage" in run(script, "--help")

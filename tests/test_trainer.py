@@ -2,14 +2,18 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from datasets import Dataset, Image
 from squares import each_with_each
 from tiny import make_model
+from transformers.models.blip.modeling_blip import BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
+from pvlf_hf.modeling_pvlf import PVLFFusionLayer
 
 # Colours and words of the tiny tokenizer that stand for them.
 WORDS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}
@@ -176,6 +180,65 @@ def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares
         PVLFTrainer(tiny_model, args, halves, processing_class=tiny_processor).train()
 
 
+def trained(settings, squares, tiny_processor, folder, dropout):
+    """Losses and weights after two steps."""
+    model = make_model(dropout=dropout, temperature=1.0)
+    if dropout == 0:
+        for module in model.modules():  # BERT has its own, and chunks draw it in another order
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    # SGD: Adam makes full steps of rounding noise where a gradient is nothing else.
+    args = arguments(folder, max_steps=2, optim="sgd", encoder_learning_rate=1e-3, **settings)
+    trainer = PVLFTrainer(model, args, squares, processing_class=tiny_processor)
+    trainer.train()
+    losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    return {"losses": losses, **{name: p.detach() for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("with_it", ["nothing else", "accumulation", "feature_cache", "bf16"])
+def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_it):
+    settings = {
+        "nothing else": {"finetuning": "both"},
+        "accumulation": {"gradient_accumulation_steps": 2},
+        "feature_cache": {"feature_cache": str(tmp_path / "cache")},
+        "bf16": {"bf16": True},
+    }[with_it]
+    whole = trained({"finetuning": "text", **settings}, squares, tiny_processor, tmp_path, dropout=0.0)
+    chunks = {"gradient_cache_chunk_size": 3, "loss_chunk_size": 5}
+    chunked = trained({"finetuning": "text", **settings, **chunks}, squares, tiny_processor, tmp_path, dropout=0.0)
+    assert (whole["losses"][0] - whole["losses"][1]).abs() > 1e-3
+    # In bf16 a gradient is rounded once for each chunk; the weights move by up to 1e-3.
+    atol, atol_loss = (1e-5, 2e-3) if with_it == "bf16" else (1e-6, 1e-6)
+    for name, wanted in whole.items():
+        torch.testing.assert_close(chunked[name], wanted, atol=atol_loss if name == "losses" else atol, rtol=1e-5)
+
+
+def test_activation_checkpointing_does_not_change_training(tiny_processor, squares, tmp_path, monkeypatch):
+    """The argument reaches both towers and the fusion; dropout draws the same when a layer is computed again."""
+    inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer
+    calls = Counter()
+
+    def counting(kind, plain):
+        def counted(self, *args):
+            calls[kind] += 1
+            return plain(self, *args)
+
+        return counted
+
+    for kind, name in inside.items():
+        monkeypatch.setattr(kind, name, counting(kind, getattr(kind, name)))
+    runs = []
+    for checkpointing in (False, True):
+        calls.clear()
+        settings = {"finetuning": "both", "activation_checkpointing": checkpointing}
+        runs.append(trained(settings, squares, tiny_processor, tmp_path, dropout=0.5))
+        # two steps of two layers; the ViT encodes references and targets
+        expected = {BlipMLP: 8, BlipTextIntermediate: 4, PVLFFusionLayer: 4}
+        assert calls == {kind: number * (1 + checkpointing) for kind, number in expected.items()}
+    for name, wanted in runs[0].items():
+        torch.testing.assert_close(runs[1][name], wanted, atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
     with pytest.raises(ValueError, match="processing_class"):
         PVLFTrainer(tiny_model, arguments(tmp_path), squares)
@@ -189,6 +252,9 @@ def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
         arguments(tmp_path, remove_unused_columns=True)
     with pytest.raises(ValueError, match="has only 'cosine'"):
         arguments(tmp_path, lr_scheduler_type="linear")
+    for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            arguments(tmp_path, **{name: 0})
     with pytest.raises(ValueError, match="must be positive; to leave encoders as they are"):
         arguments(tmp_path, encoder_learning_rate=0.0)
     with pytest.raises(ValueError, match="has 5 rows, a step takes 8.*lower per_device_train_batch_size"):

@@ -27,7 +27,7 @@ class Rows(torch.utils.data.Dataset):
         return {**{k: v[row] for k, v in self.inputs.items()}, "target_ids": self.target_ids[row]}
 
 
-def main(output_dir, finetuning, gather):
+def main(output_dir, finetuning, gather, chunk_size=None):
     torch.set_num_threads(1)
     args = PVLFTrainingArguments(
         output_dir=output_dir,
@@ -42,6 +42,8 @@ def main(output_dir, finetuning, gather):
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every trained weight gets a gradient
         gather_negatives=gather == "gather",
+        gradient_cache_chunk_size=chunk_size and int(chunk_size),
+        loss_chunk_size=chunk_size and int(chunk_size),
     )
     args.per_device_train_batch_size = BATCH // args.world_size
     model = make_model("blip", dropout=0.0)

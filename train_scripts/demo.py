@@ -13,14 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
-from train_pvlf import (
-    DataArguments,
-    ModelArguments,
-    baselines,
-    evaluate_all,
-    parse_arguments,
-    train,
-)
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from pvlf_hf import (
@@ -34,8 +26,12 @@ from pvlf_hf import (
 )
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.encoding import encode_gallery, encode_queries
+from pvlf_hf.evaluation import evaluate_all
+from pvlf_hf.measurement import baselines
 from pvlf_hf.model_card import short_name
 from pvlf_hf.sheet import retrieval_sheet, sheet_rows
+from pvlf_hf.training import DataArguments, ModelArguments, parse_arguments, train
+from pvlf_hf.whole_files import whole
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {
@@ -118,8 +114,8 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
         return
     if folder.exists() and not same:
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings))
+    with whole(record) as partial:
+        partial.write_text(json.dumps(settings))
     train(model_args, data_args, args, benchmarks=[])
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

@@ -23,12 +23,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from demo import draw_sheet
-from train_pvlf import baselines, evaluate_all, parse_arguments
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import load_emoji_cir
+from pvlf_hf import load_emoji_cir, write_golden
 from pvlf_hf.emoji_cir import TIERS
+from pvlf_hf.evaluation import evaluate_all
+from pvlf_hf.measurement import baselines
 from pvlf_hf.significance import seed_interval
+from pvlf_hf.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
@@ -178,6 +180,7 @@ def publish(folder: Path) -> None:
     model.config.dtype = "float32"
     model.config.save_pretrained(CHECKPOINT)
     processor.save_pretrained(CHECKPOINT)
+    write_golden(CHECKPOINT)
     stored, benchmarks = AutoModel.from_pretrained(CHECKPOINT), [load_emoji_cir("test", tier) for tier in TIERS]
     draw_sheet(stored, processor, benchmarks[0]).save(CHECKPOINT / "retrievals.png", optimize=True)
     metrics = {tier_of(e.benchmark): e.metrics for e in evaluate_all(stored, processor, benchmarks)}

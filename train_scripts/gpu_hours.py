@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from train_pvlf import DataArguments, ModelArguments
 from transformers import AutoConfig
 
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
 from pvlf_hf.cirr import EXPECTED_COUNTS
 from pvlf_hf.configuration_pvlf import BLIP_BASE
+from pvlf_hf.training import DataArguments, ModelArguments
 
 GPU = "NVIDIA A100 80 GB"  # the paper's
 PEAK_FLOPS = 312e12  # a second, dense bfloat16, by its data sheet

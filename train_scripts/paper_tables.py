@@ -9,6 +9,7 @@ from typing import Any
 
 from pvlf_hf.encoding import QueryMethod
 from pvlf_hf.evaluation import environment
+from pvlf_hf.whole_files import whole
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 WEIGHTS = {"last": "last epoch", "best": "best epoch by validation", "untrained": "no training"}
@@ -104,9 +105,9 @@ def write_table(table: Table, output_dir: Path, seeds: Sequence[int]) -> None:
         "footnotes": table.footnotes,
         "environment": environment(),
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
     for ending, text in (("json", json.dumps(content, indent=2, ensure_ascii=False)), ("md", render(table, rows))):
-        (output_dir / f"table{table.number}.{ending}").write_text(text + "\n", encoding="utf-8")
+        with whole(output_dir / f"table{table.number}.{ending}") as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:

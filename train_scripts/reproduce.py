@@ -22,12 +22,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import evaluate_pvlf
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from gpu_hours import ASSUMPTIONS, gpu_hours
 from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
-from train_pvlf import parse_arguments
+
+from pvlf_hf import measurement
+from pvlf_hf.training import parse_arguments
+from pvlf_hf.whole_files import whole
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPES = SCRIPTS / "configs" / "paper"
@@ -173,8 +175,8 @@ def claim(run: Run) -> None:
                     f"{run.folder} holds a run with {name}={there}, not {here}: delete it or choose another "
                     "--output_dir"
                 )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**wanted, "overrides": run.overrides}, indent=2) + "\n", encoding="utf-8")
+    with whole(file) as partial:
+        partial.write_text(json.dumps({**wanted, "overrides": run.overrides}, indent=2) + "\n", encoding="utf-8")
 
 
 def train(run: Run) -> None:
@@ -199,7 +201,7 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
     weights = {"untrained": Path(model_args.model)} if run.row.baseline else trained_weights(run.folder)
     for (name, source), protocol in product(weights.items(), protocols):
         folder = run.folder / name / protocol
-        if (folder / "results.json").exists() or (folder / "submissions").exists():
+        if (folder / "results.json").exists():  # written last
             continue
         print(f"measuring {run.row.name}, {WEIGHTS[name]}, on {protocol}", flush=True)
         flags = {
@@ -212,7 +214,7 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
             "allow_missing": data_args.allow_missing,
             "check_counts": data_args.check_counts,
         }
-        evaluate_pvlf.main([f"--{flag}={value}" for flag, value in flags.items()])
+        measurement.main([f"--{flag}={value}" for flag, value in flags.items()])
         clear_device_cache(garbage_collection=True)  # the next training may need all of it
 
 

@@ -4,12 +4,18 @@ The steps and their order are TransAgg's ("Zero-shot Composed Text-Image Retriev
 preprocessing with; pixels equal its output exactly. What differs is how a picture becomes RGB: TransAgg drops the
 alpha channel, so that transparent areas turn up black or in hidden colours; here they turn up white, and palettes and
 the EXIF orientation are applied before any other step.
+
+Files and URLs may be hostile: what is opened is limited by `FORMATS`, `MAX_BYTES`, `MAX_SECONDS` and Pillow's own
+`PIL.Image.MAX_IMAGE_PIXELS`. They belong to the machine and are set on it, never by a checkpoint. Which URLs may be
+fetched is the caller's to decide: a service must not hand on addresses that its users name, which may lie behind it.
 """
 
 import io
+import stat
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,16 @@ from transformers.processing_utils import ImagesKwargs
 
 Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
 """A file, an `http(s):` or `data:` URL, a PIL picture, a (H, W[, C]) array or a (C, H, W) tensor."""
+
+FORMATS: tuple[str, ...] | None = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, whatever it is called (ours); None for everything that Pillow knows, which hands EPS to
+Ghostscript, a program for programs."""
+
+MAX_BYTES: int = 2**28
+"""The largest file or download (ours): what `PIL.Image.MAX_IMAGE_PIXELS` pixels take uncompressed."""
+
+MAX_SECONDS: float = 60
+"""The longest download (ours)."""
 
 
 class PVLFImageProcessorKwargs(ImagesKwargs, total=False):
@@ -52,7 +68,8 @@ class PVLFImageProcessor(PilBackend):
 
     Raises:
         ValueError: in a call, if a picture cannot be read (naming the file), is empty, has a dtype, shape or mode of
-            no known range, or would be padded or resized to more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+            no known range, is beyond the limits of this module, or would be padded or resized to more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
     Example:
         >>> processor = PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)
@@ -162,21 +179,78 @@ class PVLFImageProcessor(PilBackend):
         return super()._preprocess(images, **kwargs)
 
 
-def open_rgb(source: str | Path) -> Image.Image:
-    """Opens a file or URL as an RGB picture; of several frames the first."""
-    stream: Any = source
-    if str(source).startswith(("http://", "https://", "data:")):
-        request = urllib.request.Request(str(source), headers={"User-Agent": "pvlf-hf"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            stream = io.BytesIO(response.read())
-    with Image.open(stream) as picture:
+def open_rgb(source: str | Path | bytes) -> Image.Image:
+    """Opens a file, a URL or the content of a file as an RGB picture; of several frames the first."""
+    with open_picture(source) as picture:
         return to_rgb(picture)
+
+
+def open_picture(source: str | Path | bytes) -> Image.Image:
+    """Opens a picture without decoding it, within the limits of this module.
+
+    Args:
+        source: a file, an `http(s):` or `data:` URL, or the content of a file.
+
+    Raises:
+        OSError: if there is no such file, or it is in none of `FORMATS`.
+        ValueError: if it is no regular file or too large. Pillow's decoders raise many other kinds.
+    """
+    stream: Any = source
+    if isinstance(source, bytes):
+        stream = io.BytesIO(source)
+    elif str(source).startswith(("http://", "https://", "data:")):
+        stream = io.BytesIO(download(str(source)))
+    else:
+        check_file(source)
+    Image.init()
+    formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
+    picture = Image.open(stream, formats=formats)
+    check_pixels(picture)
+    return picture
+
+
+def check_file(file: str | Path) -> None:
+    """Raises a `ValueError` for a file that is too large, or is none: reading a pipe or a device may never end."""
+    status = Path(file).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file, but a folder, a pipe or a device")
+    check_bytes(status.st_size)
+
+
+def check_bytes(size: int) -> None:
+    """Raises a `ValueError` for more than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise ValueError(f"it has more bytes than {__name__}.MAX_BYTES = {MAX_BYTES}: make it smaller, or raise that")
+
+
+def check_pixels(picture: Image.Image) -> None:
+    """Raises a `ValueError` for more pixels than Pillow's limit; Pillow itself only warns, up to its double."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and picture.width * picture.height > limit:
+        raise ValueError(
+            f"it has {picture.width} x {picture.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: make "
+            "it smaller, or raise that"
+        )
+
+
+def download(url: str) -> bytes:
+    """Fetches a URL, at most `MAX_BYTES` in at most about `MAX_SECONDS`."""
+    request = urllib.request.Request(url, headers={"User-Agent": "pvlf-hf"})
+    content, end = bytearray(), monotonic() + MAX_SECONDS
+    with urllib.request.urlopen(request, timeout=MAX_SECONDS) as response:
+        while part := response.read1(2**16):
+            content += part
+            check_bytes(len(content))
+            if monotonic() > end:
+                raise ValueError(f"it was not there after {__name__}.MAX_SECONDS = {MAX_SECONDS}")
+    return bytes(content)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Decodes, turns upright by the EXIF orientation, composites on white where transparent and converts to RGB."""
     if 0 in picture.size:
         raise ValueError("it has no pixels")
+    check_pixels(picture)
     if picture.mode in ("I", "F"):
         raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
     picture = ImageOps.exif_transpose(picture)

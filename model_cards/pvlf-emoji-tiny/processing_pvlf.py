@@ -27,10 +27,14 @@ class PVLFProcessor(ProcessorMixin):
         ValueError: if the length leaves no room for a word or the padding is neither of the two.
 
     Example:
-        ```python
-        inputs = processor.process_queries(images, ["the same dress, but sleeveless"])
-        query_embeds = model.get_query_features(**inputs)
-        ```
+        >>> from PIL import Image
+        >>> from transformers import AutoProcessor
+        >>> import pvlf_hf
+
+        >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> inputs = processor.process_queries(Image.new("RGB", (200, 100)), "the same dress, but sleeveless")
+        >>> inputs["pixel_values"].shape
+        torch.Size([1, 3, 72, 72])
     """
 
     def __init__(
@@ -166,6 +170,11 @@ class PVLFProcessor(ProcessorMixin):
         for index, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise ValueError(f"caption {index} is {caption!r}, not a string")
+            if half := next((letter for letter in caption if "\ud800" <= letter <= "\udfff"), None):
+                raise ValueError(
+                    f"caption {index} holds {half!r}, which is no character but half of one (a surrogate): it was "
+                    "read with a wrong encoding, or cut in two"
+                )
             if not caption.strip():
                 raise ValueError(
                     f"caption {index} is empty: say what changes, or search by the image alone with "

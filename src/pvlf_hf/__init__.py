@@ -1,18 +1,20 @@
 """Composed image retrieval with PVLF for Hugging Face Transformers.
 
-Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProcessor` and `AutoImageProcessor`.
-Data, training and evaluation are imported when first used.
+Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProcessor`, `AutoImageProcessor` and
+`pipeline("composed-image-retrieval")`. Data, training and evaluation are imported when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_pvlf import PVLFConfig
 from .image_processing_pvlf import PVLFImageProcessor
 from .loss_pvlf import focal_info_nce
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
+from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
 from .processing_pvlf import PVLFProcessor
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .fashioniq import load_fashioniq, load_fashioniq_train
     from .feature_cache import FeatureCache, cache_features
     from .gallery import Explanation, Gallery, Query, SearchResult
+    from .golden import check_golden, write_golden
     from .laion_cir import load_laion_cir
     from .model_card import render_card, write_card
     from .protocols import load_protocol
@@ -43,6 +46,9 @@ AutoConfig.register(PVLFConfig.model_type, PVLFConfig, exist_ok=True)
 AutoModel.register(PVLFConfig, PVLFModel, exist_ok=True)
 AutoImageProcessor.register(PVLFConfig, image_processor_classes={"pil": PVLFImageProcessor}, exist_ok=True)
 AutoProcessor.register(PVLFConfig, PVLFProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ComposedImageRetrievalPipeline, pt_model=AutoModel, type="multimodal"
+)
 
 _MODULE_OF = {
     "CIRBenchmark": "benchmark",
@@ -70,6 +76,8 @@ _MODULE_OF = {
     "Gallery": "gallery",
     "Query": "gallery",
     "SearchResult": "gallery",
+    "check_golden": "golden",
+    "write_golden": "golden",
     "load_laion_cir": "laion_cir",
     "render_card": "model_card",
     "write_card": "model_card",
@@ -99,6 +107,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "CIRBenchmark",
+    "ComposedImageRetrievalPipeline",
     "EmbeddingStore",
     "Evaluation",
     "Explanation",
@@ -119,6 +128,7 @@ __all__ = [
     "benchmark_from_triplets",
     "bootstrap_interval",
     "cache_features",
+    "check_golden",
     "convert_salesforce_blip",
     "convert_transagg",
     "evaluate",
@@ -145,6 +155,7 @@ __all__ = [
     "write_card",
     "write_circo_submission",
     "write_cirr_submission",
+    "write_golden",
     "write_results",
     "write_shards",
 ]

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 from datasets import Dataset, Image
 
 from .benchmark import CIRBenchmark, Protocol
+from .data import leaves
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ def _with_files(
             f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
             "Do the two annotation files belong together?"
         )
+    if outside := [n for names in images.values() for n in names if leaves(folders[0], n)]:
+        raise ValueError(f"{name}: {len(outside)} image names leave their folder, first: {outside[:3]}")
     folder, paths = max(((f, paths_in(f, images)) for f in folders), key=lambda found: len(found[1]))
     missing = [i for i in images if i not in paths]
     if missing and paths and not allow_missing:
@@ -217,7 +220,10 @@ def _with_files(
 
 
 def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Paths of the images that are in a folder, which is listed once: 123,403 questions to a file server take long."""
+    """Paths of the images that are in a folder, which is listed once: 123,403 questions to a file server take long.
+
+    Links are followed: people keep pictures on other disks. Names that lead out of the folder are none of its images.
+    """
 
     @cache
     def names_in(below: str) -> set[str]:
@@ -228,7 +234,7 @@ def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str
     for image_id, names in images.items():
         for name in names:
             below, _, own_name = name.rpartition("/")
-            if own_name in names_in(below):
+            if not leaves(folder, name) and own_name in names_in(below):
                 paths[image_id] = f"{folder}/{name}"
                 break
     return paths

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     BlipForImageTextRetrieval,
     BlipTextModel,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.blip.modeling_blip import BlipAttention
 
 
 class DualEncoder(nn.Module):
@@ -57,6 +59,24 @@ class DualEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def fuse_attention(self) -> None:
+        """Puts a fused kernel where Transformers only has attention written out; the weights stay as they are."""
+
+
+class FusedBlipAttention(BlipAttention):
+    """The ViT's attention without its 577 x 577 weights, which in training are most of what an image keeps."""
+
+    def forward(  # type: ignore[override]  # it has no weights to return
+        self, hidden_states: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """`(batch, length, width)` to the same shape."""
+        batch, length, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
+        dropout = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+        return self.projection(out.transpose(1, 2).reshape(batch, length, width)), None
+
 
 class BlipDualEncoder(DualEncoder):
     """BLIP's ViT and its BERT in unimodal mode, with the projections of the retrieval checkpoints."""
@@ -67,13 +87,19 @@ class BlipDualEncoder(DualEncoder):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        # Transformers has eager attention only for BLIP, and refuses the whole model when asked for another; the
-        # fusion layers can still use it.
+        # Transformers has eager attention only for BLIP, and refuses the whole model when asked for another: what the
+        # fusion layers use is set for them alone, and the ViT's is replaced here. Captions are short.
         config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
         self.vision_model = BlipVisionModel(config.vision_config)
         self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
         self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
+        self.fuse_attention()
+
+    def fuse_attention(self) -> None:
+        """See [`DualEncoder.fuse_attention`]."""
+        for layer in self.vision_model.encoder.layers:
+            layer.self_attn.__class__ = FusedBlipAttention
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """See [`DualEncoder.image_tokens`]."""
@@ -152,6 +178,7 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
         )
     for name in wanted:
         setattr(encoder, name, getattr(pretrained, name))
+    encoder.fuse_attention()
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""Configuration of PVLF. Travels with checkpoints, so it imports nothing of this package."""
+"""Configuration of PVLF. Travels with checkpoints, so it imports nothing that does not travel."""
 
 from copy import deepcopy
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .pipeline_pvlf import CUSTOM_PIPELINES
 
 # model_type of the dual encoder -> the field of its config that holds the joint (projected) width d.
 JOINT_WIDTH_FIELD = {"blip": "image_text_hidden_size", "clip": "projection_dim"}
@@ -70,14 +73,11 @@ class PVLFConfig(PreTrainedConfig):
         ValueError: if the settings cannot go together; the message says what to change.
 
     Example:
-    ```python
-    >>> from pvlf_hf import PVLFConfig
-
-    >>> PVLFConfig().joint_width  # BLIP base
-    256
-    >>> PVLFConfig(prompt_depth=1).num_prompts  # PVLF-Shallow
-    25
-    ```
+        >>> from pvlf_hf import PVLFConfig
+        >>> PVLFConfig().joint_width  # BLIP base
+        256
+        >>> PVLFConfig(prompt_depth=1).num_prompts  # PVLF-Shallow
+        25
     """
 
     model_type = "pvlf"
@@ -107,6 +107,9 @@ class PVLFConfig(PreTrainedConfig):
         elif not isinstance(self.vl_config, dict | PreTrainedConfig):
             raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
         self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
+        # Where the package has registered the pipeline, naming it again would ask the user to trust remote code.
+        registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
+        kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
         if self.vl_config.model_type == "blip":
             # PVLF reads BLIP's text tower without cross-attention; as a decoder it would carry 28 M idle weights.
@@ -164,6 +167,10 @@ class PVLFConfig(PreTrainedConfig):
                 f"need gamma >= 0, alpha > 0 and prompt_init_std >= 0, got gamma={self.gamma}, alpha={self.alpha}, "
                 f"prompt_init_std={self.prompt_init_std}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the library does, and always with the pipeline that travels with a checkpoint."""
+        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
     def transagg(cls, **kwargs: Any) -> "PVLFConfig":

@@ -5,17 +5,18 @@ user's own folder of images, is brought to this shape.
 """
 
 import hashlib
+import json
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 from torch import Tensor
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 from .benchmark import CIRBenchmark, Protocol, check_columns
@@ -26,7 +27,9 @@ TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
 that are the same thing, so that they are never each other's negatives."""
 
 
-def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool = True) -> Dataset:
+def load_triplets(
+    file: str | Path, image_folder: str | Path, check_images: bool = True, allow_links: bool = False
+) -> Dataset:
     """Loads a user's own triplets: a table beside a folder of images.
 
     Args:
@@ -35,13 +38,14 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
             default the target's file name).
         image_folder: where the images are.
         check_images: open every image once, so that a broken one is named now and not hours into training.
+        allow_links: follow links that lead out of `image_folder`. Those of the Hub's cache are always followed.
 
     Returns:
         A dataset with `TRIPLET_COLUMNS`, `reference_id` and `target_image_id` (the file names), images decoded lazily.
 
     Raises:
-        ValueError: if the file type or a column is wrong, a cell is empty, a file name leaves the folder, or images
-            are missing or broken; nothing is dropped silently.
+        ValueError: if the file type or a column is wrong, a cell is empty, a file name or a link leaves the
+            folder, or images are missing or broken; nothing is dropped silently.
     """
     file, image_folder = Path(file), Path(image_folder).resolve()
     cells = read_triplet_table(file)
@@ -51,7 +55,7 @@ def load_triplets(file: str | Path, image_folder: str | Path, check_images: bool
                 f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
             )
     references, targets = cells["reference"], cells["target"]
-    check_image_files(image_folder, sorted({*references, *targets}), open_them=check_images)
+    check_image_files(image_folder, sorted({*references, *targets}), check_images, allow_links)
     columns = {
         "reference": [str(image_folder / name) for name in references],
         "reference_id": references,
@@ -122,12 +126,12 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
     )
 
 
-def check_image_files(folder: Path, names: list[str], open_them: bool = True) -> None:
+def check_image_files(folder: Path, names: list[str], open_them: bool = True, allow_links: bool = False) -> None:
     """Raises a `ValueError` that lists images outside the folder, missing, or (with `open_them`) broken."""
-    # By name only: links are followed, because the Hub's cache is made of them.
-    outside = [n for n in names if not Path(os.path.normpath(folder / n)).is_relative_to(folder)]
-    if outside:
+    if outside := [name for name in names if leaves(folder, name)]:
         raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
+    if not allow_links:
+        check_links(folder, names)
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise ValueError(
@@ -142,12 +146,54 @@ def check_image_files(folder: Path, names: list[str], open_them: bool = True) ->
         raise ValueError(f"{len(broken)} images cannot be read, first: {broken[:3]}. Replace them or drop their rows.")
 
 
+def leaves(folder: Path, name: str) -> bool:
+    """Whether a file name leads out of the folder by `..` or as an absolute path."""
+    folder = folder.absolute()
+    return not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder))
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raises a `ValueError` that lists names that are, or lie behind, links out of the folder."""
+    folder = folder.resolve()
+    # A snapshot in the Hub's cache is made of links to the blobs beside it.
+    snapshots = [place for place in (folder, *folder.parents) if place.parent.name == "snapshots"]
+    within = [folder, *(place.parent.parent / "blobs" for place in snapshots)]
+    outside = [name for name in names if not any(map((folder / name).resolve().is_relative_to, within))]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} names in {folder} are links that lead out of it, first: {outside[:3]}; pass "
+            "allow_links=True if you know where they lead"
+        )
+
+
+def files_below(folder: Path, allow_links: bool) -> list[Path]:
+    """Whatever is in a folder and its subfolders and is no folder, sorted.
+
+    Args:
+        folder: where.
+        allow_links: follow links out of it, into other folders too.
+
+    Raises:
+        ValueError: without `allow_links`, if a link leads out of the folder.
+    """
+    files, links, seen = [], [], {os.path.realpath(folder)}
+    for place, below, names in os.walk(folder, followlinks=allow_links):
+        files += [Path(place, name) for name in names]
+        links += [path for path in (Path(place, name) for name in (*below, *names)) if path.is_symlink()]
+        real = {name: os.path.realpath(Path(place, name)) for name in below}
+        below[:] = [name for name in below if real[name] not in seen]  # a link may lead back
+        seen.update(real.values())
+    if not allow_links:
+        check_links(folder, [str(link.relative_to(folder)) for link in links])
+    return sorted(files)
+
+
 def unreadable(file: Path) -> str | None:
     """Why the image processor cannot decode the file, or None if it can."""
     try:
         open_rgb(file)
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-        return str(error)
+        return str(error) or type(error).__name__
     return None
 
 
@@ -217,6 +263,14 @@ class PVLFCollator:
             return_tensors="pt",
         )
         return {**batch, "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows])}
+
+
+def triplets_digest(triplets: Dataset) -> str:
+    """Which triplets, by their captions and target ids; pictures are not read."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in ("caption", "target_id"):
+        digest.update(json.dumps(list(triplets[column])).encode())
+    return digest.hexdigest()
 
 
 def id_number(name: str) -> int:

@@ -2,21 +2,16 @@
 
 Which files are missing, damaged, misnamed or double, which captions are cut off, and what does that to the numbers?
 
-    python -m pvlf_hf.doctor cirr data/cirr --split val --tokenizer Salesforce/blip-itm-base-coco
-    python -m pvlf_hf.doctor triplets my/triplets.csv --images my/images --json
-
-Exits with 0 if there is no error (there may be warnings), 1 if there is one, 2 if it was called wrongly.
+    pvlf-hf doctor cirr data/cirr --split val --tokenizer Salesforce/blip-itm-base-coco
+    pvlf-hf doctor triplets my/triplets.csv --images my/images --json
 """
 
-import argparse
 import hashlib
-import json
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -438,33 +433,37 @@ _EXAMINERS: dict[str, tuple[Callable[..., Report], tuple[str, ...]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pvlf_hf.doctor", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("subject", choices=[*_EXAMINERS, "triplets"])
-    parser.add_argument("path", type=Path, help="the data set's folder; of triplets the table")
-    parser.add_argument("--split", help="split, of laion-cir the subset (default: val, combined)")
-    parser.add_argument("--images", type=Path, help="triplets: folder of the images (default: that of the table)")
-    parser.add_argument("--tokenizer", help="folder or Hub name of the model, to count the tokens of captions")
-    parser.add_argument("--partial", action="store_true", help="do not compare counts with the published ones")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(arguments)
+def examine(
+    subject: str,
+    path: str | Path,
+    split: str | None = None,
+    image_folder: str | Path | None = None,
+    tokenizer: str | None = None,
+    check_counts: bool = True,
+) -> Report:
+    """Examines a data set by name.
+
+    Args:
+        subject: `"laion-cir"`, `"cirr"`, `"fashioniq"`, `"circo"` or `"triplets"`.
+        path: the data set's folder; of triplets the table.
+        split: of laion-cir the subset; by default `"val"` or `"combined"`.
+        image_folder: of triplets; by default that of the table.
+        tokenizer: folder or Hub name of a model, see [`examine_cirr`].
+        check_counts: see [`examine_cirr`].
+
+    Raises:
+        ValueError: if there is no such data set or split, or no tokenizer of this name.
+    """
+    if subject not in (*_EXAMINERS, "triplets"):
+        raise ValueError(f"unknown data set {subject!r}; choose from {[*_EXAMINERS, 'triplets']}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+        counter = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None
     except (OSError, ValueError) as error:
-        parser.error(f"--tokenizer {args.tokenizer}: {error}")
-    if args.subject == "triplets":
-        report = examine_triplets(args.path, args.images or args.path.parent, tokenizer)
-    else:
-        examine, splits = _EXAMINERS[args.subject]
-        split = args.split or ("val" if "val" in splits else "combined")
-        if split not in splits:
-            parser.error(f"--split {split}: {args.subject} has {', '.join(splits)}")
-        report = examine(args.path, split, tokenizer, check_counts=not args.partial)
-    text = json.dumps({"healthy": report.healthy, **asdict(report)}, indent=2) if args.json else str(report)
-    sys.stdout.write(text + "\n")
-    return 0 if report.healthy else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise ValueError(f"no tokenizer in {tokenizer}: {error}") from error
+    if subject == "triplets":
+        return examine_triplets(path, image_folder or Path(path).parent, counter)
+    examiner, splits = _EXAMINERS[subject]
+    split = split or ("val" if "val" in splits else "combined")
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}: {subject} has {', '.join(splits)}")
+    return examiner(path, split, counter, check_counts=check_counts)

@@ -14,12 +14,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_pvlf import PVLFConfig
-from .feature_cache import fingerprint, text_settings, write_whole
+from .feature_cache import fingerprint, image_settings, text_settings
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .whole_files import locked, whole
 
 Key = tuple[Any, ...]
 """What a row embeds: `(image_id,)`, or of a query `(reference_id, wording)`, without the half that is not used."""
@@ -113,13 +115,14 @@ class EmbeddingStore:
     def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
         if self.model is None:
             raise ValueError("say whose embeddings these are: call claim(model, processor) first")
-        write_rows(file, keys, embeds, self.model)
+        with locked(self.folder):  # two runs over one data set may write the same file
+            write_rows(file, keys, embeds, self.model)
 
 
 def write_rows(file: Path, keys: Sequence[Key], embeds: Tensor, model: dict[str, str]) -> None:
     """Writes embeddings, what each embeds, and whose they are ([`made_by`])."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, {"embeddings": embeds}, {**model, "keys": json.dumps(keys)})
+    with whole(file) as partial:
+        save_file({"embeddings": embeds}, partial, {**model, "keys": json.dumps(keys)})
 
 
 def read_rows(file: Path) -> tuple[list[Key], Tensor]:
@@ -131,7 +134,7 @@ def read_rows(file: Path) -> tuple[list[Key], Tensor]:
 def made_by(model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
     """Whose embeddings: `fingerprint` of everything but the inputs that they depend on, and `dtype`."""
     config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
-    settings = processor.image_processor.to_json_string() + text_settings(processor) + json.dumps(config)
+    settings = image_settings(processor) + text_settings(processor) + json.dumps(config)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 

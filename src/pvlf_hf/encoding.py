@@ -2,9 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -205,11 +205,12 @@ def _encode(
     # Padded to equal shares: a sharded model needs every process in every forward.
     with _as_saved(model), state.split_between_processes(everything, apply_padding=True) as share:
         batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-        inputs = work_ahead(prepare, ([samples[p] for p in b] for b in batches), _threads(device_of(model)))
+        tasks = ([samples[place] for place in batch] for batch in batches)
         show = progress and state.is_main_process
         try:
-            bar = tqdm(inputs, desc=f"encoding {what}", total=len(batches), disable=not show)
-            embeds = torch.cat([encode(batch).float().cpu() for batch in bar])
+            with closing(work_ahead(prepare, tasks, _threads(device_of(model)))) as inputs:
+                bar = tqdm(inputs, desc=f"encoding {what}", total=len(batches), disable=not show)
+                embeds = torch.cat([encode(batch).float().cpu() for batch in bar])
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
     if state.num_processes == 1:
@@ -218,7 +219,7 @@ def _encode(
     return torch.stack([by_place[place] for place in range(len(samples))])
 
 
-def work_ahead(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Iterator[U]:
+def work_ahead(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Generator[U]:
     """What work makes of each task, in their order, while threads are at most one task each ahead; 0 for no threads.
 
     Threads suit decoding and resizing, which release Python's lock, and start at once, whatever they work on.

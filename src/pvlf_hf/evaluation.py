@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .benchmark import CIRBenchmark
 from .embedding_store import EmbeddingStore, dtype_of
-from .encoding import QueryMethod, check_method, embed
+from .encoding import QueryMethod, check_method, embed, encode_gallery
 from .metrics import (
     CIRCO_KS,
     average_precision_at_k,
@@ -31,6 +32,7 @@ from .metrics import (
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .significance import bootstrap_interval
+from .whole_files import whole
 
 RESAMPLES = 2000
 """Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""
@@ -123,6 +125,23 @@ def evaluate(
     embeds = embed(model, processor, benchmark, method, batch_size, gallery_embeds, progress, store)
     dtype = dtype_of(model) if model is not None else store.model["dtype"]  # type: ignore[union-attr,index]
     return score(benchmark, *embeds, method, f"embeddings {dtype}, cosines float64 rounded to float32")
+
+
+def evaluate_all(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    benchmarks: Sequence[CIRBenchmark],
+    methods: Sequence[QueryMethod] = ("pvlf",),
+) -> list[Evaluation]:
+    """Evaluates on benchmarks by one or several methods, encoding a gallery that they share only once."""
+    galleries: dict[str, Tensor] = {}
+    evaluations = []
+    for method, benchmark in product(methods, benchmarks):
+        key = benchmark.gallery._fingerprint
+        if key not in galleries:
+            galleries[key] = encode_gallery(model, processor, benchmark.gallery)
+        evaluations.append(evaluate(model, processor, benchmark, method, gallery_embeds=galleries[key]))
+    return evaluations
 
 
 def score(
@@ -271,10 +290,11 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
     file, evaluations = Path(file), list(evaluations)
     summaries = [{**asdict(e), "intervals": intervals(e)} for e in evaluations]
     per_query = [summary.pop("per_query") for summary in summaries]
-    file.parent.mkdir(parents=True, exist_ok=True)
     results = {**facts, "evaluations": summaries, "environment": environment()}
-    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _per_query_file(file).write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+    with whole(file) as partial, whole(_per_query_file(file)) as its_partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        its_partial.write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+        file.unlink(missing_ok=True)  # it comes last: a run that has it is finished, and both are of one run
 
 
 def read_results(file: str | Path) -> list[Evaluation]:
@@ -307,9 +327,11 @@ def _frozen(values: Any) -> Any:
 
 
 def environment() -> dict[str, str | None]:
-    """Versions and commit that a result was measured with; commit is None where this file is not under git."""
-    packages = ("pvlf-hf", "torch", "transformers", "accelerate", "datasets", "pillow")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}, "commit": _commit()}
+    """Versions, device and commit of a result; commit is None where this file is not under git."""
+    packages = ("pvlf-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pillow")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {**versions, "device": str(device or platform.machine()), "commit": _commit()}
 
 
 def _commit() -> str | None:
@@ -331,6 +353,7 @@ __all__ = [
     "average",
     "environment",
     "evaluate",
+    "evaluate_all",
     "intervals",
     "read_results",
     "score",

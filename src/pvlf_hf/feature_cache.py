@@ -18,7 +18,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Image
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, id_number
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .whole_files import locked, whole
 
 logger = logging.get_logger(__name__)
 
@@ -105,9 +105,8 @@ class FeatureCache:
             ValueError: if tokens do not fit float16.
         """
         state = PartialState()
-        self.folder.mkdir(parents=True, exist_ok=True)
         # A second run waits for the first and then finds everything there.
-        with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
+        with locked(self.folder) if state.is_main_process else nullcontext():
             self.read_new_shards()
             first_of = {digest: place for place, digest in reversed(list(enumerate(digests))) if digest not in self}
             # One process says what is missing: another may read the folder when there is more in it already.
@@ -160,23 +159,8 @@ class FeatureCache:
             "starts": lengths.cumsum(0),
             "positions": torch.tensor([position for _, position in shard.values()]),
         }
-        try:
-            write_whole(self.folder / f"{uuid4().hex}.safetensors", tensors, {"digests": json.dumps(list(shard))})
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"cannot write features to {self.folder} ({error}). What is there already can be used: make room and "
-                "run again, or train without feature_cache"
-            ) from error
-
-
-def write_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file under another name and renames it: readers never see half of it."""
-    temporary = file.with_name(f"{uuid4().hex}.partial")
-    try:
-        save_file(tensors, temporary, metadata)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with whole(self.folder / f"{uuid4().hex}.safetensors") as partial:
+            save_file(tensors, partial, {"digests": json.dumps(list(shard))})
 
 
 class FeatureCollator:
@@ -279,7 +263,7 @@ def cache_features(
     model.eval()
     try:
         with torch.inference_mode():
-            images = FeatureCache(folder, fingerprint(image_side, model, processor.image_processor.to_json_string()))
+            images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "pictures", progress)
             texts = None
             if not any(p.requires_grad for module in text_side for p in module.parameters()):
@@ -332,6 +316,13 @@ def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: s
         for name, tensor in module.state_dict().items():
             parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", _raw_bytes(tensor)]
     return digest(*parts)
+
+
+def image_settings(processor: PVLFProcessor) -> str:
+    """Everything of the processor that pixels depend on."""
+    settings = processor.image_processor.to_dict()
+    settings.pop("auto_map", None)  # where its code is found; saving adds it
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def text_settings(processor: PVLFProcessor) -> str:

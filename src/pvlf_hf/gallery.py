@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,15 +35,17 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from .benchmark import check_columns
+from .data import files_below
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
 from .encoding import device_of
-from .gallery_encoding import EMBEDDINGS, PART, Encoding, as_dataset, digests_of, draft_side, open_cell, report
+from .gallery_encoding import EMBEDDINGS, PART, Encoding, as_dataset, digests_of, open_cell, report
 from .image_processing_pvlf import Picture
 from .metrics import top_k
 from .modeling_pvlf import PVLFModel, PVLFQueryOutput
 from .processing_pvlf import PVLFProcessor
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
+from .whole_files import whole
 
 logger = logging.get_logger(__name__)
 
@@ -266,6 +267,7 @@ class Gallery:
         model: PVLFModel,
         processor: PVLFProcessor,
         path: str | Path | None = None,
+        allow_links: bool = False,
         **options: Any,
     ) -> "Gallery":
         """Embeds the pictures of a folder and its subfolders: every file whose ending Pillow can open.
@@ -276,20 +278,20 @@ class Gallery:
             processor: of the model.
             path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
                 encoded, and what is gone is dropped. None keeps it in memory, see [`~Gallery.save`].
-            **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode large JPEGs
-                at reduced size, several times faster, with nearly the same embeddings; `index`, `"exact"` (default),
+            allow_links: follow links that lead out of the folder, also to other folders.
+            **options: `batch_size` (64); `progress` (True), show progress bars; `index`, `"exact"` (default),
                 `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in .db, or a cluster's
                 address), see `pvlf_hf.vector_index`.
 
         Raises:
-            ValueError: if there is no picture, or none that can be read; `path` holds embeddings of another model;
-                or the index is unknown. A picture that cannot be read is skipped, counted in a warning and listed in
-                `skipped`.
+            ValueError: if there is no picture, or none that can be read; a link leads out of the folder; `path` holds
+                embeddings of another model; or the index is unknown. A picture that cannot be read is skipped, counted
+                in a warning and listed in `skipped`.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; pass the one that holds the pictures")
-        files = sorted(file for file in folder.rglob("*") if not file.is_dir())  # links to nothing are reported
+        files = files_below(folder, allow_links)  # links to nothing too, which are reported
         PILImage.init()
         readable = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
         pictures = [file for file in files if file.suffix.lower() in readable]
@@ -325,7 +327,6 @@ class Gallery:
         id_column: str = "image_id",
         batch_size: int = 64,
         progress: bool = True,
-        draft: bool = False,
         index: IndexName = "exact",
         uri: str | None = None,
     ) -> "Gallery":
@@ -343,9 +344,8 @@ class Gallery:
         sources = dataset.select_columns(image_column).rename_columns({image_column: "image"})
         sources = sources.cast_column("image", Image(mode=mode, decode=False))
         its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
-        side = draft_side(processor) if draft else None
-        digests, bad = digests_of(sources, side, progress)
-        encoding = Encoding(sources, digests, Path(path) if path else None, its_model, side)
+        digests, bad = digests_of(sources, progress)
+        encoding = Encoding(sources, digests, Path(path) if path else None, its_model)
         bad = encoding.run(model, processor, bad, batch_size, progress)
         skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
         kept = [row for row in range(len(ids)) if digests[row] not in bad]
@@ -403,7 +403,7 @@ class Gallery:
         state = PartialState()
         if state.is_main_process:
             self._write(path, self.paths)
-            for part in path.glob(f"*{PART}"):
+            for part in path.glob(f"*{PART}*"):  # and of those that were being written
                 part.unlink()
         state.wait_for_everyone()
 
@@ -433,11 +433,22 @@ class Gallery:
         revision: str | None = None,
         token: str | None = None,
     ) -> "Gallery":
-        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`]."""
+        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
+
+        Raises:
+            ValueError: if it names files, which another's gallery must not open here. Web addresses it may name are
+                fetched when their pictures are asked for.
+        """
         folder = snapshot_download(
             repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=[EMBEDDINGS, TABLE]
         )
-        return cls.load(folder, model, processor, index, uri)
+        gallery = cls.load(folder, model, processor, index, uri)
+        if files := [path for path in gallery.paths if path and not path.startswith(("http://", "https://"))]:
+            raise ValueError(
+                f"{repo_id} names {len(files)} files of this machine, first: {files[:3]}; a gallery on the Hub has "
+                "web addresses or none, as push_to_hub leaves them"
+            )
+        return gallery
 
     def search(
         self,
@@ -563,9 +574,8 @@ class Gallery:
     def _write(self, folder: Path, paths: list[str | None]) -> None:
         write_rows(folder / EMBEDDINGS, [(name,) for name in self.digests], self.embeds, self.made_by)
         columns = {"id": self.ids, "path": paths, "digest": self.digests}
-        temporary = folder / f"{uuid4().hex}.partial"
-        pq.write_table(pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), temporary)
-        temporary.replace(folder / TABLE)
+        with whole(folder / TABLE) as partial:
+            pq.write_table(pa.table({name: pa.array(its, pa.string()) for name, its in columns.items()}), partial)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -580,14 +590,15 @@ def _eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     if eager:
-        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are.
-        model.config._attn_implementation = {"": "eager"}
+        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are; without
+        # vl_config, the library would set theirs to None, and BLIP would attend to text padding.
+        model.config._attn_implementation = {"": "eager", "vl_config": {}}
     try:
         with torch.inference_mode():
             yield
     finally:
         model.train(was_training)
-        model.config._attn_implementation = {"": attention}
+        model.config._attn_implementation = {"": attention, "vl_config": {}}
 
 
 def _explain(output: PVLFQueryOutput, row: int, words: list[str], num_prompts: int) -> Explanation:

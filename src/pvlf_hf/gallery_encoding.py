@@ -1,7 +1,6 @@
 """What a gallery is made of: picture files known by their digests, encoded once, kept in parts, damage set aside."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,7 +18,7 @@ from transformers.utils import logging
 from .embedding_store import read_rows, write_rows
 from .encoding import encode_gallery
 from .feature_cache import digest
-from .image_processing_pvlf import open_rgb, to_rgb
+from .image_processing_pvlf import check_file, open_picture, to_rgb
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 
@@ -34,10 +33,8 @@ SAVE_EVERY = 1024
 class Encoding:
     """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
 
-    def __init__(
-        self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str], draft: int | None
-    ) -> None:
-        self.sources, self.digests, self.path, self.made_by, self.draft = sources, digests, path, made_by, draft
+    def __init__(self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str]) -> None:
+        self.sources, self.digests, self.path, self.made_by = sources, digests, path, made_by
         files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
         self.known: list[str] = []
         self.embeds: list[Tensor] = []
@@ -59,7 +56,7 @@ class Encoding:
         with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
             for start in range(0, len(missing), SAVE_EVERY):
                 rows = missing[start : start + SAVE_EVERY]
-                reader = Reader(processor, self.sources.features["image"].mode, self.draft, bar)
+                reader = Reader(processor, self.sources.features["image"].mode, bar)
                 embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
                 for found in gather_object([reader.bad]):
                     bad |= found
@@ -83,8 +80,8 @@ class Encoding:
 class Reader:
     """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
 
-    def __init__(self, processor: PVLFProcessor, mode: str | None, draft: int | None, bar: tqdm) -> None:
-        self.processor, self.mode, self.draft, self.bar = processor, mode, draft, bar
+    def __init__(self, processor: PVLFProcessor, mode: str | None, bar: tqdm) -> None:
+        self.processor, self.mode, self.bar = processor, mode, bar
         # Stands for what cannot be read: every process of a sharded model needs every forward.
         self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
         self.bad: dict[str, str] = {}
@@ -98,9 +95,9 @@ class Reader:
 
     def _read(self, cell: dict[str, Any]) -> Tensor:
         try:
-            return self.processor.process_targets(open_cell(cell, self.mode, self.draft))["pixel_values"]
+            return self.processor.process_targets(open_cell(cell, self.mode))["pixel_values"]
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            self.bad[digest_of(cell, self.mode, self.draft)] = str(error)
+            self.bad[digest_of(cell, self.mode)] = str(error) or type(error).__name__
             return self.black
 
 
@@ -114,34 +111,25 @@ def _is_address(path: str | None) -> bool:
     return bool(path) and str(path).startswith(("http://", "https://", "data:"))
 
 
-def draft_side(processor: PVLFProcessor) -> int:
-    """The least that sides of a picture may be decoded at: twice what the model sees, which resizing then halves."""
-    size = processor.image_processor.crop_size
-    return 2 * max(size["height"], size["width"])
-
-
-def open_cell(cell: dict[str, Any] | None, mode: str | None, draft: int | None = None) -> PILImage.Image:
-    """Decodes a cell as its column would, RGB; with `draft` a large JPEG at a half, quarter or eighth of its size."""
+def open_cell(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
+    """Decodes a cell as its column would, RGB."""
     if not cell or cell["bytes"] is cell["path"] is None:
         raise ValueError("the gallery knows no file of it")
-    if cell["bytes"] is None and _is_address(cell["path"]):
-        return open_rgb(cell["path"])
-    if draft is not None and mode is None:
-        with PILImage.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as picture:
-            picture.draft("RGB", (draft, draft))
-            return to_rgb(picture)
-    return to_rgb(Image(mode=mode).decode_example(cell))
+    with open_picture(cell["path"] if cell["bytes"] is None else cell["bytes"]) as picture:
+        return to_rgb(picture.convert(mode) if mode else picture)
 
 
-def digest_of(cell: dict[str, Any], mode: str | None, draft: int | None) -> str:
+def digest_of(cell: dict[str, Any], mode: str | None) -> str:
     """Of the file and of how it is decoded; of an address itself."""
-    how = str(mode) if draft is None else f"{mode} draft {draft}"
     if cell["bytes"] is not None:
-        return digest(how, cell["bytes"])
-    return digest(how, cell["path"] if _is_address(cell["path"]) else Path(cell["path"]).read_bytes())
+        return digest(str(mode), cell["bytes"])
+    if _is_address(cell["path"]):
+        return digest(str(mode), cell["path"])
+    check_file(cell["path"])
+    return digest(str(mode), Path(cell["path"]).read_bytes())
 
 
-def digests_of(sources: Dataset, draft: int | None, progress: bool) -> tuple[list[str], dict[str, str]]:
+def digests_of(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
     """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
     state, mode = PartialState(), sources.features["image"].mode
     digests: list[str] = []
@@ -150,8 +138,8 @@ def digests_of(sources: Dataset, draft: int | None, progress: bool) -> tuple[lis
     bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
     for row, source in enumerate(bar):
         try:
-            digests.append(digest_of(source["image"], mode, draft))
-        except (OSError, TypeError) as error:  # TypeError: an empty cell
+            digests.append(digest_of(source["image"], mode))
+        except (OSError, ValueError, TypeError) as error:  # TypeError: an empty cell
             digests.append(f"unreadable {row}")
             bad[digests[-1]] = str(error)
     digests, bad = broadcast_object_list([digests, bad])

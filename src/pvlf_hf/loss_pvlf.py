@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def cosine_similarity(query_embeds: Tensor, target_embeds: Tensor) -> Tensor:
@@ -27,6 +28,7 @@ def focal_info_nce(
     gamma: float = 2.0,
     positives: Tensor | None = None,
     target_ids: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     r"""Focal InfoNCE from queries to the targets of the batch (equations 14-15).
 
@@ -44,6 +46,8 @@ def focal_info_nce(
         positives: int64 `(num_queries,)`, the row of `target_embeds` that is each query's target; row i by default.
         target_ids: int64 `(num_targets,)`; targets that share the id of a query's own are left out of its
             denominator instead of counting as negatives (several queries of a batch may want the same picture).
+        chunk_size: queries compared at once. Backward compares each chunk again, so that never more than
+            `(chunk_size, num_targets)` similarities are held; by default all are.
 
     Returns:
         float32 scalar. A batch of one has no negatives, p = 1 and loss 0.
@@ -51,20 +55,29 @@ def focal_info_nce(
     Raises:
         ValueError: if there are fewer targets than queries and `positives` does not say whose they are.
     """
-    logits = cosine_similarity(query_embeds, target_embeds) / temperature  # (num_queries, num_targets)
+    num_queries, num_targets = len(query_embeds), len(target_embeds)
     if positives is None:
-        if logits.shape[0] > logits.shape[1]:
-            raise ValueError(f"{logits.shape[0]} queries but {logits.shape[1]} targets: pass each query's target")
-        positives = torch.arange(logits.shape[0], device=logits.device)
-    own = positives[:, None]
-    if target_ids is not None:
-        same_target = target_ids[own] == target_ids[None]
-        same_target = same_target.scatter(1, own, False)
-        logits = logits.masked_fill(same_target, -torch.inf)
-    log_p = F.log_softmax(logits, dim=-1).gather(1, own).squeeze(1)  # (num_queries,)
-    # 1 - p without cancellation as p -> 1; the clamp keeps the gradient of x^gamma finite at x = 0.
-    miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
-    return (-alpha * miss**gamma * log_p).mean()
+        if num_queries > num_targets:
+            raise ValueError(f"{num_queries} queries but {num_targets} targets: pass each query's target")
+        positives = torch.arange(num_queries, device=query_embeds.device)
+
+    def losses(queries: Tensor, own: Tensor) -> Tensor:
+        """`(chunk, d)` queries and the rows of their targets, `(chunk,)`, to their losses `(chunk,)`."""
+        logits = cosine_similarity(queries, target_embeds) / temperature  # (chunk, num_targets)
+        own = own[:, None]
+        if target_ids is not None:
+            same_target = target_ids[own] == target_ids[None]
+            same_target = same_target.scatter(1, own, False)
+            logits = logits.masked_fill(same_target, -torch.inf)
+        log_p = F.log_softmax(logits, dim=-1).gather(1, own).squeeze(1)
+        # 1 - p without cancellation as p -> 1; the clamp keeps the gradient of x^gamma finite at x = 0.
+        miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
+        return -alpha * miss**gamma * log_p
+
+    if chunk_size is None:
+        return losses(query_embeds, positives).mean()
+    chunks = zip(query_embeds.split(chunk_size), positives.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks]).mean()
 
 
 __all__ = ["cosine_similarity", "focal_info_nce"]

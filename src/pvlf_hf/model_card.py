@@ -1,16 +1,14 @@
 """The model card (`README.md`) of a checkpoint, rendered from what its run recorded and from nothing else.
 
-python -m pvlf_hf.model_card outputs/mine --name you/pvlf-mine --license bsd-3-clause
+pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
 hf upload you/pvlf-mine outputs/mine --exclude "checkpoint-*"
 
 What stands between `<!-- pvlf-hf: results -->` and `<!-- pvlf-hf: end of results -->`, and the same for the other
 sections, is rendered; everything else of a card is its author's, and is kept byte for byte when it is rendered again.
 """
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from .benchmark import Protocol
 from .evaluation import Evaluation
 from .protocols import protocol_card
+from .whole_files import whole
 
 PICTURE = "retrievals.png"
 """A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""
@@ -87,7 +86,8 @@ def write_card(
     picture = PICTURE if (folder / PICTURE).exists() else None
     card = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
     text = render_card(facts, name or folder.resolve().name, card, picture, **metadata)
-    file.write_bytes(text.encode())
+    with whole(file) as partial:
+        partial.write_bytes(text.encode())
     return file
 
 
@@ -292,20 +292,4 @@ def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
     return opening + front + closing + body
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pvlf_hf.model_card", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("folder", type=Path, help="the checkpoint's folder; its README.md is written")
-    parser.add_argument("--name", help="Hub name of the model (default: the folder's name)")
-    parser.add_argument("--results", type=Path, help="results.json of its run (default: the one in the folder)")
-    parser.add_argument("--license", help="the Hub's name of the licence of the weights")
-    parser.add_argument("--base_model", help="Hub name of what it was built on, where the run had it as a folder")
-    args = parser.parse_args(arguments)
-    metadata = {name: value for name in ("license", "base_model") if (value := getattr(args, name))}
-    sys.stdout.write(f"{write_card(args.folder, args.name, args.results, **metadata)}\n")
-
-
 __all__ = ["PICTURE", "render_card", "results_tables", "write_card"]
-
-if __name__ == "__main__":
-    main()

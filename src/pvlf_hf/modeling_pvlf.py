@@ -8,12 +8,15 @@ with gallery images by cosine.
 Shapes: `batch` queries, `n` text tokens, `p` prompts, `m` image patches, `d` the joint width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
@@ -58,7 +61,7 @@ class PVLFOutput(ModelOutput):
         loss (float32 scalar, with targets unless `return_loss=False`): focal InfoNCE over the batch (eq. 15).
         query_embeds (float32 `(batch, d)`): query embeddings, L2-normalised.
         target_embeds (float32 `(targets, d)`, with targets): target image embeddings, L2-normalised.
-        similarity (float32 `(batch, targets)`, with targets): their cosines, not divided by the temperature.
+        similarity (float32 `(batch, targets)`, as the loss): their cosines, not divided by the temperature.
         aggregation_weights (`(batch, 3)`): w of eq. 13, for image, fused and text feature.
         hidden_states (`tuple`, with `output_hidden_states=True`): of the fusion layers, input first.
         attentions (`tuple`, with `output_attentions=True`): of the fusion layers.
@@ -278,18 +281,16 @@ class PVLFModel(PVLFPreTrainedModel):
     """Composed image retrieval: embeds "this picture, but ..." and gallery pictures into one space.
 
     Example:
-    ```python
-    >>> from PIL import Image
-    >>> from transformers import AutoModel, AutoProcessor
-    >>> import pvlf_hf
+        >>> from PIL import Image
+        >>> from transformers import AutoModel, AutoProcessor
+        >>> import pvlf_hf
 
-    >>> model = AutoModel.from_pretrained("model_cards/pvlf-emoji-tiny")
-    >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
-    >>> dress = Image.open("dress.jpg")  # doctest: +SKIP
-    >>> query = model.get_query_features(**processor.process_queries(dress, "without sleeves"))  # doctest: +SKIP
-    >>> query.pooler_output.shape  # doctest: +SKIP
-    torch.Size([1, 128])
-    ```
+        >>> model = AutoModel.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> processor = AutoProcessor.from_pretrained("model_cards/pvlf-emoji-tiny")
+        >>> picture = Image.new("RGB", (72, 72), "gold")
+        >>> query = model.get_query_features(**processor.process_queries(picture, "make it blue"))
+        >>> query.pooler_output.shape
+        torch.Size([1, 128])
     """
 
     def __init__(self, config: PVLFConfig) -> None:
@@ -365,6 +366,7 @@ class PVLFModel(PVLFPreTrainedModel):
         trained = {"frozen": (False, False), "text": (False, True), "both": (True, True)}
         if finetuning not in trained:
             raise ValueError(f"finetuning={finetuning!r}: choose one of {sorted(trained)}")
+        self.requires_grad_(True)  # also what PEFT froze and left so when its adapter was merged
         sides = (self.backbone.vision_modules, self.backbone.text_modules)
         for names, trains in zip(sides, trained[finetuning], strict=True):
             for name in names:
@@ -515,6 +517,7 @@ class PVLFModel(PVLFPreTrainedModel):
         return_loss: bool | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        chunk_size: int | None = None,
         **kwargs: Any,
     ) -> PVLFOutput:
         """Embeds queries, target images, or both.
@@ -531,14 +534,33 @@ class PVLFModel(PVLFPreTrainedModel):
             text_tokens: `(batch, n, d)`, instead of `input_ids`; with it `attention_mask` and
             text_position: int64 `(batch,)`, where each caption's global feature stands.
             target_features: `(targets, d)`, row 0 of their tokens, instead of `target_pixel_values`.
-            return_loss: compute the loss; by default whenever there are queries and targets.
+            return_loss: compare queries with targets; by default whenever there are both. With False the output has
+                no loss and no similarity.
             output_attentions: return the fusion layers' attention weights (needs eager attention).
             output_hidden_states: return the fusion layers' states.
+            chunk_size: embed so many rows at once and keep nothing else of them for backward, which embeds each chunk
+                again; see [`embed_in_chunks`].
             **kwargs: `return_dict=False` for a tuple.
 
         Raises:
             ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.
         """
+        if chunk_size is not None:
+            if output_attentions or output_hidden_states:
+                raise ValueError("chunk_size keeps only embeddings: ask for attentions or hidden states without it")
+            rows = {
+                "pixel_values": pixel_values,
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "target_pixel_values": target_pixel_values,
+                "image_tokens": image_tokens,
+                "text_tokens": text_tokens,
+                "text_position": text_position,
+                "target_features": target_features,
+            }
+            # Not self.forward: Accelerate puts autocast around that, which, entered twice, would stay on.
+            embed = partial(PVLFModel.forward, self, return_loss=False, return_dict=True)
+            return self._compare(embed_in_chunks(embed, rows, chunk_size), target_ids, return_loss)
         if pixel_values is not None:
             image_tokens = self._image_tokens(pixel_values)
         if input_ids is not None:
@@ -567,18 +589,47 @@ class PVLFModel(PVLFPreTrainedModel):
             output.hidden_states, output.attentions = query.hidden_states, query.attentions
         if target_features is not None:
             output.target_embeds = normalize(target_features)
+        return self._compare(output, target_ids, return_loss)
+
+    def _compare(self, output: PVLFOutput, target_ids: Tensor | None, return_loss: bool | None) -> PVLFOutput:
         if output.query_embeds is not None and output.target_embeds is not None:
-            output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)
             if return_loss is not False:
+                output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)
                 output.loss = self.loss(output.query_embeds, output.target_embeds, target_ids=target_ids)
         elif return_loss:
             raise ValueError("return_loss=True needs queries and target_pixel_values, one target image for each query")
         return output
 
-    def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Tensor | None) -> Tensor:
+    def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
         """[`focal_info_nce`] with this configuration's temperature, alpha and gamma."""
         c = self.config
         return focal_info_nce(query_embeds, target_embeds, c.temperature, c.alpha, c.gamma, **kwargs)
+
+
+def embed_in_chunks(embed: Callable[..., PVLFOutput], rows: dict[str, Tensor | None], chunk_size: int) -> PVLFOutput:
+    """Gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup").
+
+    A contrastive loss needs the embeddings of all rows; their activations are only needed chunk by chunk, once it has
+    given the embeddings' gradients. So nothing but embeddings is kept, and backward embeds each chunk again, with the
+    same dropout: activation checkpointing around whole chunks, for one more forward, with exact gradients.
+
+    Args:
+        embed: from a chunk of `rows` to embeddings `(chunk, ...)`.
+        rows: `(batch, ...)` each, or None.
+        chunk_size: rows embedded at once.
+
+    Raises:
+        ValueError: if there are not as many targets as queries.
+    """
+    given = {name: tensor for name, tensor in rows.items() if tensor is not None}
+    if len(counts := {len(tensor) for tensor in given.values()}) > 1:
+        raise ValueError(f"chunk_size needs a target for each query, but got {sorted(counts)} rows")
+    outputs = [
+        checkpoint(embed, use_reentrant=False, **dict(zip(given, chunk, strict=True)))
+        for chunk in zip(*(tensor.split(chunk_size) for tensor in given.values()), strict=True)
+    ]
+    joined: dict[str, Any] = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+    return PVLFOutput(**joined)
 
 
 def normalize(features: Tensor) -> Tensor:

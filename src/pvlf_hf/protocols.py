@@ -1,6 +1,6 @@
 """Protocols by name: which benchmarks, loaded how, a table of results is measured on; and the card that says so.
 
-python train_scripts/evaluate_pvlf.py --model MODEL --data_root DATA --protocols cirr-val fashioniq circo-val
+pvlf-hf evaluate --model MODEL --data_root DATA --output_dir OUT --protocols cirr-val fashioniq circo-val
 """
 
 from collections.abc import Callable

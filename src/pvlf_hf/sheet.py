@@ -1,10 +1,10 @@
 """Draws what was retrieved as one picture: a row a query, its reference and caption, then the best results.
 
 Example:
-    ```python
-    rows = sheet_rows(benchmark, query_embeds, gallery_embeds, query_rows=[0, 7, 42])
-    retrieval_sheet(rows, title=benchmark.name).save("sheet.png")
-    ```
+    >>> red, blue = (Image.new("RGB", (72, 72), colour) for colour in ("red", "blue"))
+    >>> row = SheetRow(reference=red, caption="make it blue", results=[blue, red], target=blue, rank=0)
+    >>> retrieval_sheet([row], title="one query").size  # sheet_rows makes rows of a benchmark
+    (514, 226)
 """
 
 import textwrap

@@ -5,8 +5,10 @@ Two sources of chance, measured apart: another draw of *queries* would give anot
 seeds. The per-query values of recall@k are the hits `ranks < k`, those of mAP@k are `average_precision_at_k`.
 
 Example:
-    >>> hits = evaluate(model, processor, benchmark).values("recall@10")
+    >>> hits = [True] * 60 + [False] * 40  # of 100 queries, such as evaluate(...).values("recall@10")
     >>> low, high = bootstrap_interval(hits)
+    >>> round(low, 2), round(high, 2)
+    (0.5, 0.69)
 """
 
 import math

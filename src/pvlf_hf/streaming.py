@@ -27,12 +27,14 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset
 from datasets.distributed import split_dataset_by_node
+from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from .benchmark import check_columns
-from .data import TRIPLET_COLUMNS
+from .data import TRIPLET_COLUMNS, triplets_digest
+from .image_processing_pvlf import open_picture
+from .whole_files import whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +78,17 @@ def write_shards(
         rows = rows.cast_column(column, Image(decode=False))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": _digest(rows)})
+    _claim(
+        folder,
+        {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": triplets_digest(rows)},
+    )
     starts = range(0, len(rows), rows_per_shard)
     files = [folder / f"triplets-{n:05d}-of-{len(starts):05d}.{format}" for n in range(len(starts))]
     write = _write_tar if format == "tar" else _write_parquet
     for start, file in zip(tqdm(starts, desc="writing shards", unit="shard"), files, strict=True):
         if not file.exists():
-            unfinished = file.with_suffix(".unfinished")
-            write(unfinished, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
-            unfinished.replace(file)
+            with whole(file) as partial:
+                write(partial, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
     return files
 
 
@@ -93,14 +97,8 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
     note = folder / "shards.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
-    note.write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _digest(rows: Dataset) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for column in ("caption", "target_id"):
-        digest.update(json.dumps(list(rows[column])).encode())
-    return digest.hexdigest()
+    with whole(note) as partial:
+        partial.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -142,7 +140,8 @@ def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, 
 
     Args:
         shards: Parquet or tar files with the contents that [`write_shards`] describes: a file, a URL (`https://...`,
-            `hf://datasets/...`), a pattern (`"shards/*.tar"`), a folder, or a list of these.
+            for which `pip install "fsspec[http]"`, or `hf://datasets/...`), a pattern (`"shards/*.tar"`), a folder, or
+            a list of these.
         shuffle_buffer: the order of the shards is shuffled, and rows within a buffer of this many encoded rows; 0
             leaves both as they are (in the first pass: later ones begin with another shard).
         seed: of the order, the same in every process.
@@ -182,7 +181,9 @@ def find_shards(shards: str | Path | list[str]) -> list[str]:
         if not matches:
             raise ValueError(f"no shards: {name!r} names no {' or '.join(BUILDERS)} file, folder or pattern of them")
         local = isinstance(filesystem, LocalFileSystem)
-        found += sorted(matches) if local else sorted(filesystem.unstrip_protocol(match) for match in matches)
+        # Old versions of fsspec put https:// before http:// too.
+        whole = [match if local or "://" in match else filesystem.unstrip_protocol(match) for match in matches]
+        found += sorted(whole)
     return list(dict.fromkeys(found))
 
 
@@ -201,6 +202,10 @@ def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
                 row |= {column: text.get(column) for column in TRIPLET_COLUMNS if column not in row}
                 if lacking := [column for column, cell in row.items() if cell is None]:
                     raise ValueError(f"row {number} has no {' and no '.join(lacking)}")
+                for column in ("reference", "target"):
+                    if row[column]["bytes"] is None:  # a file of this machine, or an address
+                        raise ValueError(f"the {column} of row {number} is a name, not the picture itself")
+                    open_picture(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
                 yield {**row, "target_id": str(row["target_id"])}
         except Exception as error:  # pyarrow, tarfile and networks raise what they like and do not name the file
             raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error

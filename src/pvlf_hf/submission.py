@@ -1,19 +1,17 @@
 """Files for the servers of CIRR and CIRCO, which keep the labels of their test splits; and a check of such files.
 
-    python -m pvlf_hf.submission lint cirr_test1_recall.json circo_test.json
+    pvlf-hf submit lint cirr_test1_recall.json circo_test.json
 
 A file is a JSON object of ranked lists of image ids by query. CIRR takes two, `"metric": "recall"` (50 names) and
 `"recall_subset"` (3 of the query's group), <https://cirr.cecs.anu.edu.au>; CIRCO takes one (50 numbers),
 <https://circo.micc.unifi.it>.
 """
 
-import argparse
 import json
 import re
 import reprlib
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from .circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from .cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from .evaluation import excluded_rows, query_ids
 from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k, top_k
+from .whole_files import whole
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Answers to a query in each kind of file."""
@@ -106,7 +105,7 @@ def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, flo
     """
     if not benchmark.has_targets:
         raise ValueError(f"{benchmark.name} has no targets; upload the file to the server to have it scored")
-    if problems := list(filter(_is_error, lint_submission(file, benchmark))):
+    if problems := list(filter(is_error, lint_submission(file, benchmark))):
         raise ValueError(f"{file} cannot be scored: " + "; ".join(problems))
     content = json.loads(Path(file).read_bytes())
     lists = [list(map(str, content[q])) for q in query_ids(benchmark)]
@@ -263,7 +262,8 @@ def _show(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _is_error(problem: str) -> bool:
+def is_error(problem: str) -> bool:
+    """Whether a server would refuse the file, or the numbers would be wrong."""
     return not problem.startswith("warning: ")
 
 
@@ -285,24 +285,6 @@ def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tenso
 
 
 def _write(file: Path, content: dict[str, Any]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content), encoding="utf-8")
+    with whole(file) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
     return file
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 1 if a file has problems other than warnings."""
-    parser = argparse.ArgumentParser(prog="python -m pvlf_hf.submission", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    lint = commands.add_parser("lint", help="check files before an upload; exits with 1 if something is wrong")
-    lint.add_argument("files", nargs="+", metavar="FILE", help="for CIRR (recall, recall_subset) or CIRCO, test split")
-    failed = False
-    for file in parser.parse_args(arguments).files:
-        problems = lint_submission(file)
-        failed |= any(map(_is_error, problems))
-        sys.stdout.write("".join(f"{file}: {problem}\n" for problem in problems or ["fine"]))
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

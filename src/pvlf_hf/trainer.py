@@ -1,6 +1,8 @@
 """HF Trainer for PVLF: focal InfoNCE over the batch of all processes, the paper's optimiser, retrieval metrics."""
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import cos, pi
 from pathlib import Path
@@ -11,26 +13,34 @@ import torch.distributed as dist
 from datasets import Dataset, IterableDataset
 from huggingface_hub import auth_check
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .benchmark import CIRBenchmark, check_columns
-from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator
+from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator, id_number
 from .evaluation import environment, evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
 from .modeling_pvlf import PVLFModel, PVLFOutput
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
+from .whole_files import cannot_write
+
+UNFINISHED = "_unfinished"
+"""What is being written to a run's folder; the Trainer pushes no file whose name begins so."""
 
 
 class PVLFTrainer(Trainer):
     """Trains a [`PVLFModel`] on triplets.
 
     Args:
-        model: the model; `args.finetuning` decides which of its encoders train.
+        model: the model; `args.finetuning` decides which of its encoders train. With an adapter (PEFT's
+            `get_peft_model`) the adapter's configuration decides instead, and checkpoints hold the adapter alone.
         args: [`PVLFTrainingArguments`].
         train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`, a `datasets.Dataset` or, for sets that
             do not fit, what [`stream_triplets`] returns (set `max_steps`).
@@ -42,11 +52,13 @@ class PVLFTrainer(Trainer):
     Raises:
         ValueError: if the processor or a column is missing.
 
-    Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives.
+    Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives;
+    `args.gradient_cache_chunk_size` lets a batch be as large as it should.
     """
 
     args: PVLFTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides it under accumulation
+    _is_saving_checkpoint = False
 
     def __init__(
         self,
@@ -73,7 +85,8 @@ class PVLFTrainer(Trainer):
                     f"train_dataset has {len(train_dataset)} rows, a step takes {rows} and shorter batches are "
                     "dropped: lower per_device_train_batch_size"
                 )
-        model.set_finetuning(args.finetuning)
+        if not has_adapter(model):
+            model.set_finetuning(args.finetuning)
         super().__init__(
             model=model,
             args=args,
@@ -85,7 +98,11 @@ class PVLFTrainer(Trainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, see the base class; first fills `args.feature_cache` where one is named."""
+        """Trains, see the base class; first fills `args.feature_cache` where one is named.
+
+        Raises:
+            OSError: if checkpoints or features cannot be written; those that were are whole, and the next run goes on.
+        """
         if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
             if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
                 raise ValueError(
@@ -103,6 +120,9 @@ class PVLFTrainer(Trainer):
                     self.args.per_device_eval_batch_size,
                     progress=not self.args.disable_tqdm,
                 )
+        if self.args.save_strategy != "no":
+            with self._unfinished(Path(str(self.args.output_dir))):
+                pass  # a folder that cannot be written to is said now, not at the first checkpoint
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -133,7 +153,8 @@ class PVLFTrainer(Trainer):
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
         target_ids = inputs.get("target_ids")
-        outputs = model(**{k: v for k, v in inputs.items() if k != "target_ids"}, return_loss=False)
+        embedded = {k: v for k, v in inputs.items() if k != "target_ids"}
+        outputs = model(**embedded, return_loss=False, chunk_size=self.args.gradient_cache_chunk_size)
         queries, targets, positives = outputs.query_embeds, outputs.target_embeds, None
         if self.args.gather_negatives and self.accelerator.num_processes > 1:
             positives = (
@@ -142,11 +163,121 @@ class PVLFTrainer(Trainer):
             targets = GatherWithGradient.apply(targets)
             target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        loss = unwrapped.loss(queries, targets, positives=positives, target_ids=target_ids)
+        loss = unwrapped.loss(
+            queries, targets, positives=positives, target_ids=target_ids, chunk_size=self.args.loss_chunk_size
+        )
+        if model.training and not loss.isfinite():
+            self._refuse(loss, outputs, inputs.get("target_ids"))
         return (loss, outputs) if return_outputs else loss
 
+    def _refuse(self, loss: Tensor, outputs: PVLFOutput, target_ids: Tensor | None) -> None:
+        """Raises a `ValueError` with the triplets that a loss that is not finite comes from."""
+        embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
+        bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
+        names: dict[int, str] = {}
+        if isinstance(self.train_dataset, Dataset):  # a stream cannot be asked for its ids again
+            names = {id_number(str(name)): str(name) for name in self.train_dataset["target_id"][:]}
+        numbers = [] if target_ids is None else target_ids[bad].tolist()
+        ids = [names.get(number, number) for number in numbers]
+        found = int(bad.sum())
+        if found == len(bad):
+            advice = (
+                "all of them, so the weights are to blame: go on from the last checkpoint, with a lower learning rate"
+            )
+        elif found:
+            advice = "look at their pictures and captions"
+        else:
+            advice = "they come from another process, which names them, or from the temperature"
+        raise ValueError(
+            f"the loss of step {self.state.global_step + 1} is {loss.item()}: {found} of {len(bad)} triplets of the "
+            f"batch have embeddings that are not finite, with target_id {ids}; {advice}"
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where all steps are done: the library makes one more when a complete run is started again."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._is_saving_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Writes `checkpoint-N` elsewhere and renames it when all processes have written their part of it.
+
+        The library writes it in place: killed on the way, it leaves a checkpoint that lacks something, and takes it
+        for the last one when it resumes.
+        """
+        run, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._is_saving_checkpoint = True
+        try:
+            with self._unfinished(run) as folder:
+                self.accelerator.wait_for_everyone()  # now it is empty
+                super()._save_checkpoint(model, trial)
+                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if best.name == name or best.exists():
+                    self.state.best_model_checkpoint = str(best)  # where it will be, not where it is being written
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+                    if (run / name).exists():
+                        shutil.rmtree(run / name)
+                    (folder / name).replace(run / name)
+                    for old in self._superfluous_checkpoints(run):
+                        old.replace(folder / old.name)  # deleted with it: a kill leaves no half of one either
+                self.accelerator.wait_for_everyone()
+        finally:
+            self._is_saving_checkpoint = False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _superfluous_checkpoints(self, run: Path) -> list[Path]:
+        """All but the last `save_total_limit`, the best and the last."""
+        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
+        if limit <= 0:
+            return []
+        oldest_first = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
+        protected = {oldest_first[-1], best or oldest_first[-1]}
+        return list(map(Path, oldest_first[: -max(limit, len(protected))]))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_saving_checkpoint:  # only what is whole is pushed
+            return
+        if self.args.hub_always_push:  # a push that is under way reads the files that this one is about to replace
+            self._finish_current_push()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Writes elsewhere and moves file by file, weights last: a folder with weights is a whole model."""
+        if self._is_saving_checkpoint or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        final = Path(output_dir or str(self.args.output_dir))
+        with self._unfinished(final) as folder:
+            super()._save(str(folder), state_dict)
+            for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                if file.name != "README.md" or not (final / file.name).exists():  # PEFT's; ours is its author's
+                    file.replace(final / file.name)
+
+    @contextmanager
+    def _unfinished(self, folder: Path) -> Iterator[Path]:
+        """A folder inside `folder` to write in, empty at first and gone at the end."""
+        place = folder / UNFINISHED
+        try:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)  # what a kill left
+                place.mkdir(parents=True)
+            yield place
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise cannot_write(f"in {folder}", error) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(place, ignore_errors=True)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Groups: fusion and aggregation at `learning_rate`, encoders at `encoder_learning_rate`."""
+        """Groups: the encoders' own weights at `encoder_learning_rate`, all that is new at `learning_rate`."""
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(opt_model))
@@ -154,7 +285,8 @@ class PVLFTrainer(Trainer):
             for name, parameter in opt_model.named_parameters():
                 if parameter.requires_grad:
                     decays = self.args.decay_norms_and_biases or (name in decayed and not name.endswith("prompts"))
-                    groups.setdefault(("backbone." in name, decays), []).append(parameter)
+                    is_encoder = "backbone." in name and "lora_" not in name  # LoRA starts from nothing, as the fusion
+                    groups.setdefault((is_encoder, decays), []).append(parameter)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             self.optimizer = optimizer_class(
                 [
@@ -246,7 +378,8 @@ class PVLFTrainer(Trainer):
             metadata: more of [`~huggingface_hub.ModelCardData`].
         """
         if self.is_world_process_zero():
-            run = {"training": self.args.settings(), "environment": environment()}
+            training = self.args.settings() | ({"finetuning": "adapter"} if has_adapter(self.model) else {})
+            run = {"training": training, "environment": environment()}
             write_card(str(self.args.output_dir), self.hub_model_id or model_name, results or run, **metadata)
 
 
@@ -266,6 +399,11 @@ class GatherWithGradient(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT has put adapters into a model and chosen which weights train."""
+    return bool(getattr(model, "peft_config", None))
 
 
 def _cosine_factor(step: int, warmup: int, total: int, floor: float) -> float:

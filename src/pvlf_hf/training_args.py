@@ -1,9 +1,12 @@
 """The arguments of a PVLF training run, with the paper's settings as defaults."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 
@@ -19,9 +22,9 @@ class PVLFTrainingArguments(TrainingArguments):
     Args:
         finetuning (`str`, *optional*, defaults to `"both"`):
             Which encoders train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
-            encoder, `"both"`. The paper's headline row is `"both"`.
+            encoder, `"both"`. The paper's headline row is `"both"`. Of a model with a PEFT adapter only that trains.
         encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate of the encoders' weights (TransAgg).
+            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which start anew.
         min_lr_ratio (`float`, *optional*, defaults to 0.01):
             The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`), but never
             above the group's own rate. With the defaults that floor is the encoders' rate, which stays constant.
@@ -35,6 +38,16 @@ class PVLFTrainingArguments(TrainingArguments):
         feature_cache (`str`, *optional*):
             Folder where the outputs of encoders that do not train are computed once and kept, in float16, for all
             epochs and runs. Needs `finetuning` `"frozen"` or `"text"`; pictures must not be augmented.
+        gradient_cache_chunk_size (`int`, *optional*):
+            Rows encoded at once with what backward needs (gradient caching, ours): a batch of any size, with all its
+            negatives and exact gradients, trains in about the memory of so many rows, for one more forward.
+        loss_chunk_size (`int`, *optional*):
+            Queries compared with all targets at once, where even the similarities of a batch are too many (ours).
+
+    > Of the library's, for several processes and for repeating a run
+
+    `ddp_timeout` (1800 s): a process that hangs ends the job after so long; one that dies ends it at once.
+    `full_determinism` (False): the same bits again on the same GPUs, where they otherwise differ in rounding; slower.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -66,6 +79,12 @@ class PVLFTrainingArguments(TrainingArguments):
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder to keep the outputs of frozen encoders in, shared between runs."}
     )
+    gradient_cache_chunk_size: int | None = field(
+        default=None, metadata={"help": "Rows encoded at once; the batch, its negatives and gradients stay whole."}
+    )
+    loss_chunk_size: int | None = field(
+        default=None, metadata={"help": "Queries whose similarities with all targets are held at once."}
+    )
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Of fusion and aggregation (paper)."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (paper)."})
@@ -84,6 +103,8 @@ class PVLFTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 on a machine without accelerator is refused until one says so
         super().__post_init__(*args, **kwargs)
+        if self.use_cpu and dist.is_initialized():  # the library passes it on for GPUs only
+            _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
         if self.finetuning not in ("frozen", "text", "both"):
             raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
         if self.lr_scheduler_type != "cosine":
@@ -98,17 +119,29 @@ class PVLFTrainingArguments(TrainingArguments):
                 "feature_cache keeps what encoders that do not train give, but finetuning='both' trains them: choose "
                 "'frozen' or 'text', or leave feature_cache out"
             )
+        for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name}={size} must be at least 1; leave it out to take a batch in one piece")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
 
     def settings(self) -> dict[str, Any]:
-        """What matters for the outcome of a run, as `results.json` and the model card have it."""
+        """What matters for the outcome of a run, as `results.json` and the model card have it.
+
+        The names are flags, all but `processes`; what is not among them had its default.
+        """
         names = (
             "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm "
             "num_train_epochs max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps "
             "bf16 fp16 gather_negatives"
         )
-        return {**{name: getattr(self, name) for name in names.split()}, "processes": self.world_size}
+        seldom = (
+            "data_seed full_determinism decay_norms_and_biases dataloader_drop_last train_sampling_strategy "
+            "feature_cache optim optim_args adam_beta1 adam_beta2 adam_epsilon tf32 torch_compile neftune_noise_alpha"
+        )
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in seldom.split() if getattr(self, name) != defaults[name]]
+        return {**{name: getattr(self, name) for name in (*names.split(), *changed)}, "processes": self.world_size}
 
 
 __all__ = ["PVLFTrainingArguments"]

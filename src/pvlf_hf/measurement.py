@@ -1,0 +1,213 @@
+r"""One measurement of a model on named protocols: numbers with intervals, how each was measured, files for servers.
+
+    pvlf-hf evaluate --model outputs/mine --output_dir outputs/mine/evaluation \
+        --data_root data --protocols cirr-val fashioniq circo-val
+
+    # the paper's baselines, by a pretrained dual encoder alone
+    pvlf-hf evaluate --model Salesforce/blip-itm-base-coco --methods image text image+text ...
+
+    # several GPUs, each a share of the images
+    torchrun --nproc_per_node 4 -m pvlf_hf.measurement ...
+
+Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`. Embeddings are kept:
+with `--embeddings` of an earlier run, another protocol over the same pictures and captions takes seconds. The data
+root has a folder for each data set, `cirr/`, `fashioniq/`, `circo/`.
+"""
+
+import json
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
+
+from .benchmark import CIRBenchmark
+from .embedding_store import EmbeddingStore
+from .encoding import QUERY_METHODS, embed
+from .evaluation import Evaluation, average, evaluate, evaluate_all, write_results
+from .model_card import results_tables
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+from .protocols import describe_protocols, load_protocol, protocol_card
+from .submission import write_circo_submission, write_cirr_submission
+from .whole_files import whole
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured on what."""
+
+    model: str = field(metadata={"help": "PVLF checkpoint, or BLIP or CLIP for baselines; Hub name or folder."})
+    protocols: list[str] = field(metadata={"help": "One or several of the names below."})
+    output_dir: str = field(metadata={"help": "Where results go; those of an earlier run are overwritten."})
+    data_root: str = field(default="data", metadata={"help": "Has a folder for each data set."})
+    methods: list[str] = field(
+        default_factory=lambda: ["pvlf"],
+        metadata={"help": "How queries are embedded: by the model, or a baseline.", "choices": [*QUERY_METHODS]},
+    )
+    embeddings: str | None = field(
+        default=None, metadata={"help": "Folder that keeps embeddings (default: embeddings in --output_dir)."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images encoded at once in each process."})
+    allow_missing: bool = field(
+        default=False, metadata={"help": "Leave out pictures without a file, and say so in the results."}
+    )
+    check_counts: bool = field(default=True, metadata={"help": "Insist on the published numbers of queries."})
+    submissions: bool = field(
+        default=False, metadata={"help": "Write files as for the servers for validation splits, too."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print what results.json holds, and files for servers."})
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of descriptions, and names defaults where there are."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse(parser: HfArgumentParser, command_line: Sequence[str] | None) -> tuple[Any, ...]:
+    """An instance of each of the parser's dataclasses.
+
+    Raises:
+        ValueError: if an argument is unknown.
+    """
+    *parsed, unknown = parser.parse_args_into_dataclasses(command_line, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}; see {parser.prog} --help")
+    return tuple(parsed)
+
+
+def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
+    """Loads, encodes, ranks and writes; several processes each encode a share.
+
+    Returns:
+        What was measured, and the files written for test servers.
+
+    Raises:
+        ValueError: if there is no such model, protocol or data, or the model cannot do what is asked.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    model, processor = load_model(args.model, baselines_only="pvlf" not in args.methods)
+    model.to(state.device)
+    settings = {"allow_missing": args.allow_missing, "check_counts": args.check_counts}
+    protocols = [load_protocol(name, args.data_root, **settings) for name in args.protocols]
+    store = EmbeddingStore(args.embeddings or Path(args.output_dir) / "embeddings")
+    evaluations: list[Evaluation] = []
+    submissions: list[Path] = []
+    methods: list[Any] = args.methods
+    for method in methods:
+        for benchmarks in protocols:
+            for benchmark in benchmarks:
+                if args.submissions or not benchmark.has_targets:
+                    embeds = embed(model, processor, benchmark, method, args.batch_size, store=store)
+                    folder = Path(args.output_dir) / "submissions" / method / benchmark.protocol.name
+                    submissions += write_submissions(folder, benchmark, *embeds)
+            measured = [
+                evaluate(model, processor, b, method, args.batch_size, store=store)
+                for b in benchmarks
+                if b.has_targets
+            ]
+            evaluations += measured
+            if len(measured) > 1 and measured[0].protocol["metrics"] == "fashioniq":
+                evaluations.append(average(measured))
+    if state.is_main_process:  # also without labels: files for a server are of these arguments and this environment
+        write(Path(args.output_dir), evaluations, args)
+    return evaluations, submissions
+
+
+def load_model(name: str, baselines_only: bool = False) -> tuple[PVLFModel, PVLFProcessor]:
+    """A PVLF model with its processor.
+
+    Args:
+        name: Hub name or folder.
+        baselines_only: take a BLIP or CLIP, too: dressed as PVLF it embeds pictures and words, but composes nothing.
+
+    Raises:
+        ValueError: if there is no such model, or it is no PVLF.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        where = "in this folder" if Path(name).is_dir() else "neither a folder here nor on the Hub"
+        raise ValueError(f"no model {name!r}, {where}: {' '.join(str(error).split())}") from error
+    if config.model_type == "pvlf":
+        return AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    if not baselines_only:
+        raise ValueError(
+            f"{name} is no PVLF checkpoint but {config.model_type}: train one on it, or measure it with --methods "
+            "image text image+text"
+        )
+    set_seed(0)  # kept embeddings are of one model: its fusion, random and unused here, must be the same every time
+    return PVLFModel.from_vl_pretrained(name), PVLFProcessor.from_vl_pretrained(name)
+
+
+def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
+    """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    model, processor = load_model(name, baselines_only=True)
+    return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
+
+
+def write_submissions(
+    folder: Path, benchmark: CIRBenchmark, queries: torch.Tensor, gallery: torch.Tensor
+) -> Sequence[Path]:
+    """Writes the server's files for one benchmark, if it has a server."""
+    if not PartialState().is_main_process:
+        return ()
+    if benchmark.protocol.metrics == "cirr":
+        return write_cirr_submission(folder, benchmark, queries, gallery)
+    if benchmark.protocol.metrics == "circo":
+        return (write_circo_submission(folder, benchmark, queries, gallery),)
+    return ()
+
+
+def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments) -> None:
+    """`results.json`, the values of every query beside it, and `results.md`."""
+    arguments = {name: value for name, value in vars(args).items() if name != "json"}
+    write_results(folder / "results.json", evaluations, arguments=arguments)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    cards = {e.benchmark + e.protocol["name"]: protocol_card(e, results["environment"]) for e in evaluations}
+    parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", *cards.values()]
+    with whole(folder / "results.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def summary(args: EvaluationArguments, evaluations: list[Evaluation], submissions: list[Path]) -> str:
+    """What the command prints: tables, or all of `results.json`."""
+    folder = Path(args.output_dir)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if args.json:
+        return json.dumps({**results, "submissions": [str(file) for file in submissions]}, indent=2)
+    parts = []
+    if evaluations:
+        tables = results_tables(results["evaluations"])
+        parts += [f"# {args.model}", tables, f"See {folder / 'results.md'} for how it was measured."]
+    if submissions:
+        parts.append("\n".join(["check, then upload:", f"pvlf-hf submit lint {' '.join(map(str, submissions))}"]))
+    return "\n\n".join(parts)
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """The command line."""
+    kind: Any = EvaluationArguments
+    parser = HfArgumentParser(
+        kind,
+        prog="pvlf-hf evaluate",
+        description=__doc__,
+        epilog="protocols:\n" + describe_protocols(),
+        formatter_class=HelpFormatter,
+    )
+    (args,) = parse(parser, command_line)
+    evaluations, submissions = measure(args)
+    if PartialState().is_main_process:
+        sys.stdout.write(summary(args, evaluations, submissions) + "\n")
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

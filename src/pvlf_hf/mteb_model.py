@@ -1,0 +1,62 @@
+"""PVLF for the benchmark library `mteb`, whose composed retrieval tasks come from M-BEIR.
+
+Their CIRR and FashionIQ have the galleries of M-BEIR, leave reference images in them and report nDCG@10: numbers
+that compare with those of mteb's leaderboard, not with the paper's (for these see `pvlf_hf.protocols`).
+
+Example:
+    ```python
+    import mteb
+    from pvlf_hf.mteb_model import PVLFEncoder
+
+    tasks = mteb.get_tasks(["CIRRIT2IRetrieval", "FashionIQIT2IRetrieval"])
+    results = mteb.evaluate(PVLFEncoder("you/mine"), tasks, encode_kwargs={"batch_size": 64})
+    ```
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models.model_meta import ScoringFunction
+from sentence_transformers import SentenceTransformer
+
+from .embedding_store import made_by
+from .sentence_transformer import PVLFSentenceModule
+
+
+class PVLFEncoder(SentenceTransformerEncoderWrapper):
+    """What [`mteb.evaluate`] takes: composed queries, pictures and texts, as [`PVLFSentenceModule`] embeds them.
+
+    Instructions that tasks have for language models are not put before captions.
+
+    Args:
+        model_name: Hub name or local folder of a PVLF checkpoint.
+        revision: of the Hub's repository. Without it the fingerprint of the model stands in `mteb`'s results, so that
+            its cache never takes those of other weights for this model's.
+        device: by default an accelerator, where there is one.
+        kwargs: passed to [`PVLFSentenceModule.load`].
+    """
+
+    def __init__(self, model_name: str, revision: str | None = None, device: str | None = None, **kwargs: Any) -> None:
+        module = PVLFSentenceModule.load(model_name, revision=revision, **kwargs)
+        super().__init__(SentenceTransformer(modules=[module], device=device))
+        path = Path(model_name)
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": f"local/{path.resolve().name}" if path.is_dir() else model_name,
+                "revision": revision or made_by(module.model, module.processor)["fingerprint"],
+                "loader": type(self),
+                "modalities": ["image", "text"],
+                "languages": ["eng-Latn"],
+                "n_parameters": module.model.num_parameters(),
+                "embed_dim": module.get_embedding_dimension(),
+                "max_tokens": module.max_seq_length,
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "framework": ["Sentence Transformers", "Transformers", "PyTorch"],
+                "open_weights": True,
+                "use_instructions": False,
+            }
+        )
+
+
+__all__ = ["PVLFEncoder"]

@@ -1,0 +1,137 @@
+"""Query and gallery embeddings from exported towers: numpy, Pillow, tokenizers and onnxruntime, no torch.
+
+`pvlf_hf.export` puts this file beside `query.onnx` and `gallery.onnx`; it runs there by itself:
+
+    pip install numpy pillow tokenizers onnxruntime
+    python onnx_encoder.py dress.jpg "the same but sleeveless" photos/*.jpg
+
+or from Python, with a gallery that is embedded once:
+
+    from onnx_encoder import OnnxEncoder
+
+    encoder = OnnxEncoder("exported/")
+    gallery = encoder.embed_images(paths)  # (n, d)
+    query = encoder.embed_queries(["dress.jpg"], ["the same but sleeveless"])  # (1, d)
+    best = (query @ gallery.T)[0].argsort()[::-1][:10]  # embeddings are unit vectors: this is the cosine
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+
+BATCH = 32
+"""Gallery pictures embedded at once (ours)."""
+
+Picture = str | Path | Image.Image
+
+
+class OnnxEncoder:
+    """The two towers of an exported PVLF model with their preprocessing.
+
+    Args:
+        folder: what `pvlf_hf.export` wrote.
+        providers: of onnxruntime, e.g. `["CUDAExecutionProvider"]`.
+
+    Raises:
+        ValueError: if the processor prepares pictures otherwise than this file can.
+    """
+
+    def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        folder = Path(folder)
+        self.query, self.gallery = (
+            onnxruntime.InferenceSession(folder / f"{tower}.onnx", providers=list(providers))
+            for tower in ("query", "gallery")
+        )
+        processor = json.loads((folder / "processor_config.json").read_text())
+        self.images = processor["image_processor"]
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        if set(self.images["size"]) != {"shortest_edge"} or not all(self.images[step] for step in steps):
+            raise ValueError(
+                f"{folder / 'processor_config.json'}: this file resizes by the shortest edge, crops, rescales and "
+                "normalises; export with a processor that does the same"
+            )
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        pad = json.loads((folder / "tokenizer_config.json").read_text())["pad_token"]
+        length = processor["max_text_length"]
+        self.tokenizer.enable_truncation(length)
+        self.tokenizer.enable_padding(
+            pad_id=self.tokenizer.token_to_id(pad),
+            pad_token=pad,
+            length=length if processor["padding"] == "max_length" else None,
+        )
+
+    def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
+        """Embeds gallery pictures: float32 `(images, d)`, unit vectors."""
+        batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
+        return np.concatenate([self.gallery.run(None, {"pixel_values": self.pixel_values(b)})[0] for b in batches])
+
+    def embed_queries(self, images: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
+        """Embeds reference pictures, each with what should be different: float32 `(queries, d)`, unit vectors."""
+        if len(images) != len(captions) or not all(caption.strip() for caption in captions):
+            raise ValueError(
+                f"{len(images)} pictures and {len(captions)} captions: a query is one of each, and no caption is empty"
+            )
+        tokens = self.tokenizer.encode_batch(list(captions))
+        inputs = {
+            "pixel_values": self.pixel_values(images),
+            "input_ids": np.array([t.ids for t in tokens], dtype=np.int64),
+            "attention_mask": np.array([t.attention_mask for t in tokens], dtype=np.int64),
+        }
+        return self.query.run(None, inputs)[0]
+
+    def pixel_values(self, images: Sequence[Picture]) -> np.ndarray:
+        """Target pad, resize, centre crop and normalisation of `PVLFImageProcessor`: float32 `(images, 3, H, W)`."""
+        pixels = np.stack([self._crop(to_rgb(image)) for image in images]).astype(np.float64)
+        pixels = (pixels * self.images["rescale_factor"]).astype(np.float32)
+        mean, std = (np.array(self.images[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
+
+    def _crop(self, picture: Image.Image) -> np.ndarray:
+        """uint8 `(H, W, 3)`."""
+        ratio, (long, short) = self.images["target_ratio"], (max(picture.size), min(picture.size))
+        if self.images["do_target_pad"] and long / short >= ratio:
+            left, top = (max(int((long / ratio - side) / 2), 0) for side in picture.size)
+            picture = ImageOps.expand(picture, (left, top))
+        long, short = max(picture.size), min(picture.size)
+        edge = self.images["size"]["shortest_edge"]
+        size = [edge if side == short else int(edge * long / short) for side in picture.size]
+        picture = picture.resize(size, self.images["resample"])
+        height, width = self.images["crop_size"]["height"], self.images["crop_size"]["width"]
+        top, left = round((picture.height - height) / 2), round((picture.width - width) / 2)
+        return np.asarray(picture)[top : top + height, left : left + width]
+
+
+def to_rgb(image: Picture) -> Image.Image:
+    """Opens a picture upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
+    picture = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
+    if picture.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def main() -> None:
+    """The command line: a reference picture, what should be different, and the pictures to choose from."""
+    if len(sys.argv) < 4:
+        raise SystemExit(f"usage: python {Path(__file__).name} PICTURE CAPTION GALLERY_PICTURE ...")
+    picture, caption, *paths = sys.argv[1:]
+    encoder = OnnxEncoder(Path(__file__).parent)
+    scores = (encoder.embed_queries([picture], [caption]) @ encoder.embed_images(paths).T)[0]
+    for place in np.argsort(-scores, kind="stable")[:10]:
+        sys.stdout.write(f"{scores[place]:.4f} {paths[place]}\n")
+
+
+__all__ = ["OnnxEncoder"]
+
+if __name__ == "__main__":
+    main()

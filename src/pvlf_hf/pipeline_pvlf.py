@@ -1,0 +1,182 @@
+"""`pipeline("composed-image-retrieval")`: queries and a gallery to what was found. Travels with checkpoints.
+
+`import pvlf_hf` registers the task; without the package `trust_remote_code=True` finds this file beside the weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import Pipeline
+
+TASK = "composed-image-retrieval"
+
+# What config.json says of this file, as the library writes it; "pt" is what loads the model.
+CUSTOM_PIPELINES = {
+    TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
+}
+
+
+class ComposedImageRetrievalPipeline(Pipeline):
+    """Finds the pictures of a gallery that a reference picture and a relative caption ask for.
+
+    Args:
+        gallery: what is searched, unless a call names another: pictures (files, URLs, PIL pictures, arrays, a column
+            of a data set), or their embeddings, float `(n, d)`, from [`~ComposedImageRetrievalPipeline.embed_gallery`]
+            or `Gallery.embeds`. Pictures given here are embedded once; given to a call, in that call.
+        top_k: how many results, 10 by default (ours); a gallery that has fewer gives all.
+        **kwargs: the library's: `model`, `processor`, `device`, `batch_size`, ...
+
+    Raises:
+        ValueError: if the model is not PVLF or the gallery not as above.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import pipeline
+        >>> import pvlf_hf
+
+        >>> pictures = [Image.new("RGB", (72, 72), colour) for colour in ("red", "gold", "navy")]
+        >>> pipe = pipeline("composed-image-retrieval", model="model_cards/pvlf-emoji-tiny", gallery=pictures)
+        >>> results = pipe({"image": pictures[0], "text": "please colour this yellow"}, top_k=2)
+        >>> [sorted(result) for result in results]
+        [['image', 'index', 'score'], ['image', 'index', 'score']]
+    """
+
+    processor: Any  # PVLFProcessor; a checkpoint's own class where its code is loaded with it
+
+    _load_processor: Any = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False  # type: ignore[assignment]
+
+    def __init__(self, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if model.config.model_type != "pvlf":
+            raise ValueError(f"{TASK} needs a PVLF model, not {type(model).__name__}: pass a checkpoint of one")
+        super().__init__(**kwargs)
+
+    def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Searches the gallery for one query or many.
+
+        Args:
+            inputs: a query `{"image": picture, "text": relative caption}`, a list of them, or a data set or generator
+                of them, which is read as its results are taken. With `text` the reference picture alone, or a list.
+            text: the relative caption, or a list of as many as there are pictures.
+            **kwargs: `gallery` and `top_k` for this call; `batch_size`, queries encoded at a time (1), `num_workers`.
+
+        Returns:
+            for a query its results, best first and equal ones in the order of the gallery:
+            `[{"score": cosine, "index": place in the gallery, "image": as the gallery has it}, ...]`, without "image"
+            where the gallery is embeddings. For a list a list of these, for other inputs an iterator over them.
+
+        Raises:
+            ValueError: if there is no gallery, a query lacks a half, `top_k` is below 1, or a picture cannot be read.
+        """
+        if "gallery_embeds" not in self._forward_params and kwargs.get("gallery") is None:
+            raise ValueError(
+                f"no gallery to search in: pass it to the call, or once to pipeline({TASK!r}, ..., gallery=pictures)"
+            )
+        one_query = str | Mapping | np.ndarray | Tensor
+        if text is not None:
+            inputs = _pair(inputs, text)
+        elif hasattr(inputs, "__iter__") and not isinstance(inputs, one_query | list | Dataset):
+            inputs = (query for query in inputs)  # the library takes a `datasets.Dataset` for a single query
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
+
+    @torch.no_grad()
+    def embed_gallery(self, images: Sequence[Any], batch_size: int = 64) -> Tensor:
+        """Embeds pictures, to be searched many times.
+
+        Args:
+            images: the pictures.
+            batch_size: how many at a time (as `Gallery`).
+
+        Returns:
+            float32 `(n, d)`, L2-normalised, on the pipeline's device.
+
+        Raises:
+            ValueError: if there are none, or one cannot be read.
+        """
+        if len(images) == 0:
+            raise ValueError("the gallery is empty: pass at least one picture")
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        pixels = (self.processor.process_targets(batch)["pixel_values"].to(self.device) for batch in batches)
+        return torch.cat([self._embed(target_pixel_values=batch).target_embeds for batch in pixels])
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """Saves model and processor, this file among theirs; the gallery is not part of them."""
+        # The library's own would save tokenizer and image processor, but not the processor that both belong to.
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _sanitize_parameters(  # type: ignore[override]
+        self, gallery: Any = None, top_k: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        forward: dict[str, Any] = {}
+        if gallery is not None:
+            forward["gallery_embeds"] = self._gallery_embeds(gallery)
+        if top_k is not None:
+            if top_k < 1:
+                raise ValueError(f"top_k={top_k}: ask for at least one result")
+            forward["top_k"] = top_k
+        postprocess = {} if gallery is None else {"gallery": None if isinstance(gallery, Tensor) else gallery}
+        return {}, forward, postprocess
+
+    def _gallery_embeds(self, gallery: Any) -> Tensor:
+        if isinstance(gallery, Tensor):
+            width = self.model.config.joint_width
+            if gallery.ndim != 2 or gallery.shape[1] != width or not len(gallery):
+                raise ValueError(
+                    f"gallery is a tensor of shape {tuple(gallery.shape)}; embeddings of this model are (n, {width}), "
+                    "from embed_gallery(pictures)"
+                )
+            return F.normalize(gallery.to(self.device).float(), dim=-1)
+        if isinstance(gallery, str | Mapping) or not (hasattr(gallery, "__len__") and hasattr(gallery, "__getitem__")):
+            raise ValueError(f"gallery is {type(gallery).__name__}: pass a list of pictures, or their embeddings")
+        return self.embed_gallery(gallery)
+
+    def preprocess(self, query: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        """A query to `pixel_values` `(1, 3, H, W)` and its caption."""
+        if not isinstance(query, Mapping) or query.get("image") is None or query.get("text") is None:
+            given = sorted(query) if isinstance(query, Mapping) else type(query).__name__
+            raise ValueError(f'a query is {{"image": picture, "text": relative caption}}, got {given}')
+        inputs = self.processor.process_queries(query["image"], query["text"])
+        return {"pixel_values": inputs["pixel_values"], "text": query["text"]}
+
+    def _forward(  # type: ignore[override]
+        self, model_inputs: dict[str, Any], gallery_embeds: Tensor, top_k: int = 10
+    ) -> dict[str, Tensor]:
+        # Captions are tokenised a batch at a time: the library would pad them on the side that the tokenizer names,
+        # but BLIP's text embedding is the token at position 0.
+        tokens = self.processor(text=model_inputs["text"]).to(self.device)
+        query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
+        best = (query @ gallery_embeds.T).sort(dim=1, descending=True, stable=True)  # (batch, n)
+        return {"scores": best.values[:, :top_k], "indices": best.indices[:, :top_k]}
+
+    def postprocess(self, model_outputs: dict[str, Tensor], gallery: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Scores and places in the gallery, `(1, k)` each, to results."""
+        found = zip(model_outputs["scores"][0].tolist(), model_outputs["indices"][0].tolist(), strict=True)
+        return [
+            {"score": score, "index": index} | ({} if gallery is None else {"image": gallery[index]})
+            for score, index in found
+        ]
+
+    def _embed(self, **inputs: Tensor) -> Any:
+        self.model.eval()  # the library leaves a model that has just been trained in train mode
+        return self.model(**inputs)
+
+
+def _pair(images: Any, text: str | Sequence[str]) -> Any:
+    """A picture and its caption as a query, or as many of both as a list."""
+    if isinstance(text, str):
+        return {"image": images, "text": text}
+    images, text = list(images), list(text)
+    if len(images) != len(text):
+        raise ValueError(f"one of each makes a query, but there are {len(images)} images and {len(text)} captions")
+    return [{"image": image, "text": caption} for image, caption in zip(images, text, strict=True)]
+
+
+__all__ = ["CUSTOM_PIPELINES", "TASK", "ComposedImageRetrievalPipeline"]

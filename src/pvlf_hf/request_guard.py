@@ -1,0 +1,122 @@
+"""What stands before a web server that strangers may reach: bounds on what they send, and on what they name.
+
+Gradio would fetch any public address that a request names, as a picture to search by or as a file to serve, and reads
+requests of any length; a demo needs neither.
+"""
+
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+MAX_UPLOAD, MAX_REQUEST = 20 * 2**20, 64 * 2**10
+"""Bytes of an uploaded file, a phone's photograph, and of any other request (ours)."""
+
+REQUESTS_PER_MINUTE = 240
+"""That one client may send (ours): what moving a slider for half a minute takes."""
+
+CLIENTS = 10_000
+"""Of whom times are remembered before those of a minute ago are forgotten (ours)."""
+
+
+class Guard:
+    """Stands before the server (ASGI): refuses with a sentence what is too much, too large or not its business.
+
+    Args:
+        app: the server.
+        folder: where uploads and thumbnails are, the only files that a request may name.
+        per_minute: requests that a client may send in a minute; looking at pages and pictures is free.
+    """
+
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], folder: Path, per_minute: int = REQUESTS_PER_MINUTE
+    ) -> None:
+        self.app, self.folder, self.per_minute = app, folder, per_minute
+        self.times: dict[str, deque[float]] = {}
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Callable, send: Callable) -> None:
+        """Passes a request on, or answers it with 400, 403, 411, 413 or 429."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        refusal = self._refuse(scope)
+        if refusal is None and scope["method"] == "POST" and not scope["path"].endswith("/upload"):
+            body = await _read(receive)
+            refusal, receive = self._refuse_body(body), _replay(body, receive)
+        if refusal is None:
+            return await self.app(scope, receive, send)
+        status, sentence = refusal
+        await JSONResponse({"detail": sentence}, status)(scope, receive, send)
+
+    def _refuse(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
+        asked = re.search("/(?:file|proxy)[=/](.*)", scope["path"], re.DOTALL)
+        if asked and not self._is_ours(asked[1]):
+            return 403, "only pictures of this gallery are served"
+        if scope["method"] != "POST":
+            return None
+        length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
+        if not length.isdecimal():
+            return 411, "say how long the request is (Content-Length)"
+        limit = MAX_UPLOAD + MAX_REQUEST if scope["path"].endswith("/upload") else MAX_REQUEST
+        if len(length) > 12 or int(length) > limit:
+            return 413, f"this is larger than {limit >> 10:,} KB: send a smaller picture, or fewer words"
+        if self._is_too_fast(scope["client"][0] if scope["client"] else ""):
+            return 429, f"more than {self.per_minute} requests a minute: wait a moment, then go on"
+        return None
+
+    def _refuse_body(self, body: bytes) -> tuple[int, str] | None:
+        try:
+            values = [json.loads(body)]
+        except (ValueError, RecursionError):
+            return 400, "this is not JSON that can be read"
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if isinstance(path := value.get("path"), str) and not self._is_ours(path):  # so Gradio names a file
+                    return 403, "a request may only name pictures that were uploaded here: upload the picture itself"
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+        return None
+
+    def _is_ours(self, path: str) -> bool:
+        try:
+            return Path(path).resolve().is_relative_to(self.folder)
+        except ValueError:  # no path at all
+            return False
+
+    def _is_too_fast(self, client: str) -> bool:
+        now = time.monotonic()
+        if len(self.times) > CLIENTS:
+            self.times = {name: times for name, times in self.times.items() if times[-1] > now - 60}
+        times = self.times.setdefault(client, deque(maxlen=self.per_minute))
+        if len(times) == self.per_minute and times[0] > now - 60:
+            return True
+        times.append(now)
+        return False
+
+
+async def _read(receive: Callable) -> bytes:
+    """The body, whose length the server checks against what was announced."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+def _replay(body: bytes, receive: Callable) -> Callable:
+    """A `receive` that gives a body again, then what comes after it."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+__all__ = ["MAX_REQUEST", "MAX_UPLOAD", "REQUESTS_PER_MINUTE", "Guard"]

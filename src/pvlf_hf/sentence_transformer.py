@@ -1,0 +1,143 @@
+"""PVLF as a module of the library `sentence-transformers`: composed queries, pictures and texts in one `encode`.
+
+A folder that `SentenceTransformer.save` wrote stays a PVLF checkpoint, for `AutoModel` as before.
+
+Example:
+    ```python
+    from sentence_transformers import SentenceTransformer
+    from pvlf_hf.sentence_transformer import PVLFSentenceModule
+
+    encoder = SentenceTransformer(modules=[PVLFSentenceModule.load("you/mine")])
+    query = encoder.encode([{"image": "dress.jpg", "text": "the same but sleeveless"}])
+    scores = encoder.similarity(query, encoder.encode([{"image": path} for path in paths]))
+    encoder.save("mine-st")  # from now on SentenceTransformer("mine-st", trust_remote_code=True)
+    ```
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from sentence_transformers.base.modality import infer_modality
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+
+
+class PVLFSentenceModule(InputModule):
+    """Embeds what each input has: picture and text as a composed query, one of them alone in the same space.
+
+    Inputs are dictionaries with `image`, `text` or both, a picture (PIL, array, tensor, path or URL of one) or a
+    string; of one batch each may be another kind.
+
+    Args:
+        model: the model.
+        processor: its processor.
+    """
+
+    # "message" is what the library calls a batch of several kinds; conversations are refused in `preprocess`.
+    modalities: list[Any] = ["text", "image", ("image", "text"), "message"]
+
+    def __init__(self, model: PVLFModel, processor: PVLFProcessor) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
+        """That of the processor."""
+        return self.processor.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longer texts are cut at so many tokens."""
+        return self.processor.max_text_length
+
+    @classmethod
+    def load(  # type: ignore[override]  # where to look is in kwargs
+        cls,
+        model_name_or_path: str,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "PVLFSentenceModule":
+        """Loads any PVLF checkpoint.
+
+        Args:
+            model_name_or_path: Hub name or local folder.
+            model_kwargs: passed to [`PVLFModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
+            processor_kwargs: settings of [`PVLFProcessor`].
+            **kwargs: `subfolder`, `token`, `revision`, `cache_folder` and `local_files_only` say where to look; what
+                the library passes besides is for modules of other kinds.
+        """
+        names = ("subfolder", "token", "revision", "local_files_only")
+        where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+        where["cache_dir"] = kwargs.get("cache_folder")
+        model = PVLFModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
+        processor = PVLFProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
+        return cls(model, processor)
+
+    def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes an ordinary PVLF checkpoint; other arguments of the library make no difference."""
+        self.model.save_pretrained(output_path)
+        self.processor.save_pretrained(output_path)
+
+    def get_embedding_dimension(self) -> int:
+        """The joint width `d`."""
+        return self.model.config.joint_width
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Turns a batch into tensors.
+
+        Args:
+            inputs: see the class.
+            prompt: put before every text.
+            **kwargs: `task` and others of the library, not used.
+
+        Returns:
+            `has_image` and `has_text`, bool `(batch,)`; `pixel_values` of those that have an image; `input_ids` and
+            `attention_mask` of those that have a text; all in the order of the inputs.
+
+        Raises:
+            ValueError: for an input of another kind, an empty text, or a picture that cannot be read.
+        """
+        parts = [self._parts(one) for one in inputs]
+        images = [part["image"] for part in parts if "image" in part]
+        texts = [(prompt or "") + part["text"] for part in parts if "text" in part]
+        features: dict[str, Tensor] = {}
+        if images:
+            features |= self.processor(images=images)
+        if texts:
+            features |= self.processor(text=texts)
+        for name in ("image", "text"):
+            features[f"has_{name}"] = torch.tensor([name in part for part in parts])
+        return features
+
+    def _parts(self, one: Any) -> dict[str, Any]:
+        kind: Any = infer_modality(one, self.modalities)
+        if isinstance(one, list | tuple) or kind == "message":
+            raise ValueError(f"an input is {one!r:.80}: pass a picture, a text or {{'image': ..., 'text': ...}}")
+        return one if isinstance(one, dict) else {kind: one}
+
+    def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        """Adds `sentence_embedding`, float32 `(batch, d)`, L2-normalised."""
+        has_image, has_text = features["has_image"], features["has_text"]
+        both = has_image & has_text
+        has = {"pixel_values": has_image, "input_ids": has_text, "attention_mask": has_text}
+        kinds: tuple[tuple[Tensor, Any, list[str]], ...] = (
+            (both, self.model.get_query_features, ["pixel_values", "input_ids", "attention_mask"]),
+            (has_image & ~both, self.model.get_image_features, ["pixel_values"]),
+            (has_text & ~both, self.model.get_text_features, ["input_ids", "attention_mask"]),
+        )
+        embeds = torch.empty(len(both), self.get_embedding_dimension(), device=both.device)
+        for rows, embed, names in kinds:
+            if rows.any():
+                embeds[rows] = embed(**{name: features[name][rows[has[name]]] for name in names}).pooler_output
+        features["sentence_embedding"] = embeds
+        return features
+
+
+__all__ = ["PVLFSentenceModule"]

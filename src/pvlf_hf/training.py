@@ -1,0 +1,284 @@
+r"""One training run, from flags or a recipe: PVLF or its baseline TransAgg, trained, saved, measured.
+
+    # your own folder of images, a table of triplets, and the BLIP checkpoint that the paper uses
+    pvlf-hf train --model Salesforce/blip-itm-base-coco --output_dir outputs/mine \
+        --train_file triplets.csv --image_folder photos/ --validation_file held_out.csv
+
+    # a recipe; flags after it override its lines
+    pvlf-hf train train_scripts/configs/emoji.yaml --seed 1
+
+    # a row of the paper's tables (train_scripts/reproduce.py does whole tables), on data sets kept in data/
+    pvlf-hf train train_scripts/configs/paper/pvlf-blip-both-combined.yaml --data_root data \
+        --evaluate_on cirr-val fashioniq
+
+    # several GPUs
+    accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml -m pvlf_hf.training RECIPE
+
+The table (CSV, JSON Lines or Parquet) has columns `reference`, `caption`, `target`. Interrupted, the same command
+resumes from the last checkpoint in `--output_dir`. The folder then holds model, processor and `results.json`, of the
+last step; where `--metric_for_best_model` is given, `results.json` also names the checkpoint that is best by it.
+Defaults are the paper's, or name whose they are.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, IterableDataset
+from transformers import HfArgumentParser, set_seed
+
+from .benchmark import CIRBenchmark
+from .configuration_pvlf import TRANSAGG
+from .data import benchmark_from_triplets, load_triplets, triplets_digest
+from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
+from .evaluation import Evaluation, evaluate_all, write_results
+from .golden import write_golden
+from .laion_cir import SUBSETS, load_laion_cir
+from .measurement import HelpFormatter, parse
+from .modeling_pvlf import PVLFModel
+from .processing_pvlf import PVLFProcessor
+from .protocols import load_protocol
+from .streaming import load_hub_triplets, stream_triplets
+from .trainer import PVLFTrainer
+from .training_args import PVLFTrainingArguments
+
+LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. Settings of the model that are not given keep PVLFConfig's defaults (the paper's)."""
+
+    model: str = field(
+        default="Salesforce/blip-itm-base-coco",
+        metadata={"help": "BLIP or CLIP checkpoint to build on, Hub name or folder."},
+    )
+    method: str = field(
+        default="pvlf",
+        metadata={
+            "help": "pvlf, or the baseline transagg (one shallow prompt, cross-entropy).",
+            "choices": ["pvlf", "transagg"],
+        },
+    )
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts a layer (paper: 25)."})
+    prompt_depth: int | None = field(default=None, metadata={"help": "Layers with own prompts; 1 is PVLF-Shallow."})
+    prompt_init_std: float | None = field(default=None, metadata={"help": "Spread of the prompts at the start."})
+    fusion_layers: int | None = field(default=None, metadata={"help": "Fusion Transformer layers (paper: 2)."})
+    fusion_heads: int | None = field(default=None, metadata={"help": "Heads of a fusion layer (TransAgg: 8)."})
+    fusion_ffn_size: int | None = field(default=None, metadata={"help": "Feed-forward width (TransAgg: 2048)."})
+    dropout: float | None = field(default=None, metadata={"help": "In fusion and aggregation (TransAgg: 0.5)."})
+    residual: str | None = field(default=None, metadata={"help": "pre_norm, or paper for equations 10-11 literally."})
+    gamma: float | None = field(default=None, metadata={"help": "Focusing exponent (paper: 2; 0: cross-entropy)."})
+    temperature: float | None = field(default=None, metadata={"help": "Softmax temperature (paper: 0.01)."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of the fusion: sdpa, eager (trains faster on CPUs), flash_attention_2."}
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """What differs from PVLFConfig's defaults."""
+        baseline = TRANSAGG if self.method == "transagg" else {}
+        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
+        return {**baseline, **given}
+
+    def build(self) -> PVLFModel:
+        """The model on its pretrained dual encoder, fusion and aggregation fresh."""
+        return PVLFModel.from_vl_pretrained(self.model, **self.settings())
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and evaluated on."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "emoji-cir, or laion-cir-... in --data_root; leave out to train on your own files.",
+            "choices": ["emoji-cir", *LAION_CIR],
+        },
+    )
+    train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet of your triplets."})
+    train_shards: str | None = field(
+        default=None, metadata={"help": "Parquet or tar shards to stream: folder, pattern or URL (write_shards)."}
+    )
+    hub_dataset: str | None = field(
+        default=None, metadata={"help": "Hub dataset with the columns reference, caption and target."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Likewise; evaluated while training."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the images named in the files are."})
+    allow_links: bool = field(default=False, metadata={"help": "Follow links that lead out of image_folder."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Protocol evaluated while training, such as cirr-val (pvlf_hf.protocols)."}
+    )
+    evaluate_on: list[str] | None = field(
+        default=None, metadata={"help": "Protocols that the trained model is measured on; by default --validation."}
+    )
+    allow_missing: bool = field(
+        default=False, metadata={"help": "Leave out rows whose pictures are absent, and say so, instead of stopping."}
+    )
+    check_counts: bool = field(
+        default=True, metadata={"help": "Stop where a data set does not have its published number of rows."}
+    )
+
+    def load(self) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
+        """Training triplets and validation benchmark, or benchmarks by name where the protocol has several."""
+        sources = [n for n in ("dataset", "train_file", "train_shards", "hub_dataset") if getattr(self, n)]
+        if len(sources) > 1:
+            raise ValueError(" and ".join(f"--{name}" for name in sources) + " exclude each other")
+        if self.validation_file and (self.dataset or self.validation):
+            raise ValueError("--validation_file excludes --dataset and --validation")
+        return self._training_triplets(), self._validation()
+
+    def _training_triplets(self) -> Dataset | IterableDataset:
+        if self.train_shards:
+            return stream_triplets(self.train_shards)
+        if self.hub_dataset:
+            return load_hub_triplets(self.hub_dataset)
+        if self.dataset == "emoji-cir":
+            return load_emoji_cir_train()
+        if self.dataset:
+            if not self.data_root:
+                raise ValueError(f"--dataset {self.dataset} needs --data_root, the folder that holds laion-cir/")
+            root = Path(self.data_root) / "laion-cir"
+            return load_laion_cir(root, LAION_CIR[self.dataset], self.allow_missing, self.check_counts)
+        if not (self.train_file and self.image_folder):
+            raise ValueError(
+                "pass --train_file and --image_folder, or --dataset emoji-cir (or laion-cir-...), --train_shards or "
+                "--hub_dataset"
+            )
+        return load_triplets(self.train_file, self.image_folder, allow_links=self.allow_links)
+
+    def _validation(self) -> CIRBenchmark | dict[str, CIRBenchmark] | None:
+        if self.validation:
+            benchmarks = self.load_protocols([self.validation])
+            return benchmarks[0] if len(benchmarks) == 1 else {b.name: b for b in benchmarks}
+        if self.dataset == "emoji-cir":
+            return load_emoji_cir("validation")
+        if self.validation_file and self.image_folder:
+            held_out = load_triplets(self.validation_file, self.image_folder, allow_links=self.allow_links)
+            return benchmark_from_triplets(Path(self.validation_file).stem, held_out)
+        return None
+
+    def load_protocols(self, names: Sequence[str]) -> list[CIRBenchmark]:
+        """The benchmarks of protocols, from `data_root`."""
+        return [
+            benchmark
+            for name in names
+            for benchmark in load_protocol(
+                name, self.data_root or ".", allow_missing=self.allow_missing, check_counts=self.check_counts
+            )
+        ]
+
+    def final_benchmarks(self, validation: CIRBenchmark | dict[str, CIRBenchmark] | None) -> list[CIRBenchmark]:
+        """What the trained model is measured on: `evaluate_on`, EmojiCIR's three test tiers, or the validation."""
+        if self.evaluate_on:
+            return self.load_protocols(self.evaluate_on)
+        if self.dataset == "emoji-cir":
+            return [load_emoji_cir("test", tier) for tier in TIERS]
+        if isinstance(validation, dict):
+            return list(validation.values())
+        return [validation] if validation else []
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: PVLFTrainingArguments,
+    benchmarks: list[CIRBenchmark] | None = None,
+) -> list[Evaluation]:
+    """Trains (resuming where a checkpoint is found), saves model and processor, evaluates, writes `results.json`.
+
+    Args:
+        model_args: what is trained.
+        data_args: on what.
+        args: how.
+        benchmarks: what the result is measured on; by default `data_args.final_benchmarks()`.
+    """
+    folder = Path(str(args.output_dir))
+    triplets, validation = data_args.load()  # first: what is wrong with the data is said before a model is fetched
+    set_seed(args.seed)
+    processor = PVLFProcessor.from_vl_pretrained(model_args.model)
+    model = model_args.build()
+    trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder))
+    trainer.save_model()
+    benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
+    measured = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32, as stored
+    evaluations = evaluate_all(measured, processor, benchmarks)
+    if trainer.is_world_process_zero():
+        facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
+        if isinstance(triplets, Dataset):
+            facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
+        if best := trainer.state.best_model_checkpoint:
+            name, value = args.metric_for_best_model, trainer.state.best_metric
+            facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
+        write_golden(folder)
+        write_results(folder / "results.json", evaluations, **facts)  # last: a run that has it is finished
+    if args.push_to_hub:
+        trainer.push_to_hub(results=folder / "results.json")
+    return evaluations
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is what the Trainer writes last, so a torn one has none."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    steps = {int(state.parent.name.removeprefix("checkpoint-")): state.parent for state in states}
+    return str(steps[max(steps)]) if steps else None
+
+
+def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:
+    """Flags, or a YAML recipe followed by flags that override it.
+
+    Raises:
+        ValueError: if a flag is unknown, or the recipe has a line that is no argument; names file, line and key.
+    """
+    kinds: list[Any] = [ModelArguments, DataArguments, PVLFTrainingArguments]
+    if command_line and command_line[0].endswith((".yaml", ".yml")):
+        recipe = read_recipe(Path(command_line[0]), {f.name for kind in kinds for f in fields(kind) if f.init})
+        command_line = [*recipe, *command_line[1:]]
+    usage = "pvlf-hf train [RECIPE.yaml] [--FLAG VALUE ...]"  # all flags would fill two screens
+    parser = HfArgumentParser(
+        kinds, prog="pvlf-hf train", usage=usage, description=__doc__, formatter_class=HelpFormatter
+    )
+    model_args, data_args, args = parse(parser, command_line)
+    return model_args, data_args, args
+
+
+def read_recipe(file: Path, known: set[str]) -> list[str]:
+    """The lines of a YAML recipe as flags; a model's folder may be relative to any folder above the recipe's own."""
+    text = file.read_text(encoding="utf-8")
+    node = yaml.compose(text)
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{file}: a recipe has lines of the form `name: value`")
+    for key, _ in node.value if node else []:
+        if key.value not in known:
+            close = get_close_matches(str(key.value), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ", see pvlf-hf train --help"
+            raise ValueError(f"{file}, line {key.start_mark.line + 1}: unknown setting {key.value!r}{hint}")
+    settings = yaml.safe_load(text) or {}
+    if (model := settings.get("model")) and not Path(model).exists():
+        places = [folder / model for folder in file.resolve().parents if (folder / model).is_dir()]
+        settings["model"] = str(places[0]) if places else model
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
+
+
+def main(command_line: list[str] | None = None) -> None:
+    """The command line."""
+    train(*parse_arguments(sys.argv[1:] if command_line is None else command_line))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Files that are there whole or not at all: written under another name, renamed when they are complete.
+
+A rename replaces a file in one step, so that a killed process or a full disk leaves what was there before. Nothing is
+flushed to the platter: what a power cut leaves is the file system's business.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+PARTIAL = ".partial"
+"""Ending of a file that is being written. What a kill leaves of it the next writing of the same file replaces."""
+
+
+@contextmanager
+def whole(file: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the file's place when the block ends; folders are made.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is as it was.
+
+    Example:
+        >>> with whole("outputs/results.json") as partial:
+        ...     written = partial.write_text("{}")
+    """
+    file = Path(file)
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(f"{file.name} in {file.parent}", error) from error
+    finally:
+        with suppress(OSError):  # usually gone: it has taken the file's place
+            partial.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process has the folder; files that killed ones were writing in it are removed.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise cannot_write(f"in {folder}", error) from error
+    try:
+        for left in folder.glob(f"*{PARTIAL}"):
+            left.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_write(what: str, error: Exception) -> OSError:
+    """The error to raise from one that writing met."""
+    reason = str(error).partition("\n")[0]
+    return OSError(
+        f"cannot write {what} ({reason}): make room there, get the right to write, or choose another folder, and run "
+        "again. What was there before is unchanged."
+    )
+
+
+__all__ = ["cannot_write", "locked", "whole"]

@@ -1,0 +1,176 @@
+"""What reads files that others made, as functions of a file's content: pictures, annotations, tables, submissions.
+
+`tests/test_hostile.py` runs them on a few edited inputs, `tests/fuzz.py` on many, guided by coverage.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+from miniatures import circo_row, cirr_row
+from PIL import Image
+
+from pvlf_hf import PVLFImageProcessor, circo, cirr, fashioniq, laion_cir
+from pvlf_hf.data import read_triplet_table
+from pvlf_hf.image_processing_pvlf import FORMATS
+from pvlf_hf.submission import lint_submission
+
+
+def read_picture(file):
+    PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)(str(file))
+
+
+def read_cirr(file):
+    cirr.read_queries(file, has_targets=True)
+    cirr.read_queries(file, has_targets=False)
+
+
+def read_cirr_gallery(file):
+    root = file.parent / "cirr"
+    (root / "captions").mkdir(parents=True, exist_ok=True)
+    (root / "image_splits").mkdir(exist_ok=True)
+    (root / "captions/cap.rc2.val.json").write_bytes(CIRR[0])
+    shutil.copy(file, root / "image_splits/split.rc2.val.json")
+    cirr.read_annotations(root, "val", check_counts=False)
+
+
+def read_fashioniq(file):
+    root = file.parent / "fashioniq"
+    for folder, content in (("captions/cap", file.read_bytes()), ("image_splits/split", FASHIONIQ_GALLERY[0])):
+        place = root / f"{folder}.dress.val.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    for style in fashioniq.CAPTION_STYLES:
+        fashioniq.read_annotations(root, "dress", "val", style, check_counts=False)
+
+
+def read_circo(file):
+    circo.read_queries(file, has_targets=True)
+    circo.read_queries(file, has_targets=False)
+
+
+def read_table(ending):
+    def read_it(file):
+        datasets.disable_progress_bars()
+        named = file.with_suffix(ending)
+        shutil.copy(file, named)
+        with tempfile.TemporaryDirectory() as cache:
+            datasets.config.HF_DATASETS_CACHE = Path(cache)
+            read_triplet_table(named)
+
+    return read_it
+
+
+def lint(file):
+    assert all(isinstance(problem, str) for problem in lint_submission(file))
+
+
+def pictures():
+    """A small picture in each format, and in each mode that the format has."""
+    values = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for format in FORMATS:
+        for mode in ("RGB", "RGBA", "L", "P", "1", "LA", "CMYK", "I;16", "F"):
+            picture = Image.fromarray(values, "RGBA").convert("L" if mode == "I;16" else mode if mode != "F" else "L")
+            if mode in ("I;16", "F"):
+                picture = Image.fromarray(np.asarray(picture).astype(np.uint16 if mode == "I;16" else np.float32))
+            more = {"save_all": True, "append_images": [picture.copy()]} if format in ("GIF", "TIFF", "WEBP") else {}
+            stream = io.BytesIO()
+            try:
+                picture.save(stream, format, **more, **({"exif": exif} if format in ("JPEG", "PNG", "TIFF") else {}))
+            except (KeyError, OSError, ValueError):  # Pillow has no such format, or the format no such mode
+                continue
+            yield stream.getvalue()
+
+
+def table(ending):
+    rows = [
+        {"reference": f"{n}.png", "caption": 'the same but "red", or', "target": "a/b.png", "target_id": str(n)}
+        for n in range(3)
+    ]
+    stream = io.BytesIO()
+    data = datasets.Dataset.from_list(rows)
+    if ending == ".parquet":
+        pq.write_table(data.data.table, stream)
+    else:
+        (data.to_csv if ending == ".csv" else data.to_json)(stream)
+    return [stream.getvalue()]
+
+
+def text(*contents):
+    return [json.dumps(content).encode() for content in contents]
+
+
+NAMES = [f"dev-{n}-0-img0" for n in range(12)]
+CIRR = text([cirr_row("val", n, NAMES) for n in range(3)])
+CIRR_TEST = text([cirr_row("test1", n, NAMES) for n in range(3)])
+FASHIONIQ_GALLERY = text(["B001", "B002", "B003"])
+LAION = {"ref_image_id": 42, "relative_cap": "the same but red", "tgt_image_id": "0000043"}
+SUBMISSION = ["test1-0-0-img0", "test1-1-0-img0", "test1-2-0-img0"]
+
+TARGETS = {
+    "image": (read_picture, lambda: list(pictures())),
+    "laion-cir": (laion_cir.read_triplets, lambda: text([LAION] * 2, {"42": LAION})),
+    "cirr": (read_cirr, lambda: CIRR + CIRR_TEST),
+    "cirr-gallery": (read_cirr_gallery, lambda: text({name: f"./dev/{name}.png" for name in NAMES})),
+    "fashioniq": (
+        read_fashioniq,
+        lambda: text([{"target": "B001", "candidate": "B002", "captions": ["is red", " has 2 sleeves.,?"]}] * 2),
+    ),
+    "circo": (read_circo, lambda: text(*([circo_row(s, n, list(range(18))) for n in range(2)] for s in ("val", "t")))),
+    "circo-gallery": (circo.read_images, lambda: text({"images": [{"id": 1, "file_name": "000000000001.jpg"}]})),
+    "csv": (read_table(".csv"), lambda: table(".csv")),
+    "jsonl": (read_table(".jsonl"), lambda: table(".jsonl")),
+    "parquet": (read_table(".parquet"), lambda: table(".parquet")),
+    "submission": (
+        lint,
+        lambda: text(
+            {"version": "rc2", "metric": "recall", "1": SUBMISSION},
+            {"version": "rc2", "metric": "recall_subset", "1": SUBMISSION},
+            {"0": [1, 2, 3], "1": ["4", "05"]},
+        ),
+    ),
+}
+"""By name: what reads a file, raising nothing but `ValueError`, and contents to start from."""
+
+ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "\u202e", "../x", "\0", [], [[]], {}, {"a": [1]}, "x" * 999]
+
+
+def edited(content, chance):
+    """JSON with one value replaced, dropped or doubled somewhere; None for what is no JSON."""
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    place, parent = tree, None
+    while isinstance(place, dict | list) and place and (parent is None or chance.random() < 0.8):
+        parent, key = place, chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        place = parent[key]
+    if parent is None:
+        return None
+    what = chance.randrange(4)
+    if what == 0:
+        del parent[key]
+    elif what == 1 and isinstance(parent, list):
+        parent.append(place)
+    elif what == 2 and isinstance(parent, dict):
+        parent[str(chance.choice(ODDITIES))] = place
+    else:
+        parent[key] = chance.choice(ODDITIES)
+    return json.dumps(tree).encode()
+
+
+def read(name, content, folder):
+    """Runs a target on one input; a `ValueError` is an answer."""
+    file = Path(folder, "input")
+    file.write_bytes(content)
+    try:
+        TARGETS[name][0](file)
+    except ValueError:
+        pass

@@ -1,0 +1,372 @@
+"""Kills what writes files, starts it again until it is done, and compares with what a run left alone gives.
+
+    python tests/kill.py --kills 30 --seed 0
+
+Training, training that pushes, evaluation, a gallery and a feature cache, each as a process of its own that gets
+SIGKILL, in turn at a random moment of its time and at a random one of its file operations (writes are short: a clock
+alone seldom meets one). After every kill, all files that are not marked as unfinished are read. Exits with 1 if one
+cannot be, if a restart fails, does finished work again, or ends with other weights, index or metrics, bit for bit.
+
+Processes are forked off one that has imported everything, so that moments fall into work. Moments of time depend on
+the machine; those of file operations only on the seed.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+from hub_server import serving
+
+TESTS = Path(__file__).parent
+SCRIPTS = TESTS.parent / "train_scripts"
+KINDS = ("train", "push", "evaluate", "gallery", "cache")
+IMPORTS = ["pvlf_hf.trainer", "pvlf_hf.gallery", "pvlf_hf.protocols", "pvlf_hf.submission", "transformers.trainer"]
+COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
+STEPS, PICTURES, ROWS = 10, 96, 8
+REPOSITORY = "you/model"
+
+# What a kill may cost: steps between checkpoints, pictures between writes.
+LOSES = {"train": 1, "push": 1, "evaluate": ROWS, "gallery": ROWS, "cache": ROWS}
+
+
+# ---- the work, in a process of its own ----
+
+
+def work(kind, folder, inputs, tell, dies_at):
+    """Tells `begin`, then 1 for each step or n for n encoded pictures, and at the end its file operations."""
+    log = (folder / "log.txt").open("a")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    os.chdir(folder)  # same paths in every run: they are in what is compared
+    begin = globals()[kind]
+    operations = count_file_operations(folder, dies_at)
+    tell.send("begin")
+    begin(inputs, tell)
+    tell.send(f"operations {operations[0]}")
+
+
+def count_file_operations(folder, dies_at):
+    """Counts what changes files in the folder; the process dies before one of them."""
+    counted = [0]
+
+    def hook(event, arguments):
+        changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        changes |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and isinstance(arguments[0], str | Path) and folder in (folder / arguments[0]).parents:
+            counted[0] += 1
+            if counted[0] == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return counted
+
+
+def count_pictures(tell):
+    """Tells of every forward of an image encoder how many pictures it had."""
+    from torch.nn.modules.module import register_module_forward_hook
+    from transformers import BlipVisionModel
+
+    def hook(module, inputs, output):
+        if isinstance(module, BlipVisionModel):
+            tell.send(len(output.last_hidden_state))
+
+    register_module_forward_hook(hook)
+
+
+def train(inputs, tell, *more):
+    from pvlf_hf import PVLFTrainer
+
+    step = PVLFTrainer.training_step
+
+    def told_step(*arguments, **options):
+        loss = step(*arguments, **options)
+        tell.send(1)
+        return loss
+
+    PVLFTrainer.training_step = told_step
+    script = str(SCRIPTS / "train_pvlf.py")
+    settings = f"""--model={inputs / "blip"} --train_file={inputs / "triplets.csv"} --image_folder={inputs / "photos"}
+        --validation_file={inputs / "triplets.csv"} --output_dir=run --fusion_heads=4 --fusion_ffn_size=40
+        --per_device_train_batch_size=8 --max_steps={STEPS} --save_steps=1 --save_total_limit=2
+        --eval_strategy=steps --eval_steps=4 --metric_for_best_model=eval_recall@1 --logging_steps=1
+        --learning_rate=0.001 --disable_tqdm=True"""
+    sys.argv = [script, *settings.split(), *more]
+    runpy.run_path(script, run_name="__main__")
+
+
+def push(inputs, tell):
+    more = ["--push_to_hub", f"--hub_model_id={REPOSITORY}", "--hub_token=hf_owner", "--hub_always_push"]
+    train(inputs, tell, *more)
+
+
+def evaluate(inputs, tell):
+    from pvlf_hf import embedding_store
+
+    embedding_store.SAVE_EVERY = ROWS
+    count_pictures(tell)
+    script = str(SCRIPTS / "evaluate_pvlf.py")
+    settings = f"""--model {inputs / "pvlf"} --protocols cirr-val fashioniq cirr-test1 --methods pvlf text
+        --data_root {inputs / "data"} --output_dir run --no_check_counts --batch_size {ROWS}"""
+    sys.argv = [script, *settings.split()]
+    runpy.run_path(script, run_name="__main__")
+
+
+def gallery(inputs, tell):
+    from transformers import AutoModel, AutoProcessor
+
+    from pvlf_hf import Gallery, gallery_encoding
+
+    gallery_encoding.SAVE_EVERY = ROWS
+    count_pictures(tell)
+    made = [kind.from_pretrained(inputs / "pvlf") for kind in (AutoModel, AutoProcessor)]
+    options = {"path": "run", "batch_size": ROWS, "progress": False}
+    found = Gallery.from_folder(inputs / "gallery", *made, **options).search(text="red", k=5)
+    Path("found.json").write_text(json.dumps([found.ids, found.scores]))
+
+
+def cache(inputs, tell):
+    from transformers import AutoModel, AutoProcessor
+
+    from pvlf_hf import cache_features, feature_cache, load_triplets
+
+    feature_cache.SHARD_BYTES = 1  # a shard a batch
+    count_pictures(tell)
+    model, processor = (kind.from_pretrained(inputs / "pvlf") for kind in (AutoModel, AutoProcessor))
+    model.set_finetuning("frozen")
+    triplets = load_triplets(inputs / "many.csv", inputs / "gallery")
+    rows, collator = cache_features(model, processor, triplets, "run", ROWS, progress=False)
+    content = [(d, collator.images[d].numpy().tobytes()) for d in sorted({*rows["reference"], *rows["target"]})]
+    Path("found.json").write_text(json.dumps([(d, hashlib.sha256(raw).hexdigest()) for d, raw in content]))
+
+
+# ---- what is looked at ----
+
+
+def read(file):
+    """The content of a file; an error if it is not whole."""
+    import pyarrow.parquet as pq
+    import torch
+    from safetensors import safe_open
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name).numpy().tobytes() for name in opened.keys()}
+            return sorted((opened.metadata() or {}).items()), tensors
+    if file.suffix in (".pt", ".pth", ".bin"):
+        return bits(torch.load(file, weights_only=False))
+    if file.suffix == ".parquet":
+        return pq.read_table(file).to_pylist()
+    return json.loads(file.read_text()) if file.suffix == ".json" else file.read_bytes()
+
+
+def bits(value):
+    """A nested value with its tensors as bytes."""
+    if isinstance(value, dict):
+        return {key: bits(its) for key, its in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(its) for its in value]
+    return value.numpy().tobytes() if hasattr(value, "numpy") else repr(value)
+
+
+def finished(folder):
+    """Files that claim to be whole."""
+    for file in sorted(folder.rglob("*")):
+        marked = file.suffix == ".partial" or "_unfinished" in file.parts or file.name in ("log.txt", "lock")
+        if file.is_file() and not marked:
+            yield file
+
+
+def unfinished(folder):
+    return [file for file in folder.rglob("*") if file.suffix == ".partial" or file.name == "_unfinished"]
+
+
+def check_files(folder):
+    """Reads everything after a kill; checkpoints must also have all their parts."""
+    for file in finished(folder):
+        # What the Trainer copies out of a checkpoint to push it is none until the end.
+        if folder.name != "push" or file.parent.name != "run" or file.name.startswith("results"):
+            read(file)
+    parts = [sorted(file.name for file in path.iterdir()) for path in folder.glob("run/checkpoint-*")]
+    assert all(its == max(parts, key=len) for its in parts), f"{folder}: checkpoints that lack files: {parts}"
+    assert all("trainer_state.json" in its for its in parts), f"{folder}: a checkpoint without its state: {parts}"
+
+
+def outcome(folder, hub):
+    """What must be equal: all files but those named at random or with times, and what is on the Hub."""
+    facts = {str(f.relative_to(folder)): read(f) for f in finished(folder) if f.name != "training_args.bin"}
+    if folder.name == "cache":
+        facts = {name: content for name, content in facts.items() if not name.endswith(".safetensors")}
+    for repository in hub.repositories.values():
+        for commit in repository.commits.values():
+            for name, file in commit.files.items():
+                pushed = folder.parent / Path(name).name
+                pushed.write_bytes(file.content)
+                facts[f"hub/{name}"] = None if name == "training_args.bin" else read(pushed)  # at last, of the last
+    return facts
+
+
+# ---- killing ----
+
+
+@contextmanager
+def prepared():
+    """Inputs, a Hub on the loopback interface, and what starts processes."""
+    with tempfile.TemporaryDirectory() as place, serving({"hf_owner": ("you", True)}, ["*.safetensors"]) as hub:
+        hub.handle_error = lambda *_: None  # that clients are killed is no news
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{place}/hf"}
+        os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
+        process = context.Process(target=make_inputs, args=(Path(place),))
+        process.start()
+        process.join()
+        yield Path(place), hub, context
+
+
+def make_inputs(place):
+    import numpy as np
+    from miniatures import make_cirr, make_fashioniq
+    from PIL import Image
+    from tiny import make_model, make_processor
+    from transformers import BlipForImageTextRetrieval
+
+    model, processor = make_model(), make_processor()
+    model.save_pretrained(place / "pvlf")
+    processor.save_pretrained(place / "pvlf")
+    blip = BlipForImageTextRetrieval(model.config.vl_config)
+    for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
+        setattr(blip, name, getattr(model.backbone, name))
+    blip.save_pretrained(place / "blip")
+    processor.tokenizer.save_pretrained(place / "blip")
+    for folder in ("photos", "gallery"):
+        (place / folder).mkdir()
+    for colour in COLOURS:
+        Image.new("RGB", (40, 32), colour).save(place / "photos" / f"{colour}.png")
+    rows = [f"{a}.png,but {b},{b}.png" for a in COLOURS for b in COLOURS if a != b]
+    (place / "triplets.csv").write_text("\n".join(["reference,caption,target", *rows]))
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 40, 40, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(place / "gallery" / f"{number}.png")
+    rows = [f"{n}.png,but red,{n + 1}.png" for n in range(0, PICTURES, 2)]
+    (place / "many.csv").write_text("\n".join(["reference,caption,target", *rows]))
+    make_cirr(place / "data" / "cirr")
+    make_fashioniq(place / "data" / "fashioniq")
+
+
+class Killer:
+    """Runs one kind of work again and again."""
+
+    def __init__(self, kind, place, hub, context):
+        self.kind, self.place, self.hub, self.context = kind, place, hub, context
+        self.kills = self.amid_a_write = self.runs = self.results = self.units = self.redone = 0
+        self.moments = {"time": 0, "operation": 0}
+        self.folder = place / "alone" / kind
+        hub.repositories.clear()
+        self.alone = self.start()
+        self.expected = outcome(self.folder, hub)
+        assert self.expected and not unfinished(self.folder)
+
+    def __str__(self):
+        """What happened, a line."""
+        return (
+            f"{self.kind}: {self.kills} kills ({self.moments['time']} by the clock, {self.moments['operation']} at a "
+            f"file operation; {self.amid_a_write} amid a write), {self.results} results equal, {self.redone} of "
+            f"{self.units} units done again; left alone {self.alone[1]:.1f} s, {self.alone[3]} file operations"
+        )
+
+    def start(self, seconds=None, dies_at=None):
+        """Runs until the end or the kill; whether it ended, seconds of work, units done, file operations."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ours, theirs = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=work, args=(self.kind, self.folder, self.place, theirs, dies_at))
+        process.start()
+        theirs.close()
+        units, operations, began, ended = 0, 0, None, None
+        try:
+            while True:
+                if began and seconds is not None and not ours.poll(max(0, seconds + began - monotonic())):
+                    process.kill()
+                    seconds = None  # what it told before is read still
+                    continue
+                message = ours.recv()
+                if message == "begin":
+                    began = monotonic()
+                elif isinstance(message, int):
+                    units += message
+                else:
+                    operations, ended = int(message.split()[1]), monotonic()
+        except EOFError:
+            process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise AssertionError(f"{self.kind} failed:\n{(self.folder / 'log.txt').read_text()[-3000:]}")
+        return process.exitcode == 0, (ended or monotonic()) - (began or monotonic()), units, operations
+
+    def cycle(self, random, most):
+        """Starts the work anew and kills it, at most so many times, until it is done; then compares."""
+        _, seconds, expected_units, operations = self.alone
+        self.folder = self.place / f"cycle{self.runs}" / self.kind
+        self.hub.repositories.clear()
+        kills = units = 0
+        done = False
+        while not done:
+            self.runs += 1
+            by = ("operation", "time")[(self.kills + kills) % 2]
+            moment = (
+                {"dies_at": random.randint(1, operations)}
+                if by == "operation"
+                else {"seconds": random.uniform(0, seconds)}
+            )
+            done, _, its_units, _ = self.start(**moment if kills < most else {})
+            units += its_units
+            if not done:
+                kills += 1
+                self.moments[by] += 1
+                self.amid_a_write += bool(unfinished(self.folder))
+                check_files(self.folder)
+        self.kills += kills
+        self.units += units
+        redone = units - expected_units
+        self.redone += redone
+        assert redone <= kills * LOSES[self.kind], f"{self.kind}: {redone} done again after {kills} kills"
+        again = self.start()[2]  # it is done: this finds everything there
+        assert again == 0, f"{self.kind}: {again} done again by a run that was finished"
+        found = outcome(self.folder, self.hub)
+        differ = [name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name)]
+        assert not differ, f"{self.kind}: other than without kills: {sorted(differ)}"
+        assert not unfinished(self.folder), f"{self.kind}: left {unfinished(self.folder)}"
+        self.results += 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    args = parser.parse_args()
+    random, killers = Random(args.seed), []
+    with prepared() as (place, hub, context):
+        for number, kind in enumerate(args.kinds):
+            killer, quota = Killer(kind, place, hub, context), len(range(number, args.kills, len(args.kinds)))
+            while killer.kills < quota:
+                killer.cycle(random, min(3, quota - killer.kills))
+            print(killer, flush=True)
+            killers.append(killer)
+    print(
+        f"{sum(k.kills for k in killers)} kills, {sum(k.amid_a_write for k in killers)} amid a write; "
+        f"{sum(k.results for k in killers)} results bit-equal to runs left alone; no unreadable file"
+    )
+
+
+if __name__ == "__main__":
+    main()

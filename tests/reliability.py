@@ -1,0 +1,167 @@
+"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that one that no longer holds is red in the suite.
+
+    python tests/reliability.py           # the quick rows, part of the suite
+    python tests/reliability.py --long    # the long ones, `tests/long_*.py`, which the suite leaves out
+    python tests/reliability.py --break   # breaks what each row guards, in a copy, and notes what its test then says;
+                                          # with --long what the long rows guard
+
+A row is written where it is tested. The marker takes its chapter, its claim, and one edit of a file that must turn the
+test red, all as literals; `figure` takes what was counted. Figures are counts or errors, not seconds, so that two runs
+write the same:
+
+    @pytest.mark.reliability(4, "PDF is not read as a picture", broken=("src/pvlf_hf/x.py", "old text", "new text"))
+    def test_pdf_is_refused(figure):
+        ...
+        figure("12 files, 12 refused")
+
+`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run
+keep what they had, and those whose test is gone go.
+"""
+
+import argparse
+import ast
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+DOCUMENT, FOUND = TESTS / "RELIABILITY.md", TESTS / "reliability.json"
+START, END = "<!-- table: written by tests/reliability.py -->", "<!-- end of table -->"
+
+
+def declared() -> dict[str, tuple[int, str, tuple[str, str, str]]]:
+    """Chapter, claim and edit of each marked test, by its node id; read from the sources, so nothing is imported."""
+    rows = {}
+    for file in sorted([*TESTS.glob("test_*.py"), *TESTS.glob("long_*.py")]):
+        for node in ast.parse(file.read_text()).body:
+            for mark in getattr(node, "decorator_list", []):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.reliability":
+                    edit = {word.arg: ast.literal_eval(word.value) for word in mark.keywords}["broken"]
+                    rows[f"tests/{file.name}::{node.name}"] = (*map(ast.literal_eval, mark.args), edit)
+    return rows
+
+
+class Figures:
+    """A pytest plugin that keeps what each marked test found."""
+
+    def __init__(self):
+        self.of = {}
+
+    def pytest_runtest_logreport(self, report):
+        row = report.nodeid.split("[")[0]
+        if report.failed:
+            self.of[row] = ["**failed**"]
+        elif report.skipped:
+            self.of[row] = [f"not run: {report.longrepr[2]}"]
+        elif report.when == "call" and self.of.get(row) != ["**failed**"]:
+            self.of.setdefault(row, []).extend(value for name, value in report.user_properties if name == "figure")
+
+
+def measure(files: list[str], options: list[str]) -> tuple[int, dict[str, str]]:
+    """Runs marked tests; pytest's exit code and the figures by node id."""
+    figures = Figures()
+    code = pytest.main(["-m", "reliability", "--durations=0", *options, *files], plugins=[figures])
+    return int(code), {row: "; ".join(found) for row, found in figures.of.items()}
+
+
+def break_on_purpose(row: str, edit: tuple[str, str, str]) -> str:
+    """Runs a test in a copy of the repository with one edit; what it then says."""
+    name, old, new = edit
+    with tempfile.TemporaryDirectory() as copy:
+        for part in ("src", "tests", "train_scripts", "model_cards", *(p.name for p in ROOT.iterdir() if p.is_file())):
+            into = Path(copy, part)
+            shutil.copytree(ROOT / part, into) if (ROOT / part).is_dir() else shutil.copy(ROOT / part, into)
+        file = Path(copy, name)
+        text = file.read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{row}: {old!r} is {text.count(old)} times in {name}, expected once")
+        file.write_text(text.replace(old, new))
+        environment = {**os.environ, "PYTHONPATH": str(Path(copy, "src")), "COLUMNS": "400"}
+        command = [sys.executable, "-m", "pytest", "-n0", "-x", "-rfE", "--durations=0", row]
+        run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if run.returncode == 0:
+        return "**still passes**"
+    said = [line.partition(" - ")[2] for line in run.stdout.splitlines() if re.match(f"(FAILED|ERROR) {row}", line)]
+    if not said:
+        raise RuntimeError(f"{row} did not run after the edit of {name}:\n{run.stdout}{run.stderr}")
+    said = re.sub(r"(/[\w.+-]+)+/", "", said[0])  # no paths of this machine
+    return said if len(said) <= 120 else said[:117] + "..."
+
+
+def render(found: dict[str, dict[str, str]]) -> str:
+    """The table, by chapter and test."""
+    rows = ["| | claim | figure | broken on purpose: what the test said | test |", "| --- | --- | --- | --- | --- |"]
+    for test, (chapter, claim, (file, old, new)) in sorted(declared().items(), key=lambda row: (row[1][0], row[0])):
+        cells = found.get(test, {})
+        edit = f"`{Path(file).name}`: {_code(old)} → {_code(new) if new else 'nothing'}: "
+        seen = edit + _cell(cells.get("seen", "not broken yet"))
+        rows.append(
+            f"| {chapter} | {_cell(claim)} | {_cell(cells.get('figure', 'not run yet'))} | {seen} | `{test}` |"
+        )
+    return "\n".join([*rows, "", f"Last run of the long rows: {found.get('long', 'none')}.", ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text)}`".replace("``", "`")
+
+
+def machine() -> str:
+    """What ran, without names or dates."""
+    return (
+        f"{os.cpu_count()} {platform.machine()} cores, {platform.system()}, Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__}"
+    )
+
+
+def write(found: dict[str, dict[str, str]]) -> None:
+    """Both files, without rows whose test is gone."""
+    found = {row: cells for row, cells in sorted(found.items()) if row in declared() or row == "long"}
+    FOUND.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    before, rest = DOCUMENT.read_text().split(START)
+    DOCUMENT.write_text(f"{before}{START}\n{render(found)}{END}{rest.split(END)[1]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--long", action="store_true", help="the long rows instead of the quick ones")
+    parser.add_argument("--break", action="store_true", dest="broken", help="break what rows guard, in a copy")
+    parser.add_argument("-k", default="", help="only tests with this in their name")
+    args = parser.parse_args()
+    code, rows, new = 0, declared(), {}
+    if args.broken:
+        for row, (_, _, edit) in rows.items():
+            if args.k in row and row.startswith("tests/long_") == args.long:
+                seen = break_on_purpose(row, edit)
+                print(f"{row}: {seen}", flush=True)
+                new[row] = {"seen": seen}
+                code |= seen == "**still passes**"
+    else:
+        files = sorted(map(str, TESTS.glob("long_*.py"))) if args.long else []
+        code, figures = measure(files, ["-n0"] * args.long + ["-k", args.k] * bool(args.k))
+        new = {row: {"figure": figure} for row, figure in figures.items()}
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}  # only now: another may have run meanwhile
+    for row, cells in new.items():
+        found.setdefault(row, {}).update(cells)
+    if args.long and not args.broken:
+        found["long"] = f"`python tests/reliability.py --long`, {machine()}"
+    write(found)
+    return code
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())

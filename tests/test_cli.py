@@ -1,0 +1,304 @@
+"""`pvlf-hf`: as people run it, in processes of its own; and in this one, where models are at hand."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from miniatures import make_cirr
+from PIL import Image
+from squares import COLOURS, draw
+from tiny import make_model, make_processor
+from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
+
+from pvlf_hf import Gallery
+from pvlf_hf_cli import app, open_gallery
+
+TEXT = "the same but green"
+ODD = "white <script>\"&'.png"
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def process(*arguments, python=(), **environment):
+    command = [sys.executable, *python, "-m", "pvlf_hf_cli", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
+
+
+def error(done):
+    """The sentence of a call that failed."""
+    assert done.exit_code == 1 and not done.stdout and isinstance(done.exception, SystemExit), done.output
+    assert "Traceback" not in done.stderr
+    *_, said = done.stderr.splitlines()
+    assert said.startswith("error: ")
+    return said
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two checkpoints of different weights."""
+    folders = []
+    for seed in range(2):
+        folders.append(tmp_path_factory.mktemp("model"))
+        make_model(seed=seed).save_pretrained(folders[-1])
+        make_processor().save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Nine squares, one of an odd name; a picture cut short, and one that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    for row, colour in enumerate(COLOURS):
+        draw(row).save(folder / (ODD if colour == "white" else f"{colour}.png"))
+    whole = io.BytesIO()
+    draw(0).resize((320, 320)).save(whole, "JPEG")
+    (folder / "cut.jpg").write_bytes(whole.getvalue()[:900])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(models, photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("index") / "photos.gallery"
+    done = call("index", photos, "--model", models[0], "--path", path)
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{path}: 9 pictures, 9 new, 2 skipped"
+    assert [line.split(":")[0] for line in lines[1:]] == ["skipped cut.jpg", "skipped text.jpg"]
+    return path
+
+
+@pytest.fixture
+def search(index, models):
+    return lambda *arguments: call("search", index, "--model", models[0], *arguments)
+
+
+@pytest.fixture(scope="module")
+def gallery(index, models):
+    return Gallery.load(index, AutoModel.from_pretrained(models[0]), AutoProcessor.from_pretrained(models[0]))
+
+
+# ---- processes ----
+
+
+def test_help_does_not_wait_for_torch():
+    done = process("--help", python=("-X", "importtime"))
+    assert done.returncode == 0 and not re.search(r"\b(torch|transformers|pvlf_hf)\b", done.stderr)
+    lines = done.stdout.partition("Commands:\n")[2].splitlines()
+    names = ["index", "search", "demo", "train", "evaluate", "card", "doctor", "submit", "convert"]
+    assert [line.split()[0] for line in lines] == names and all(line.endswith(".") for line in lines)
+    assert not any(line.endswith("...") for line in lines)  # cut off
+    assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
+
+
+def test_an_error_is_a_sentence_and_a_traceback_if_asked(tmp_path):
+    said = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
+    wrong = ["search", tmp_path, "--text", "x", "--model", "m"]
+    done = process(*wrong)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    for shown in (process("--debug", *wrong), process(*wrong, PVLF_DEBUG="1")):
+        assert shown.returncode == 1 and "Traceback" in shown.stderr and "ValueError" in shown.stderr
+
+
+def test_json_is_all_that_stands_on_stdout(photos, models, gallery, tmp_path):
+    model, path = {"PVLF_MODEL": str(models[0])}, tmp_path / "gallery"
+    made = process("index", photos, "--path", path, "--json", **model)
+    facts = json.loads(made.stdout)
+    assert made.returncode == 0 and (facts["pictures"], facts["new"]) == (9, 9)
+    assert facts["skipped"].keys() == {"cut.jpg", "text.jpg"}
+    found = process("search", path, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json", **model)
+    results = json.loads(found.stdout)["results"]
+    expected = gallery.search(photos / "red.png", TEXT, k=3)
+    assert [its["id"] for its in results] == expected.ids
+    assert [its["score"] for its in results] == pytest.approx(expected.scores, abs=1e-6)
+    assert results[0]["path"] == str(photos / expected.ids[0])
+
+
+def test_the_shell_completes(tmp_path):
+    command = tmp_path / "pvlf-hf"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pvlf_hf_cli "$@"\n')
+    command.chmod(0o755)
+    script = """eval "$(pvlf-hf --show-completion)"
+    complete -p pvlf-hf
+    COMP_WORDS=(pvlf-hf s) COMP_CWORD=1
+    _pvlf_hf_completion pvlf-hf
+    echo "${COMPREPLY[@]}"
+    COMP_WORDS=(pvlf-hf doctor c) COMP_CWORD=2
+    _pvlf_hf_completion pvlf-hf
+    echo "${COMPREPLY[@]}" """
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, timeout=60, check=True)
+    registered, *completed = done.stdout.splitlines()
+    assert registered.endswith("-F _pvlf_hf_completion pvlf-hf")
+    assert completed == ["search submit", "cirr circo"]
+
+
+# ---- index and search ----
+
+
+def test_only_what_is_new_is_counted(photos, models, tmp_path):
+    for colour in ("red", "blue"):
+        draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
+    again = ["index", tmp_path, "--model", models[0], "--path", tmp_path / "kept", "--json"]
+    assert json.loads(call(*again).stdout)["new"] == 2
+    draw(2).save(tmp_path / "yellow.png")
+    (tmp_path / "red.png").unlink()
+    facts = json.loads(call(*again).stdout)
+    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}}
+
+
+def test_several_pictures_and_weights(search, gallery, photos):
+    pictures = [photos / "red.png", photos / "blue.png"]
+    images = [flag for picture in pictures for flag in ("--image", picture)]
+    done = search(*images, "--text", TEXT, "--weights", "1,0.5,-0.25", "-k", 4)
+    expected = gallery.search(pictures, TEXT, k=4, weights=(1, 0.5, -0.25))
+    found = zip(range(1, 5), expected.scores, expected.ids, strict=True)
+    assert done.stdout.splitlines() == [f"{place:>3}  {score:.4f}  {image_id}" for place, score, image_id in found]
+
+
+def test_explanations(search, gallery, photos):
+    wanted = ["--image", photos / "red.png", "--text", TEXT, "--explain"]
+    (why,) = json.loads(search(*wanted, "--json").stdout)["why"]
+    (expected,) = gallery.search(photos / "red.png", TEXT, explain=True).why
+    assert list(why["weights"].values()) == pytest.approx(expected.weights, rel=1e-4)
+    assert why["tokens"] == expected.tokens and why["attention"] == pytest.approx(expected.words(), abs=1e-5)
+    said = search(*wanted, "-k", 1).stdout
+    assert "\nweights: picture " in said and "\nlooked at: " in said
+
+
+class Page(HTMLParser):
+    """What a browser would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.images, self.words = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_a_contact_sheet_for_people(search, gallery, photos, tmp_path):
+    wanted = ["--image", photos / "red.png", "--text", 'not <script>alert("dark")</script>', "-k", 9, "--explain"]
+    done = search(*wanted, "--sheet", tmp_path / "found.html")
+    assert done.stdout.endswith(f"see {tmp_path / 'found.html'}\n")
+    text = (tmp_path / "found.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and "http" not in text
+    assert 'not <script>alert("dark")</script>' in page.words and ODD in page.words
+    result = gallery.search(photos / "red.png", 'not <script>alert("dark")</script>', k=9)
+    assert [image["alt"] for image in page.images] == ["reference", *result.ids]
+    kind, _, data = page.images[1]["src"].partition(",")
+    shown = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/jpeg;base64" and (shown.format, shown.size) == ("JPEG", (32, 32))
+    assert f"1. {result.scores[0]:.4f}" in page.words
+
+    search(*wanted, "--sheet", tmp_path / "found.png")
+    assert Image.open(tmp_path / "found.png").size == result.sheet(k=9).size
+
+
+# ---- bad input ----
+
+
+def test_what_is_wrong_with_pictures_and_models_is_said(search, index, photos, models, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("no picture")
+    said = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
+    assert "holds no pictures, its files end in ['.txt']" in said
+    said = error(call("search", index, "--model", models[1], "--text", TEXT))
+    assert f"{index} holds embeddings of another model or processor" in said
+    assert "cannot read picture" in error(search("--image", photos / "cut.jpg"))
+    assert "nothing to search by: pass an image, a text or both" in error(search())
+    make_model().config.vl_config.save_pretrained(tmp_path)
+    assert "is no PVLF checkpoint but blip" in error(call("search", index, "--model", tmp_path, "--text", TEXT))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = error(call("search", index, "--model", "you/nothing", "--text", TEXT))
+    assert "no model 'you/nothing', neither a folder here nor on the Hub: We couldn't connect" in said
+
+
+@pytest.mark.parametrize("text", ["小狗", "أحمر", "красный"])
+def test_another_script(search, text):
+    assert f"tokenizer knows nothing of {text!r}" in error(search("--text", text))
+    done = search("--text", f"dog {text}", "-k", 1)
+    assert done.exit_code == 0 and f"does not know {text}; the search goes by the rest" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--text", "x", "--weights", "1,2"], "--weights: '1,2': give three numbers"),
+        (["--text", "x", "--sheet", "found.pdf"], "--sheet: found.pdf: name a file that ends in .png or .html"),
+        (["--text", "x", "--weights", "1,nan,0"], "--weights: '1,nan,0': give three numbers"),
+        (["--text", "x", "-k", 0], "-k"),
+        (["--nothing"], "No such option: --nothing"),
+    ],
+)
+def test_wrong_calls(search, arguments, said):
+    done = search(*arguments)
+    assert done.exit_code == 2 and said in done.stderr and "Usage: " in done.stderr and not done.stdout
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
+    for mistake in (KeyError("row"), ImportError("no such name", name="pvlf_hf.gallery")):
+
+        def examine(*arguments, mistake=mistake, **options):
+            raise mistake
+
+        monkeypatch.setattr("pvlf_hf.doctor.examine", examine)
+        assert call("doctor", "cirr", tmp_path).exception is mistake
+
+
+def test_a_hub_out_of_reach_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("pvlf_hf.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
+    said = error(call("doctor", "cirr", tmp_path))
+    assert said.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in said
+
+
+# ---- the other commands ----
+
+
+def test_evaluate_prints_its_results(models, tmp_path):
+    make_cirr(tmp_path / "data" / "cirr")
+    where = ["--data_root", tmp_path / "data", "--output-dir", tmp_path / "out", "--no_check_counts"]
+    done = call("evaluate", "--model", models[0], "--protocols", "cirr-val", "cirr-test1", *where, "--json")
+    results = json.loads(done.stdout)
+    files = results.pop("submissions")
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [e["benchmark"] for e in results["evaluations"]] == ["cirr/val"] and "json" not in results["arguments"]
+    assert [Path(file).name for file in files] == ["cirr_test1_recall.json", "cirr_test1_recall_subset.json"]
+    done = call("evaluate", "--model", models[0], "--protocols", "cirr-test1", *where)
+    assert done.stdout == f"check, then upload:\npvlf-hf submit lint {files[0]} {files[1]}\n"
+
+
+@pytest.mark.parametrize(("command", "flag"), [("train", "--finetuning"), ("evaluate", "--protocols")])
+def test_handed_on_commands_explain_and_complain(command, flag):
+    done = call(command, "--help")
+    assert done.exit_code == 0 and f"pvlf-hf {command} " in done.stdout and flag in done.stdout
+    said = error(call(command, "--model=m", "--protocols=p", "--output_dir=o", "--modle=x"))
+    assert "unknown arguments: " in said and f"--modle=x; see pvlf-hf {command} --help" in said
+
+
+def test_what_the_demo_searches(index, photos, gallery):
+    for pictures in (index, photos):
+        opened = open_gallery(pictures, gallery.model, gallery.processor)
+        assert opened.ids == gallery.ids and opened.embeds.allclose(gallery.embeds, atol=1e-6)
+    assert "--host" in call("demo", "--help").stdout

@@ -1,0 +1,100 @@
+"""The same seed gives the same run; what `results.json` says is enough to repeat one."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import run_in_processes
+from test_several_processes import trainer_of
+from test_train_scripts import files, flags
+from train_in_processes import Rows
+
+SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_pvlf.py"
+
+__all__ = ["files"]
+
+
+def weights_of(folder, seed, **settings):
+    """All weights after three steps with dropout, in one row, and whether PyTorch was to be deterministic."""
+    trainer = trainer_of(folder, Rows(), dropout=0.5, seed=seed, use_cpu=not torch.cuda.is_available(), **settings)
+    trainer.train()
+    weights = np.concatenate([p.detach().cpu().numpy().ravel() for p in trainer.model.parameters()])
+    return weights, torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.reliability(
+    2,
+    "The same seed gives the same run, in one process and in two; another seed another run",
+    broken=(
+        "src/pvlf_hf/trainer.py",
+        "        return super().train(*args, **kwargs)\n",
+        "        torch.seed()\n        return super().train(*args, **kwargs)\n",
+    ),
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_same_seed_same_run(tmp_path, figure, processes):
+    one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
+    worst = float(np.abs(one - again).max())
+    assert worst == 0 if processes == 1 else worst < 1e-6
+    assert np.abs(one - other).max() > 1e-4
+    figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else 'within 1e-6'}")
+
+
+def weights_twice(folder):
+    return weights_of(folder, 0, full_determinism=True)
+
+
+@pytest.mark.reliability(
+    2,
+    "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
+    "give the same bits",
+    broken=(
+        "src/pvlf_hf/training_args.py",
+        "        super().__post_init__(*args, **kwargs)\n",
+        "        super().__post_init__(*args, **kwargs)\n        self.full_determinism = False\n",
+    ),
+)
+def test_full_determinism(tmp_path, figure):
+    (one,), (again,) = (run_in_processes(1, weights_twice, tmp_path) for _ in range(2))
+    assert one[1:] == again[1:] == (True, ":16:8")
+    assert np.array_equal(one[0], again[0])
+    figure(f"on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU; no GPU here'}")
+
+
+@pytest.mark.reliability(
+    2,
+    "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",
+    broken=("src/pvlf_hf/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
+)
+def test_results_say_how_to_repeat_them(files, tmp_path, figure):
+    unusual = "--seed=3 --data_seed=5 --gamma=1 --adam_beta1=0.5 --decay_norms_and_biases=False --learning_rate=0.002"
+    train(flags(files, tmp_path / "first", *unusual.split()))
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    assert results["triplets"]["rows"] == 56 and len(results["triplets"]["digest"]) == 32
+    assert results["environment"]["torch"] == torch.__version__ and results["environment"]["device"]
+    said = results["model"] | results["data"] | results["training"]
+    assert said.pop("processes") == 1
+    train(
+        [f"--{name}={value}" for name, value in said.items() if value is not None]
+        + [f"--output_dir={tmp_path / 'again'}"]
+    )
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again == results
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == second
+    figure(f"{len(said)} settings, {len(again['evaluations'][0]['metrics'])} metrics, weights bit-equal")
+
+
+def train(arguments):
+    (said,) = run_in_processes(1, run_script, arguments)
+    assert said is None, said
+
+
+def run_script(arguments):
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")

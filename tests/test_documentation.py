@@ -1,0 +1,277 @@
+"""What the documentation says holds: links lead somewhere, commands take the flags they are given, examples run."""
+
+import contextlib
+import doctest
+import importlib
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+import warnings
+from fnmatch import fnmatch
+from functools import cache
+from itertools import dropwhile, groupby
+from pathlib import Path
+from textwrap import dedent
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import typer.main
+from squares import COLOURS, draw
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("model_cards", "notebooks", "tests", "train_scripts")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md"))])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SCRIPTS = sorted(path for name in ("src", "train_scripts", "tests") for path in (ROOT / name).rglob("*.py"))
+PAGES = [*DOCUMENTS, *NOTEBOOKS]
+
+OTHERS = {"pip", "hf", "git", "export", "cd"}
+"""Programs in examples that are not ours."""
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
+PROGRAM = re.compile(r"^ +((?:python|pvlf-hf|accelerate launch|torchrun|make) (?:.*\\\n)*.*)$", re.MULTILINE)
+DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@cache
+def text_of(page):
+    """Markdown of a document, or of a notebook's cells."""
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    cells = nbformat.read(page, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def prose(page):
+    """Without what stands in fences."""
+    return FENCE.sub("", text_of(page))
+
+
+@cache
+def anchors(page):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.*?) *$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page))):
+        url = urlsplit(target)
+        if url.scheme:
+            assert url.scheme == "https" and "." in url.netloc, target  # whether it answers is not for a test
+            continue
+        file = page.parent / unquote(url.path) if url.path else page
+        assert file.exists() and file.resolve().is_relative_to(ROOT), f"{target}: no such file"
+        assert not url.fragment or url.fragment in anchors(file), f"{target}: no such heading"
+
+
+@each_page
+def test_files_that_are_named_exist(page):
+    folders = "|".join(("src", *FOLDERS))
+    for name in re.findall(rf"`((?:{folders})/[\w./*-]+)`", prose(page)):
+        assert list(ROOT.glob(name.rstrip("/"))), f"{name}: no such file"
+
+
+def test_the_readme_names_every_file():
+    """Its tree has a line of every module and script, and nothing that is not there."""
+    (tree,) = (block for language, block in FENCE.findall(text_of(ROOT / "README.md")) if language == "text")
+    sections = re.findall(r"^(\S+/)(.*(?:\n .*)*)", tree, re.MULTILINE)
+    for folder, listing in sections:
+        named = set(re.findall(r"[\w*]+\.(?:py|json|md|\*)", listing))
+        named |= {name for line in listing.splitlines() for name in re.findall(r"\w+/", line.strip().split("  ")[0])}
+        assert all(list((ROOT / folder).glob(name.rstrip("/"))) for name in named), (folder, sorted(named))
+        listed = {path.name for name in named for path in (ROOT / folder).glob(name.rstrip("/"))}
+        wanted = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert folder == "tests/" or wanted <= listed, f"{folder} lacks a line for {sorted(wanted - listed)}"
+    assert all(f"src/{path.name}" in tree for path in (ROOT / "src").glob("*.py"))
+    assert {"src/pvlf_hf/", "train_scripts/", "notebooks/", "model_cards/", "tests/"} <= {name for name, _ in sections}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folders_readme_names_what_is_in_it(folder):
+    text = text_of(ROOT / folder / "README.md")
+    files = {path.name for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".ipynb", ".md")}
+    folders = {
+        path.name for path in (ROOT / folder).iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
+    }
+    left_out = {
+        "README.md",
+        "conftest.py",
+        *(name for name in files if name.startswith("test_") and folder == "tests"),
+    }
+    named = re.findall(r"[\w*.]+\.\w+|[\w.-]+/|[\w-]+", text)
+    missing = {
+        name for name in (files | folders) - left_out if not any(fnmatch(name, its.rstrip("/")) for its in named)
+    }
+    assert not missing, f"{folder}/README.md says nothing of {sorted(missing)}"
+
+
+def commands(text):
+    """Lines of a shell, each split as the shell would."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for joined, its in groupby(words, lambda word: word in ("&&", "||", "|", ";")):
+            called = [*dropwhile(re.compile(r"[A-Z_]+=").match, its)]
+            if called and not joined:
+                yield called
+
+
+def in_documents():
+    for page in PAGES:
+        text = text_of(page)
+        blocks = [block for language, block in FENCE.findall(text) if language in ("bash", "sh", "shell")]
+        inline = re.findall(r"`((?:python|pvlf-hf|make|accelerate launch|torchrun) [^`\n]+)`", prose(page))
+        yield page, [*blocks, *inline]
+
+
+def in_docstrings():
+    for script in SCRIPTS:
+        documented = DOCSTRING.findall(script.read_text(encoding="utf-8"))
+        yield script, [line for text in documented for line in PROGRAM.findall(text)]
+
+
+@pytest.mark.parametrize("found", [in_documents, in_docstrings])
+def test_commands_exist_and_take_their_flags(found):
+    checked = 0
+    for page, blocks in found():
+        for words in (words for block in blocks for words in commands(block)):
+            try:
+                check(words, page.parent)
+            except AssertionError as error:
+                raise AssertionError(f"{page.relative_to(ROOT)}: {shlex.join(words)}: {error}") from error
+            checked += 1
+    assert checked > 10
+
+
+def check(words, folder):
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= {*targets}, "no such target"
+    elif program in ("accelerate", "torchrun"):  # options of the launcher, then ours
+        place = next(place for place, word in enumerate(rest) if word.endswith(".py") or word == "-m")
+        for word in rest[:place]:
+            assert not word.endswith(".yaml") or (ROOT / word).exists(), f"{word}: no such file"
+        check(["python", *rest[place:]], folder)
+    elif program == "python" and rest[0] == "-m":
+        if rest[1] not in ("pytest", "pip", "venv"):
+            file = Path(importlib.util.find_spec(rest[1]).origin)
+            assert '__name__ == "__main__"' in file.read_text(), f"{rest[1]} is no program"
+            check_flags(rest[2:], flags_of(file, rest[1]))
+    elif program == "python":
+        copied = ROOT / "src" / "pvlf_hf" / Path(rest[0]).name  # the export leaves a program beside its files
+        file = next((file for file in (ROOT / rest[0], folder / rest[0], copied) if file.exists()), None)
+        assert file, f"{rest[0]}: no such file"
+        check_flags(rest[1:], flags_of(file))
+    elif program == "pvlf-hf":
+        check_flags(rest, flags_of_the_command_line(*rest[:2]))
+    else:
+        assert program in OTHERS, "whose program is that?"
+    for extras in re.findall(r"(?:pvlf-hf|\.)\[([\w,-]+)\]", " ".join(rest) if program == "pip" else ""):
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert {*extras.split(",")} <= known.keys(), "no such extra"
+
+
+def check_flags(words, known):
+    own = words[: words.index("--")] if "--" in words else words
+    flags = {word.partition("=")[0] for word in own if re.match(r"--\w", word)}
+    unknown = flags - known - {"--help"}
+    assert not unknown, f"no such flag: {sorted(unknown)}"
+
+
+@cache
+def flags_of(file, module=None):
+    """What a program's source hands to argparse, or if that is nothing, what its `--help` says."""
+    written = re.findall(r"""add_argument\(\s*"(--[\w-]+)""", file.read_text(encoding="utf-8"))
+    if written:
+        return {*written}
+    argv, path, said = sys.argv, sys.path[:], io.StringIO()
+    sys.argv, sys.path[:0] = [str(file), "--help"], [str(file.parent)]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it is imported already
+            if module:
+                runpy.run_module(module, run_name="__main__")
+            else:
+                runpy.run_path(str(file), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return {*re.findall(r"--[\w-]+", said.getvalue())}
+
+
+def flags_of_the_command_line(*words):
+    """Of a command of `pvlf-hf`; both spellings, with `-` and `_`, are taken."""
+    import pvlf_hf_cli
+
+    handed_on = {"train": "training", "evaluate": "measurement"}
+    if words[0] in handed_on:
+        module = f"pvlf_hf.{handed_on[words[0]]}"
+        return flags_of(Path(importlib.util.find_spec(module).origin), module)
+    command = typer.main.get_command(pvlf_hf_cli.app)
+    options = {option for parameter in command.params for option in parameter.opts}
+    for word in words:
+        if not hasattr(command, "commands"):
+            break
+        assert word in command.commands or word.startswith("-"), f"no such command: {word}"
+        command = command.commands.get(word, command)
+        options |= {option for its in command.params for option in (*its.opts, *its.secondary_opts)}
+    return options | {"--" + option[2:].replace("-", "_") for option in options}
+
+
+# Examples.
+
+EXAMPLES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings_run(path, monkeypatch, tmp_path):
+    """From the root of the repository; what they write goes to `outputs/`, which is elsewhere for the time being."""
+    for name in ("model_cards", "src"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    source = path.read_text(encoding="utf-8")
+    is_module = path.parent.name == "pvlf_hf"
+    module = importlib.import_module(f"pvlf_hf.{path.stem}" if is_module else "evaluate")
+    names = {**vars(module), module.__name__: module}
+    said, runner, parser = io.StringIO(), doctest.DocTestRunner(), doctest.DocTestParser()
+    for documented in DOCSTRING.findall(source):
+        runner.run(parser.get_doctest(dedent(documented), names, path.stem, str(path), 0), out=said.write)
+    assert runner.tries and not runner.failures, said.getvalue()
+
+
+SHORTER = {
+    "Salesforce/blip-itm-base-coco": "model_cards/blip-emoji-tiny",
+    'eval_strategy="epoch"': 'max_steps=1, per_device_train_batch_size=4, report_to="none", disable_tqdm=True',
+}
+"""What the README's Python says, and what stands in for it where there is no network and little time."""
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
+    """In order, with the pictures and tables that it takes for granted."""
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for row, colour in enumerate(COLOURS):
+        draw(row).save(photos / f"{colour}.png")
+    draw(3).save(photos / "dress.jpg")
+    rows = [f"{a}.png,make it {b},{b}.png" for a in COLOURS[:3] for b in COLOURS[:3] if a != b]
+    for table in ("triplets.csv", "held_out.csv"):
+        (tmp_path / table).write_text("\n".join(["reference,caption,target", *rows]))
+    monkeypatch.chdir(tmp_path)
+    names = {"images": [draw(row) for row in range(4)], "picture": draw(0)}
+    blocks = [block for language, block in FENCE.findall(text_of(ROOT / "README.md")) if language == "python"]
+    assert len(blocks) >= 4
+    for block in blocks:
+        for said, meant in SHORTER.items():
+            block = block.replace(said, meant)
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["best"].shape == (1, 4) and (tmp_path / "result.png").exists()

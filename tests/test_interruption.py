@@ -1,0 +1,292 @@
+"""Kills, full disks, folders that may not be written to: nothing that was finished is lost, nothing torn is read."""
+
+import os
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from squares import each_with_each, make_benchmark
+from tiny import make_model
+
+from pvlf_hf import (
+    EmbeddingStore,
+    Gallery,
+    PVLFTrainer,
+    PVLFTrainingArguments,
+    cache_features,
+    evaluate,
+    write_results,
+)
+from pvlf_hf.evaluation import read_results
+
+COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
+
+
+# ---- kills ----
+
+
+def kill(*arguments):
+    """The last line of `kill.py`; started as people start it."""
+    command = [sys.executable, str(Path(__file__).with_name("kill.py")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line][-1]
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.reliability(
+    1,
+    "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "
+    "work done again, the same bits in weights, index and metrics",
+    broken=("src/pvlf_hf/trainer.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
+)
+def test_kills(figure):
+    figure(kill("--kills=4", "--seed=1", "--kinds", "train", "evaluate", "gallery", "cache"))
+
+
+@pytest.mark.reliability(
+    1,
+    "A complete run that is started again makes no step more",
+    broken=("src/pvlf_hf/trainer.py", "if self.state.global_step < self.state.max_steps:", "if True:"),
+)
+def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
+    whole = train(squares, tiny_processor, tmp_path / "run", 3)
+    again = train(squares, tiny_processor, tmp_path / "run", 3)
+    assert again.state.global_step == 3
+    assert_same_weights(whole.model, again.model)
+    figure("3 of 3 steps, weights bit-equal")
+
+
+@pytest.mark.reliability(
+    1,
+    "`results.json` stands for a finished run: killed before the values of its queries are in place, there is none",
+    broken=("src/pvlf_hf/evaluation.py", "file.unlink(missing_ok=True)", "pass"),
+)
+def test_results_and_their_queries_are_of_one_run(tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
+    evaluation = evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False)
+    file = tmp_path / "results.json"
+    write_results(file, [evaluation], run=1)
+
+    rename = Path.replace
+    for name in ("results_per_query.json", "results.json"):
+
+        def killed(partial, target, name=name):
+            if target.name == name:
+                raise KeyboardInterrupt
+            return rename(partial, target)
+
+        monkeypatch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_results(file, [evaluation], run=2)
+        assert not file.exists()
+    figure("2 places, 0 results")
+
+
+# ---- full disks and folders that are read-only ----
+
+
+def mount(folder, *options):
+    return (
+        subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of 16 MiB; an ordinary folder where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = sys.platform == "linux" and mount(folder, "-o", "size=16m")
+    yield folder
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def full(disk, spare):
+    """Room for so many bytes, or for none; what it is."""
+    if disk.is_mount():
+        filler = disk / "filler"
+        with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                os.write(file.fileno(), bytes(4096))
+        os.truncate(filler, filler.stat().st_size - spare)
+        yield "a full disk"
+        filler.unlink()
+        return
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        yield "no file beyond 100 bytes"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@contextmanager
+def read_only(disk, spare):
+    """Nobody may write; root may not only where a file system can be mounted."""
+    if os.geteuid() == 0:
+        if not disk.is_mount():
+            pytest.skip("root may write everywhere, and nothing can be mounted here")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        yield "mounted read-only"
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        return
+    folders = [disk, *(path for path in disk.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    yield "without write permission"
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def squares(tmp_path):
+    (tmp_path / "squares").mkdir()
+    return each_with_each(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
+
+
+def train(squares, processor, folder, steps):
+    args = PVLFTrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=8, save_steps=1, use_cpu=True, disable_tqdm=True
+    )
+    trainer = PVLFTrainer(make_model(), args, squares, processing_class=processor)
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    return trainer
+
+
+def assert_same_weights(model, other):
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert ours.equal(theirs), name
+
+
+def contents(folder):
+    """Bytes of every file; a lock is none of anybody's work."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("lock", "filler")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+class Training:
+    """Three steps, of which two are done; the third checkpoint finds room for a part of it."""
+
+    spare = 400 * 1024
+
+    def __init__(self, squares, model, processor, folder):
+        self.squares, self.processor, self.folder = squares, processor, folder
+
+    def first(self):
+        train(self.squares, self.processor, self.folder, 2)
+
+    def rest(self):
+        return load_of(train(self.squares, self.processor, self.folder, 3).model)
+
+
+class Evaluating:
+    """Queries by the text alone, after queries by the model."""
+
+    spare = 0
+
+    def __init__(self, squares, model, processor, folder):
+        self.made, self.folder = (model, processor, make_benchmark()), folder
+
+    def run(self, *methods):
+        store = EmbeddingStore(self.folder / "embeddings")
+        evaluations = [evaluate(*self.made, method, progress=False, store=store) for method in methods]
+        write_results(self.folder / "results.json", evaluations)
+        return read_results(self.folder / "results.json")
+
+    def first(self):
+        self.run("pvlf")
+
+    def rest(self):
+        return self.run("pvlf", "text")
+
+
+class Indexing:
+    """A gallery of four pictures that gets four more."""
+
+    spare = 0
+
+    def __init__(self, squares, model, processor, folder):
+        self.files = [cell["path"] for cell in squares.to_dict()["reference"][::7]]  # one of each colour
+        self.made, self.folder = (model, processor), folder
+
+    def first(self, number=4):
+        return Gallery.from_images(self.files[:number], *self.made, path=self.folder, progress=False)
+
+    def rest(self):
+        found = self.first(8)
+        return found.ids, found.embeds.tolist()
+
+
+class Caching:
+    """Half of the pictures, then all."""
+
+    spare = 0
+
+    def __init__(self, squares, model, processor, folder):
+        self.squares, self.made, self.folder = squares, (model, processor), folder
+        model.set_finetuning("frozen")
+
+    def first(self, number=7):
+        rows = self.squares.select(range(number))
+        return cache_features(*self.made, rows, self.folder, progress=False)
+
+    def rest(self):
+        rows, collator = self.first(56)
+        return [collator.images[digest].tolist() for digest in rows["target"]]
+
+
+def load_of(model):
+    return {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+
+
+WORK = [Training, Evaluating, Indexing, Caching]
+
+
+def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
+    """Each work stopped half-way by the hindrance; what the hindrances were."""
+    said = set()
+    for kind in WORK:
+        alone, work = (kind(squares, tiny_model, tiny_processor, place / kind.__name__) for place in (tmp_path, disk))
+        alone.first()
+        expected = alone.rest()
+        work.first()
+        before = contents(work.folder)
+        with hindrance(disk, kind.spare) as how, pytest.raises(OSError, match=f"{disk}.*(make room|free some)"):
+            work.rest()
+        after = contents(work.folder)
+        assert {name: after.get(name) for name in before} == before, f"{kind.__name__}: not as it was"
+        assert not [name for name in after if "partial" in name or "_unfinished" in name], kind.__name__
+        assert work.rest() == expected, kind.__name__
+        said.add(how)
+    return f"{len(WORK)} kinds of work; " + ", ".join(said)
+
+
+@pytest.mark.reliability(
+    1,
+    "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, what was "
+    "there as it was, and the same outcome once there is room",
+    broken=(
+        "src/pvlf_hf/embedding_store.py",
+        "    with whole(file) as partial:",
+        "    with __import__('contextlib').nullcontext(file) as partial:",
+    ),
+)
+def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
+    figure(hinder(full, disk, tmp_path, squares, tiny_model, tiny_processor))
+
+
+@pytest.mark.reliability(
+    1,
+    "A folder that may not be written to: the same",
+    broken=(
+        "src/pvlf_hf/trainer.py",
+        "        except (OSError, SafetensorError, RuntimeError) as error:",
+        "        except RuntimeError as error:",
+    ),
+)
+def test_a_read_only_folder(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
+    figure(hinder(read_only, disk, tmp_path, squares, tiny_model, tiny_processor))

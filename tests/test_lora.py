@@ -1,0 +1,149 @@
+"""LoRA by PEFT, on encoders and fusion: what moves, what a checkpoint holds, what it gives when loaded and merged."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from squares import each_with_each, make_benchmark
+from tiny import make_inputs, make_model
+from transformers import AutoModel
+
+from pvlf_hf import Gallery, PVLFModel, PVLFTrainer, PVLFTrainingArguments, evaluate
+
+# Names of the attention matrices: fused in BLIP's ViT, BERT's, and those that CLIP's towers and our fusion share.
+ATTENTION = r".*(qkv|attention\.self\.(query|value)|self_attn\.(q_proj|v_proj))"
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT 0.21 still asks by the old name
+)
+
+
+@pytest.fixture
+def squares(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    return each_with_each(tmp_path / "pictures", ["red", "green", "blue", "white"], lambda a, b: "more red")
+
+
+def with_lora(model, target_modules=ATTENTION, modules_to_save=None):
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=target_modules, modules_to_save=modules_to_save))
+
+
+def base_model(folder, backbone="blip"):
+    """A model as a user has it: from a folder, which is where an adapter finds it again."""
+    make_model(backbone).save_pretrained(folder)
+    return PVLFModel.from_pretrained(folder)
+
+
+def make_trainer(model, folder, squares, processor, **kwargs):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, **kwargs}
+    settings = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, **settings}
+    args = PVLFTrainingArguments(str(folder), **settings)
+    return PVLFTrainer(model, args, squares, make_benchmark(), processing_class=processor)
+
+
+def embed(model, backbone="blip"):
+    """Query and target embeddings."""
+    inputs = make_inputs(backbone)
+    targets = inputs.pop("target_pixel_values")
+    with torch.no_grad():
+        model.eval()
+        return torch.cat(
+            [model.get_query_features(**inputs).pooler_output, model(target_pixel_values=targets).target_embeds]
+        )
+
+
+@pytest.mark.parametrize("backbone", ["blip", "clip"])
+def test_exactly_the_adapter_moves(backbone, squares, tmp_path, tiny_processor):
+    plain = base_model(tmp_path / "base", backbone)
+    untouched = embed(plain, backbone)
+    model = with_lora(plain, modules_to_save=["aggregation"])
+    torch.testing.assert_close(embed(model, backbone), untouched, atol=1e-6, rtol=0)  # LoRA starts as nothing
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_trainer(model, tmp_path / "run", squares, tiny_processor).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    adapter = {n for n in before if "lora_" in n or "modules_to_save" in n}
+    assert moved == adapter
+    for part in ("vision", "text", "fusion.layers.1", "aggregation"):
+        assert any(part in name for name in adapter), part
+
+
+def test_learning_rates(squares, tmp_path, tiny_processor):
+    model = with_lora(make_model(), modules_to_save=["text_proj"])
+    args = {"learning_rate": 1e-4, "encoder_learning_rate": 1e-6}
+    optimizer = make_trainer(model, tmp_path, squares, tiny_processor, **args).create_optimizer()
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate_of[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(rate_of)
+    for name, rate in rates.items():
+        assert rate == (1e-6 if "text_proj" in name else 1e-4), name  # the encoder's own weights are slow
+
+
+def test_a_checkpoint_is_the_adapter_and_resumes(squares, tmp_path, tiny_processor):
+    def run(folder, resume=None, **kwargs):
+        model = with_lora(base_model(tmp_path / "base"), modules_to_save=["aggregation"])
+        trainer = make_trainer(model, folder, squares, tiny_processor, save_steps=2, save_strategy="steps", **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "whole", max_steps=4)
+    saved = load_file(tmp_path / "whole" / "checkpoint-2" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name or "aggregation" in name for name in saved)
+    assert not (tmp_path / "whole" / "checkpoint-2" / "model.safetensors").exists()
+    assert (tmp_path / "whole" / "checkpoint-2" / "processor_config.json").exists()
+    again = run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), max_steps=4)
+    for (name, a), (_, b) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backbone", ["blip", "clip"])
+def test_saved_loaded_and_merged(backbone, squares, tmp_path, tiny_processor):
+    base = base_model(tmp_path / "base", backbone)
+    untouched = embed(base, backbone)
+    model = with_lora(base)
+    trainer = make_trainer(model, tmp_path / "run", squares, tiny_processor)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    trained = embed(model, backbone)
+    assert (trained - untouched).abs().max() > 1e-3
+    loaded = PeftModel.from_pretrained(PVLFModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(embed(loaded, backbone), trained)
+    assert torch.equal(embed(AutoModel.from_pretrained(tmp_path / "adapter"), backbone), trained)  # finds the base
+    merged = loaded.merge_and_unload()
+    assert type(merged) is PVLFModel
+    merged.save_pretrained(tmp_path / "merged")
+    again = PVLFModel.from_pretrained(tmp_path / "merged")
+    assert again.state_dict().keys() == make_model(backbone).state_dict().keys()
+    torch.testing.assert_close(embed(again, backbone), trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(embed(merged, backbone), trained, atol=1e-6, rtol=0)
+    make_trainer(merged, tmp_path / "more", squares, tiny_processor)
+    assert all(p.requires_grad for p in merged.parameters())  # PEFT had frozen them
+
+
+def test_evaluation_and_gallery_take_the_adapter_along(squares, tmp_path, tiny_processor):
+    model = with_lora(make_model())
+    trainer = make_trainer(model, tmp_path / "run", squares, tiny_processor)
+    trainer.train()
+    metrics = trainer.evaluate()
+    del metrics["epoch"]
+    trainer.create_model_card()
+    assert "adapter" in (tmp_path / "run" / "README.md").read_text()
+    pictures = sorted((tmp_path / "pictures").glob("*.png"))
+    galleries = [Gallery.from_images(pictures, m, tiny_processor, progress=False) for m in (model, make_model())]
+    found = [gallery.search(pictures[0], "red", k=4, explain=True) for gallery in galleries]
+    assert found[0].scores != found[1].scores
+    merged = model.merge_and_unload()
+    after = evaluate(merged, tiny_processor, make_benchmark(), progress=False)
+    assert {f"eval_{name}": value for name, value in after.metrics.items()} == metrics
+    gallery = Gallery.from_images(pictures, merged, tiny_processor, progress=False)
+    torch.testing.assert_close(gallery.embeds, galleries[0].embeds, atol=1e-6, rtol=0)
+    assert gallery.search(pictures[0], "red", k=4).scores == pytest.approx(found[0].scores, abs=1e-6)
+
+
+def test_features_are_cached_where_only_the_fusion_adapts(squares, tmp_path, tiny_processor):
+    args = {"finetuning": "frozen", "feature_cache": str(tmp_path / "features")}
+    model = with_lora(make_model(), r"fusion\..*_proj")
+    make_trainer(model, tmp_path / "run", squares, tiny_processor, **args).train()
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="the image encoder trains"):
+        make_trainer(with_lora(make_model()), tmp_path / "run", squares, tiny_processor, **args).train()

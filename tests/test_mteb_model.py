@@ -1,0 +1,81 @@
+"""PVLF in `mteb`: its own task classes on nine squares, against this package's evaluation and numbers by hand."""
+
+from math import log2
+from statistics import fmean
+
+import mteb
+import pytest
+from squares import make_benchmark
+from tiny import make_model, make_processor
+
+from pvlf_hf import evaluate
+from pvlf_hf.mteb_model import PVLFEncoder
+
+BENCHMARK = make_benchmark(subsets=False, reference="kept")
+
+# A task of mteb, and what it calls for: query images with texts, texts alone, or images alone.
+TASKS = {
+    "CIRRIT2IRetrieval": "pvlf",
+    "FashionIQIT2IRetrieval": "pvlf",
+    "Fashion200kT2IRetrieval": "text",
+    "NIGHTSI2IRetrieval": "image",
+}
+
+
+def miniature(name):
+    """The task of that name with the squares instead of its data, in the columns that the Hub's copy has."""
+
+    class Miniature(type(mteb.get_task(name))):
+        def load_data(self, **kwargs):
+            names = {"reference": "image", "caption": "text"}
+            queries = BENCHMARK.queries.select_columns([*names]).rename_columns(names)
+            corpus = BENCHMARK.gallery.rename_columns({"image_id": "id"})
+            data = {
+                "queries": queries.add_column("id", [f"query {row}" for row in range(len(queries))]),
+                "corpus": corpus.add_column("text", [None] * len(corpus)).add_column("modality", ["image"] * 9),
+                "relevant_docs": {f"query {row}": {t: 1} for row, t in enumerate(BENCHMARK.queries["target_id"])},
+                "top_ranked": None,
+            }
+            self.dataset, self.data_loaded = {"default": {split: data for split in self.eval_splits}}, True
+
+    return Miniature()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two models of one name."""
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp("models") / "tiny"
+        make_model(seed=seed).save_pretrained(folder)
+        make_processor().save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
+
+
+def run(folder, name, cache=None):
+    encoder = PVLFEncoder(folder, device="cpu")
+    results = mteb.evaluate(encoder, miniature(name), encode_kwargs={"batch_size": 2}, cache=cache)
+    (scores,) = results.task_results[0].scores["test"]
+    return scores
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_numbers_are_ours(checkpoints, name):
+    scores = run(checkpoints[0], name)
+    ranks = evaluate(make_model(), make_processor(), BENCHMARK, TASKS[name], progress=False).per_query["rank"]
+    assert len(set(ranks)) > 2  # neither all hits nor all misses
+    expected = {f"recall_at_{k}": fmean(rank < k for rank in ranks) for k in (1, 3, 5, 10)}
+    expected["ndcg_at_10"] = fmean(1 / log2(rank + 2) for rank in ranks)  # nine pictures: all within the first ten
+    expected["mrr_at_10"] = fmean(1 / (rank + 1) for rank in ranks)
+    assert {metric: scores[metric] for metric in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_results_of_other_weights_are_not_taken_from_the_cache(checkpoints, tmp_path):
+    cache, name = mteb.ResultCache(tmp_path), "CIRRIT2IRetrieval"
+    first, second, again = (run(folder, name, cache)["ndcg_at_10"] for folder in (*checkpoints, checkpoints[0]))
+    assert first == again != second
+    metas = [PVLFEncoder(folder, device="cpu").mteb_model_meta for folder in checkpoints]
+    assert [meta.name for meta in metas] == ["local/tiny"] * 2
+    assert metas[0].revision != metas[1].revision
+    assert PVLFEncoder(checkpoints[0], revision="v1", device="cpu").mteb_model_meta.revision == "v1"

@@ -1,0 +1,126 @@
+"""The notebooks, executed as they stand; what is committed in them is what they print and draw.
+
+python tests/test_notebooks.py --write    # executes them and writes their outputs, after a change
+"""
+
+import argparse
+import base64
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+DECIMAL = re.compile(r"[-+]?\d+\.\d+")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def execute(path):
+    """A copy with fresh outputs, made in the notebook's folder by a kernel of its own: one thread, no network."""
+    notebook = nbformat.read(path, as_version=4)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}, record_timing=False)
+    client.resources["metadata"] = {"path": str(path.parent)}
+    client.execute(env=env)
+    return notebook
+
+
+def printed(cell):
+    """Everything that a cell shows as text, by where it shows it."""
+    text = {}
+    for output in cell.get("outputs", ()):
+        where, what = (
+            (output.name, output.text) if "text" in output else (output.output_type, output.data["text/plain"])
+        )
+        text[where] = text.get(where, "") + what
+    return text
+
+
+def pictures(cell):
+    encoded = [output.data["image/png"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", ())]
+    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in encoded]
+
+
+def same_text(one, other):
+    """Equal, but for decimals, which may differ by what another processor's rounding makes of a training."""
+    assert DECIMAL.sub("#", one) == DECIMAL.sub("#", other)
+    numbers = [[float(number) for number in DECIMAL.findall(text)] for text in (one, other)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
+
+
+@each_notebook
+def test_it_runs_and_shows_what_is_committed(path):
+    committed = nbformat.read(path, as_version=4)
+    for before, after in zip(committed.cells, execute(path).cells, strict=True):
+        assert printed(before).keys() == printed(after).keys(), before.source
+        for where, text in printed(after).items():
+            same_text(printed(before)[where], text)
+        sizes = [[picture.size for picture in pictures(cell)] for cell in (before, after)]
+        assert len(sizes[0]) == len(sizes[1])
+        for one, other in zip(*sizes, strict=True):
+            assert one == pytest.approx(other, rel=0.1), before.source
+
+
+@each_notebook
+def test_what_is_committed_is_one_run_from_top_to_bottom(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata == METADATA
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum(len(pictures(cell)) for cell in code) >= 2
+    for cell in code:
+        shown = printed(cell)
+        assert shown.keys() <= {"stdout", "display_data", "execute_result"}, shown  # no warnings, no errors
+        machine = re.search(r"(?<![\w.])/(?:\w+/)+|\bat 0x|it/s\]", "".join(shown.values()))
+        assert not machine, f"{machine.group()!r} is of one machine or run"
+    assert path.stat().st_size < 500_000
+
+
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def write(path):
+    """Executes a notebook and keeps what it shows: one stream of text a cell, pictures as small PNG."""
+    notebook = execute(path)
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.metadata, cell.id = nbformat.from_dict({}), f"cell-{number}"
+        streams = [output for output in cell.get("outputs", ()) if output.output_type == "stream"]
+        for output in streams[1:]:
+            streams[0].text += output.text
+            cell.outputs.remove(output)
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", ()):
+                output.data.pop("image/jpeg", None)
+                output.data["image/png"] = small_png(output.data["image/png"])
+    nbformat.write(notebook, path)
+
+
+def small_png(picture):
+    """The same with at most 256 colours."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--write", action="store_true", required=True, help="execute the notebooks, keep their outputs"
+    )
+    parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS, help="by default all")
+    for path in parser.parse_args().notebooks:
+        write(path)
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")

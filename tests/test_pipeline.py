@@ -1,0 +1,253 @@
+"""`pipeline("composed-image-retrieval")`: the same results as by hand, however they are asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from squares import COLOURS, QUERIES, draw
+from tiny import make_model, make_processor
+from torch.testing import assert_close
+from transformers import AutoModel, pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from pvlf_hf import ComposedImageRetrievalPipeline, Gallery, PVLFModel
+
+TASK = "composed-image-retrieval"
+GALLERY = [draw(row) for row in range(9)]
+ASKED = [{"image": GALLERY[reference], "text": caption} for reference, caption, _ in QUERIES]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+
+
+@torch.no_grad()
+def by_hand(model, processor, query, gallery=GALLERY, k=10):
+    """One query with one model call for each picture of the gallery."""
+    embeds = torch.cat([model.get_image_features(**processor.process_targets(p)).pooler_output for p in gallery])
+    asked = model.get_query_features(**processor.process_queries(query["image"], query["text"])).pooler_output[0]
+    order = sorted(range(len(gallery)), key=lambda row: -float(asked @ embeds[row]))[:k]
+    return [{"score": float(asked @ embeds[row]), "index": row, "image": gallery[row]} for row in order]
+
+
+def same(results, expected):
+    assert [result["index"] for result in results] == [result["index"] for result in expected]
+    assert [result.get("image") for result in results] == [result.get("image") for result in expected]
+    close(results, expected)
+
+
+def close(results, expected, **tolerance):
+    """The same pictures with the same scores, in any order."""
+    scores = [{result["index"]: torch.tensor(result["score"]) for result in some} for some in (results, expected)]
+    assert_close(*scores, **tolerance)
+
+
+@pytest.mark.parametrize("backbone", ["blip", "clip"])
+def test_results_are_those_by_hand(backbone):
+    model, processor = make_model(backbone), make_processor()
+    pipe = pipeline(TASK, model=model, processor=processor, gallery=GALLERY, device="cpu")
+    assert type(pipe) is ComposedImageRetrievalPipeline
+    for query in ASKED:
+        same(pipe(query), by_hand(model, processor, query))
+        same(pipe(query, top_k=3), by_hand(model, processor, query, k=3))
+        same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query))
+
+
+def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
+    files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
+    for picture, file in zip(GALLERY, files, strict=True):
+        picture.save(file)
+    gallery = Gallery.from_images(files, pipe.model, pipe.processor, progress=False)
+    for query in ASKED:
+        found = gallery.search(query["image"], query["text"], k=4)
+        results = pipe(query, gallery=files, top_k=4)
+        assert [result["image"] for result in results] == found.ids
+        assert_close([result["score"] for result in results], found.scores)
+        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of pictures that are not at hand, only their places
+        assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
+        assert in_embeds[0].keys() == {"score", "index"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_batches_give_what_single_queries_give(pipe, batch_size):
+    """Captions of different lengths, and a last batch that is not full."""
+    expected = [pipe(query) for query in ASKED]
+    images, texts = [query["image"] for query in ASKED], [query["text"] for query in ASKED]
+    dataset = Dataset.from_dict({"image": images, "text": texts}).cast_column("image", Image())
+    for results in (
+        pipe(ASKED, batch_size=batch_size),
+        pipe(images, text=texts, batch_size=batch_size),
+        list(pipe(dataset, batch_size=batch_size)),
+        list(pipe((query for query in ASKED), batch_size=batch_size)),
+    ):
+        assert len(results) == len(expected)
+        for one, other in zip(results, expected, strict=True):
+            same(one, other)
+
+
+def test_captions_are_padded_on_the_right_whatever_the_tokenizer_says(checkpoint, pipe):
+    other = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+    other.tokenizer.padding_side = "left"  # BLIP's text embedding is the token at position 0
+    for one, query in zip(other(ASKED, batch_size=5), ASKED, strict=True):
+        same(one, pipe(query))
+
+
+def test_a_gallery_given_once_is_embedded_once(checkpoint):
+    pipe, calls = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu"), []
+    pipe.model.register_forward_pre_hook(lambda *args: calls.append(args[2].keys()), with_kwargs=True)
+    pipe(ASKED[0]), pipe(ASKED[1:])
+    assert ["target_pixel_values" in names for names in calls] == [False] * 5
+    pipe(ASKED, gallery=GALLERY[:3])  # and of a call, once in that call
+    assert ["target_pixel_values" in names for names in calls[5:]] == [True] + [False] * 5
+    assert len(pipe(ASKED[0])) == 9  # its own gallery is still there
+
+
+def test_a_gallery_in_many_forms(pipe):
+    embeds = pipe.embed_gallery(GALLERY, batch_size=4)
+    assert embeds.shape == (9, 32) and embeds.dtype == torch.float32
+    assert_close(embeds.norm(dim=1), torch.ones(9))
+    column = Dataset.from_dict({"image": GALLERY}).cast_column("image", Image())["image"]
+    arrays = [np.asarray(picture) for picture in GALLERY]
+    for gallery in (column, arrays, tuple(GALLERY), embeds, 5 * embeds, embeds.double()):
+        close(pipe(ASKED[0], gallery=gallery), pipe(ASKED[0]))
+
+
+def test_equal_pictures_come_in_the_order_of_the_gallery(pipe):
+    gallery = [GALLERY[0], GALLERY[1]] * 40
+    indices = [result["index"] for result in pipe(ASKED[0], gallery=pipe.embed_gallery(gallery), top_k=80)]
+    assert indices in ([*range(0, 80, 2), *range(1, 80, 2)], [*range(1, 80, 2), *range(0, 80, 2)])
+
+
+@pytest.mark.parametrize("placed", ["device_map", "mapping", "offloaded", "bfloat16"])
+def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
+    modules = {"backbone": "cpu", "fusion": "disk", "aggregation": "disk"}
+    options = {
+        "device_map": {"device_map": "cpu"},
+        "mapping": {"device_map": {"": "cpu"}},
+        "offloaded": {"device_map": modules, "model_kwargs": {"offload_folder": str(tmp_path)}},
+        "bfloat16": {"dtype": "bfloat16", "device_map": "cpu"},
+    }[placed]
+    other = pipeline(TASK, model=str(checkpoint), gallery=GALLERY, **options)
+    assert other.dtype == (torch.bfloat16 if placed == "bfloat16" else torch.float32)
+    assert (getattr(other.model, "hf_device_map", None) == modules) == (placed == "offloaded")
+    tolerance = {"atol": 0.02, "rtol": 0} if placed == "bfloat16" else {}
+    for one, query in zip(other(ASKED, batch_size=3), ASKED, strict=True):
+        close(one, pipe(query), **tolerance)
+
+
+def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
+    model = make_model().train()
+    trained = pipeline(TASK, model=model, processor=make_processor(), gallery=GALLERY, device="cpu")
+    model.train()
+    same(trained(ASKED[0]), pipe(ASKED[0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda pipe: pipe("red.png"), r'a query is \{"image": picture, "text": relative caption\}, got str'),
+        (lambda pipe: pipe({"image": GALLERY[0]}), r"got \['image'\]"),
+        (lambda pipe: pipe([*ASKED, {"image": GALLERY[0], "text": None}], batch_size=2), "a query is"),
+        (lambda pipe: pipe(GALLERY[0], text=" "), "caption 0 is empty: say what changes"),
+        (lambda pipe: pipe(GALLERY[:2], text=["red"]), "2 images and 1 captions"),
+        (lambda pipe: pipe("nowhere.png", text="red"), "cannot read picture 'nowhere.png'"),
+        (lambda pipe: pipe(ASKED[0], gallery=["nowhere.png"]), "cannot read picture 'nowhere.png'"),
+        (lambda pipe: pipe(ASKED[0], gallery=[]), "the gallery is empty"),
+        (lambda pipe: pipe(ASKED[0], gallery="photos"), "gallery is str: pass a list of pictures"),
+        (lambda pipe: pipe(ASKED[0], gallery=torch.zeros(9, 8)), r"shape \(9, 8\); embeddings of this model are"),
+        (lambda pipe: pipe(ASKED[0], top_k=0), "top_k=0: ask for at least one result"),
+    ],
+)
+def test_what_cannot_be_searched_says_what_to_change(pipe, call, advice):
+    with pytest.raises(ValueError, match=advice):
+        call(pipe)
+
+
+def test_without_gallery_or_with_another_model_says_what_to_change(checkpoint):
+    pipe = pipeline(TASK, model=checkpoint, device="cpu")
+    with pytest.raises(ValueError, match="no gallery to search in: pass it to the call, or once to pipeline"):
+        pipe(ASKED[0])
+    clip = AutoModel.from_config(make_model("clip").config.vl_config)
+    with pytest.raises(ValueError, match="needs a PVLF model, not CLIPModel"):
+        pipeline(TASK, model=clip, processor=make_processor())
+
+
+def test_no_queries_give_no_results(pipe):
+    assert pipe([]) == []
+
+
+def test_the_task_is_registered_as_the_checkpoint_says(checkpoint):
+    registered = PIPELINE_REGISTRY.supported_tasks[TASK]
+    assert registered == {"impl": ComposedImageRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
+    said = json.loads((checkpoint / "config.json").read_text())["custom_pipelines"]
+    assert said == {
+        TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
+    }
+
+
+def test_a_saved_pipeline_is_a_whole_checkpoint(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "pipeline_pvlf.py").exists() and (tmp_path / "processor_config.json").exists()
+    again = pipeline(TASK, model=str(tmp_path), gallery=GALLERY, device="cpu")
+    assert type(again.model) is PVLFModel
+    same(again(ASKED[0]), pipe(ASKED[0]))
+
+
+# Without the package: the class comes from the checkpoint's own folder, and is saved with it again.
+STRANGER = """
+import json
+import sys
+sys.modules["pvlf_hf"] = None  # importing it fails, as where it is not installed
+
+from pathlib import Path
+
+from transformers import pipeline
+
+folder, again, picture = sys.argv[1:]
+try:
+    pipeline("composed-image-retrieval", model=folder)
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+else:
+    raise SystemExit("code of the checkpoint ran without trust")
+results = []
+for place in (folder, again):
+    pipe = pipeline(task="composed-image-retrieval", model=place, trust_remote_code=True, gallery=[picture] * 3)
+    assert type(pipe).__module__.startswith("transformers_modules."), type(pipe)
+    results.append(pipe({"image": picture, "text": "the same but red"}, top_k=2))
+    pipe.save_pretrained(again)
+assert type(pipeline(model=folder, trust_remote_code=True)).__name__ == "ComposedImageRetrievalPipeline"
+Path(again, "../results.json").write_text(json.dumps(results))
+"""
+
+
+def test_without_the_package_the_folder_is_enough(checkpoint, pipe, tmp_path):
+    file = str(tmp_path / "red.png")
+    GALLERY[0].save(file)
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env.pop("HF_MODULES_CACHE", None)
+    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(tmp_path / "again"), file]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    expected = pipe(PILImage.open(file), text="the same but red", gallery=[file] * 3, top_k=2)
+    for results in json.loads((tmp_path / "results.json").read_text()):
+        same(results, expected)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again")]
+    assert configs[0]["custom_pipelines"] == configs[1]["custom_pipelines"]
+    assert {path.name for path in Path(tmp_path, "again").iterdir()} == {path.name for path in checkpoint.iterdir()}

@@ -1,0 +1,13 @@
+"""The document of the reliability rows is what the tests declare and what was last found."""
+
+import json
+
+import reliability
+
+
+def test_the_document_is_what_was_found():
+    found = json.loads(reliability.FOUND.read_text())
+    table = reliability.DOCUMENT.read_text().split(reliability.START)[1].split(reliability.END)[0]
+    assert table.strip() == reliability.render(found).strip(), "run `python tests/reliability.py`"
+    for sign in ("**failed**", "**still passes**"):
+        assert sign not in table

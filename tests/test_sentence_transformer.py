@@ -1,0 +1,119 @@
+"""PVLF in `sentence-transformers`: one `encode` for composed queries, pictures and texts, equal to the model's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from squares import draw
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf.sentence_transformer import PVLFSentenceModule
+
+CARD = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
+
+# Every kind, in an order that neither kind nor length gives.
+INPUTS = [
+    {"text": "blue dog"},
+    {"image": draw(0), "text": "the same but red with glasses"},
+    draw(1),
+    {"image": draw(2)},
+    "dark",
+    {"text": "red", "image": draw(3)},
+    {"image": np.asarray(draw(4)), "text": "two hat"},
+]
+
+
+@pytest.fixture
+def encoder(tiny_model, tiny_processor):
+    return SentenceTransformer(modules=[PVLFSentenceModule(tiny_model, tiny_processor)], device="cpu")
+
+
+def plainly(model, processor):
+    """What `encode` is to give, each input by itself and by the model's own function for its kind."""
+    embeds = []
+    for one in INPUTS:
+        one = one if isinstance(one, dict) else {"text": one} if isinstance(one, str) else {"image": one}
+        inputs = processor(images=one.get("image"), text=one.get("text"))
+        function = {1: model.get_image_features, 2: model.get_text_features, 3: model.get_query_features}[len(inputs)]
+        with torch.no_grad():
+            embeds.append(function(**inputs).pooler_output)
+    return torch.cat(embeds)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_every_kind_in_one_call(encoder, tiny_model, tiny_processor, batch_size):
+    expected = plainly(tiny_model, tiny_processor)
+    embeds = encoder.encode(INPUTS, batch_size=batch_size, convert_to_tensor=True)
+    torch.testing.assert_close(embeds, expected, atol=1e-6, rtol=0)
+    assert np.array_equal(encoder.encode(INPUTS[1]), encoder.encode(INPUTS[1:2])[0])
+    torch.testing.assert_close(encoder.similarity(embeds, embeds), expected @ expected.T, atol=1e-6, rtol=0)
+
+
+def test_what_the_library_asks(encoder, tiny_model, tiny_processor):
+    assert (encoder.get_embedding_dimension(), encoder.max_seq_length) == (32, 35)
+    assert encoder.tokenizer is tiny_processor.tokenizer
+    assert encoder.supports("image") and encoder.supports(("image", "text")) and not encoder.supports("audio")
+    prompted = encoder.encode([{"image": draw(0), "text": "red"}, "red"], prompt="the same but ")
+    whole = encoder.encode([{"image": draw(0), "text": "the same but red"}, "the same but red"])
+    assert np.array_equal(prompted, whole)
+
+
+def test_it_trains(encoder, tiny_model):
+    encoder(encoder.preprocess(INPUTS))["sentence_embedding"][:, 0].sum().backward()
+    reached = {name.split(".")[0] for name, p in tiny_model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {"backbone", "fusion", "aggregation"}
+
+
+def test_saved_it_stays_a_checkpoint(encoder, tiny_model, tiny_processor, tmp_path):
+    expected = encoder.encode(INPUTS)
+    encoder.save(str(tmp_path))
+    again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    torch.testing.assert_close(plainly(*again), torch.from_numpy(expected), atol=1e-6, rtol=0)
+    draw(0).save(tmp_path / "picture.png")
+    fresh = """
+import sys
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+folder = sys.argv[1]
+encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+query = {"image": f"{folder}/picture.png", "text": "the same but red with glasses"}
+np.save(f"{folder}/found.npy", encoder.encode([query]))
+"""
+    subprocess.run([sys.executable, "-c", fresh, str(tmp_path)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy")[0], expected[1], atol=1e-6)
+
+
+def test_one_folder_for_both_libraries():
+    encoder = SentenceTransformer(str(CARD), trust_remote_code=True, device="cpu")
+    expected = plainly(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))
+    torch.testing.assert_close(encoder.encode(INPUTS, convert_to_tensor=True), expected, atol=1e-6, rtol=0)
+
+
+def test_loading_passes_settings_on():
+    module = PVLFSentenceModule.load(
+        str(CARD), model_kwargs={"dtype": torch.bfloat16}, processor_kwargs={"max_text_length": 9}
+    )
+    assert (module.model.dtype, module.max_seq_length) == (torch.bfloat16, 9)
+    encoder = SentenceTransformer(modules=[module], device="cpu")
+    assert encoder.encode(INPUTS).dtype == np.float32
+    assert PVLFSentenceModule.load(str(CARD.parent), subfolder=CARD.name).max_seq_length == 35
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([{"role": "user", "content": "red"}], r"an input is \[\{'role': 'user'"),
+        (["red", ("red", "blue")], r"an input is \('red', 'blue'\): pass a picture, a text or"),
+        (["red", {"image": draw(0), "text": " "}], "caption . is empty"),
+        ([{"image": "gone.png", "text": "red"}], "cannot read picture 'gone.png'"),
+        ([{"video": "film.mp4"}], "Modality 'video' is not supported"),
+    ],
+)
+def test_bad_input_is_named(encoder, bad, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(bad)

@@ -1,0 +1,393 @@
+"""The web demo, clicked through in a real browser, attacked over HTTP, and run as a Hub Space runs it."""
+
+import copy
+import io
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from pathlib import Path
+
+import datasets
+import httpx
+import pytest
+from load_demo import CARD, chromium, expected, load, png
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import Gallery, load_emoji_pictures, web_demo
+from pvlf_hf.gallery_encoding import as_dataset
+from pvlf_hf.request_guard import REQUESTS_PER_MINUTE
+
+SECRET = "52 Secret Lane"
+PICTURES = 120
+OWN = "photo of mine.jpg"
+
+
+def with_secret(picture):
+    """A JPEG that says where it was taken, and is on its side."""
+    exif = picture.getexif()
+    exif[0x010E], exif[0x0112] = SECRET, 6  # description, orientation
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # latitude
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", exif=exif)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """Emoji by Google, those of the examples among them, and a photograph with a secret."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / OWN).write_bytes(with_secret(Image.linear_gradient("L").resize((200, 100)).convert("RGB")))
+    pictures = load_emoji_pictures(["Goog"])
+    names = pictures["image_id"][:]
+    needed = [names.index(image_id) for image_id, _ in web_demo.EXAMPLES]
+    rows = sorted({*needed, *range(0, len(names), len(names) // PICTURES)})
+    cells = pictures.select(rows).cast_column("image", datasets.Image(decode=False))["image"]
+    paths = [*(cell["path"] for cell in cells), str(folder / OWN)]
+    model, processor = AutoModel.from_pretrained(CARD).eval(), AutoProcessor.from_pretrained(CARD)
+    dataset = as_dataset(paths, [*(names[row] for row in rows), OWN])
+    return Gallery.from_dataset(dataset, model, processor, folder / "kept", progress=False)
+
+
+@pytest.fixture(scope="module")
+def other_gallery(gallery):
+    """The same, to compare with while the server uses its own."""
+    path = Path(gallery.paths[-1]).parent / "kept"
+    return Gallery.load(path, copy.deepcopy(gallery.model), gallery.processor)
+
+
+@pytest.fixture(scope="module")
+def url(gallery):
+    """One server, as `pvlf-hf demo` starts it."""
+    with web_demo.serve(gallery) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not shutil.which("chromium"):
+        assert "CI" not in os.environ, "no Chromium: the demo is tested in a browser, install one"
+        pytest.skip("no Chromium")
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browse(browser, url):
+    """Opens the page; afterwards no script may have failed, and no request have left this machine."""
+    asked, failed = [], []
+
+    def open_page(width=1280):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.goto(url)
+        page.locator("#grid img").nth(web_demo.SHOWN - 1).wait_for()
+        return page
+
+    yield open_page
+    for context in browser.contexts:
+        context.close()
+    assert not failed
+    assert asked and {request for request in asked if not request.startswith((url, "data:", "blob:"))} == set()
+
+
+@pytest.fixture
+def encoded(gallery):
+    """Counts the runs of either encoder."""
+    runs = [0]
+
+    def count(*_):
+        runs[0] += 1
+
+    backbone = gallery.model.backbone
+    hooks = [encoder.register_forward_hook(count) for encoder in (backbone.vision_model, backbone.text_encoder)]
+    yield runs
+    for hook in hooks:
+        hook.remove()
+
+
+def grid(page):
+    """Row in the gallery and caption of every picture shown."""
+    cells = page.locator("#grid button").all()
+    return [(int(Path(cell.locator("img").get_attribute("src")).stem), cell.inner_text().strip()) for cell in cells]
+
+
+def wait_for(page, cells):
+    """Waits until the grid shows this; what else it shows is in the failure."""
+    deadline = time.monotonic() + 10
+    while grid(page) != cells and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    assert grid(page) == cells
+
+
+def ask(page, text):
+    page.get_by_label("but …").fill(text)
+    page.get_by_role("button", name="Search").click()
+
+
+def test_a_session_clicked_through(browse, other_gallery, encoded):
+    page, truth = browse(), other_gallery
+    mine = truth.picture(truth.ids[7])
+    page.locator("#reference input[type=file]").set_input_files(
+        {"name": "mine.png", "mimeType": "image/png", "buffer": png(mine)}
+    )
+    page.locator("#reference img").wait_for()
+    page.get_by_label("but …").fill("as a woman")
+    page.keyboard.press("Enter")
+    first = expected(truth, mine, "as a woman")
+    wait_for(page, first)
+    assert [caption[:4] for _, caption in first[:2]] == ["1 · ", "2 · "]
+
+    runs = encoded[0]
+    slider = page.locator("#balance input[type=range]")
+    for key, balance in (("End", 1.0), ("Home", -1.0)):
+        slider.press(key)
+        weighed = expected(truth, mine, "as a woman", balance)
+        wait_for(page, weighed)
+        assert weighed != first
+    assert weighed[0][0] == 7  # the picture alone finds itself
+    assert encoded[0] == runs > 0
+    slider.fill("0")
+    wait_for(page, first)
+
+    page.locator("#grid button").nth(2).click()
+    page.wait_for_function("document.activeElement.closest('#text') && document.activeElement.value == ''")
+    picked = truth.ids[first[2][0]]
+    assert Path(page.locator("#reference img").get_attribute("src")).stem == str(first[2][0])
+    ask(page, "dark skin")
+    second = expected(truth, truth.picture(picked), "dark skin", left_out=[picked])
+    wait_for(page, second)
+    assert page.locator("#trail button").all_inner_texts() == ["as a woman", "dark skin"]
+    page.get_by_text("Why these?").click()
+    page.locator("#why img").wait_for()
+    assert re.search(r"fusion of both\W*\d+%", page.locator("#why").inner_text())
+
+    page.locator("#trail button").first.click()
+    wait_for(page, first)
+    assert page.get_by_label("but …").input_value() == "as a woman"
+    assert page.locator("#trail button").count() == 1
+
+    page.get_by_role("button", name="Start over").click()
+    page.get_by_text("pick a picture to start from").wait_for()
+    assert not page.locator("#trail").is_visible()
+    assert page.locator("#reference img").count() == 0
+    assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == web_demo.SHOWN
+
+
+def test_starting_from_a_picture_of_the_gallery_from_an_example_and_from_words(browse, other_gallery):
+    page, truth = browse(), other_gallery
+    shown = grid(page)[3][0]
+    page.locator("#grid button").nth(3).click()
+    page.locator("#reference img").wait_for()
+    page.get_by_role("button", name="Search").click()  # by the picture alone: more like it
+    wait_for(page, expected(truth, truth.picture(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
+    assert page.locator("#balance input[type=range]").is_disabled()
+    image_id, text = web_demo.EXAMPLES[0]
+    page.get_by_role("button", name=text).click()
+    wait_for(page, expected(truth, truth.picture(image_id), text, left_out=[image_id]))
+    page.get_by_label("Remove Image").click()
+    page.locator("#reference input[type=file]").wait_for(state="attached")
+    ask(page, "a flag")
+    wait_for(page, expected(truth, None, "a flag"))
+    assert page.locator("#trail button").all_inner_texts() == ["a flag"]
+
+
+def test_what_is_wrong_is_said(browse):
+    page = browse()
+    page.get_by_role("button", name="Search").click()
+    page.get_by_text("nothing to search by: drop or pick a picture").wait_for()
+    files = {"name": "mine.png", "mimeType": "image/png", "buffer": b"no picture"}
+    page.locator("#reference input[type=file]").set_input_files(files)
+    page.get_by_text("this file is not a picture that can be read").wait_for()
+    ask(page, '<img src=x onerror="window.owned = true"><b>bold</b>')
+    page.locator("#trail button").wait_for()
+    assert "<b>bold</b>" in page.locator("#trail").inner_text()
+    assert not page.evaluate("window.owned")
+
+
+def test_a_phone_has_room_for_it(browse):
+    page = browse(width=390)
+    for _ in range(2):
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        for name in ("#reference", "#text", "#search", "#balance", "#grid"):
+            box = page.locator(name).bounding_box()
+            assert box["x"] >= 0 and box["width"] > 100 and box["x"] + box["width"] <= 390, name
+        tops = page.evaluate("[...document.querySelectorAll('#grid button')].map(c => c.getBoundingClientRect().top)")
+        assert tops[0] == tops[2] < tops[3]  # three in a row
+        page.get_by_role("button", name=web_demo.EXAMPLES[1][1]).click()
+        page.get_by_text("1 · ").first.wait_for()
+        page.wait_for_function("scrollY > 100")  # to the results
+
+
+def test_pictures_are_shown_without_their_metadata(browse, url, gallery):
+    page = browse()
+    secret = with_secret(Image.linear_gradient("L").resize((120, 60)).convert("RGB"))
+    assert SECRET.encode() in secret and SECRET.encode() in Path(gallery.paths[-1]).read_bytes()
+    files = {"name": "own.jpg", "mimeType": "image/jpeg", "buffer": secret}
+    page.locator("#reference input[type=file]").set_input_files(files)
+    page.wait_for_function("document.querySelector('#reference img')?.src.endsWith('.webp')")
+    page.get_by_role("button", name="Search").click()
+    page.locator(f"#grid img[src$='/{len(gallery) - 1}.webp']").wait_for()  # the photograph is found
+    sources = [image.get_attribute("src") for image in page.locator("#grid img, #reference img, #trail img").all()]
+    for source in sources:
+        content = httpx.get(source).raise_for_status().content
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.format == "WEBP" and not picture.getexif() and SECRET.encode() not in content
+    with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as picture:
+        assert picture.size == (60, 120)  # turned upright all the same
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/etc/passwd",
+        "{uploads}/../../etc/passwd",
+        "{uploads}/..%2f..%2fetc/passwd",
+        "{photo}",
+        "pyproject.toml",
+        ".gradio/cached_examples/log.csv",
+        "http://127.0.0.1:{port}/",
+        "https://example.com/picture.png",
+        "file:///etc/passwd",
+        "%00",
+    ],
+)
+def test_no_other_file_is_served(url, gallery, file):
+    file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
+    for route in ("file=", "file/", "proxy="):
+        answer = httpx.get(f"{url}gradio_api/{route}{file}")
+        assert answer.status_code == 403, route
+        assert answer.json() == {"detail": "only pictures of this gallery are served"}, route  # by us, before Gradio
+
+
+def test_requests_are_bounded(url):
+    api = url + "gradio_api"
+    assert "larger than 64 KB" in httpx.post(f"{api}/queue/join", content=b"x" * 2**17).json()["detail"]
+    huge = httpx.post(f"{api}/upload", files={"files": ("huge.png", bytes(21 * 2**20))})
+    assert huge.status_code == 413 and "send a smaller picture" in huge.json()["detail"]
+    endless = httpx.post(f"{api}/queue/join", content=iter([b"{}"]))
+    assert endless.status_code == 411 and "Content-Length" in endless.json()["detail"]
+    connection = HTTPConnection(httpx.URL(url).host, httpx.URL(url).port)
+    connection.request("POST", "/gradio_api/queue/join", b"", {"Content-Length": "9" * 5000})  # more than Python's int
+    assert connection.getresponse().status in (400, 413)
+    connection.close()
+    hasty = {"X-Forwarded-For": "10.9.9.9"}
+    with httpx.Client(headers=hasty) as client:
+        codes = [client.post(f"{api}/queue/join", content=b"{").status_code for _ in range(REQUESTS_PER_MINUTE + 5)]
+    assert codes == [400] * REQUESTS_PER_MINUTE + [429] * 5
+    assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 400  # others are not kept waiting
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"[" * 60_000, 400),  # deeper than Python goes
+        (b"\xff", 400),
+        (b'{"data": [{"path": "\\u0000"}]}', 403),
+        (b'{"data": [{"path": "\\ud800"}]}', 403),
+        (b'{"data": [[{"a": {"path": "/etc/passwd"}}]]}', 403),
+        (b'{"data": [{"path": "HTTP://example.com/a.png"}]}', 403),
+        (b'{"data": [{"path": "%s/../secret"}]}', 403),
+        (b'{"data": [], "fn_index": "x", "session_hash": "s"}', 422),
+        (b"[]", 422),
+    ],
+)
+def test_odd_requests_are_refused(url, content, code):
+    content = content.replace(b"%s", os.environ[web_demo.UPLOADS].encode())
+    headers = {"Content-Type": "application/json"}
+    assert httpx.post(f"{url}gradio_api/queue/join", content=content, headers=headers).status_code == code
+
+
+def test_huge_pictures_are_not_decoded(tmp_path):
+    Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match=r"9000 x 9000 pixels, more than 64,000,000: make it smaller"):
+        web_demo.open_upload(tmp_path / "huge.png")
+
+
+def test_only_this_machine_is_served(url):
+    port = httpx.URL(url).port
+    assert httpx.get(url).status_code == 200
+    assert httpx.get(url, headers={"Host": "pictures.example.com"}).status_code == 400
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5)  # another address of this machine
+
+
+def test_a_port_in_use_is_named(url, gallery):
+    port = httpx.URL(url).port
+    with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1, port {port} .*choose another port"):
+        web_demo.launch(gallery, port=port)
+    with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1 "):
+        web_demo.launch(gallery, host="192.0.2.1")
+
+
+def test_many_clients_get_right_answers(url, other_gallery):
+    with ThreadPoolExecutor(1) as thread:
+        report = thread.submit(load, url, other_gallery, clients=12, seconds=4).result()
+    assert report.good, report
+    assert report.counts["right"] > 20 and report.counts["refused"] > 5
+
+
+def test_a_hub_space_runs_it(gallery, tmp_path):
+    """The app of the module's docstring as a process, in a folder of its own, in the environment of a Space."""
+    app = textwrap.dedent(re.search(r"```python\n(.*?)```", web_demo.__doc__, re.DOTALL)[1])
+    (tmp_path / "app.py").write_text(app)
+    (tmp_path / "photos").mkdir()
+    for path in gallery.paths[:3]:
+        shutil.copy(path, tmp_path / "photos")
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PVLF_MODEL": str(CARD),
+        "PVLF_GALLERY": "photos",
+        "GRADIO_SERVER_NAME": "0.0.0.0",
+        "GRADIO_SERVER_PORT": str(port),
+        "SYSTEM": "spaces",
+        "SPACE_ID": "me/demo",
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+    }
+    command = [sys.executable, "app.py"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert f"3 pictures at http://localhost:{port}/ (Ctrl+C ends it)\n" in process.stdout
+            proxy = httpx.HTTPTransport(local_address="127.0.0.2")
+            with httpx.Client(base_url=f"http://127.0.0.2:{port}", transport=proxy) as client:
+                assert "This picture" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
+                assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
+                for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted apart behind the proxy
+                    for _ in range(REQUESTS_PER_MINUTE if expected_code == 400 and visitor == 1 else 1):
+                        headers = {"X-Forwarded-For": f"10.0.0.{visitor}"}
+                        answer = client.post("/gradio_api/queue/join", content=b"{", headers=headers)
+                    assert answer.status_code == expected_code
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+    assert list(tmp_path.glob("pvlf-demo-*")) == []
+    assert set((tmp_path / "asked").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
+
+
+def test_a_mistake_in_the_environment_is_a_sentence(monkeypatch):
+    monkeypatch.delenv("PVLF_MODEL", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
+        web_demo.main()
+
+
+# Writes down whom the process connects to, and which names it looks up.
+WATCH = """
+import pathlib, sys
+def watch(event, args):
+    host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
+    if host:
+        with open(pathlib.Path(__file__).with_name("asked"), "a") as file:
+            file.write(f"{host}\\n")
+sys.addaudithook(watch)
+"""

@@ -1,0 +1,316 @@
+"""Speed and memory of training, alternatives in turn: cached features, both encoders, batches larger than memory.
+
+    python train_scripts/benchmark_training.py                # BLIP ViT-B/16 at 384 px: about ten minutes on two cores
+    python train_scripts/benchmark_training.py --size tiny    # the same on the emoji checkpoint: does it run?
+
+Weights and pictures are random: neither speed nor memory depends on them. A step is forward, backward, clipping and
+AdamW; with cached or encoded pictures it includes making the batch, in the same process. The floor of an alternative
+is the time its matrix products would take at the rate of one large product on the same machine, in the same format.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from measuring import Timing, matrix_rate, peak_memory, side_by_side
+from PIL import Image as PILImage
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, BertTokenizer
+from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.utils import logging
+
+from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, cache_features, focal_info_nce
+from pvlf_hf.data import PVLFCollator
+from pvlf_hf.evaluation import environment
+
+HERE = Path(__file__).parent
+IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_training; "  # in a fresh process
+TINY = HERE.parent / "model_cards" / "pvlf-emoji-tiny"
+CAPTION = "the same dress but shorter and with long dark sleeves"  # 12 tokens with [CLS] and [SEP]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step with trained encoders is computed."""
+
+    fused: bool = True  # attention of the ViT
+    bf16: bool = False  # autocast
+    checkpointing: bool = False  # of activations, layer by layer
+    one_pass: bool = False  # references and targets through the ViT together
+    chunk_size: int | None = None  # gradient caching
+
+
+EAGER = Way(fused=False)  # the baseline's
+BOTH = {
+    "as the baseline: eager attention, float32": EAGER,
+    "fused attention": Way(),
+    "fused, references and targets in one pass": Way(one_pass=True),
+    "fused, activation checkpointing": Way(checkpointing=True),
+    "fused, bf16": Way(bf16=True),
+    "fused, bf16, activation checkpointing": Way(bf16=True, checkpointing=True),
+}
+
+
+def make_model(size: str, finetuning: str) -> PVLFModel:
+    """Random weights, in train mode."""
+    torch.manual_seed(0)
+    config = PVLFConfig() if size == "base" else AutoConfig.from_pretrained(TINY, dropout=0.5)
+    model = PVLFModel(config)
+    model.set_finetuning(finetuning)
+    return model.train()
+
+
+def make_processor(model: PVLFModel) -> PVLFProcessor:
+    """For the model's image size; it knows the words of `CAPTION`."""
+    pixels = model.config.vl_config.vision_config.image_size
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *CAPTION.split()])}
+    return PVLFProcessor(
+        PVLFImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels), BertTokenizer(vocab=vocabulary)
+    )
+
+
+def make_triplets(folder: Path, batch: int, pixels: int) -> Dataset:
+    """As many rows as a batch, each with two pictures of its own."""
+    generator = np.random.default_rng(0)
+    files = []
+    for number in range(2 * batch):
+        noise = generator.integers(0, 256, (pixels // 8, pixels // 6, 3), dtype=np.uint8)
+        files.append(str(folder / f"{number}.jpg"))
+        PILImage.fromarray(noise).resize((pixels * 4 // 3, pixels)).save(files[-1])
+    columns = {"reference": files[:batch], "target": files[batch:], "target_id": files[batch:]}
+    triplets = Dataset.from_dict({**columns, "caption": [CAPTION] * batch})
+    return triplets.cast_column("reference", Image()).cast_column("target", Image())
+
+
+def make_batch(model: PVLFModel, batch: int) -> dict[str, Tensor]:
+    """Pixels and token ids of random triplets."""
+    pixels = model.config.vl_config.vision_config.image_size
+    ids = torch.full((batch, 12), 5)
+    images = torch.randn(2, batch, 3, pixels, pixels)
+    return {
+        "pixel_values": images[0],
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "target_pixel_values": images[1],
+    }
+
+
+def make_optimizer(model: PVLFModel) -> torch.optim.Optimizer:
+    """AdamW as the Trainer's default, with its states in memory from the start, as after any first step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], way: Way = Way()) -> Tensor:
+    """One training step; returns the loss before it."""
+    set_way(model, way)
+    with torch.autocast("cpu", torch.bfloat16) if way.bf16 else nullcontext():
+        if way.one_pass:
+            images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
+            reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
+            batch = {**batch, "image_tokens": reference, "target_features": target[:, 0]}
+            del batch["pixel_values"], batch["target_pixel_values"]
+        loss = model(**batch, chunk_size=way.chunk_size).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def set_way(model: PVLFModel, way: Way) -> None:
+    """The model's own attention, or that of Transformers; activation checkpointing on or off."""
+    if way.fused:
+        model.backbone.fuse_attention()
+    else:
+        for layer in model.backbone.vision_model.encoder.layers:
+            layer.self_attn.__class__ = BlipAttention
+    model.activation_checkpointing_enable() if way.checkpointing else model.activation_checkpointing_disable()
+
+
+def operations(model: PVLFModel, batch: dict[str, Tensor]) -> int:
+    """Of all matrix products of a forward and backward pass, counted on shapes alone."""
+    with torch.device("meta"):
+        shapes = PVLFModel(model.config)
+    for name, parameter in shapes.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    rows = {name: tensor.to("meta") for name, tensor in batch.items() if name not in ("attention_mask", "target_ids")}
+    with FlopCounterMode(display=False) as counter:
+        output = shapes.train()(**rows, return_loss=False)
+        (output.query_embeds * output.target_embeds).sum().backward()
+    return counter.get_total_flops()
+
+
+def outcome(timings: dict[str, Timing], rows: list[int] | None = None, **columns: list[float]) -> list[dict[str, Any]]:
+    """One line for each alternative, compared with the first.
+
+    Args:
+        timings: of the alternatives.
+        rows: triplets in a call of each, where they differ: times are then compared a triplet.
+        columns: further figures, one for each alternative.
+    """
+    if rows is not None:
+        each = zip(timings.items(), rows, strict=True)
+        timings = {name: Timing(name, [s / count for s in timing.seconds]) for (name, timing), count in each}
+    first = next(iter(timings.values()))
+    return [
+        {
+            "alternative": name,
+            "seconds": timing.seconds,
+            "times_faster": timing.speedup_over(first),
+            **{column: figures[place] for column, figures in columns.items()},
+        }
+        for place, (name, timing) in enumerate(timings.items())
+    ]
+
+
+def cache(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Steps that encode their pictures against steps that read them from the feature cache."""
+    return {f"finetuning={mode}, batch 8": encoded_or_cached(size, mode, rounds) for mode in ("frozen", "text")}
+
+
+def encoded_or_cached(size: str, finetuning: str, rounds: int) -> list[dict[str, Any]]:
+    """One mode of [`cache`]."""
+    model = make_model(size, finetuning)
+    processor, optimizer = make_processor(model), make_optimizer(model)
+    with tempfile.TemporaryDirectory() as folder:
+        triplets = make_triplets(Path(folder), 8, model.config.vl_config.vision_config.image_size)
+        known, collate_known = cache_features(model, processor, triplets, folder, batch_size=4, progress=False)
+        collate = PVLFCollator(processor)
+        ways: dict[str, tuple[Callable[[], dict[str, Tensor]], Way]] = {
+            "as the baseline: encoded, eager attention": (lambda: collate([triplets[row] for row in range(8)]), EAGER),
+            "encoded in every step": (lambda: collate([triplets[row] for row in range(8)]), Way()),
+            "cached": (lambda: collate_known([known[row] for row in range(8)]), Way()),
+        }
+        calls = {name: lambda b=batch, w=way: step(model, optimizer, b(), w) for name, (batch, way) in ways.items()}
+        timings = side_by_side(calls, rounds)
+        work = [operations(model, batch()) for batch, _ in ways.values()]
+    rate = matrix_rate()
+    return outcome(timings, floor=[count / rate for count in work])
+
+
+def both(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Ways to train both encoders."""
+    timings, work = timed_steps(size, {name: (4, way) for name, way in BOTH.items()}, rounds)
+    rates = {False: matrix_rate(), True: matrix_rate(dtype=torch.bfloat16)}
+    # With checkpointing layers run forward twice: four operations in place of three.
+    floors = [work * (4 / 3 if way.checkpointing else 1) / rates[way.bf16] for way in BOTH.values()]
+    peaks = [peak(size, 4, way) for way in BOTH.values()]
+    return {"finetuning=both, batch 4": outcome(timings, floor=floors, peak=peaks)}
+
+
+def large_batch(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Gradient caching, compared by the triplet, and the loss in chunks."""
+    tables = {}
+    for its_size, small, large in [("tiny", 4, 32)] if size == "tiny" else [("base", 2, 8), ("tiny", 64, 1024)]:
+        ways = {
+            f"batch {small}": (small, Way()),
+            f"batch {large} in chunks of {small}": (large, Way(chunk_size=small)),
+            f"batch {large}": (large, Way()),
+        }
+        timings, _ = timed_steps(its_size, ways, rounds=1)
+        peaks = [peak(its_size, *way) for way in ways.values()]
+        lines = outcome(timings, [rows for rows, _ in ways.values()], peak=peaks)
+        tables[f"{its_size}, finetuning=both, by the triplet"] = lines
+
+    queries, chunks = 8192 if size == "base" else 1024, {"whole": None, "in chunks of 256": 256}
+    timings = side_by_side({name: partial(loss, queries, chunk) for name, chunk in chunks.items()}, rounds)
+    peaks = [peak_memory(f"{IMPORT}benchmark_training.loss({queries}, {chunk})") for chunk in chunks.values()]
+    return tables | {f"loss of {queries} queries and targets, forward and backward": outcome(timings, peak=peaks)}
+
+
+def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> tuple[dict[str, Timing], int]:
+    """Times ways of training both encoders, each a batch size and a way; and counts the first batch's operations."""
+    model = make_model(size, "both")
+    optimizer = make_optimizer(model)
+    batches = {rows: make_batch(model, rows) for rows, _ in ways.values()}
+    step(model, optimizer, make_batch(model, 1))  # warms up
+    calls = {name: partial(step, model, optimizer, batches[rows], way) for name, (rows, way) in ways.items()}
+    return side_by_side(calls, rounds, warmup=0), operations(model, next(iter(batches.values())))
+
+
+def loss(queries: int, chunk_size: int | None) -> None:
+    """Focal InfoNCE of random embeddings, forward and backward."""
+    embeds = torch.nn.functional.normalize(torch.randn(2, queries, 256), dim=-1).requires_grad_()
+    focal_info_nce(*embeds, chunk_size=chunk_size).backward()
+
+
+def peak(size: str, batch: int, way: Way) -> int:
+    """Peak memory, in bytes, of a fresh process that trains both encoders for a step."""
+    return peak_memory(f"{IMPORT}benchmark_training.one_step({size!r}, {batch}, benchmark_training.{way!r})")
+
+
+def one_step(size: str, batch: int, way: Way) -> None:
+    """What [`peak`] runs."""
+    model = make_model(size, "both")
+    step(model, make_optimizer(model), make_batch(model, batch), way)
+
+
+def markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables, medians with [lowest, highest round]."""
+    text = []
+    for title, lines in tables.items():
+        has = [column for column in ("floor", "peak") if column in lines[0]]
+        heads = {"floor": "floor, s", "peak": "peak memory, GB"}
+        columns = ["", "seconds (median)", "times faster [rounds]", *(heads[column] for column in has)]
+        text += [f"**{title}**", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+        for line in lines:
+            ratio, low, high = line["times_faster"]
+            cells = [line["alternative"], f"{median(line['seconds']):.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
+            if "floor" in has:
+                cells.append(f"{line['floor']:.2g}")
+            if "peak" in has:
+                cells.append(f"{line['peak'] / 1e9:.2f} ({line['peak'] / lines[0]['peak']:.0%})")
+            text.append(f"| {' | '.join(cells)} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Measures, prints Markdown and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "base"], default="base")
+    parser.add_argument("--only", choices=["cache", "both", "large_batch"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_training"))
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    parts = {"cache": cache, "both": both, "large_batch": large_batch}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name, part in parts.items():
+        if args.only in (None, name):
+            tables |= part(args.size, args.rounds)
+    machine = {
+        "threads": torch.get_num_threads(),
+        "operations_a_second": {"float32": matrix_rate(), "bfloat16": matrix_rate(dtype=torch.bfloat16)},
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    written = {"size": args.size, "machine": machine, "environment": environment(), "tables": tables}
+    (args.output_dir / "results.json").write_text(json.dumps(written, indent=2) + "\n")
+    (args.output_dir / "results.md").write_text(markdown(tables) + "\n")
+    print(markdown(tables))
+    print(json.dumps(machine))
+
+
+if __name__ == "__main__":
+    main()
