@@ -1,5 +1,9 @@
 """Embeddings of queries and galleries: what each method is made of, whatever the batches."""
 
+import copy
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,8 +11,17 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset, Image
 from squares import draw, make_benchmark
 from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries
+from pvlf_hf.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries, work_ahead
+
+EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """Trained weights: what random ones lose to rounding says little."""
+    return AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
 
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
@@ -89,3 +102,40 @@ def test_what_is_missing_is_said(tiny_model, tiny_processor):
         embed(tiny_model, tiny_processor, make_benchmark(), method="caption")
     with pytest.raises(ValueError, match="pass a model and its processor, or a store"):
         embed(None, None, make_benchmark())
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_work_is_done_ahead_in_order_and_no_further_than_asked(threads):
+    started = []
+
+    def work(task):
+        started.append(task)
+        if task == 7:
+            raise ValueError("task 7")
+        return -task
+
+    found = work_ahead(work, range(10), threads)
+    assert next(found) == 0
+    time.sleep(0.05)  # for threads that would run away
+    assert len(started) == threads + 1
+    assert [next(found) for _ in range(6)] == [-1, -2, -3, -4, -5, -6]
+    with pytest.raises(ValueError, match="task 7"):
+        next(found)
+
+
+def test_an_accelerator_is_fed_by_several_threads_with_the_same_result(tiny_model, tiny_processor, monkeypatch):
+    benchmark = make_benchmark(wordings=True)
+    alone = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
+    monkeypatch.setattr("pvlf_hf.encoding._threads", lambda device: 3)
+    fed = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
+    assert fed.queries.equal(alone.queries) and fed.gallery.equal(alone.gallery)
+
+
+def test_bfloat16_embeds_nearly_the_same(emoji):
+    model, processor = emoji
+    benchmark = make_benchmark()
+    whole = embed(model, processor, benchmark, progress=False)
+    half = embed(copy.deepcopy(model).to(torch.bfloat16), processor, benchmark, progress=False)
+    for a, b in zip(whole, half, strict=True):
+        assert b.dtype == torch.float32 and not b.equal(a)
+        assert F.cosine_similarity(a, b).min() > 0.999

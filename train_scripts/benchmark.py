@@ -1,238 +1,545 @@
-"""Speed of encoding, ranking, searching and starting up: alternatives in turn, in one run, as ratios.
+"""Speed of encoding, queries, ranking, search and start-up, alternatives in turn (training: benchmark_training.py).
 
-    python train_scripts/benchmark.py                 # BLIP ViT-B/16 at 384 px: some ten minutes on two cores
-    python train_scripts/benchmark.py --size tiny     # the same on toy sizes: does it run?
-    python train_scripts/benchmark.py --only ranking search
-    python train_scripts/benchmark.py --only encoding --device cuda
+    python train_scripts/benchmark.py                        # BLIP ViT-B/16 at 384 px: some minutes on two idle cores
+    python train_scripts/benchmark.py --only ranking search  # some of it
+    python train_scripts/benchmark.py --size tiny            # the same on the emoji checkpoint: does it run?
+    python train_scripts/benchmark.py --device cuda --only encoding --profile
 
-Weights, pictures and embeddings are random: speed does not depend on them. What was found, with floors and what was
-predicted, is in PERFORMANCE.md, whose tables `--write` renews. Training: benchmark_training.py.
+Weights and pictures are random: speed does not depend on them. A floor is the time that the matrix products of an
+alternative, or the bytes it has to read, would take at the rate that this machine reaches in one large product, or in
+one pass over memory. What was found, with predictions, is in PERFORMANCE.md, whose tables `--write` renews.
 """
 
 import argparse
+import copy
+import ctypes
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from copy import deepcopy
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from measuring import matrix_rate, peak_memory, side_by_side, table
+from datasets import Dataset, Features, Image, disable_progress_bars
+from measuring import Timing, side_by_side
+from PIL import Image as PILImage
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.utils import logging
 
-from pvlf_hf import PVLFConfig, PVLFModel
+from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encoding
+from pvlf_hf.evaluation import environment
+from pvlf_hf.gallery_encoding import open_cell
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
-from pvlf_hf.vector_index import ExactIndex, FaissIndex
+from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 DOCUMENT = HERE / "PERFORMANCE.md"
 TINY = HERE.parent / "model_cards" / "pvlf-emoji-tiny"
+CAPTION = "the same dress but shorter and with long dark sleeves"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BF16 = torch.bfloat16
+
+BASES = {  # what Transformers loads for any use of the classes that PVLF is made of
+    "Transformers' own classes": "from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, "
+    "AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, PreTrainedModel, ProcessorMixin); "
+    "from transformers.image_processing_backends import PilBackend",
+    "import pvlf_hf": "import pvlf_hf",
+}
 
 
-def make_model(size: str, device: str) -> PVLFModel:
+class Options(NamedTuple):
+    """What the command line says."""
+
+    size: str
+    device: str
+    rounds: int
+    profile: bool
+
+
+class Table(NamedTuple):
+    """Alternatives, the first of which the others are compared with; further columns by their heads."""
+
+    title: str
+    timings: dict[str, Timing]
+    columns: dict[str, list[str]]
+
+
+# ---- models and pictures ----
+
+
+def make_model(size: str) -> PVLFModel:
     """Random weights, in eval mode."""
     torch.manual_seed(0)
-    config = PVLFConfig() if size == "base" else AutoConfig.from_pretrained(TINY)
-    return PVLFModel(config).to(device).eval()
+    if size == "clip-l":
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+        vision |= {"image_size": 224, "patch_size": 14, "projection_dim": 768}
+        return PVLFModel(
+            PVLFConfig(vl_config=CLIPConfig(vision_config=vision, text_config=text, projection_dim=768))
+        ).eval()
+    return PVLFModel(PVLFConfig() if size == "base" else AutoConfig.from_pretrained(TINY)).eval()
 
 
-def as_written_out(model: PVLFModel) -> PVLFModel:
-    """A copy with Transformers' own attention in the ViT, as the baseline computes it."""
-    copy = deepcopy(model)
-    for layer in copy.backbone.vision_model.encoder.layers:
-        layer.self_attn.__class__ = BlipAttention
-    return copy
-
-
-def embeds(rows: int, width: int = 256) -> torch.Tensor:
-    """float32 `(rows, width)` unit vectors."""
-    return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)), dim=1)
-
-
-@torch.inference_mode()
-def encoding(size: str, device: str, rounds: int) -> str:
-    """Gallery pictures in batches of four (CPU) or 64, without decoding; and a single query, picture and words."""
-    model = make_model(size, device)
-    ways = {
-        "float32, attention written out (the baseline's)": as_written_out(model),
-        "float32": model,
-        "bfloat16": deepcopy(model).to(torch.bfloat16),
-    }
+def make_processor(model: PVLFModel) -> PVLFProcessor:
+    """For the model's image size; it knows the words of `CAPTION`."""
     pixels = model.config.vl_config.vision_config.image_size
-    batch = 64 if device != "cpu" else 4
-    images = torch.randn(batch, 3, pixels, pixels, device=device)
-    ids = torch.full((1, 12), 5, device=device)
-    text = []
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
-    for what, its_rounds in (("gallery", rounds), ("query", 2 * rounds)):
-        for name, way in ways.items():
-            if what == "gallery":
-                calls[name] = lambda way=way: way.get_image_features(images).pooler_output.cpu()
-            else:
-                calls[name] = lambda way=way: way.get_query_features(images[:1], ids).pooler_output.cpu()
-        first, *others = [call() for call in calls.values()]
-        cosines = ", ".join(f"{(first * other).sum(1).min().item():.6f}" for other in others)
-        rows = f"{batch} pictures" if what == "gallery" else "one query"
-        text += [f"**Encoding: {rows}**", "", table(side_by_side(calls, its_rounds)), ""]
-        text += [f"Lowest cosine with the first: {cosines}.", ""]
-    rates = [matrix_rate(), matrix_rate(dtype=torch.bfloat16)]
-    text.append(f"Matrix products: float32 {rates[0] / 1e9:.0f}, bfloat16 {rates[1] / 1e9:.0f} GFLOP/s.")
-    return "\n".join(text)
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *CAPTION.split()])}
+    images = PVLFImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels)
+    return PVLFProcessor(images, BertTokenizer(vocab=vocabulary))
 
 
-def plain_ranks(queries: torch.Tensor, gallery: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The definition at once: float64 products, ties in gallery order, sorted."""
-    scores = (queries.double() @ gallery.double().T).float()
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    return (order == target[:, None]).int().argmax(dim=1)
+def as_transformers(model: PVLFModel) -> PVLFModel:
+    """A copy with the attention of Transformers' BLIP, written out: what is compared with."""
+    model = copy.deepcopy(model)
+    for layer in model.backbone.vision_model.encoder.layers:
+        layer.self_attn.__class__ = BlipAttention
+    return model
 
 
-def ranking(size: str, device: str, rounds: int) -> str:
-    """CIRR's validation split: 4,181 queries, 2,297 images, subsets of six."""
-    count, images = (4181, 2297) if size == "base" else (300, 200)
-    queries, gallery = embeds(count), embeds(images)
-    target = torch.arange(count) % images
-    subset = (target[:, None] + torch.arange(6)) % images
-    calls: dict[str, Callable[[], object]] = {
-        "all at once, float64, sorted": lambda: plain_ranks(queries, gallery, target),
-        "target_ranks": lambda: target_ranks(queries, gallery, target),
-        "target_ranks and subset_ranks": lambda: (
-            target_ranks(queries, gallery, target),
-            subset_ranks(queries, gallery, subset, target),
-        ),
+def compiled(model: PVLFModel) -> PVLFModel:
+    """The image encoder by `torch.compile`, its weights laid out once and for all."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    model.backbone.vision_model.compile()
+    return model
+
+
+def model_alternatives(size: str) -> dict[str, PVLFModel]:
+    """The ways to compute on a CPU; to compile needs a C++ compiler."""
+    model = make_model(size)
+    alternatives = {
+        "float32, attention of Transformers": as_transformers(model),
+        "float32": model,
+        "bfloat16": copy.deepcopy(model).to(BF16),
     }
-    timings = side_by_side(calls, rounds)
-    program = (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, benchmark\n"
-        "from pvlf_hf.metrics import target_ranks\n"
-        f"q, g = benchmark.embeds({count}), benchmark.embeds({images})\n"
+    if size != "tiny" and any(map(shutil.which, ("g++", "c++", "clang++"))):
+        alternatives["bfloat16, compiled"] = compiled(copy.deepcopy(alternatives["bfloat16"]))
+    return alternatives
+
+
+def make_jpeg(width: int, height: int) -> bytes:
+    """A picture of soft noise, about as large as a photograph of that size."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    stream = BytesIO()
+    PILImage.fromarray(noise).resize((width, height), PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def image_operations(model: PVLFModel) -> int:
+    """Of all matrix products that embed one image, counted on shapes alone."""
+    with torch.device("meta"):
+        shapes, pixels = PVLFModel(model.config).eval(), model.config.vl_config.vision_config.image_size
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            shapes(target_pixel_values=torch.empty(1, 3, pixels, pixels))
+    return counter.get_total_flops()
+
+
+def rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """Operations a second of a square matrix product."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / min(side_by_side({"": lambda: waited_for(a @ a, device)}, 5)[""].seconds)
+
+
+def waited_for(result: Any, device: str) -> Any:
+    """The result, once it is there: CUDA computes behind Python's back."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return result
+
+
+def cosine(a: Tensor, b: Tensor) -> str:
+    """The least cosine of rows."""
+    return f"{F.cosine_similarity(a.cpu(), b.cpu()).min():.5f}"
+
+
+# ---- the parts ----
+
+
+def encoding_speed(options: Options) -> list[Table]:
+    """The image encoder, and what is around it from files to embeddings."""
+    if options.device != "cpu":
+        return [cuda_encoding(options, size) for size in ("base", "clip-l")]
+    batch, models = 4, model_alternatives(options.size)
+    pixels = next(iter(models.values())).config.vl_config.vision_config.image_size
+    images = torch.randn(batch, 3, pixels, pixels)
+    embed = torch.inference_mode()(lambda model: model(target_pixel_values=images).target_embeds)
+    found = {name: embed(model) for name, model in models.items()}
+    timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
+    first, work = next(iter(found.values())), image_operations(models["float32"]) * batch
+    rates = {dtype: rate(dtype, "cpu", 2048 if options.size == "base" else 256) for dtype in (torch.float32, BF16)}
+    floors = [work / rates[model.dtype] for model in models.values()]
+    columns = {
+        "pictures a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
+        "share of the matrix rate": [f"{f / t.median:.2f}" for f, t in zip(floors, timings.values(), strict=True)],
+        "least cosine": [cosine(first, embeds) for embeds in found.values()],
+    }
+    tables = [Table(f"Image encoder, batch of {batch}; floors {listed(floors)} s", timings, columns)]
+    return [*tables, ahead(models["bfloat16"], options), decoding(options)]
+
+
+def ahead(model: PVLFModel, options: Options) -> Table:
+    """`encode_gallery` with batches prepared in turn with encoding, and ahead of it."""
+    processor, cell = make_processor(model), {"bytes": make_jpeg(1200, 900), "path": None}
+    gallery = Dataset.from_dict({"image": [cell] * 16}, Features({"image": Image()}))
+
+    def encode(threads: int) -> Tensor:
+        encoding._threads = lambda device: threads
+        return encoding.encode_gallery(model, processor, gallery, batch_size=4, progress=False)
+
+    asked = encoding._threads
+    try:
+        calls = {f"{n} threads ahead": partial(encode, n) for n in (0, 1, 2)}
+        timings = side_by_side(calls, options.rounds, warmup=0)
+    finally:
+        encoding._threads = asked
+    return Table("`encode_gallery`, bfloat16, 16 JPEGs of 1200 x 900", timings, {})
+
+
+def decoding(options: Options) -> Table:
+    """From a JPEG to pixel values of 384 px."""
+    processor, calls = PVLFImageProcessor(), {}
+    for name, size in {"web": (640, 480), "large": (1600, 1200), "phone": (4000, 3000)}.items():
+        cell = {"bytes": make_jpeg(*size), "path": None}
+        calls[f"{name}, {size[0]} x {size[1]}"] = lambda cell=cell: processor(open_cell(cell, None))
+    return Table("Decoding and preparing one picture, one thread", side_by_side(calls, options.rounds), {})
+
+
+def cuda_encoding(options: Options, size: str) -> Table:
+    """Batches of 64 on a GPU, in bfloat16, against the rate of the card."""
+    model, batch = make_model(size).to(options.device, BF16), 64
+    pixels = model.config.vl_config.vision_config.image_size
+    images = torch.randn(batch, 3, pixels, pixels, device=options.device, dtype=BF16)
+    compiled_model = copy.deepcopy(model)
+    compiled_model.backbone.vision_model.compile()
+
+    @torch.inference_mode()
+    def embed(its: PVLFModel) -> Tensor:
+        return waited_for(its(target_pixel_values=images).target_embeds, options.device)
+
+    models = {"bfloat16": model, "bfloat16, compiled": compiled_model}
+    timings = side_by_side({name: partial(embed, its) for name, its in models.items()}, options.rounds, warmup=3)
+    floor = image_operations(model) * batch / rate(BF16, options.device, 8192)
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            embed(model)
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25))
+    columns = {
+        "pictures a second": [f"{batch / timing.median:.0f}" for timing in timings.values()],
+        "share of the card's matrix rate": [f"{floor / timing.median:.2f}" for timing in timings.values()],
+    }
+    return Table(f"{size} on {torch.cuda.get_device_name()}, batch of {batch}", timings, columns)
+
+
+def query_speed(options: Options) -> list[Table]:
+    """One query, from a picture and words to its embedding."""
+    models = model_alternatives(options.size)
+    processor = make_processor(models["float32"])
+    picture = PILImage.open(BytesIO(make_jpeg(640, 480))).convert("RGB")
+
+    @torch.inference_mode()
+    def embed(model: PVLFModel) -> Tensor:
+        inputs = processor.process_queries(picture, CAPTION).to(options.device)
+        return waited_for(model.get_query_features(**inputs).pooler_output, options.device)
+
+    models = {name: model.to(options.device) for name, model in models.items()}
+    found = [embed(model) for model in models.values()]
+    timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
+    return [Table("One query", timings, {"cosine": [cosine(found[0], embeds) for embeds in found]})]
+
+
+def ranking_speed(options: Options) -> list[Table]:
+    """CIRR's validation split, and how time and memory grow."""
+    sizes = (4181, 2297) if options.size == "base" else (300, 200)
+    inputs = ranking_inputs(*sizes)
+    ways = {"plain: float64 scores, sorted": plain_ranks, "one float32 product": product, "`metrics`": fast_ranks}
+    if not torch.equal(plain_ranks(*inputs), fast_ranks(*inputs)):
+        raise RuntimeError("ranks differ from the plain definition")
+    timings = side_by_side({name: partial(way, *inputs) for name, way in ways.items()}, options.rounds)
+    memory = {"memory over the inputs": [megabytes(added_memory(partial(way, *inputs))) for way in ways.values()]}
+    tables = [Table(f"Ranks and subset ranks, {sizes[0]:,} queries x {sizes[1]:,} images", timings, memory)]
+
+    unit = 10_000 if options.size == "base" else 500
+    grown = [(unit // 5, unit), (unit // 5, 4 * unit), (unit * 4 // 5, 4 * unit)]
+    timings, memory = {}, {"seconds for 10^9 pairs": [], "memory over the inputs": []}
+    for queries, images in grown:
+        name, inputs = f"{queries:,} queries x {images:,} images", ranking_inputs(queries, images)[:4]
+        timings |= side_by_side({name: partial(target_ranks, *inputs)}, options.rounds)
+        memory["seconds for 10^9 pairs"].append(f"{timings[name].median / queries / images * 1e9:.3g}")
+        memory["memory over the inputs"].append(megabytes(added_memory(partial(target_ranks, *inputs))))
+    return [*tables, Table("`target_ranks`: growth", timings, memory)]
+
+
+def ranking_inputs(num_queries: int, num_images: int) -> tuple[Tensor, ...]:
+    """Queries near their targets, gallery, target, reference and subset, as CIRR has them."""
+    torch.manual_seed(0)
+    gallery = random_units(num_images, 256)
+    target = torch.randint(num_images, (num_queries,))
+    members = (target[:, None] + torch.arange(6)) % num_images
+    queries = F.normalize(gallery[target] + 0.2 * torch.randn(num_queries, 256), dim=1)
+    return queries, gallery, target, (target + 1) % num_images, members
+
+
+def random_units(rows: int, width: int) -> Tensor:
+    """float32, normalised in place of a second copy."""
+    embeds = torch.randn(rows, width)
+    for part in embeds.split(50_000):
+        part /= part.norm(dim=1, keepdim=True)
+    return embeds
+
+
+def plain_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tensor, subset: Tensor) -> Tensor:
+    """(2, Q) ranks in the gallery and in the subset, by the definition on the whole matrix."""
+    scores = (F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T).float()
+    ranking = scores.sort(dim=1, descending=True, stable=True).indices
+    ranking = ranking[ranking != exclude[:, None]].view(len(queries), -1)
+    members = (ranking[:, :, None] == subset[:, None]).any(dim=2)
+    hit = ranking == target[:, None]
+    return torch.stack([hit.int().argmax(dim=1), (members.cumsum(dim=1) - 1)[hit]])
+
+
+def product(queries: Tensor, gallery: Tensor, *_: Tensor) -> Tensor:
+    """The floor."""
+    return queries @ gallery.T
+
+
+def fast_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tensor, subset: Tensor) -> Tensor:
+    """As `plain_ranks`."""
+    ranks = target_ranks(queries, gallery, target, exclude)
+    return torch.stack([ranks, subset_ranks(queries, gallery, subset, target, exclude)])
+
+
+def added_memory(call: Callable[[], Any]) -> int:
+    """Bytes at the peak of a call, beyond what was held before (Linux only)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that its use counts
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = held("VmRSS")
+    call()
+    return held("VmHWM") - before
+
+
+def held(which: str) -> int:
+    """Resident memory of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`)."""
+    return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0]) * 1024
+
+
+def search_speed(options: Options) -> list[Table]:
+    """Exact search for one query and many, and approximate search."""
+    rows, k = (1_000_000, 50) if options.size == "base" else (5_000, 10)
+    queries = random_units(256, 256)
+    tables = exact_search(random_units(rows, 256), queries, k, options)
+    return [*tables, approximate_search(min(rows, 30_000), queries, options)]
+
+
+def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> list[Table]:
+    """One query against a pass over the gallery, and many against their product with it."""
+    index = ExactIndex(gallery)
+    one = {
+        "reading the gallery once": lambda: gallery.view(-1).amax(),
+        f"exact, the best {k}": lambda: index.candidates(queries[0], k),
+    }
+    many = {
+        "one product, nothing searched": lambda: queries @ gallery.T,
+        f"exact, the best {k}": lambda: top_k(queries, gallery, k),
+    }
+    title = f"{len(gallery):,} pictures of width 256 ({megabytes(gallery.nbytes)})"
+    return [
+        Table(f"One query, {title}", side_by_side(one, options.rounds * 3), {}),
+        Table(f"256 queries, {title}", side_by_side(many, options.rounds, warmup=0), {}),
+    ]
+
+
+def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:
+    """FAISS's graph on vectors without structure, the worst case, and on such as vary in 32 directions."""
+    directions = torch.randn(32, 256)
+    galleries = {
+        "without structure": (random_units(rows, 256), queries),
+        "of 32 directions": (random_units(rows, 32) @ directions, random_units(256, 32) @ directions),
+    }
+    timings: dict[str, Timing] = {}
+    columns: dict[str, list[str]] = {"recall@10": [], "seconds to build": [], "memory for a million": []}
+    for name, pair in galleries.items():
+        gallery, asked = (F.normalize(embeds, dim=1) for embeds in pair)
+        start = time.perf_counter()
+        indices = {"exact": ExactIndex(gallery), "FAISS": FaissIndex(gallery)}
+        built = time.perf_counter() - start
+        graph = indices["FAISS"].rows.get_index("embeds").faiss_index
+        for way, index in indices.items():
+            timings |= side_by_side({f"{way}, {name}": partial(ask, index, asked[:32])}, options.rounds)
+        columns["recall@10"] += [f"{recall(index, asked, gallery):.3f}" for index in indices.values()]
+        columns["seconds to build"] += ["0", f"{built:.1f}"]
+        columns["memory for a million"] += [megabytes(1e6 * 4 * 256), megabytes(1e6 / rows * serialized(graph))]
+    return Table(f"32 queries in turn, the best 10 of {rows:,} pictures", timings, columns)
+
+
+def ask(index: VectorIndex, queries: Tensor) -> list[set[int]]:
+    """The best ten of each query, as an index finds them."""
+    return [set(index.candidates(query, 10).tolist()) for query in queries]
+
+
+def recall(index: VectorIndex, queries: Tensor, gallery: Tensor) -> float:
+    """Share of the ten nearest that an index finds."""
+    nearest = top_k(queries, gallery, 10)[1].tolist()
+    return float(
+        np.mean([len(found.intersection(best)) / 10 for found, best in zip(ask(index, queries), nearest, strict=True)])
     )
-    scratch = peak_memory(program + f"target_ranks(q, g, torch.arange({count}) % {images})") - peak_memory(program)
-    return "\n".join(
-        [
-            f"**Ranking: {count} queries, {images} images of width 256**",
-            "",
-            table(timings),
-            "",
-            f"Memory beyond the embeddings: {scratch / 2**20:.0f} MiB.",
-        ]
-    )
 
 
-def search(size: str, device: str, rounds: int) -> str:
-    """The 50 best of a million, for one query and for 256; FAISS's graph with its recall, on fewer."""
-    images = 1_000_000 if size == "base" else 20_000
-    gallery, queries = embeds(images), embeds(256)
-    index, query = ExactIndex(gallery), queries[0]
-    one = side_by_side(
-        {"the bytes read once (sum)": gallery.sum, "exact, 50 best": lambda: index.candidates(query, 50)}, rounds
-    )
-    many = side_by_side(
-        {"the matrix product": lambda: queries @ gallery.T, "top_k, 50 best": lambda: top_k(queries, gallery, 50)},
-        max(1, rounds // 2),
-    )
-    fewer = gallery[: 50_000 if size == "base" else 5_000]
-    graph, exact = FaissIndex(fewer), ExactIndex(fewer)
-    found = [len({*graph.candidates(q, 10).tolist()} & {*best(exact, q, 10)}) for q in queries]
-    approximate = side_by_side(
-        {"exact": lambda: exact.candidates(query, 10), "FAISS": lambda: graph.candidates(query, 10)}, rounds, calls=10
-    )
-    return "\n".join(
-        [
-            f"**Search: one query, {images:,} images of width 256 ({gallery.nbytes / 1e9:.2f} GB)**",
-            "",
-            table(one),
-            "",
-            f"**Search: 256 queries, {images:,} images**",
-            "",
-            table(many),
-            "",
-            f"**Search: one query, {len(fewer):,} random images, 10 best**",
-            "",
-            table(approximate),
-            "",
-            f"FAISS finds {sum(found) / 10 / len(found):.1%} of the ten best.",
-        ]
-    )
+def serialized(graph: Any) -> int:
+    """Bytes of a FAISS index, vectors included."""
+    import faiss
+
+    return faiss.serialize_index(graph).nbytes
 
 
-def best(index: ExactIndex, query: torch.Tensor, k: int) -> list[int]:
-    """The k best among an index's candidates."""
-    rows = index.candidates(query, k)
-    return rows[(index.embeds[rows] @ query).topk(k).indices].tolist()
+def startup_speed(options: Options) -> list[Table]:
+    """Importing the package, and reading a checkpoint."""
+    calls = {name: partial(in_new_process, code) for name, code in BASES.items()}
+    imports = side_by_side(calls, options.rounds * 2)
+    with tempfile.TemporaryDirectory(dir=HERE.parent) as folder:  # /tmp may be memory, which is not read from
+        make_model(options.size).save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        size, shares = file.stat().st_size, []
+        for _ in range(options.rounds):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the cache
+            shares.append(int(in_new_process(READING.format(folder=folder))) / size)
+        loading = side_by_side({"loading a checkpoint": partial(in_new_process, READING.format(folder=folder))}, 1)
+    read = {"bytes read from disk / bytes of the file": [f"{median(shares):.3f}"]}
+    return [
+        Table("Import, in a fresh process", imports, {}),
+        Table(f"Checkpoint of {size / 1e6:.0f} MB, import included", loading, read),
+    ]
 
 
-def startup(size: str, device: str, rounds: int) -> str:
-    """Imports in fresh processes, and the bytes that loading the emoji checkpoint reads."""
-
-    def run(code: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-    base = (
-        "import torch; from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, "
-        "BlipForImageTextRetrieval, CLIPModel, Pipeline, PreTrainedModel, ProcessorMixin; "
-        "from transformers.image_processing_backends import PilBackend; from transformers.pipelines import pipeline"
-    )
-    timings = side_by_side(
-        {"torch, and what we use of transformers": run(base), "import pvlf_hf": run("import pvlf_hf")}, rounds
-    )
-    code = (
-        "import pvlf_hf; from transformers import AutoModel\n"
-        "def read(): return int(open('/proc/self/io').read().split()[1])\n"
-        f"before = read(); AutoModel.from_pretrained({str(TINY)!r}); print(read() - before)"
-    )
-    text = ["**Start-up: fresh processes**", "", table(timings)]
-    if Path("/proc/self/io").exists():
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        weights = (TINY / "model.safetensors").stat().st_size
-        text += [
-            "",
-            f"Loading read {int(done.stdout.split()[-1]):,} bytes by calls; the weights, mapped, are {weights:,}.",
-        ]
-    return "\n".join(text)
+READING = """
+from pvlf_hf import PVLFModel
+from transformers.utils import logging
+logging.disable_progress_bar()
+count = lambda: int(open("/proc/self/io").read().split(" read_bytes: ".strip())[1].split()[0])
+before = count()
+total = sum(float(p.detach().sum()) for p in PVLFModel.from_pretrained({folder!r}).parameters())
+print(count() - before)
+"""
 
 
-PARTS = {"encoding": encoding, "ranking": ranking, "search": search, "startup": startup}
+def in_new_process(code: str) -> str:
+    """What a fresh Python process prints."""
+    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def written(document: str, found: dict[str, str]) -> str:
-    """The document with the tables of the parts that were measured."""
-    for name, text in found.items():
-        start, end = f"<!-- {name}: written by benchmark.py -->", f"<!-- end of {name} -->"
-        head, _, rest = document.partition(start)
-        document = f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
-    return document
+# ---- rendering ----
+
+
+def listed(numbers: list[float]) -> str:
+    """Different numbers, in their order."""
+    return " / ".join(dict.fromkeys(f"{number:.2g}" for number in numbers))
+
+
+def megabytes(size: float) -> str:
+    """A size in bytes, as text."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def markdown(table: Table) -> str:
+    """The table, medians with [lowest, highest round]."""
+    heads = ["", "seconds (median)", "times faster [rounds]", *table.columns]
+    lines = [f"**{table.title}**", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    first = next(iter(table.timings.values()))
+    for place, timing in enumerate(table.timings.values()):
+        ratio, low, high = timing.speedup_over(first)
+        cells = [timing.name, f"{timing.median:.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
+        lines.append(f"| {' | '.join(cells + [column[place] for column in table.columns.values()])} |")
+    return "\n".join([*lines, ""])
+
+
+def machine(size: str, device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "load": os.getloadavg()[0],
+        "operations a second": {
+            str(dtype): rate(dtype, device, 2048 if size == "base" else 256) for dtype in (torch.float32, BF16)
+        },
+    }
+
+
+def write_between(file: Path, part: str, text: str) -> None:
+    """Replaces what stands between a part's two comments."""
+    start, end = f"<!-- {part}: written by benchmark.py -->", f"<!-- end of {part} -->"
+    before, rest = file.read_text().split(start)
+    file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+PARTS: dict[str, Callable[[Options], list[Table]]] = {
+    "encoding": encoding_speed,
+    "query": query_speed,
+    "ranking": ranking_speed,
+    "search": search_speed,
+    "startup": startup_speed,
+}
 
 
 def main() -> None:
     """Measures, prints Markdown and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "base"], default="base")
-    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS])
-    parser.add_argument("--device", default="cpu", help="Where encoders run.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--device", default="cpu", help="of encoding and queries")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="on a GPU, print what its time goes to")
+    parser.add_argument("--write", action="store_true", help="renew the tables of PERFORMANCE.md")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"))
-    parser.add_argument("--write", action="store_true", help="Renew the tables of PERFORMANCE.md.")
     args = parser.parse_args()
-    found = {}
-    for name in args.only:
-        found[name] = PARTS[name](args.size, args.device, args.rounds)
-        print(found[name] + "\n", flush=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-    }
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    options = Options(args.size, args.device, args.rounds, args.profile)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = {"size": args.size, "machine": machine, "threads": torch.get_num_threads(), "parts": found}
-    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if args.write:
-        DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
+    written: dict[str, Any] = {
+        "size": args.size,
+        "machine": machine(args.size, args.device),
+        "environment": environment(),
+    }
+    for part in args.only:
+        tables = PARTS[part](options)
+        text = "\n".join(map(markdown, tables))
+        print(f"## {part}\n\n{text}", flush=True)
+        written[part] = [
+            {"title": t.title, "seconds": {n: x.seconds for n, x in t.timings.items()}, **t.columns} for t in tables
+        ]
+        (args.output_dir / "results.json").write_text(json.dumps(written, indent=2) + "\n")
+        if args.write:
+            write_between(DOCUMENT, part, f"{described(written['machine'])}\n\n{text}")
+    print(described(written["machine"]))
+
+
+def described(facts: dict[str, Any]) -> str:
+    """The machine in a line."""
+    rates = facts["operations a second"]
+    return (
+        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f}; a matrix product makes "
+        f"{rates['torch.float32'] / 1e9:.0f} GFLOP/s in float32 and {rates['torch.bfloat16'] / 1e9:.0f} in bfloat16."
+    )
 
 
 if __name__ == "__main__":

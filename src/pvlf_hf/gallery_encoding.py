@@ -89,7 +89,8 @@ class Reader:
     def process_targets(self, cells: list[dict[str, Any]]) -> BatchFeature:
         """Inputs of undecoded cells."""
         pixels = torch.cat([self._read(cell) for cell in cells])
-        self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
+        with self.bar.get_lock():  # several threads read
+            self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
         return BatchFeature({"pixel_values": pixels})
 
     def _read(self, cell: dict[str, Any]) -> Tensor:

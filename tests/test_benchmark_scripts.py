@@ -1,0 +1,44 @@
+"""The benchmarks run; what they measure is a matter for an idle machine."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import enable_progress_bars
+from transformers.utils import logging
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    verbosity = logging.get_verbosity()
+    yield importlib.import_module("benchmark")
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+    enable_progress_bars()
+
+
+def test_every_part_is_measured_and_written(benchmark, monkeypatch, tmp_path, capsys):
+    parts = ["encoding", "query", "ranking", "search"]  # start-up takes as long as all others here
+    page = tmp_path / "page.md"
+    page.write_text(
+        "\n".join(f"# {p}\n<!-- {p}: written by benchmark.py -->\nold\n<!-- end of {p} -->\nwords" for p in parts)
+    )
+    arguments = ["--size", "tiny", "--rounds", "1", "--output_dir", str(tmp_path), "--write", "--only"]
+    monkeypatch.setattr(benchmark, "DOCUMENT", page)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, *parts])
+    benchmark.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    for part in parts:
+        for table in results[part]:
+            assert all(seconds > 0 for times in table["seconds"].values() for seconds in times)
+            assert f"**{table['title']}**" in page.read_text()
+    exact = results["search"][-1]
+    assert exact["recall@10"][0] == exact["recall@10"][2] == "1.000"
+    assert "old" not in page.read_text() and page.read_text().count("words") == len(parts)
+    assert "## ranking" in capsys.readouterr().out
