@@ -1,0 +1,65 @@
+"""The benchmark of training, at toy size: its alternatives compute the same, and what it says of them can be read."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
+
+import benchmark_training as benchmark
+from measuring import Timing, peak_memory
+
+
+@pytest.fixture
+def model():
+    model = benchmark.make_model("tiny", "both")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "is_causal"):
+            module.dropout = 0.0
+    return model
+
+
+def test_all_ways_take_the_same_step(model):
+    torch.manual_seed(1)
+    batch = benchmark.make_batch(model, 4)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = {}
+    for name, way in {**benchmark.BOTH, "in chunks": benchmark.Way(chunk_size=3)}.items():
+        model.load_state_dict(weights)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        first = benchmark.step(model, optimizer, batch, way)
+        losses[name] = torch.stack([first, benchmark.step(model, optimizer, batch, way)])
+    wanted = losses.pop(next(iter(benchmark.BOTH)))
+    assert (wanted[0] - wanted[1]).abs() > 0.02  # the step has an effect
+    for name, loss in losses.items():
+        tolerance = 0.02 if "bf16" in name else 1e-4
+        torch.testing.assert_close(loss, wanted, rtol=tolerance, atol=0, msg=f"{name}: {loss} instead of {wanted}")
+
+
+def test_cached_steps_do_less():
+    tables = benchmark.cache("tiny", rounds=1)
+    assert list(tables) == ["finetuning=frozen, batch 8", "finetuning=text, batch 8"]
+    for lines in tables.values():
+        eager, encoded, cached = lines
+        assert eager["floor"] == encoded["floor"] > cached["floor"] > 0
+    text = benchmark.markdown(tables)
+    assert text.count("| cached | ") == 2 and "| floor, s |" in text
+
+
+def test_lines_compare_by_the_triplet():
+    timings = {name: Timing(name, [seconds]) for name, seconds in (("small", 2.0), ("large", 4.0))}
+    small, large = benchmark.outcome(timings, rows=[2, 8], peak=[10, 30])
+    assert (small["seconds"], large["seconds"]) == ([1.0], [0.5])
+    assert large["times_faster"] == (2.0, 2.0, 2.0)
+    assert "| large | 0.5 | 2.00 [2.00, 2.00] | 0.00 (300%) |" in benchmark.markdown({"sizes": [small, large]})
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    held = bytearray(300 * 2**20)  # would be inherited
+    small, large = peak_memory("pass"), peak_memory("x = bytearray(100 * 2**20)")
+    assert small < 50 * 2**20 < len(held)
+    assert 100 * 2**20 < large < 150 * 2**20
