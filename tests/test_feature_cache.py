@@ -26,9 +26,14 @@ def squares(tmp_path):
     return each_with_each(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
 
 
+def plain_model():
+    """Random weights at a temperature of 0.01 make losses of tens, which magnify rounding; so does dropout of 0.5."""
+    return make_model(temperature=0.1, dropout=0.0)
+
+
 @pytest.fixture
 def tiny_model():
-    return make_model(temperature=0.1)  # at 0.01 random weights make losses of tens, which magnify rounding
+    return plain_model()
 
 
 @pytest.fixture
@@ -48,8 +53,9 @@ def train(model, triplets, folder, finetuning, cache=None):
         feature_cache=cache and str(cache),
         max_steps=4,
         per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        encoder_learning_rate=1e-3,
+        optim="sgd",  # Adam makes steps of full length of a gradient that is all rounding
+        learning_rate=1e-2,
+        encoder_learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -62,9 +68,9 @@ def train(model, triplets, folder, finetuning, cache=None):
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text"])
 def test_training_is_the_same_within_float16(tiny_model, encoded_images, squares, tmp_path, finetuning):
-    plain = train(make_model(temperature=0.1), squares, tmp_path, finetuning)
+    plain = train(plain_model(), squares, tmp_path, finetuning)
     cached = train(tiny_model, squares, tmp_path, finetuning, tmp_path / "cache")
-    torch.testing.assert_close(cached, plain, rtol=0, atol=5e-3)
+    torch.testing.assert_close(cached, plain, rtol=0, atol=1e-3)
     assert (plain[0] - plain[-1]).abs() > 0.02  # the trajectory moves by more than what is tolerated
     assert encoded_images == [len(COLOURS)]  # before the first step, and never again
 

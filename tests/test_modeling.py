@@ -123,7 +123,9 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
         parameter.normal_(std=0.3)  # biases and norms start at 0 and 1, which would hide mistakes
     model.double()  # so that only a mistake makes a difference
     inputs = query_of(make_inputs(backbone))
-    output = model.get_query_features(**inputs)
+    output = model.get_query_features(**inputs)  # of the last layer, only what is read
+    everything = model.get_query_features(**inputs, output_hidden_states=True)
+    torch.testing.assert_close(output.aggregation_weights, everything.aggregation_weights)
     image = model.get_image_features(inputs["pixel_values"]).last_hidden_state
     text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
     for row, n in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
@@ -133,7 +135,7 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
         torch.testing.assert_close(output.aggregation_weights[row], weights)
         padded = text.shape[1] - n
         kept = [*range(n), *range(n + padded, n + padded + len(u) - n)]
-        torch.testing.assert_close(output.last_hidden_state[row, kept], u)
+        torch.testing.assert_close(everything.hidden_states[-1][row, kept], u)
 
 
 @torch.no_grad()
@@ -166,9 +168,8 @@ def test_forward_returns_what_its_parts_return(backbone):
     assert torch.equal(output.aggregation_weights, query.aggregation_weights)
     assert torch.equal(output.loss, focal_info_nce(query.pooler_output, target.pooler_output))
     length = 8 + 3 + 1 + 16  # caption, prompts, class token, patches
-    assert query.last_hidden_state.shape == (3, length, 32)
     assert [state.shape for state in output.hidden_states] == [(3, length, 32)] * 3
-    assert torch.equal(output.hidden_states[-1], query.last_hidden_state)
+    assert all(map(torch.equal, output.hidden_states, query.hidden_states))
     assert output.attentions is None and query.attentions is None
     assert target.last_hidden_state.shape == (3, 17, 32)
     for embeds in (output.query_embeds, output.target_embeds):
@@ -400,6 +401,18 @@ def gradients(model, **kwargs):
     loss = model(**make_inputs(model.config.vl_config.model_type, batch=5), **kwargs).loss
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_what_nobody_reads_has_no_gradient_either(backbone, residual, attention):
+    """Gradients are the same whether the last layer is computed where it is read or everywhere."""
+    model = make_model(backbone, residual=residual, temperature=1.0)
+    model.set_attn_implementation(attention)
+    read, everywhere = gradients(model), gradients(model, output_hidden_states=True)
+    assert read.keys() == everywhere.keys()
+    for name, wanted in everywhere.items():
+        torch.testing.assert_close(read[name], wanted, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("finetuning", FINETUNING)

@@ -50,7 +50,7 @@ def test_query_logits_and_loss(backbone, text_padding, path, attention):
 def test_fusion_output(backbone):
     model, io, inputs = reference_model(backbone), reference_io(backbone), reference_inputs(backbone)
     inputs.pop("target_pixel_values")
-    close(model.get_query_features(**inputs).last_hidden_state, io["fusion_out_slow"])
+    close(model.get_query_features(**inputs, output_hidden_states=True).hidden_states[-1], io["fusion_out_slow"])
 
 
 @pytest.mark.parametrize(("text_padding", "prefix"), [("transagg", "grad."), ("masked", "grad_bool.")])

@@ -38,16 +38,13 @@ class PVLFQueryOutput(ModelOutput):
 
     Args:
         pooler_output (float32 `(batch, d)`): the query embedding f_q, L2-normalised.
-        last_hidden_state (`(batch, n + p + 1 + m, d)`):
-            the fusion Transformer's output, in the order text, prompts, image.
         aggregation_weights (`(batch, 3)`): w of eq. 13, for the image feature, the fused feature and the text feature.
         hidden_states (`tuple`, with `output_hidden_states=True`): the input of the first fusion layer, and every
-            layer's output.
+            layer's output, each `(batch, n + p + 1 + m, d)` in the order text, prompts, image.
         attentions (`tuple`, with `output_attentions=True`): one `(batch, heads, length, length)` a fusion layer.
     """
 
     pooler_output: Tensor | None = None
-    last_hidden_state: Tensor | None = None
     aggregation_weights: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -111,17 +108,22 @@ class PVLFFusionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`(batch, length, d)` to the same shape, and the weights where the implementation gives them."""
-        batch, length, _ = hidden_states.shape
+    def forward(
+        self, asking: Tensor, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `(batch, k, d)` find in `(batch, length, d)`, and the weights where the implementation has them."""
         query, key, value = (
-            projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, states in (
+                (self.q_proj, asking),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )  # (batch, heads, length, head_dim)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.out_proj(out.reshape(batch, length, -1)), weights
+        return self.out_proj(out.flatten(-2)), weights
 
 
 class PVLFFusionLayer(GradientCheckpointingLayer):
@@ -142,12 +144,17 @@ class PVLFFusionLayer(GradientCheckpointingLayer):
         """`(batch, length, d)` to the same shape."""
         return self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(hidden_states)))))
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`(batch, length, d)` to the same shape, and the attention weights."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(batch, length, d)` to the same shape, or at k positions each to `(batch, k, d)`; the attention weights."""
         normed = self.norm1(hidden_states)
         # eq. 10 feeds the attention U itself and adds LN(U); pre-norm feeds it LN(U) and adds U.
         attention_input, residual = (hidden_states, normed) if self.literal_residual else (normed, hidden_states)
-        attended, weights = self.self_attn(attention_input, attention_mask)
+        asking = attention_input
+        if read is not None:
+            asking, residual = pick(asking, read), pick(residual, read)
+        attended, weights = self.self_attn(asking, attention_input, attention_mask)
         hidden_states = residual + self.dropout(attended)
         normed = self.norm2(hidden_states)
         residual = normed if self.literal_residual else hidden_states
@@ -167,15 +174,17 @@ class PVLFFusion(nn.Module):
         if text_mask is None:
             return None
         seen = text_mask.new_ones(text_mask.shape[0], self.config.num_prompts + num_image_tokens)
-        mask = torch.cat([text_mask, seen], dim=1)
+        seen = torch.cat([text_mask, seen], dim=1)
         if self.config.text_padding == "transagg":
             if self.config._attn_implementation not in ("eager", "sdpa"):
                 raise ValueError("text_padding='transagg' adds to attention scores: use eager or sdpa attention")
-            return (mask == 0).to(hidden_states.dtype)[:, None, None, :]  # added to the scores: padding gains 1.0
-        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=mask)
+            return (seen == 0).to(hidden_states.dtype)[:, None, None, :]  # added to the scores: padding gains 1.0
+        mask: Any = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=seen)
+        # (batch, 1, length, length) with equal rows: one will do for however many ask. Flash attention's has no rows.
+        return mask if mask is None or mask.ndim < 4 else mask[:, :, :1]
 
     def forward(
-        self, text_tokens: Tensor, image_tokens: Tensor, text_mask: Tensor | None, keep_all: bool = False
+        self, text_tokens: Tensor, image_tokens: Tensor, text_mask: Tensor | None, read: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Runs the layers over [text, prompts, image] (eq. 8-12).
 
@@ -183,11 +192,12 @@ class PVLFFusion(nn.Module):
             text_tokens: `(batch, n, d)`.
             image_tokens: `(batch, 1 + m, d)`.
             text_mask: `(batch, n)`, 0 for padding, or None.
-            keep_all: return every layer's states; otherwise only the last is kept.
+            read: int64 `(batch, k)`, the positions of the output that are wanted, which spares the last layer the
+                others; all of them by default.
 
         Returns:
-            the last layer's output `(batch, n + p + 1 + m, d)`; with `keep_all` the tuples of hidden states (input
-            first) and attention weights, else two empty tuples.
+            the last layer's output `(batch, k, d)` and two empty tuples; without `read` `(batch, n + p + 1 + m, d)`
+            and the tuples of hidden states (input first) and attention weights.
         """
         batch, n, _ = text_tokens.shape
         after_prompts = n + self.config.num_prompts
@@ -199,11 +209,12 @@ class PVLFFusion(nn.Module):
             if 0 < depth < len(prompts):  # eq. 12: fresh prompts, the outputs at their places dropped
                 text, image = hidden_states[:, :n], hidden_states[:, after_prompts:]
                 hidden_states = torch.cat([text, prompts[depth], image], dim=1)
-            hidden_states, weights = layer(hidden_states, attention_mask)
-            if keep_all:
+            is_last = depth == len(self.layers) - 1
+            hidden_states, weights = layer(hidden_states, attention_mask, read if is_last else None)
+            if read is None:
                 states.append(hidden_states)
                 attentions.append(weights)
-        return (hidden_states, tuple(states), tuple(attentions)) if keep_all else (hidden_states, (), ())
+        return (hidden_states, tuple(states), tuple(attentions)) if read is None else (hidden_states, (), ())
 
 
 class PVLFAggregation(nn.Module):
@@ -486,17 +497,17 @@ class PVLFModel(PVLFPreTrainedModel):
                 f"{self.config._attn_implementation!r} attention does not return its weights: call "
                 "model.set_attn_implementation('eager') first"
             )
-        hidden, states, attentions = self.fusion(
-            text_tokens, image_tokens, attention_mask, keep_all=output_attentions or output_hidden_states
-        )
+        image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.num_prompts)
+        read = torch.stack([image_position, text_position], dim=1)
+        keep_all = output_attentions or output_hidden_states
+        hidden, states, attentions = self.fusion(text_tokens, image_tokens, attention_mask, None if keep_all else read)
         encoder = (image_tokens[:, 0], pick(text_tokens, text_position))
-        fused = (hidden[:, text_tokens.shape[1] + self.config.num_prompts], pick(hidden, text_position))
+        fused = (pick(hidden, read) if keep_all else hidden).unbind(1)
         mlp_input = fused if self.config.aggregation_mlp_input == "fused" else encoder
         sum_input = fused if self.config.aggregation_sum_input == "fused" else encoder
         query, weights = self.aggregation(*mlp_input, *sum_input)
         return PVLFQueryOutput(
             pooler_output=normalize(query),
-            last_hidden_state=hidden,
             aggregation_weights=weights,
             hidden_states=states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
@@ -638,8 +649,9 @@ def normalize(features: Tensor) -> Tensor:
 
 
 def pick(tokens: Tensor, position: Tensor) -> Tensor:
-    """`(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`."""
-    return tokens[torch.arange(tokens.shape[0], device=tokens.device), position]
+    """`(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    return tokens[rows if position.ndim == 1 else rows[:, None], position]
 
 
 PVLFModel.register_for_auto_class("AutoModel")
