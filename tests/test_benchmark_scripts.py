@@ -30,7 +30,7 @@ def test_every_part_is_measured_and_written(benchmark, monkeypatch, tmp_path, ca
         "\n".join(f"# {p}\n<!-- {p}: written by benchmark.py -->\nold\n<!-- end of {p} -->\nwords" for p in parts)
     )
     arguments = ["--size", "tiny", "--rounds", "1", "--output_dir", str(tmp_path), "--write", "--only"]
-    monkeypatch.setattr(benchmark, "DOCUMENT", page)
+    monkeypatch.setattr(sys.modules["measuring"], "DOCUMENT", page)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, *parts])
     benchmark.main()
     results = json.loads((tmp_path / "results.json").read_text())

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 
 import benchmark_training as benchmark
-from measuring import Timing, peak_memory
+from measuring import Table, Timing, markdown, peak_memory
 
 
 @pytest.fixture
@@ -42,20 +42,18 @@ def test_all_ways_take_the_same_step(model):
 
 def test_cached_steps_do_less():
     tables = benchmark.cache("tiny", rounds=1)
-    assert list(tables) == ["finetuning=frozen, batch 8", "finetuning=text, batch 8"]
-    for lines in tables.values():
-        eager, encoded, cached = lines
-        assert eager["floor"] == encoded["floor"] > cached["floor"] > 0
-    text = benchmark.markdown(tables)
-    assert text.count("| cached | ") == 2 and "| floor, s |" in text
+    assert [table.title for table in tables] == ["finetuning=frozen, batch 8", "finetuning=text, batch 8"]
+    for table in tables:
+        floors = dict(zip(table.timings, map(float, table.columns["floor, s"]), strict=True))
+        assert floors["encoded"] > floors["cached"] > 0
 
 
-def test_lines_compare_by_the_triplet():
+def test_batches_are_compared_by_the_triplet():
     timings = {name: Timing(name, [seconds]) for name, seconds in (("small", 2.0), ("large", 4.0))}
-    small, large = benchmark.outcome(timings, rows=[2, 8], peak=[10, 30])
-    assert (small["seconds"], large["seconds"]) == ([1.0], [0.5])
-    assert large["times_faster"] == (2.0, 2.0, 2.0)
-    assert "| large | 0.5 | 2.00 [2.00, 2.00] | 0.00 (300%) |" in benchmark.markdown({"sizes": [small, large]})
+    each = benchmark.by_the_triplet(timings, rows=[2, 8])
+    text = markdown(Table("sizes", each, benchmark.memory([10**9, 3 * 10**9])))
+    assert "| small | 1 | 1.00 [1.00, 1.00] | 1.00 (100%) |" in text
+    assert "| large | 0.5 | 2.00 [2.00, 2.00] | 3.00 (300%) |" in text
 
 
 def test_peak_memory_is_that_of_the_process_alone():

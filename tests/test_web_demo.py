@@ -227,7 +227,12 @@ def test_a_phone_has_room_for_it(browse):
         page.wait_for_function("scrollY > 100")  # to the results
 
 
-def test_pictures_are_shown_without_their_metadata(browse, url, gallery):
+@pytest.mark.reliability(
+    5,
+    "What is shown, of the gallery or uploaded, is pixels: no place, no description",
+    broken=("src/pvlf_hf/web_demo.py", "return PILImage.fromarray(np.asarray(rgb))", "return rgb"),
+)
+def test_pictures_are_shown_without_their_metadata(browse, url, gallery, figure):
     page = browse()
     secret = with_secret(Image.linear_gradient("L").resize((120, 60)).convert("RGB"))
     assert SECRET.encode() in secret and SECRET.encode() in Path(gallery.paths[-1]).read_bytes()
@@ -243,32 +248,44 @@ def test_pictures_are_shown_without_their_metadata(browse, url, gallery):
             assert picture.format == "WEBP" and not picture.getexif() and SECRET.encode() not in content
     with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as picture:
         assert picture.size == (60, 120)  # turned upright all the same
+    figure(f"{len(sources)} pictures, two of them of files with GPS")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "/etc/passwd",
-        "{uploads}/../../etc/passwd",
-        "{uploads}/..%2f..%2fetc/passwd",
-        "{photo}",
-        "pyproject.toml",
-        ".gradio/cached_examples/log.csv",
-        "http://127.0.0.1:{port}/",
-        "https://example.com/picture.png",
-        "file:///etc/passwd",
-        "%00",
-    ],
+NOT_OURS = [
+    "/etc/passwd",
+    "{uploads}/../../etc/passwd",
+    "{uploads}/..%2f..%2fetc/passwd",
+    "{photo}",
+    "pyproject.toml",
+    ".gradio/cached_examples/log.csv",
+    "http://127.0.0.1:{port}/",
+    "https://example.com/picture.png",
+    "file:///etc/passwd",
+    "%00",
+]
+
+
+@pytest.mark.reliability(
+    5,
+    "Of files, only pictures that the demo itself has put there are served, by none of Gradio's routes any other",
+    broken=("src/pvlf_hf/request_guard.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
 )
-def test_no_other_file_is_served(url, gallery, file):
-    file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
-    for route in ("file=", "file/", "proxy="):
-        answer = httpx.get(f"{url}gradio_api/{route}{file}")
-        assert answer.status_code == 403, route
-        assert answer.json() == {"detail": "only pictures of this gallery are served"}, route  # by us, before Gradio
+def test_no_other_file_is_served(url, gallery, figure):
+    for file in NOT_OURS:
+        file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
+        for route in ("file=", "file/", "proxy="):
+            answer = httpx.get(f"{url}gradio_api/{route}{file}")
+            refusal = answer.status_code, answer.json()
+            assert refusal == (403, {"detail": "only pictures of this gallery are served"}), route + file  # by us
+    figure(f"{len(NOT_OURS)} names by 3 routes, refused")
 
 
-def test_requests_are_bounded(url):
+@pytest.mark.reliability(
+    5,
+    "Uploads, other requests and what a client sends in a minute are bounded, each client by itself",
+    broken=("src/pvlf_hf/request_guard.py", "if self._is_too_fast(", "if False and self._is_too_fast("),
+)
+def test_requests_are_bounded(url, figure):
     api = url + "gradio_api"
     assert "larger than 64 KB" in httpx.post(f"{api}/queue/join", content=b"x" * 2**17).json()["detail"]
     huge = httpx.post(f"{api}/upload", files={"files": ("huge.png", bytes(21 * 2**20))})
@@ -284,6 +301,7 @@ def test_requests_are_bounded(url):
         codes = [client.post(f"{api}/queue/join", content=b"{").status_code for _ in range(REQUESTS_PER_MINUTE + 5)]
     assert codes == [400] * REQUESTS_PER_MINUTE + [429] * 5
     assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 400  # others are not kept waiting
+    figure(f"21 MiB, 128 KiB, no length, a length of 5,000 digits, {REQUESTS_PER_MINUTE + 5} requests: refused")
 
 
 @pytest.mark.parametrize(
@@ -306,18 +324,34 @@ def test_odd_requests_are_refused(url, content, code):
     assert httpx.post(f"{url}gradio_api/queue/join", content=content, headers=headers).status_code == code
 
 
-def test_huge_pictures_are_not_decoded(tmp_path):
+@pytest.mark.reliability(
+    5,
+    "An upload of more than 64 million pixels is refused before it is decoded",
+    broken=("src/pvlf_hf/web_demo.py", "if picture.width * picture.height <= MAX_PIXELS:", "if True:"),
+)
+def test_huge_pictures_are_not_decoded(tmp_path, figure):
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"9000 x 9000 pixels, more than 64,000,000: make it smaller"):
         web_demo.open_upload(tmp_path / "huge.png")
+    figure("9,000 x 9,000")
 
 
-def test_only_this_machine_is_served(url):
+@pytest.mark.reliability(
+    5,
+    "By default only this machine is served, and no page of another name (DNS rebinding)",
+    broken=(
+        "src/pvlf_hf/web_demo.py",
+        "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
+        "pass",
+    ),
+)
+def test_only_this_machine_is_served(url, figure):
     port = httpx.URL(url).port
     assert httpx.get(url).status_code == 200
     assert httpx.get(url, headers={"Host": "pictures.example.com"}).status_code == 400
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # another address of this machine
+    figure("another address: no connection; another name: refused")
 
 
 def test_a_port_in_use_is_named(url, gallery):
@@ -328,11 +362,17 @@ def test_a_port_in_use_is_named(url, gallery):
         web_demo.launch(gallery, host="192.0.2.1")
 
 
-def test_many_clients_get_right_answers(url, other_gallery):
+@pytest.mark.reliability(
+    5,
+    "12 clients for four seconds, good and bad requests mixed: every answer right, every refusal a sentence",
+    broken=("src/pvlf_hf/web_demo.py", "temporary.replace(file)", 'temporary.rename(file.with_suffix(".lost"))'),
+)
+def test_many_clients_get_right_answers(url, other_gallery, figure):
     with ThreadPoolExecutor(1) as thread:
         report = thread.submit(load, url, other_gallery, clients=12, seconds=4).result()
     assert report.good, report
     assert report.counts["right"] > 20 and report.counts["refused"] > 5
+    figure("no answer wrong or lost")
 
 
 def test_a_hub_space_runs_it(gallery, tmp_path):

@@ -10,13 +10,9 @@ alternative, or the bytes it has to read, would take at the rate that this machi
 one pass over memory. What was found, with predictions, is in PERFORMANCE.md, whose tables `--write` renews.
 """
 
-import argparse
 import copy
 import ctypes
-import json
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -31,24 +27,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, disable_progress_bars
-from measuring import Timing, side_by_side
+from datasets import Dataset, Features, Image
+from measuring import Table, Timing, matrix_rate, measure, parser_of, side_by_side, waited_for
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
-from transformers.utils import logging
 
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encoding
-from pvlf_hf.evaluation import environment
 from pvlf_hf.gallery_encoding import open_cell
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
 
 HERE = Path(__file__).parent
-DOCUMENT = HERE / "PERFORMANCE.md"
 TINY = HERE.parent / "model_cards" / "pvlf-emoji-tiny"
 CAPTION = "the same dress but shorter and with long dark sleeves"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -69,14 +62,6 @@ class Options(NamedTuple):
     device: str
     rounds: int
     profile: bool
-
-
-class Table(NamedTuple):
-    """Alternatives, the first of which the others are compared with; further columns by their heads."""
-
-    title: str
-    timings: dict[str, Timing]
-    columns: dict[str, list[str]]
 
 
 # ---- models and pictures ----
@@ -150,19 +135,6 @@ def image_operations(model: PVLFModel) -> int:
     return counter.get_total_flops()
 
 
-def rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
-    """Operations a second of a square matrix product."""
-    a = torch.randn(size, size, dtype=dtype, device=device)
-    return 2 * size**3 / min(side_by_side({"": lambda: waited_for(a @ a, device)}, 5)[""].seconds)
-
-
-def waited_for(result: Any, device: str) -> Any:
-    """The result, once it is there: CUDA computes behind Python's back."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return result
-
-
 def cosine(a: Tensor, b: Tensor) -> str:
     """The least cosine of rows."""
     return f"{F.cosine_similarity(a.cpu(), b.cpu()).min():.5f}"
@@ -182,7 +154,8 @@ def encoding_speed(options: Options) -> list[Table]:
     found = {name: embed(model) for name, model in models.items()}
     timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
     first, work = next(iter(found.values())), image_operations(models["float32"]) * batch
-    rates = {dtype: rate(dtype, "cpu", 2048 if options.size == "base" else 256) for dtype in (torch.float32, BF16)}
+    side = 2048 if options.size == "base" else 256
+    rates = {dtype: matrix_rate(dtype, size=side) for dtype in (torch.float32, BF16)}
     floors = [work / rates[model.dtype] for model in models.values()]
     columns = {
         "pictures a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
@@ -234,7 +207,7 @@ def cuda_encoding(options: Options, size: str) -> Table:
 
     models = {"bfloat16": model, "bfloat16, compiled": compiled_model}
     timings = side_by_side({name: partial(embed, its) for name, its in models.items()}, options.rounds, warmup=3)
-    floor = image_operations(model) * batch / rate(BF16, options.device, 8192)
+    floor = image_operations(model) * batch / matrix_rate(BF16, options.device, 8192)
     if options.profile:
         with torch.profiler.profile() as profile:
             embed(model)
@@ -457,39 +430,6 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f} MB"
 
 
-def markdown(table: Table) -> str:
-    """The table, medians with [lowest, highest round]."""
-    heads = ["", "seconds (median)", "times faster [rounds]", *table.columns]
-    lines = [f"**{table.title}**", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    first = next(iter(table.timings.values()))
-    for place, timing in enumerate(table.timings.values()):
-        ratio, low, high = timing.speedup_over(first)
-        cells = [timing.name, f"{timing.median:.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
-        lines.append(f"| {' | '.join(cells + [column[place] for column in table.columns.values()])} |")
-    return "\n".join([*lines, ""])
-
-
-def machine(size: str, device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "load": os.getloadavg()[0],
-        "operations a second": {
-            str(dtype): rate(dtype, device, 2048 if size == "base" else 256) for dtype in (torch.float32, BF16)
-        },
-    }
-
-
-def write_between(file: Path, part: str, text: str) -> None:
-    """Replaces what stands between a part's two comments."""
-    start, end = f"<!-- {part}: written by benchmark.py -->", f"<!-- end of {part} -->"
-    before, rest = file.read_text().split(start)
-    file.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 PARTS: dict[str, Callable[[Options], list[Table]]] = {
     "encoding": encoding_speed,
     "query": query_speed,
@@ -501,45 +441,12 @@ PARTS: dict[str, Callable[[Options], list[Table]]] = {
 
 def main() -> None:
     """Measures, prints Markdown and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "base"], default="base")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser = parser_of("benchmark.py", __doc__, PARTS, rounds=3)
     parser.add_argument("--device", default="cpu", help="of encoding and queries")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="on a GPU, print what its time goes to")
-    parser.add_argument("--write", action="store_true", help="renew the tables of PERFORMANCE.md")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"))
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
     options = Options(args.size, args.device, args.rounds, args.profile)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    written: dict[str, Any] = {
-        "size": args.size,
-        "machine": machine(args.size, args.device),
-        "environment": environment(),
-    }
-    for part in args.only:
-        tables = PARTS[part](options)
-        text = "\n".join(map(markdown, tables))
-        print(f"## {part}\n\n{text}", flush=True)
-        written[part] = [
-            {"title": t.title, "seconds": {n: x.seconds for n, x in t.timings.items()}, **t.columns} for t in tables
-        ]
-        (args.output_dir / "results.json").write_text(json.dumps(written, indent=2) + "\n")
-        if args.write:
-            write_between(DOCUMENT, part, f"{described(written['machine'])}\n\n{text}")
-    print(described(written["machine"]))
-
-
-def described(facts: dict[str, Any]) -> str:
-    """The machine in a line."""
-    rates = facts["operations a second"]
-    return (
-        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f}; a matrix product makes "
-        f"{rates['torch.float32'] / 1e9:.0f} GFLOP/s in float32 and {rates['torch.bfloat16'] / 1e9:.0f} in bfloat16."
-    )
+    measure("benchmark.py", {name: partial(part, options) for name, part in PARTS.items()}, args, args.device)
 
 
 if __name__ == "__main__":

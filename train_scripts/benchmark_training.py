@@ -6,45 +6,37 @@
 Weights and pictures are random: neither speed nor memory depends on them. A step is forward, backward, clipping and
 AdamW; with cached or encoded pictures it includes making the batch, in the same process. The floor of an alternative
 is the time its matrix products would take at the rate of one large product on the same machine, in the same format.
+What was found, with predictions, is in PERFORMANCE.md, whose tables `--write` renews.
 """
 
-import argparse
-import json
-import os
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
+from benchmark import CAPTION, TINY, make_processor
 from datasets import Dataset, Image
-from measuring import Timing, matrix_rate, peak_memory, side_by_side
+from measuring import Table, Timing, matrix_rate, measure, parser_of, peak_memory, side_by_side
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, BertTokenizer
+from transformers import AutoConfig
 from transformers.models.blip.modeling_blip import BlipAttention
-from transformers.utils import logging
 
-from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, cache_features, focal_info_nce
+from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
 from pvlf_hf.data import PVLFCollator
-from pvlf_hf.evaluation import environment
 
 HERE = Path(__file__).parent
 IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_training; "  # in a fresh process
-TINY = HERE.parent / "model_cards" / "pvlf-emoji-tiny"
-CAPTION = "the same dress but shorter and with long dark sleeves"  # 12 tokens with [CLS] and [SEP]
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a step with trained encoders is computed."""
+    """How a training step is computed."""
 
     fused: bool = True  # attention of the ViT
     bf16: bool = False  # autocast
@@ -71,15 +63,6 @@ def make_model(size: str, finetuning: str) -> PVLFModel:
     model = PVLFModel(config)
     model.set_finetuning(finetuning)
     return model.train()
-
-
-def make_processor(model: PVLFModel) -> PVLFProcessor:
-    """For the model's image size; it knows the words of `CAPTION`."""
-    pixels = model.config.vl_config.vision_config.image_size
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *CAPTION.split()])}
-    return PVLFProcessor(
-        PVLFImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels), BertTokenizer(vocab=vocabulary)
-    )
 
 
 def make_triplets(folder: Path, batch: int, pixels: int) -> Dataset:
@@ -159,35 +142,12 @@ def operations(model: PVLFModel, batch: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def outcome(timings: dict[str, Timing], rows: list[int] | None = None, **columns: list[float]) -> list[dict[str, Any]]:
-    """One line for each alternative, compared with the first.
-
-    Args:
-        timings: of the alternatives.
-        rows: triplets in a call of each, where they differ: times are then compared a triplet.
-        columns: further figures, one for each alternative.
-    """
-    if rows is not None:
-        each = zip(timings.items(), rows, strict=True)
-        timings = {name: Timing(name, [s / count for s in timing.seconds]) for (name, timing), count in each}
-    first = next(iter(timings.values()))
-    return [
-        {
-            "alternative": name,
-            "seconds": timing.seconds,
-            "times_faster": timing.speedup_over(first),
-            **{column: figures[place] for column, figures in columns.items()},
-        }
-        for place, (name, timing) in enumerate(timings.items())
-    ]
-
-
-def cache(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def cache(size: str, rounds: int) -> list[Table]:
     """Steps that encode their pictures against steps that read them from the feature cache."""
-    return {f"finetuning={mode}, batch 8": encoded_or_cached(size, mode, rounds) for mode in ("frozen", "text")}
+    return [encoded_or_cached(size, mode, rounds) for mode in ("frozen", "text")]
 
 
-def encoded_or_cached(size: str, finetuning: str, rounds: int) -> list[dict[str, Any]]:
+def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
     """One mode of [`cache`]."""
     model = make_model(size, finetuning)
     processor, optimizer = make_processor(model), make_optimizer(model)
@@ -195,46 +155,71 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> list[dict[str,
         triplets = make_triplets(Path(folder), 8, model.config.vl_config.vision_config.image_size)
         known, collate_known = cache_features(model, processor, triplets, folder, batch_size=4, progress=False)
         collate = PVLFCollator(processor)
-        ways: dict[str, tuple[Callable[[], dict[str, Tensor]], Way]] = {
-            "as the baseline: encoded, eager attention": (lambda: collate([triplets[row] for row in range(8)]), EAGER),
-            "encoded in every step": (lambda: collate([triplets[row] for row in range(8)]), Way()),
-            "cached": (lambda: collate_known([known[row] for row in range(8)]), Way()),
+
+        def encoded() -> dict[str, Tensor]:
+            return collate([triplets[row] for row in range(8)])
+
+        def cached() -> dict[str, Tensor]:
+            return collate_known([known[row] for row in range(8)])
+
+        ways = {
+            "as the baseline: encoded, eager attention": (encoded, EAGER),
+            "encoded": (encoded, Way()),
+            "encoded, bf16": (encoded, Way(bf16=True)),
+            "cached": (cached, Way()),
+            "cached, bf16": (cached, Way(bf16=True)),
         }
         calls = {name: lambda b=batch, w=way: step(model, optimizer, b(), w) for name, (batch, way) in ways.items()}
         timings = side_by_side(calls, rounds)
-        work = [operations(model, batch()) for batch, _ in ways.values()]
-    rate = matrix_rate()
-    return outcome(timings, floor=[count / rate for count in work])
+        floors = [operations(model, batch()) / rate_of(way) for batch, way in ways.values()]
+    return Table(f"finetuning={finetuning}, batch 8", timings, {"floor, s": [f"{floor:.2g}" for floor in floors]})
 
 
-def both(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def rate_of(way: Way) -> float:
+    """Operations a second of a matrix product in its format."""
+    return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32)
+
+
+def both(size: str, rounds: int) -> list[Table]:
     """Ways to train both encoders."""
     timings, work = timed_steps(size, {name: (4, way) for name, way in BOTH.items()}, rounds)
-    rates = {False: matrix_rate(), True: matrix_rate(dtype=torch.bfloat16)}
     # With checkpointing layers run forward twice: four operations in place of three.
-    floors = [work * (4 / 3 if way.checkpointing else 1) / rates[way.bf16] for way in BOTH.values()]
-    peaks = [peak(size, 4, way) for way in BOTH.values()]
-    return {"finetuning=both, batch 4": outcome(timings, floor=floors, peak=peaks)}
+    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way) for way in BOTH.values()]
+    columns = {"floor, s": [f"{floor:.2g}" for floor in floors]}
+    return [
+        Table("finetuning=both, batch 4", timings, columns | memory([peak(size, 4, way) for way in BOTH.values()]))
+    ]
 
 
-def large_batch(size: str, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def memory(peaks: list[int]) -> dict[str, list[str]]:
+    """A column of peaks, with their share of the first."""
+    return {"peak memory, GB": [f"{peak / 1e9:.2f} ({peak / peaks[0]:.0%})" for peak in peaks]}
+
+
+def large_batch(size: str, rounds: int) -> list[Table]:
     """Gradient caching, compared by the triplet, and the loss in chunks."""
-    tables = {}
+    tables = []
     for its_size, small, large in [("tiny", 4, 32)] if size == "tiny" else [("base", 2, 8), ("tiny", 64, 1024)]:
         ways = {
             f"batch {small}": (small, Way()),
             f"batch {large} in chunks of {small}": (large, Way(chunk_size=small)),
             f"batch {large}": (large, Way()),
         }
-        timings, _ = timed_steps(its_size, ways, rounds=1)
-        peaks = [peak(its_size, *way) for way in ways.values()]
-        lines = outcome(timings, [rows for rows, _ in ways.values()], peak=peaks)
-        tables[f"{its_size}, finetuning=both, by the triplet"] = lines
+        timings, _ = timed_steps(its_size, ways, rounds)
+        each = by_the_triplet(timings, [rows for rows, _ in ways.values()])
+        peaks = memory([peak(its_size, *way) for way in ways.values()])
+        tables.append(Table(f"{its_size}, finetuning=both: seconds a triplet", each, peaks))
 
     queries, chunks = 8192 if size == "base" else 1024, {"whole": None, "in chunks of 256": 256}
     timings = side_by_side({name: partial(loss, queries, chunk) for name, chunk in chunks.items()}, rounds)
-    peaks = [peak_memory(f"{IMPORT}benchmark_training.loss({queries}, {chunk})") for chunk in chunks.values()]
-    return tables | {f"loss of {queries} queries and targets, forward and backward": outcome(timings, peak=peaks)}
+    peaks = memory([peak_memory(f"{IMPORT}benchmark_training.loss({queries}, {chunk})") for chunk in chunks.values()])
+    return [*tables, Table(f"Loss of {queries:,} queries and targets, forward and backward", timings, peaks)]
+
+
+def by_the_triplet(timings: dict[str, Timing], rows: list[int]) -> dict[str, Timing]:
+    """Seconds of batches of different sizes, divided by these."""
+    each = zip(timings.items(), rows, strict=True)
+    return {name: Timing(name, [seconds / count for seconds in timing.seconds]) for (name, timing), count in each}
 
 
 def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> tuple[dict[str, Timing], int]:
@@ -264,52 +249,14 @@ def one_step(size: str, batch: int, way: Way) -> None:
     step(model, make_optimizer(model), make_batch(model, batch), way)
 
 
-def markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables, medians with [lowest, highest round]."""
-    text = []
-    for title, lines in tables.items():
-        has = [column for column in ("floor", "peak") if column in lines[0]]
-        heads = {"floor": "floor, s", "peak": "peak memory, GB"}
-        columns = ["", "seconds (median)", "times faster [rounds]", *(heads[column] for column in has)]
-        text += [f"**{title}**", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        for line in lines:
-            ratio, low, high = line["times_faster"]
-            cells = [line["alternative"], f"{median(line['seconds']):.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
-            if "floor" in has:
-                cells.append(f"{line['floor']:.2g}")
-            if "peak" in has:
-                cells.append(f"{line['peak'] / 1e9:.2f} ({line['peak'] / lines[0]['peak']:.0%})")
-            text.append(f"| {' | '.join(cells)} |")
-        text.append("")
-    return "\n".join(text)
+PARTS: dict[str, Callable[[str, int], list[Table]]] = {"cache": cache, "both": both, "large_batch": large_batch}
 
 
 def main() -> None:
     """Measures, prints Markdown and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "base"], default="base")
-    parser.add_argument("--only", choices=["cache", "both", "large_batch"])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_training"))
-    args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    parts = {"cache": cache, "both": both, "large_batch": large_batch}
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for name, part in parts.items():
-        if args.only in (None, name):
-            tables |= part(args.size, args.rounds)
-    machine = {
-        "threads": torch.get_num_threads(),
-        "operations_a_second": {"float32": matrix_rate(), "bfloat16": matrix_rate(dtype=torch.bfloat16)},
-        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-    }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    written = {"size": args.size, "machine": machine, "environment": environment(), "tables": tables}
-    (args.output_dir / "results.json").write_text(json.dumps(written, indent=2) + "\n")
-    (args.output_dir / "results.md").write_text(markdown(tables) + "\n")
-    print(markdown(tables))
-    print(json.dumps(machine))
+    args = parser_of("benchmark_training.py", __doc__, PARTS, rounds=2).parse_args()
+    parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
+    measure("benchmark_training.py", parts, args, "cpu")
 
 
 if __name__ == "__main__":

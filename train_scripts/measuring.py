@@ -1,12 +1,26 @@
 """How the benchmarks of this folder measure: alternatives in turn, in one run, as ratios with their spread."""
 
+import argparse
+import json
+import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import disable_progress_bars
+from transformers.utils import logging
+
+from pvlf_hf.evaluation import environment
+
+DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"
 
 
 @dataclass(frozen=True)
@@ -51,14 +65,24 @@ def side_by_side(
     return {name: Timing(name, times) for name, times in seconds.items()}
 
 
-def table(timings: dict[str, Timing]) -> str:
-    """Markdown: median seconds, and how many times faster than the first alternative [lowest, highest round]."""
-    first = next(iter(timings.values()))
-    lines = ["| alternative | seconds (median) | times faster [rounds] |", "| --- | --- | --- |"]
-    for timing in timings.values():
+class Table(NamedTuple):
+    """Alternatives, the first of which the others are compared with; further columns by their heads."""
+
+    title: str
+    timings: dict[str, Timing]
+    columns: dict[str, list[str]]
+
+
+def markdown(table: Table) -> str:
+    """The table, medians with [lowest, highest round]."""
+    heads = ["", "seconds (median)", "times faster [rounds]", *table.columns]
+    lines = [f"**{table.title}**", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    first = next(iter(table.timings.values()))
+    for place, timing in enumerate(table.timings.values()):
         ratio, low, high = timing.speedup_over(first)
-        lines.append(f"| {timing.name} | {timing.median:.4g} | {ratio:.2f} [{low:.2f}, {high:.2f}] |")
-    return "\n".join(lines)
+        cells = [timing.name, f"{timing.median:.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
+        lines.append(f"| {' | '.join(cells + [column[place] for column in table.columns.values()])} |")
+    return "\n".join([*lines, ""])
 
 
 def peak_memory(code: str) -> int:
@@ -71,13 +95,91 @@ def peak_memory(code: str) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-def matrix_rate(size: int = 2048, rounds: int = 5, dtype: Any = None) -> float:
-    """Operations a second of a square matrix product on this machine, by default in float32: the encoders' floor."""
-    import torch
-
-    a = torch.randn(size, size, dtype=dtype)
-    best = min(side_by_side({"product": lambda: a @ a}, rounds)["product"].seconds)
+def matrix_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", size: int = 2048) -> float:
+    """Operations a second of a square matrix product on this machine: the encoders' floor."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    best = min(side_by_side({"product": lambda: waited_for(a @ a, device)})["product"].seconds)
     return 2 * size**3 / best
 
 
-__all__ = ["Timing", "matrix_rate", "peak_memory", "side_by_side", "table"]
+def waited_for(result: Any, device: str) -> Any:
+    """The result, once it is there: CUDA computes behind Python's back."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return result
+
+
+def machine(size: str, device: str) -> dict[str, Any]:
+    """What the numbers are measured on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    side = 2048 if size == "base" else 256
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "load": os.getloadavg()[0],
+        "operations a second": {str(t): matrix_rate(t, device, side) for t in (torch.float32, torch.bfloat16)},
+    }
+
+
+def described(facts: dict[str, Any]) -> str:
+    """The machine in a line."""
+    rates = facts["operations a second"]
+    return (
+        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; a matrix product makes "
+        f"{rates['torch.float32'] / 1e9:.0f} GFLOP/s in float32 and {rates['torch.bfloat16'] / 1e9:.0f} in bfloat16."
+    )
+
+
+def parser_of(script: str, description: str, parts: dict[str, Any], rounds: int) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks share."""
+    parser = argparse.ArgumentParser(
+        script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=["tiny", "base"], default="base")
+    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts), help="by default all")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"{rounds} by default")
+    parser.add_argument("--write", action="store_true", help=f"renew the tables of {DOCUMENT.name}")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs") / Path(script).stem)
+    return parser
+
+
+def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argparse.Namespace, device: str) -> None:
+    """Measures the parts that are asked for; prints Markdown, writes JSON and, with `--write`, the page's tables."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    facts = machine(args.size, device)
+    written: dict[str, Any] = {"size": args.size, "machine": facts, "environment": environment()}
+    for part in args.only:
+        tables = parts[part]()
+        text = "\n".join(map(markdown, tables))
+        print(f"## {part}\n\n{text}", flush=True)
+        written[part] = [
+            {"title": t.title, "seconds": {n: x.seconds for n, x in t.timings.items()}, **t.columns} for t in tables
+        ]
+        (args.output_dir / "results.json").write_text(json.dumps(written, indent=2) + "\n")
+        if args.write:
+            write_between(f"<!-- {part}: written by {script} -->", f"<!-- end of {part} -->", described(facts), text)
+    print(described(facts))
+
+
+def write_between(start: str, end: str, *paragraphs: str) -> None:
+    """Replaces what stands between two comments of the page."""
+    before, rest = DOCUMENT.read_text().split(start)
+    text = "\n\n".join(paragraphs)
+    DOCUMENT.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+__all__ = [
+    "Table",
+    "Timing",
+    "markdown",
+    "matrix_rate",
+    "measure",
+    "parser_of",
+    "peak_memory",
+    "side_by_side",
+    "waited_for",
+]

@@ -1,0 +1,27 @@
+"""The long run of `load_demo.py`."""
+
+import pytest
+from load_demo import CARD, load, served
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import Gallery, load_emoji_pictures
+
+
+@pytest.mark.reliability(
+    5,
+    "50 clients for a minute (`python tests/load_demo.py`), good and bad requests mixed, the demo a process: "
+    "every answer right, every refusal a sentence",
+    broken=(
+        "src/pvlf_hf/web_demo.py",
+        "name = str(self.row_of[reference])",
+        "name = str(max(self.row_of[reference] - 1, 0))",
+    ),
+)
+def test_fifty_clients(figure):
+    model, processor = AutoModel.from_pretrained(CARD).eval(), AutoProcessor.from_pretrained(CARD)
+    with served() as url:
+        gallery = Gallery.from_dataset(load_emoji_pictures(["Goog"]), model, processor, progress=False)
+        report = load(url, gallery)
+    assert report.good, report
+    counts = report.counts
+    figure(f"{counts['right']} answers right, {counts['refused']} refusals, 0 wrong, 0 lost")
