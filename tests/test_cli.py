@@ -148,6 +148,16 @@ def test_the_shell_completes(tmp_path):
 # ---- index and search ----
 
 
+def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path):
+    path, model = tmp_path / "kept", ("--model", models[0])
+    assert call("index", photos, *model, "--path", path, "--dtype", "bfloat16").exit_code == 0
+    half = AutoModel.from_pretrained(models[0], dtype="bfloat16")
+    expected = Gallery.load(path, half, AutoProcessor.from_pretrained(models[0])).search(photos / "red.png", TEXT, k=3)
+    done = call("search", path, *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")
+    assert [its["score"] for its in json.loads(done.stdout)["results"]] == expected.scores
+    assert "another model" in error(call("index", photos, *model, "--path", path))  # float32 would be mixed in
+
+
 def test_only_what_is_new_is_counted(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
@@ -284,6 +294,9 @@ def test_evaluate_prints_its_results(models, tmp_path):
     files = results.pop("submissions")
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     assert [e["benchmark"] for e in results["evaluations"]] == ["cirr/val"] and "json" not in results["arguments"]
+    half = [*where[:3], tmp_path / "half", *where[4:], "--dtype", "bfloat16"]
+    done = call("evaluate", "--model", models[0], "--protocols", "cirr-val", *half, "--json")
+    assert "embeddings bfloat16" in done.stdout and "embeddings bfloat16" not in json.dumps(results)
     assert [Path(file).name for file in files] == ["cirr_test1_recall.json", "cirr_test1_recall_subset.json"]
     done = call("evaluate", "--model", models[0], "--protocols", "cirr-test1", *where)
     assert done.stdout == f"check, then upload:\npvlf-hf submit lint {files[0]} {files[1]}\n"
