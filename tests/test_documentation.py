@@ -190,9 +190,10 @@ def check_flags(words, known):
 
 @cache
 def flags_of(file, module=None):
-    """What a program's source hands to argparse, or if that is nothing, what its `--help` says."""
-    written = re.findall(r"""add_argument\(\s*"(--[\w-]+)""", file.read_text(encoding="utf-8"))
-    if written:
+    """What a program's source hands to argparse, or if it leaves that to another module, what its `--help` says."""
+    source = file.read_text(encoding="utf-8")
+    written = re.findall(r"""add_argument\(\s*"(--[\w-]+)""", source)
+    if written and "import argparse" in source:
         return {*written}
     argv, path, said = sys.argv, sys.path[:], io.StringIO()
     sys.argv, sys.path[:0] = [str(file), "--help"], [str(file.parent)]

@@ -53,6 +53,7 @@ ORDER = [
     "trainer",
     "training",
     "convert",
+    "openvino_encoder",
     "onnx_encoder",
     "export",
     "sentence_transformer",

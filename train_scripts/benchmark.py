@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 
-from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encoding
+from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino, encoding
 from pvlf_hf.gallery_encoding import open_cell
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
@@ -105,8 +106,8 @@ def compiled(model: PVLFModel) -> PVLFModel:
     return model
 
 
-def model_alternatives(size: str) -> dict[str, PVLFModel]:
-    """The ways to compute on a CPU; to compile needs a C++ compiler."""
+def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
+    """The ways to compute on a CPU; to compile needs a C++ compiler, and OpenVINO to be installed."""
     model = make_model(size)
     alternatives = {
         "float32, attention of Transformers": as_transformers(model),
@@ -115,6 +116,8 @@ def model_alternatives(size: str) -> dict[str, PVLFModel]:
     }
     if size != "tiny" and any(map(shutil.which, ("g++", "c++", "clang++"))):
         alternatives["bfloat16, compiled"] = compiled(copy.deepcopy(alternatives["bfloat16"]))
+    if device == "cpu" and find_spec("openvino"):
+        alternatives["bfloat16, OpenVINO"] = encode_by_openvino(copy.deepcopy(model))
     return alternatives
 
 
@@ -147,7 +150,7 @@ def encoding_speed(options: Options) -> list[Table]:
     """The image encoder, and what is around it from files to embeddings."""
     if options.device != "cpu":
         return [cuda_encoding(options, size) for size in ("base", "clip-l")]
-    batch, models = 4, model_alternatives(options.size)
+    batch, models = 4, model_alternatives(options.size, options.device)
     pixels = next(iter(models.values())).config.vl_config.vision_config.image_size
     images = torch.randn(batch, 3, pixels, pixels)
     embed = torch.inference_mode()(lambda model: model(target_pixel_values=images).target_embeds)
@@ -221,7 +224,7 @@ def cuda_encoding(options: Options, size: str) -> Table:
 
 def query_speed(options: Options) -> list[Table]:
     """One query, from a picture and words to its embedding."""
-    models = model_alternatives(options.size)
+    models = model_alternatives(options.size, options.device)
     processor = make_processor(models["float32"])
     picture = PILImage.open(BytesIO(make_jpeg(640, 480))).convert("RGB")
 

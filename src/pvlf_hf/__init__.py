@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .golden import check_golden, write_golden
     from .laion_cir import load_laion_cir
     from .model_card import render_card, write_card
+    from .openvino_encoder import encode_by_openvino
     from .protocols import load_protocol
     from .sheet import retrieval_sheet, sheet_rows
     from .significance import bootstrap_interval, paired_test, seed_interval
@@ -81,6 +82,7 @@ _MODULE_OF = {
     "load_laion_cir": "laion_cir",
     "render_card": "model_card",
     "write_card": "model_card",
+    "encode_by_openvino": "openvino_encoder",
     "load_protocol": "protocols",
     "retrieval_sheet": "sheet",
     "sheet_rows": "sheet",
@@ -131,6 +133,7 @@ __all__ = [
     "check_golden",
     "convert_salesforce_blip",
     "convert_transagg",
+    "encode_by_openvino",
     "evaluate",
     "focal_info_nce",
     "lint_submission",
