@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from squares import each_with_each, make_benchmark
 from tiny import make_model
+from transformers import TrainerCallback
 
 from pvlf_hf import (
     EmbeddingStore,
@@ -58,6 +60,41 @@ def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
     assert again.state.global_step == 3
     assert_same_weights(whole.model, again.model)
     figure("3 of 3 steps, weights bit-equal")
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+class FirstIsBest(TrainerCallback):
+    """Takes the first checkpoint for the best; what deletes a folder after the last is killed after one file."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+
+    def on_save(self, args, state, control, **_):
+        state.best_global_step, state.best_model_checkpoint = 1, f"{args.output_dir}/checkpoint-1"
+        if state.global_step == state.max_steps:
+            self.monkeypatch.setattr(shutil, "rmtree", self.delete)
+
+    def delete(self, folder, **_):
+        if files := [file for file in Path(folder).rglob("*") if file.is_file()]:
+            files[0].unlink()
+            raise Killed
+
+
+@pytest.mark.reliability(
+    1,
+    "Killed at the end of a run, while `save_total_limit=1` deletes all checkpoints but the best: none is left in part",
+    broken=("src/pvlf_hf/trainer.py", "def _finalize_training(", "def _not_finalize_training("),
+)
+def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monkeypatch, figure):
+    with pytest.raises(Killed):
+        train(squares, tiny_processor, tmp_path, 3, [FirstIsBest(monkeypatch)], save_total_limit=1)
+    files = {folder.name: {file.name for file in folder.iterdir()} for folder in tmp_path.glob("checkpoint-*")}
+    assert files.keys() == {"checkpoint-1"}
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} < files["checkpoint-1"]
+    figure("1 of 1 whole")
 
 
 @pytest.mark.reliability(
@@ -149,11 +186,10 @@ def squares(tmp_path):
     return each_with_each(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
 
 
-def train(squares, processor, folder, steps):
-    args = PVLFTrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=8, save_steps=1, use_cpu=True, disable_tqdm=True
-    )
-    trainer = PVLFTrainer(make_model(), args, squares, processing_class=processor)
+def train(squares, processor, folder, steps, callbacks=(), **settings):
+    settings |= {"per_device_train_batch_size": 8, "save_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    args = PVLFTrainingArguments(str(folder), max_steps=steps, **settings)
+    trainer = PVLFTrainer(make_model(), args, squares, processing_class=processor, callbacks=[*callbacks])
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     return trainer
 

@@ -221,7 +221,7 @@ class PVLFTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
                     if (run / name).exists():
-                        shutil.rmtree(run / name)
+                        (run / name).replace(folder / "replaced")
                     (folder / name).replace(run / name)
                     for old in self._superfluous_checkpoints(run):
                         old.replace(folder / old.name)  # deleted with it: a kill leaves no half of one either
@@ -230,6 +230,16 @@ class PVLFTrainer(Trainer):
             self._is_saving_checkpoint = False
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """Deletes what the library would: with `save_total_limit=1` only the best stays. A kill leaves no half of one."""
+        best, run = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
+        if best is not None and self.args.save_total_limit == 1:
+            with self._unfinished(run) as folder:
+                for old in map(Path, sort_checkpoints(str(run)) if self.args.should_save else []):
+                    if not old.samefile(best):
+                        old.replace(folder / old.name)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _superfluous_checkpoints(self, run: Path) -> list[Path]:
         """All but the last `save_total_limit`, the best and the last."""
