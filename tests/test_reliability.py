@@ -9,5 +9,5 @@ def test_the_document_is_what_was_found():
     found = json.loads(reliability.FOUND.read_text())
     table = reliability.DOCUMENT.read_text().split(reliability.START)[1].split(reliability.END)[0]
     assert table.strip() == reliability.render(found).strip(), "run `python tests/reliability.py`"
-    for sign in ("**failed**", "**still passes**"):
+    for sign in ("**failed**", "**still passes**", "not run yet", "not broken yet"):
         assert sign not in table
