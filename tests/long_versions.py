@@ -59,7 +59,7 @@ def test_core_passes(which, tmp_path, figure):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [str(python), "-m", "pytest", "-n0", "-x", "-p", "no:cacheprovider", "--tb=line", *files]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:]
+    assert run.returncode == 0, re.findall("^(?:FAILED|ERROR) .*", run.stdout, re.MULTILINE) or run.stdout[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)[1]
     versions = ", ".join(f"{name} {have[name.replace('_', '-')]}" for name in names)
     figure(f"{which}: {passed} tests with {versions}")

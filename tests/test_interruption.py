@@ -85,7 +85,7 @@ class FirstIsBest(TrainerCallback):
 
 @pytest.mark.reliability(
     1,
-    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half is left",
+    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half stays",
     broken=("src/pvlf_hf/trainer.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monkeypatch, figure):

@@ -232,7 +232,7 @@ class PVLFTrainer(Trainer):
             self._push_from_checkpoint(str(run / name))
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Deletes what the library would, all checkpoints but the best if one may stay; a kill leaves no half of one."""
+        """Deletes what the library would, all checkpoints but the best if one may stay; a kill leaves no half."""
         best, run = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
         if best is not None and self.args.save_total_limit == 1:
             with self._unfinished(run) as folder:
