@@ -130,6 +130,9 @@ def index(
     openvino: Annotated[
         bool, typer.Option("--openvino", help="Encode in bfloat16 by OpenVINO, the fastest on CPUs.")
     ] = False,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Decode large JPEGs at reduced size: fast, nearly the same embeddings.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Embed a folder of pictures, to search it.
@@ -148,7 +151,7 @@ def index(
         from pvlf_hf import encode_by_openvino
 
         encode_by_openvino(encoder)
-    gallery = Gallery.from_folder(photos, encoder, processor, path=path, batch_size=batch_size)
+    gallery = Gallery.from_folder(photos, encoder, processor, path=path, batch_size=batch_size, draft=draft)
     new = len({*gallery.digests} - before)
     if as_json:
         print_json(path=str(path), pictures=len(gallery), new=new, skipped=gallery.skipped)

@@ -3,6 +3,7 @@
 import base64
 import logging
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,17 @@ from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark
 from tiny import BACKBONES, make_inputs, make_model
 from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import gallery_encoding as module
+from pvlf_hf import load_emoji_pictures
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.gallery import Gallery
+from pvlf_hf.image_processing_pvlf import to_rgb
 from pvlf_hf.metrics import top_k
 from pvlf_hf.vector_index import make_index
 
+EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"
 NEEDS = {"faiss": "faiss", "milvus": "milvus_lite"}
 
@@ -279,6 +284,29 @@ def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_p
     assert "skipped 4 of 13 pictures, which cannot be read, first: ['a_half.png" in caplog.text
     assert gallery.ids == clean.ids
     torch.testing.assert_close(gallery.embeds, clean.embeds)
+
+
+def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
+    model, processor = AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
+    pictures = load_emoji_pictures(["Goog"]).select(range(0, 3000, 500))
+    for row, picture in enumerate(pictures["image"]):
+        picture.convert("RGB").resize((1600, 1600)).save(tmp_path / f"{row}.jpg")
+    draw(0).resize((1600, 1600)).save(tmp_path / "6.png")
+    sizes = []
+    monkeypatch.setattr(module, "to_rgb", lambda picture: sizes.append(picture.size) or to_rgb(picture))
+    make = partial(Gallery.from_folder, tmp_path, model, processor, path=tmp_path / "kept", progress=False)
+    drafted = make(draft=True)
+    assert [*zip(drafted.ids, sizes, strict=True)][-2:] == [("5.jpg", (200, 200)), ("6.png", (1600, 1600))]
+    assert drafted.picture("0.jpg").size == (1600, 1600)  # what is shown is the whole
+    make(draft=True)
+    assert len(sizes) == 8  # encoded once
+    whole = make()
+    cosines = F.cosine_similarity(drafted.embeds, whole.embeds)
+    assert cosines.min() > 0.999 and not drafted.embeds[0].equal(whole.embeds[0])  # not mixed with each other
+    assert drafted.embeds[6].equal(whole.embeds[6])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    with pytest.raises(ValueError, match="none of the 7"):
+        Gallery.from_folder(tmp_path, model, processor, progress=False, draft=True)  # limits are of the file
 
 
 def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):

@@ -38,7 +38,7 @@ from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino, encoding
-from pvlf_hf.gallery_encoding import open_cell
+from pvlf_hf.gallery_encoding import Decoding, least_side, open_cell
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
 
@@ -166,7 +166,7 @@ def encoding_speed(options: Options) -> list[Table]:
         "least cosine": [cosine(first, embeds) for embeds in found.values()],
     }
     tables = [Table(f"Image encoder, batch of {batch}; floors {listed(floors)} s", timings, columns)]
-    return [*tables, ahead(models["bfloat16"], options), decoding(options)]
+    return [*tables, ahead(models["bfloat16"], options), *decoding(options)]
 
 
 def ahead(model: PVLFModel, options: Options) -> Table:
@@ -187,13 +187,21 @@ def ahead(model: PVLFModel, options: Options) -> Table:
     return Table("`encode_gallery`, bfloat16, 16 JPEGs of 1200 x 900", timings, {})
 
 
-def decoding(options: Options) -> Table:
-    """From a JPEG to pixel values of 384 px."""
-    processor, calls = PVLFImageProcessor(), {}
-    for name, size in {"web": (640, 480), "large": (1600, 1200), "phone": (4000, 3000)}.items():
-        cell = {"bytes": make_jpeg(*size), "path": None}
-        calls[f"{name}, {size[0]} x {size[1]}"] = lambda cell=cell: processor(open_cell(cell, None))
-    return Table("Decoding and preparing one picture, one thread", side_by_side(calls, options.rounds), {})
+def decoding(options: Options) -> list[Table]:
+    """From JPEGs, as on web pages, in shops and of phones, to pixel values."""
+    processor, tables = make_processor(make_model(options.size)), []
+    for width, height in [(640, 480), (1600, 1200), (4000, 3000)]:
+        cell = {"bytes": make_jpeg(width, height), "path": None}
+        ways = {"in full": Decoding(None), "`draft`": Decoding(None, least_side(processor))}
+        calls = {name: partial(prepared, processor, cell, how) for name, how in ways.items()}
+        timings = side_by_side(calls, options.rounds)
+        tables.append(Table(f"Decoding and preparing a JPEG of {width} x {height}, one thread", timings, {}))
+    return tables
+
+
+def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: Decoding) -> Any:
+    """Inputs of one undecoded picture."""
+    return processor.process_targets(open_cell(cell, how))
 
 
 def cuda_encoding(options: Options, size: str) -> Table:

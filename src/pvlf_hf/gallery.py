@@ -38,7 +38,17 @@ from .benchmark import check_columns
 from .data import files_below
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
 from .encoding import device_of
-from .gallery_encoding import EMBEDDINGS, PART, Encoding, as_dataset, digests_of, open_cell, report
+from .gallery_encoding import (
+    EMBEDDINGS,
+    PART,
+    Decoding,
+    Encoding,
+    as_dataset,
+    digests_of,
+    least_side,
+    open_cell,
+    report,
+)
 from .image_processing_pvlf import Picture
 from .metrics import top_k
 from .modeling_pvlf import PVLFModel, PVLFQueryOutput
@@ -279,9 +289,10 @@ class Gallery:
             path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
                 encoded, and what is gone is dropped. None keeps it in memory, see [`~Gallery.save`].
             allow_links: follow links that lead out of the folder, also to other folders.
-            **options: `batch_size` (64); `progress` (True), show progress bars; `index`, `"exact"` (default),
-                `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in .db, or a cluster's
-                address), see `pvlf_hf.vector_index`.
+            **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
+                much larger than the model sees at reduced size: faster, for nearly the same embeddings; `index`,
+                `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
+                .db, or a cluster's address), see `pvlf_hf.vector_index`.
 
         Raises:
             ValueError: if there is no picture, or none that can be read; a link leads out of the folder; `path` holds
@@ -327,6 +338,7 @@ class Gallery:
         id_column: str = "image_id",
         batch_size: int = 64,
         progress: bool = True,
+        draft: bool = False,
         index: IndexName = "exact",
         uri: str | None = None,
     ) -> "Gallery":
@@ -344,8 +356,9 @@ class Gallery:
         sources = dataset.select_columns(image_column).rename_columns({image_column: "image"})
         sources = sources.cast_column("image", Image(mode=mode, decode=False))
         its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
-        digests, bad = digests_of(sources, progress)
-        encoding = Encoding(sources, digests, Path(path) if path else None, its_model)
+        how = Decoding(mode, least_side(processor) if draft else None)
+        digests, bad = digests_of(sources, how, progress)
+        encoding = Encoding(sources, how, digests, Path(path) if path else None, its_model)
         bad = encoding.run(model, processor, bad, batch_size, progress)
         skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
         kept = [row for row in range(len(ids)) if digests[row] not in bad]
@@ -555,7 +568,8 @@ class Gallery:
         if image_id not in self._row_of:
             raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
         try:
-            return open_cell(self._sources[self._row_of[image_id]]["image"], self._sources.features["image"].mode)
+            how = Decoding(self._sources.features["image"].mode)
+            return open_cell(self._sources[self._row_of[image_id]]["image"], how)
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
             raise ValueError(
                 f"the picture {image_id!r} cannot be opened ({error}): make the gallery again where its pictures are, "

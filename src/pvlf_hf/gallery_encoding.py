@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -30,11 +30,22 @@ SAVE_EVERY = 1024
 """Pictures encoded between two writes (ours): what an interruption can lose."""
 
 
+class Decoding(NamedTuple):
+    """How the pictures of a gallery are decoded."""
+
+    mode: str | None
+    """Of their column (`datasets.Image`)."""
+    draft: int | None = None
+    """The least width and height at which a larger JPEG may be decoded, several times faster than in full."""
+
+
 class Encoding:
     """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
 
-    def __init__(self, sources: Dataset, digests: list[str], path: Path | None, made_by: dict[str, str]) -> None:
-        self.sources, self.digests, self.path, self.made_by = sources, digests, path, made_by
+    def __init__(
+        self, sources: Dataset, how: Decoding, digests: list[str], path: Path | None, made_by: dict[str, str]
+    ) -> None:
+        self.sources, self.how, self.digests, self.path, self.made_by = sources, how, digests, path, made_by
         files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
         self.known: list[str] = []
         self.embeds: list[Tensor] = []
@@ -56,7 +67,7 @@ class Encoding:
         with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
             for start in range(0, len(missing), SAVE_EVERY):
                 rows = missing[start : start + SAVE_EVERY]
-                reader = Reader(processor, self.sources.features["image"].mode, bar)
+                reader = Reader(processor, self.how, bar)
                 embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
                 for found in gather_object([reader.bad]):
                     bad |= found
@@ -80,8 +91,8 @@ class Encoding:
 class Reader:
     """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
 
-    def __init__(self, processor: PVLFProcessor, mode: str | None, bar: tqdm) -> None:
-        self.processor, self.mode, self.bar = processor, mode, bar
+    def __init__(self, processor: PVLFProcessor, how: Decoding, bar: tqdm) -> None:
+        self.processor, self.how, self.bar = processor, how, bar
         # Stands for what cannot be read: every process of a sharded model needs every forward.
         self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
         self.bad: dict[str, str] = {}
@@ -95,9 +106,9 @@ class Reader:
 
     def _read(self, cell: dict[str, Any]) -> Tensor:
         try:
-            return self.processor.process_targets(open_cell(cell, self.mode))["pixel_values"]
+            return self.processor.process_targets(open_cell(cell, self.how))["pixel_values"]
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            self.bad[digest_of(cell, self.mode)] = str(error) or type(error).__name__
+            self.bad[digest_of(cell, self.how)] = str(error) or type(error).__name__
             return self.black
 
 
@@ -111,34 +122,43 @@ def _is_address(path: str | None) -> bool:
     return bool(path) and str(path).startswith(("http://", "https://", "data:"))
 
 
-def open_cell(cell: dict[str, Any] | None, mode: str | None) -> PILImage.Image:
-    """Decodes a cell as its column would, RGB."""
+def least_side(processor: PVLFProcessor) -> int:
+    """At which a JPEG may be decoded: twice what the model sees, so that resizing still averages (ours)."""
+    size = processor.image_processor.crop_size
+    return 2 * max(size["height"], size["width"])
+
+
+def open_cell(cell: dict[str, Any] | None, how: Decoding) -> PILImage.Image:
+    """Decodes a cell, RGB; where `how` allows it a large JPEG at a half, a quarter or an eighth of its size."""
     if not cell or cell["bytes"] is cell["path"] is None:
         raise ValueError("the gallery knows no file of it")
     with open_picture(cell["path"] if cell["bytes"] is None else cell["bytes"]) as picture:
-        return to_rgb(picture.convert(mode) if mode else picture)
+        if how.draft:
+            picture.draft(None, (how.draft, how.draft))  # what is no JPEG stays as it is
+        return to_rgb(picture.convert(how.mode) if how.mode else picture)
 
 
-def digest_of(cell: dict[str, Any], mode: str | None) -> str:
+def digest_of(cell: dict[str, Any], how: Decoding) -> str:
     """Of the file and of how it is decoded; of an address itself."""
+    decoded = f"{how.mode} draft {how.draft}" if how.draft else str(how.mode)
     if cell["bytes"] is not None:
-        return digest(str(mode), cell["bytes"])
+        return digest(decoded, cell["bytes"])
     if _is_address(cell["path"]):
-        return digest(str(mode), cell["path"])
+        return digest(decoded, cell["path"])
     check_file(cell["path"])
-    return digest(str(mode), Path(cell["path"]).read_bytes())
+    return digest(decoded, Path(cell["path"]).read_bytes())
 
 
-def digests_of(sources: Dataset, progress: bool) -> tuple[list[str], dict[str, str]]:
+def digests_of(sources: Dataset, how: Decoding, progress: bool) -> tuple[list[str], dict[str, str]]:
     """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
-    state, mode = PartialState(), sources.features["image"].mode
+    state = PartialState()
     digests: list[str] = []
     bad: dict[str, str] = {}
     mine = sources if state.is_main_process else []
     bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
     for row, source in enumerate(bar):
         try:
-            digests.append(digest_of(source["image"], mode))
+            digests.append(digest_of(source["image"], how))
         except (OSError, ValueError, TypeError) as error:  # TypeError: an empty cell
             digests.append(f"unreadable {row}")
             bad[digests[-1]] = str(error)
