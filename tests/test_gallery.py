@@ -2,6 +2,8 @@
 
 import base64
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -158,7 +160,26 @@ def test_an_interruption_loses_little(build, photos, tiny_model, tmp_path, monke
         resumed = build(path=path, batch_size=1)
     assert counts == [9 - 4]
     torch.testing.assert_close(resumed.embeds, build().embeds)
-    assert sorted(file.name for file in path.iterdir()) == ["embeddings.safetensors", "gallery.parquet"]
+    assert sorted(file.name for file in path.iterdir()) == ["embeddings.safetensors", "gallery.parquet", "lock"]
+
+
+def test_two_runs_share_a_folder(photos, tiny_processor, tmp_path, caplog):
+    """The second waits for the first, says so, and encodes nothing again."""
+
+    def build_one(model):
+        return Gallery.from_folder(photos, model, tiny_processor, path=tmp_path / "kept", progress=False)
+
+    def slow(*_):
+        time.sleep(3)
+
+    models = [make_model(), make_model()]
+    for model in models:
+        model.backbone.vision_model.register_forward_pre_hook(slow)
+    with counting(models[0]) as ours, counting(models[1]) as theirs, ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(build_one, models)
+    assert ours[0] + theirs[0] == 9 and 0 in (ours[0], theirs[0])
+    assert one.ids == other.ids and one.embeds.equal(other.embeds)
+    assert f"another process is at work in {tmp_path / 'kept'}: waiting for it" in caplog.text
 
 
 def test_loaded_equals_saved(build, tiny_model, tiny_processor, tmp_path):

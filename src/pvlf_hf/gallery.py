@@ -16,7 +16,7 @@ Example:
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,7 @@ from .modeling_pvlf import PVLFModel, PVLFQueryOutput
 from .processing_pvlf import PVLFProcessor
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
-from .whole_files import whole
+from .whole_files import locked, whole
 
 logger = logging.get_logger(__name__)
 
@@ -287,7 +287,8 @@ class Gallery:
             model: embeds them.
             processor: of the model.
             path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
-                encoded, and what is gone is dropped. None keeps it in memory, see [`~Gallery.save`].
+                encoded, and what is gone is dropped; another run at work in it is waited for. None keeps it in memory,
+                see [`~Gallery.save`].
             allow_links: follow links that lead out of the folder, also to other folders.
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `index`,
@@ -355,25 +356,27 @@ class Gallery:
         mode = getattr(dataset.features[image_column], "mode", None)
         sources = dataset.select_columns(image_column).rename_columns({image_column: "image"})
         sources = sources.cast_column("image", Image(mode=mode, decode=False))
-        its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
-        how = Decoding(mode, least_side(processor) if draft else None)
-        digests, bad = digests_of(sources, how, progress)
-        encoding = Encoding(sources, how, digests, Path(path) if path else None, its_model)
-        bad = encoding.run(model, processor, bad, batch_size, progress)
-        skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
-        kept = [row for row in range(len(ids)) if digests[row] not in bad]
-        report(skipped, len(ids))
-        sources = sources.select(kept)
-        paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
-        table: dict[str, list[Any]] = {
-            "id": [ids[row] for row in kept],
-            "path": paths,
-            "digest": [digests[row] for row in kept],
-        }
-        embeds = encoding.take(table["digest"])
-        gallery = cls(table, embeds, its_model, model, processor, index, uri, sources, skipped)
-        if path:
-            gallery.save(path)
+        # Another run that keeps its work in the same folder is waited for, and what it has encoded is found.
+        with locked(Path(path)) if path and PartialState().is_main_process else nullcontext():
+            its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
+            how = Decoding(mode, least_side(processor) if draft else None)
+            digests, bad = digests_of(sources, how, progress)
+            encoding = Encoding(sources, how, digests, Path(path) if path else None, its_model)
+            bad = encoding.run(model, processor, bad, batch_size, progress)
+            skipped = {ids[row]: bad[digests[row]] for row in range(len(ids)) if digests[row] in bad}
+            kept = [row for row in range(len(ids)) if digests[row] not in bad]
+            report(skipped, len(ids))
+            sources = sources.select(kept)
+            paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
+            table: dict[str, list[Any]] = {
+                "id": [ids[row] for row in kept],
+                "path": paths,
+                "digest": [digests[row] for row in kept],
+            }
+            embeds = encoding.take(table["digest"])
+            gallery = cls(table, embeds, its_model, model, processor, index, uri, sources, skipped)
+            if path:
+                gallery.save(path)
         return gallery
 
     @classmethod

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 PARTIAL = ".partial"
 """Ending of a file that is being written. What a kill leaves of it the next writing of the same file replaces."""
@@ -49,7 +52,11 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=2)
+        except Timeout:
+            logger.warning(f"another process is at work in {folder}: waiting for it")
+            lock.acquire()
     except OSError as error:
         raise cannot_write(f"in {folder}", error) from error
     try:
