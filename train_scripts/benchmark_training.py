@@ -171,20 +171,20 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
         }
         calls = {name: lambda b=batch, w=way: step(model, optimizer, b(), w) for name, (batch, way) in ways.items()}
         timings = side_by_side(calls, rounds)
-        floors = [operations(model, batch()) / rate_of(way) for batch, way in ways.values()]
+        floors = [operations(model, batch()) / rate_of(way, size) for batch, way in ways.values()]
     return Table(f"finetuning={finetuning}, batch 8", timings, {"floor, s": [f"{floor:.2g}" for floor in floors]})
 
 
-def rate_of(way: Way) -> float:
+def rate_of(way: Way, size: str) -> float:
     """Operations a second of a matrix product in its format."""
-    return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32)
+    return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32, size)
 
 
 def both(size: str, rounds: int) -> list[Table]:
     """Ways to train both encoders."""
     timings, work = timed_steps(size, {name: (4, way) for name, way in BOTH.items()}, rounds)
     # With checkpointing layers run forward twice: four operations in place of three.
-    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way) for way in BOTH.values()]
+    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way, size) for way in BOTH.values()]
     columns = {"floor, s": [f"{floor:.2g}" for floor in floors]}
     return [
         Table("finetuning=both, batch 4", timings, columns | memory([peak(size, 4, way) for way in BOTH.values()]))

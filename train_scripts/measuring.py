@@ -95,11 +95,12 @@ def peak_memory(code: str) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
-def matrix_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", size: int = 2048) -> float:
-    """Operations a second of a square matrix product on this machine: the encoders' floor."""
-    a = torch.randn(size, size, dtype=dtype, device=device)
+def matrix_rate(dtype: torch.dtype, size: str, device: str = "cpu") -> float:
+    """Operations a second of a square matrix product on this machine: the floor of the encoders of that size."""
+    side = 256 if size == "tiny" else 2048 if device == "cpu" else 8192
+    a = torch.randn(side, side, dtype=dtype, device=device)
     best = min(side_by_side({"product": lambda: waited_for(a @ a, device)})["product"].seconds)
-    return 2 * size**3 / best
+    return 2 * side**3 / best
 
 
 def waited_for(result: Any, device: str) -> Any:
@@ -112,13 +113,12 @@ def waited_for(result: Any, device: str) -> Any:
 def machine(size: str, device: str) -> dict[str, Any]:
     """What the numbers are measured on."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    side = 2048 if size == "base" else 256
     return {
         "processor": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "load": os.getloadavg()[0],
-        "operations a second": {str(t): matrix_rate(t, device, side) for t in (torch.float32, torch.bfloat16)},
+        "operations a second": {str(t): matrix_rate(t, size, device) for t in (torch.float32, torch.bfloat16)},
     }
 
 
