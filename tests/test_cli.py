@@ -156,7 +156,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     done = call("search", path, *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")
     assert [its["score"] for its in json.loads(done.stdout)["results"]] == expected.scores
     assert "another model" in error(call("index", photos, *model, "--path", path))  # float32 would be mixed in
-    made = call("index", photos, *model, "--path", tmp_path / "fast", "--openvino", "--json")
+    made = call("index", photos, *model, "--path", tmp_path / "fast", "--dtype", "bfloat16", "--openvino", "--json")
     assert json.loads(made.stdout)["new"] == 9
     fast = call("search", tmp_path / "fast", *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")
     assert [its["score"] for its in json.loads(fast.stdout)["results"]] == pytest.approx(expected.scores, abs=0.01)

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ def model(request):
     return AutoModel.from_pretrained(EMOJI) if request.param == "trained" else make_model(request.param)
 
 
+@pytest.mark.parametrize(("dtype", "least_cosine"), [(torch.float32, 1 - 1e-6), (torch.bfloat16, 0.999)])
 @torch.inference_mode()
-def test_it_embeds_as_pytorch_does(model):
+def test_it_embeds_as_pytorch_does(model, dtype, least_cosine):
     kind, pixels = model.config.vl_config.model_type, model.config.vl_config.vision_config.image_size
-    fast = encode_by_openvino(copy.deepcopy(model))
+    fast = encode_by_openvino(copy.deepcopy(model).to(dtype))
     for batch in (1, 3, 5):
         inputs = make_inputs(kind, batch=batch)
         images = ("pixel_values", "target_pixel_values")
@@ -34,16 +36,25 @@ def test_it_embeds_as_pytorch_does(model):
         wanted, found = model(**inputs), fast(**inputs)
         for name in ("query_embeds", "target_embeds"):
             assert found[name].shape == wanted[name].shape and found[name].dtype == torch.float32
-            assert F.cosine_similarity(found[name], wanted[name]).min() > 0.999, name
+            assert F.cosine_similarity(found[name], wanted[name]).min() > least_cosine, name
         assert not found.target_embeds.equal(wanted.target_embeds)  # something else did compute
 
 
-def test_weights_are_those_of_bfloat16(model, tmp_path):
-    fast, half = encode_by_openvino(copy.deepcopy(model)), copy.deepcopy(model).to(torch.bfloat16)
-    assert made_by(fast, make_processor()) == made_by(half, make_processor())
+def test_weights_stay_as_they_are(model, tmp_path):
+    fast = encode_by_openvino(copy.deepcopy(model))
+    assert made_by(fast, make_processor()) == made_by(model, make_processor())
     fast.save_pretrained(tmp_path)
     again = PVLFModel.from_pretrained(tmp_path)
-    assert all(map(torch.equal, again.state_dict().values(), half.state_dict().values()))
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_several_threads_may_ask():
+    fast, inputs = encode_by_openvino(make_model()), [make_inputs(batch=1 + row % 3) for row in range(32)]
+    embed = torch.inference_mode()(lambda row: fast(**inputs[row]).query_embeds)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(embed, range(32)))
+    for row in range(32):
+        torch.testing.assert_close(found[row], embed(row))
 
 
 def test_what_it_cannot_do_is_said(monkeypatch):
@@ -52,7 +63,7 @@ def test_what_it_cannot_do_is_said(monkeypatch):
         fast.train()(**make_inputs())
     with pytest.raises(ValueError, match="the model is on meta"):
         encode_by_openvino(make_model().to("meta"))
-    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino.frontend", None)
     with pytest.raises(ImportError, match=r"pip install \"pvlf-hf\[openvino\]\""):
         encode_by_openvino(make_model())
 
@@ -74,3 +85,34 @@ def test_nobody_is_told(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     environment |= {"PYTHONPATH": path, "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", QUIET], env=environment, check=True)
+
+
+SIGNALLED = """
+import gc, signal, threading
+from tiny import make_inputs, make_model
+from pvlf_hf import encode_by_openvino
+
+class Made: pass
+made = Made()
+made.model = encode_by_openvino(make_model())
+made.model(**make_inputs())
+
+def forget():
+    del made.model
+    gc.collect()
+
+thread = threading.Thread(target=forget)
+thread.start()
+thread.join()
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+signal.raise_signal(signal.SIGINT)
+assert seen
+"""
+
+
+def test_a_model_collected_by_another_thread_leaves_signals_alone():
+    """OpenVINO frees the stack for signals it gave one thread, whichever thread it goes in: Ctrl-C would crash."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, "killed by SIGSEGV" if done.returncode == -11 else done.returncode

@@ -117,7 +117,8 @@ def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
     if size != "tiny" and any(map(shutil.which, ("g++", "c++", "clang++"))):
         alternatives["bfloat16, compiled"] = compiled(copy.deepcopy(alternatives["bfloat16"]))
     if device == "cpu" and find_spec("openvino"):
-        alternatives["bfloat16, OpenVINO"] = encode_by_openvino(copy.deepcopy(model))
+        for name in ("float32", "bfloat16"):
+            alternatives[f"{name}, OpenVINO"] = encode_by_openvino(copy.deepcopy(alternatives[name]))
     return alternatives
 
 

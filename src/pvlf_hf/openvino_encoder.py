@@ -1,6 +1,6 @@
 """The image encoder by OpenVINO: the fastest way on CPUs, for galleries and queries alike.
 
-    model = encode_by_openvino(AutoModel.from_pretrained("you/mine"))
+    model = encode_by_openvino(AutoModel.from_pretrained("you/mine", dtype="bfloat16"))
     Gallery.from_folder("photos/", model, processor)
 
 Needs `pip install "pvlf-hf[openvino]"`; what it gains stands in `train_scripts/PERFORMANCE.md`.
@@ -8,6 +8,8 @@ Needs `pip install "pvlf-hf[openvino]"`; what it gains stands in `train_scripts/
 
 import copy
 import warnings
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from .modeling_pvlf import PVLFModel
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""OpenVINO's names of them."""
 
 
 class VisionTower(nn.Module):
@@ -30,13 +35,14 @@ class VisionTower(nn.Module):
 
 
 def encode_by_openvino(model: PVLFModel) -> PVLFModel:
-    """Hands what the image encoder computes to OpenVINO, in place, and makes the rest of the model bfloat16.
+    """Hands what the image encoder computes to OpenVINO, in place.
 
-    Weights are rounded to bfloat16 and stay where they are: the model is saved as before, and what it embeds goes with
-    embeddings of the same model in bfloat16 by PyTorch, of which it differs by rounding.
+    Weights stay as they are: the model is saved as before, and what it embeds goes with embeddings of the same model
+    in the same precision by PyTorch, of which it differs by rounding.
 
     Args:
-        model: in any precision, on the CPU; from now on for inference alone.
+        model: on the CPU; from now on for inference alone. OpenVINO computes in its precision, or in float32 where the
+            processor has none of that kind.
 
     Returns:
         the same model.
@@ -47,23 +53,24 @@ def encode_by_openvino(model: PVLFModel) -> PVLFModel:
     """
     if model.device.type != "cpu":
         raise ValueError(f"OpenVINO encodes on the CPU, and the model is on {model.device}: leave one of the two out")
-    vision_model = model.bfloat16().eval().backbone.vision_model
-    request = _compile(vision_model, model.config.vl_config.vision_config.image_size)
+    vision_model: Any = model.eval().backbone.vision_model
+    request = _compile(vision_model, model.config.vl_config.vision_config.image_size, PRECISIONS[model.dtype])
+    lock = Lock()
 
     def forward(pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         if vision_model.training:
             raise ValueError("OpenVINO computes no gradients: load the model again to train it")
-        found = request(pixel_values.float().contiguous().numpy())[0]
+        with lock:  # a request is refused while another is computed
+            found = request(pixel_values.float().contiguous().numpy())[0]
         return BaseModelOutput(last_hidden_state=torch.from_numpy(found).to(model.dtype))
 
     vision_model.forward = forward
     return model
 
 
-def _compile(vision_model: nn.Module, image_size: int) -> Any:
-    """What computes the tower for any number of pictures, in bfloat16 where the processor does."""
+def _compile(vision_model: nn.Module, image_size: int, precision: str) -> Any:
+    """What computes the tower for any number of pictures."""
     try:
-        from openvino import Core
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     except ImportError as error:
@@ -75,8 +82,20 @@ def _compile(vision_model: nn.Module, image_size: int) -> Any:
     frontend = FrontEndManager().load_by_framework("pytorch")
     converted = frontend.convert(frontend.load(decoder))
     converted.reshape([-1, 3, image_size, image_size])
-    hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
-    return Core().compile_model(converted, "CPU", hints)
+    hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    return _core().compile_model(converted, "CPU", hints)
+
+
+@cache
+def _core() -> Any:
+    """One for the life of the process.
+
+    It gives the thread that compiles first a stack for signals, and frees it when it is collected. If another thread
+    collected it, Ctrl-C or the end of a child process would be a segmentation fault in the first.
+    """
+    from openvino import Core
+
+    return Core()
 
 
 __all__ = ["encode_by_openvino"]
