@@ -40,6 +40,7 @@ ORDER = [
     "model_card",
     "golden",
     "submission",
+    "precision",
     "measurement",
     "doctor",
     "sheet",

@@ -32,13 +32,11 @@ from .encoding import QUERY_METHODS, embed
 from .evaluation import Evaluation, average, evaluate, evaluate_all, write_results
 from .model_card import results_tables
 from .modeling_pvlf import PVLFModel
+from .precision import DTYPES, warn_if_slow
 from .processing_pvlf import PVLFProcessor
 from .protocols import describe_protocols, load_protocol, protocol_card
 from .submission import write_circo_submission, write_cirr_submission
 from .whole_files import whole
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Precisions to load a model in; `auto` is the checkpoint's."""
 
 
 @dataclass
@@ -148,7 +146,10 @@ def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> 
         where = "in this folder" if Path(name).is_dir() else "neither a folder here nor on the Hub"
         raise ValueError(f"no model {name!r}, {where}: {' '.join(str(error).split())}") from error
     if config.model_type == "pvlf":
-        return AutoModel.from_pretrained(name, dtype=dtype), AutoProcessor.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype=dtype)
+        if not torch.accelerator.is_available():
+            warn_if_slow(model.dtype)
+        return model, AutoProcessor.from_pretrained(name)
     if not baselines_only:
         raise ValueError(
             f"{name} is no PVLF checkpoint but {config.model_type}: train one on it, or measure it with --methods "

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
+from .precision import warn_if_slow
+
 
 @dataclass
 class PVLFTrainingArguments(TrainingArguments):
@@ -105,6 +107,8 @@ class PVLFTrainingArguments(TrainingArguments):
         super().__post_init__(*args, **kwargs)
         if self.use_cpu and dist.is_initialized():  # the library passes it on for GPUs only
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
+        if self.use_cpu and (self.bf16 or self.fp16):
+            warn_if_slow(torch.bfloat16 if self.bf16 else torch.float16)
         if self.finetuning not in ("frozen", "text", "both"):
             raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
         if self.lr_scheduler_type != "cosine":

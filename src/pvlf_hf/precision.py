@@ -1,0 +1,28 @@
+"""The precisions a model computes in, and a warning where the processor has none of that kind."""
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Precisions to load a model in; `auto` is the checkpoint's."""
+
+
+def warn_if_slow(dtype: torch.dtype) -> None:
+    """Warns once if matrix products on the CPU are emulated in it, at a tenth of the speed of float32 or less."""
+    if dtype == torch.float32 or is_native(dtype):
+        return
+    name = str(dtype).removeprefix("torch.")
+    logger.warning_once(
+        f"this processor does not compute in {name}, PyTorch emulates it: expect ten times the time of float32, which "
+        "--dtype float32 (dtype='float32'), or training without --bf16 and --fp16, is in"
+    )
+
+
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, which multiplies PyTorch's matrices on the CPU, has kernels of that precision for it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return getattr(torch.ops.mkldnn, ask[dtype])()

@@ -1,0 +1,45 @@
+"""Where the processor does not compute in a precision, whoever asks for it is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvlf_hf import PVLFTrainingArguments, precision
+from pvlf_hf.measurement import load_model
+
+EMOJI = str(Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What was warned of, on a machine that has nothing but float32."""
+    said = []
+    monkeypatch.setattr(precision, "is_native", lambda dtype: False)
+    monkeypatch.setattr(precision.logger, "warning_once", said.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    return said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_emulated_precision_is_named(said, tmp_path, dtype):
+    load_model(EMOJI, dtype=dtype)
+    PVLFTrainingArguments(str(tmp_path), **{{"bfloat16": "bf16", "float16": "fp16"}[dtype]: True})
+    assert len(said) == 2 and all(f"does not compute in {dtype}" in warning for warning in said)
+
+
+def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
+    load_model(EMOJI)
+    PVLFTrainingArguments(str(tmp_path))
+    monkeypatch.setattr(precision, "is_native", lambda dtype: True)
+    load_model(EMOJI, dtype="bfloat16")
+    PVLFTrainingArguments(str(tmp_path), bf16=True)
+    assert said == []
+
+
+def test_the_processor_is_asked():
+    """oneDNN's kernels of bfloat16 need AVX-512 or AMX on x86."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert not precision.is_native(torch.bfloat16)
+    elif torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert precision.is_native(torch.bfloat16)
