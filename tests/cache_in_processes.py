@@ -7,6 +7,7 @@ from accelerate import PartialState
 from test_feature_cache import numbered
 
 from pvlf_hf.feature_cache import FeatureCache, digest
+from pvlf_hf.measurement import leave
 
 if __name__ == "__main__":
     folder, encoded = Path(sys.argv[1]), []
@@ -21,3 +22,4 @@ if __name__ == "__main__":
     cache.fill(digests, encode, 4, "samples", progress=False)
     assert all(name in cache for name in digests)  # every process sees what the other wrote
     (folder / f"rank{rank}.txt").write_text(" ".join(map(str, encoded)))
+    leave()

@@ -12,7 +12,7 @@ import torch
 from processes import run_in_processes
 from test_several_processes import trainer_of
 from test_train_scripts import files, flags
-from train_in_processes import Rows
+from tiny import Rows
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train_pvlf.py"
 

@@ -24,6 +24,7 @@ from pvlf_hf.benchmark import CIRBenchmark
 from pvlf_hf.embedding_store import EmbeddingStore
 from pvlf_hf.encoding import encode_gallery
 from pvlf_hf.evaluation import average, evaluate, intervals, read_results, score, write_results
+from pvlf_hf.measurement import leave
 from pvlf_hf.metrics import cirr_metrics
 from pvlf_hf.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.significance import bootstrap_interval
@@ -278,7 +279,7 @@ def main(folder):
     state = PartialState(cpu=True)
     assert state.num_processes == 2
     Path(folder, f"{state.process_index}.json").write_text(json.dumps(list(outcomes(Path(folder) / "store"))))
-    state.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -111,8 +111,14 @@ assert seen
 """
 
 
-def test_a_model_collected_by_another_thread_leaves_signals_alone():
-    """OpenVINO frees the stack for signals it gave one thread, whichever thread it goes in: Ctrl-C would crash."""
+@pytest.mark.reliability(
+    1,
+    "Ctrl-C after a model encoded by OpenVINO was collected by another thread is no segmentation fault",
+    broken=("src/pvlf_hf/openvino_encoder.py", "@cache\n", ""),
+)
+def test_a_model_collected_by_another_thread_leaves_signals_alone(figure):
+    """OpenVINO frees the stack for signals it gave one thread, whichever thread it goes in."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", SIGNALLED], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, "killed by SIGSEGV" if done.returncode == -11 else done.returncode
+    figure("SIGINT reaches its handler")

@@ -4,19 +4,23 @@ import math
 import os
 import re
 import signal
+import time
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from processes import run_in_processes
 from squares import make_benchmark
-from tiny import make_model, make_processor
+from tiny import Rows, make_model, make_processor
 from torch.utils.data import Subset, default_collate
-from train_in_processes import BATCH, Rows
 from transformers import TrainerCallback
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, evaluate
+from pvlf_hf.measurement import leave
+
+BATCH = 12  # of all processes together
 
 
 class FirstGradients(TrainerCallback):
@@ -59,10 +63,10 @@ def trainer_of(folder, rows, sharded=False, callbacks=(), dropout=0.0, **setting
     )
 
 
-def train(folder, sharded=False):
+def train(folder, sharded=False, settings=None):
     """Losses, first gradients, and what every query found, after three steps."""
     gradients = FirstGradients()
-    trainer = trainer_of(folder, Rows(), sharded, [gradients])
+    trainer = trainer_of(folder, Rows(), sharded, [gradients], **(settings or {}))
     trainer.train()
     assert trainer.is_fsdp_enabled == sharded and trainer.accelerator.num_processes == trainer.args.world_size
     model = trainer.model_wrapped if sharded else trainer.model
@@ -90,9 +94,9 @@ def compare(alone, together):
     return distances
 
 
-def check(alone, number, sharded, folder):
+def check(alone, number, sharded, folder, **settings):
     """Every process's outcome against that of one alone; the distances in words."""
-    outcomes = run_in_processes(number, train, folder, sharded)
+    outcomes = run_in_processes(number, train, folder, sharded, settings)
     assert all(isinstance(outcome, tuple) for outcome in outcomes), outcomes
     assert {outcome[3] for outcome in outcomes} == {"DTensor" if sharded else "Parameter"}
     loss, worst, mean = (max(distances) for distances in zip(*(compare(alone, its) for its in outcomes), strict=True))
@@ -114,6 +118,37 @@ def check(alone, number, sharded, folder):
 @pytest.mark.parametrize(("number", "sharded"), [(2, False), (4, False), (2, True)])
 def test_several_processes_equal_one(alone, tmp_path, number, sharded, figure):
     figure(check(alone, number, sharded, tmp_path))
+
+
+def test_gradient_caching_in_two_processes(alone, tmp_path):
+    """Six rows in each, in chunks of four and two."""
+    check(alone, 2, False, tmp_path, gradient_cache_chunk_size=4, loss_chunk_size=4)
+
+
+def test_without_gathering_there_are_fewer_negatives(alone, tmp_path):
+    """The tests above could not fail if gathering made no difference."""
+    for losses, *_ in run_in_processes(2, train, tmp_path, False, {"gather_negatives": False}):
+        assert abs(losses[0] - alone[0][0]) > 0.05
+
+
+def leave_late(folder):
+    """Whether all was written, and the connections closed, when this process was let go."""
+    state = PartialState(cpu=True)
+    if state.process_index == 1:
+        time.sleep(2)
+        (folder / "written").touch()
+    leave()
+    return (folder / "written").exists() and not torch.distributed.is_initialized()
+
+
+@pytest.mark.reliability(
+    3,
+    "A process that is done leaves when the others are: no launcher ends one amid a write",
+    broken=("src/pvlf_hf/measurement.py", "        state.wait_for_everyone()\n", ""),
+)
+def test_nobody_leaves_before_the_others(tmp_path, figure):
+    assert run_in_processes(2, leave_late, tmp_path) == [True, True]
+    figure("2 processes, one 2 s behind")
 
 
 def losses_of(folder, rows, **settings):

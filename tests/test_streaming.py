@@ -24,6 +24,7 @@ from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.data import TRIPLET_COLUMNS, PVLFCollator
+from pvlf_hf.measurement import leave
 from pvlf_hf.streaming import find_shards, load_hub_triplets, stream_triplets, triplet_batches, write_shards
 
 ROWS = 30
@@ -257,6 +258,7 @@ def train_in_this_process(folder):
     outcome = {"shares": list(shares), "trained": gather_object([trainer.rows])}
     if trainer.is_world_process_zero():
         (folder / "outcome.json").write_text(json.dumps(outcome))
+    leave()
 
 
 class Numbered(PVLFCollator):

@@ -16,6 +16,7 @@ root has a folder for each data set, `cirr/`, `fashioniq/`, `circo/`.
 
 import json
 import sys
+import time
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -204,6 +205,19 @@ def summary(args: EvaluationArguments, evaluations: list[Evaluation], submission
     return "\n\n".join(parts)
 
 
+def leave() -> None:
+    """What a process of several does at its end: waits for the others, and for the threads that they talked through.
+
+    Otherwise the launcher, told that one has failed, would end those that still write. On CPUs (gloo) a process can
+    fail so late: a thread lets go of the last message when Python is already taken down, which aborts (until 3.14).
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+        time.sleep(0.5)  # those threads cannot be waited for
+
+
 def main(command_line: Sequence[str] | None = None) -> None:
     """The command line."""
     kind: Any = EvaluationArguments
@@ -218,7 +232,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     evaluations, submissions = measure(args)
     if PartialState().is_main_process:
         sys.stdout.write(summary(args, evaluations, submissions) + "\n")
-    PartialState().destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
 from .evaluation import Evaluation, evaluate_all, write_results
 from .golden import write_golden
 from .laion_cir import SUBSETS, load_laion_cir
-from .measurement import HelpFormatter, parse
+from .measurement import HelpFormatter, leave, parse
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .protocols import load_protocol
@@ -278,6 +278,7 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
 def main(command_line: list[str] | None = None) -> None:
     """The command line."""
     train(*parse_arguments(sys.argv[1:] if command_line is None else command_line))
+    leave()
 
 
 if __name__ == "__main__":
