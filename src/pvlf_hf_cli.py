@@ -125,7 +125,9 @@ def index(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once (ours).")] = 64,
     dtype: Annotated[
         Precision,
-        typer.Option(help="Of the model; bfloat16 takes half the time on most devices. Searches take the same."),
+        typer.Option(
+            help="Of the model; bfloat16 takes half the time on most devices. Searches and later runs take the same."
+        ),
     ] = Precision.AUTO,
     openvino: Annotated[
         bool, typer.Option("--openvino", help="Encode by OpenVINO, on CPUs the fastest, most so in bfloat16.")
@@ -146,7 +148,7 @@ def index(
     from pvlf_hf import Gallery
 
     before = known_digests(path)
-    encoder, processor = load(model, dtype.value)
+    encoder, processor = load(model, precision(path) if dtype is Precision.AUTO else dtype.value)
     if openvino:
         from pvlf_hf import encode_by_openvino
 

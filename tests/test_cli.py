@@ -155,7 +155,8 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     expected = Gallery.load(path, half, AutoProcessor.from_pretrained(models[0])).search(photos / "red.png", TEXT, k=3)
     done = call("search", path, *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")
     assert [its["score"] for its in json.loads(done.stdout)["results"]] == expected.scores
-    assert "another model" in error(call("index", photos, *model, "--path", path))  # float32 would be mixed in
+    assert "9 pictures, 0 new, 2 skipped" in call("index", photos, *model, "--path", path).stdout
+    assert "try --dtype bfloat16" in error(call("index", photos, *model, "--path", path, "--dtype", "float32"))
     made = call("index", photos, *model, "--path", tmp_path / "fast", "--dtype", "bfloat16", "--openvino", "--json")
     assert json.loads(made.stdout)["new"] == 9
     fast = call("search", tmp_path / "fast", *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")

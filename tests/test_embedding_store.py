@@ -96,6 +96,8 @@ def test_models_are_not_mixed(store, tiny_processor, tmp_path):
     for model, processor in others:
         with pytest.raises(ValueError, match="holds embeddings of another model or processor"):
             EmbeddingStore(store.folder).claim(model, processor)
+    with pytest.raises(ValueError, match=r"or of it in float32 \(it is in float16 now: try --dtype float32\)"):
+        EmbeddingStore(store.folder).claim(*others[2])
     tiny_processor(text="a cat")  # the tokenizer keeps the settings of its last call
     EmbeddingStore(store.folder).claim(make_model().train(), tiny_processor)
     other = EmbeddingStore(tmp_path / "other")

@@ -48,6 +48,14 @@ def test_weights_stay_as_they_are(model, tmp_path):
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
 
 
+@torch.inference_mode()
+def test_twice_is_once():
+    model, inputs = make_model(), make_inputs()
+    wanted = model(**inputs).query_embeds
+    fast = encode_by_openvino(encode_by_openvino(model))
+    assert F.cosine_similarity(fast(**inputs).query_embeds, wanted).min() > 1 - 1e-6
+
+
 def test_several_threads_may_ask():
     fast, inputs = encode_by_openvino(make_model()), [make_inputs(batch=1 + row % 3) for row in range(32)]
     embed = torch.inference_mode()(lambda row: fast(**inputs[row]).query_embeds)
@@ -61,6 +69,8 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     fast = encode_by_openvino(make_model())
     with pytest.raises(ValueError, match="load the model again to train it"):
         fast.train()(**make_inputs())
+    with pytest.raises(ValueError, match="the model is in torch.float64"):
+        encode_by_openvino(make_model().double())
     with pytest.raises(ValueError, match="the model is on meta"):
         encode_by_openvino(make_model().to("meta"))
     monkeypatch.setitem(sys.modules, "openvino.frontend", None)

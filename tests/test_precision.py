@@ -7,8 +7,10 @@ import torch
 
 from pvlf_hf import PVLFTrainingArguments, precision
 from pvlf_hf.measurement import load_model
+from pvlf_hf_cli import Precision
 
-EMOJI = str(Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny")
+CARDS = Path(__file__).parents[1] / "model_cards"
+EMOJI, BLIP = str(CARDS / "pvlf-emoji-tiny"), str(CARDS / "blip-emoji-tiny")
 
 
 @pytest.fixture
@@ -24,12 +26,14 @@ def said(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_an_emulated_precision_is_named(said, tmp_path, dtype):
     load_model(EMOJI, dtype=dtype)
+    load_model(BLIP, baselines_only=True, dtype=dtype)
     PVLFTrainingArguments(str(tmp_path), **{{"bfloat16": "bf16", "float16": "fp16"}[dtype]: True})
-    assert len(said) == 2 and all(f"does not compute in {dtype}" in warning for warning in said)
+    assert len(said) == 3 and all(f"does not compute in {dtype}" in warning for warning in said)
 
 
 def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
     load_model(EMOJI)
+    precision.warn_if_slow(torch.float64)
     PVLFTrainingArguments(str(tmp_path))
     monkeypatch.setattr(precision, "is_native", lambda dtype: True)
     load_model(EMOJI, dtype="bfloat16")
@@ -43,3 +47,7 @@ def test_the_processor_is_asked():
         assert not precision.is_native(torch.bfloat16)
     elif torch.backends.cpu.get_cpu_capability() == "AVX512":
         assert precision.is_native(torch.bfloat16)
+
+
+def test_the_command_line_offers_the_same():
+    assert tuple(Precision) == precision.DTYPES

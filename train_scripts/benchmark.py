@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
@@ -38,6 +38,7 @@ from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino, encoding
+from pvlf_hf.encoding import work_ahead
 from pvlf_hf.gallery_encoding import Decoding, least_side, open_cell
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
@@ -174,16 +175,19 @@ def ahead(model: PVLFModel, options: Options) -> Table:
     processor, cell = make_processor(model), {"bytes": make_jpeg(1200, 900), "path": None}
     gallery = Dataset.from_dict({"image": [cell] * 16}, Features({"image": Image()}))
 
-    def encode(threads: int) -> Tensor:
-        encoding._threads = lambda device: threads
+    def encode(way: Callable[..., Generator[Any]]) -> Tensor:
+        encoding.work_ahead = way
         return encoding.encode_gallery(model, processor, gallery, batch_size=4, progress=False)
 
-    asked = encoding._threads
+    ways = {
+        "in turn": lambda work, tasks, _: (work(task) for task in tasks),
+        "1 thread ahead": lambda work, tasks, _: work_ahead(work, tasks, 1),
+        "2 threads ahead": lambda work, tasks, _: work_ahead(work, tasks, 2),
+    }
     try:
-        calls = {f"{n} threads ahead": partial(encode, n) for n in (0, 1, 2)}
-        timings = side_by_side(calls, options.rounds, warmup=0)
+        timings = side_by_side({n: partial(encode, way) for n, way in ways.items()}, options.rounds, warmup=0)
     finally:
-        encoding._threads = asked
+        encoding.work_ahead = work_ahead
     return Table("`encode_gallery`, bfloat16, 16 JPEGs of 1200 x 900", timings, {})
 
 

@@ -1,7 +1,7 @@
 """Speed and memory of training, alternatives in turn: cached features, both encoders, batches larger than memory.
 
-    python train_scripts/benchmark_training.py                # BLIP ViT-B/16 at 384 px: about ten minutes on two cores
-    python train_scripts/benchmark_training.py --size tiny    # the same on the emoji checkpoint: does it run?
+    python train_scripts/benchmark_training.py               # BLIP ViT-B/16 at 384 px: 15 minutes on two cores
+    python train_scripts/benchmark_training.py --size tiny   # the same on the emoji checkpoint: does it run?
 
 Weights and pictures are random: neither speed nor memory depends on them. A step is forward, backward, clipping and
 AdamW; with cached or encoded pictures it includes making the batch, in the same process. The floor of an alternative

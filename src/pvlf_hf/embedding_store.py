@@ -62,12 +62,14 @@ class EmbeddingStore:
         """States whose embeddings are about to be added, and returns it as [`made_by`] does.
 
         Raises:
-            ValueError: if the folder holds those of other weights or another processor.
+            ValueError: if the folder holds those of other weights, another processor or another precision.
         """
         claimed = made_by(model, processor)
-        if self.model not in (None, claimed):
+        if self.model and self.model != claimed:
+            theirs, ours = self.model["dtype"], claimed["dtype"]
+            same = "" if theirs == ours else f" or of it in {theirs} (it is in {ours} now: try --dtype {theirs}),"
             raise ValueError(
-                f"{self.folder} holds embeddings of another model or processor, which must not be mixed: choose "
+                f"{self.folder} holds embeddings of another model or processor,{same} which must not be mixed: choose "
                 "another folder, or delete this one"
             )
         self.model = claimed

@@ -220,13 +220,10 @@ def _encode(
 
 
 def work_ahead(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Generator[U]:
-    """What work makes of each task, in their order, while threads are at most one task each ahead; 0 for no threads.
+    """What work makes of each task, in their order, while threads are at most one task each ahead.
 
     Threads suit decoding and resizing, which release Python's lock, and start at once, whatever they work on.
     """
-    if threads == 0:
-        yield from map(work, tasks)
-        return
     ahead: deque[Future[U]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -358,6 +358,7 @@ class Gallery:
         sources = sources.cast_column("image", Image(mode=mode, decode=False))
         # Another run that keeps its work in the same folder is waited for, and what it has encoded is found.
         with locked(Path(path)) if path and PartialState().is_main_process else nullcontext():
+            PartialState().wait_for_everyone()
             its_model = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
             how = Decoding(mode, least_side(processor) if draft else None)
             digests, bad = digests_of(sources, how, progress)

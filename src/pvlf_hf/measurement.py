@@ -147,17 +147,18 @@ def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> 
         where = "in this folder" if Path(name).is_dir() else "neither a folder here nor on the Hub"
         raise ValueError(f"no model {name!r}, {where}: {' '.join(str(error).split())}") from error
     if config.model_type == "pvlf":
-        model = AutoModel.from_pretrained(name, dtype=dtype)
-        if not torch.accelerator.is_available():
-            warn_if_slow(model.dtype)
-        return model, AutoProcessor.from_pretrained(name)
-    if not baselines_only:
+        model, processor = AutoModel.from_pretrained(name, dtype=dtype), AutoProcessor.from_pretrained(name)
+    elif not baselines_only:
         raise ValueError(
             f"{name} is no PVLF checkpoint but {config.model_type}: train one on it, or measure it with --methods "
             "image text image+text"
         )
-    set_seed(0)  # kept embeddings are of one model: its fusion, random and unused here, must be the same every time
-    return PVLFModel.from_vl_pretrained(name, dtype=dtype), PVLFProcessor.from_vl_pretrained(name)
+    else:
+        set_seed(0)  # kept embeddings are of one model: its fusion, random and unused here, must always be the same
+        model, processor = PVLFModel.from_vl_pretrained(name, dtype=dtype), PVLFProcessor.from_vl_pretrained(name)
+    if not torch.accelerator.is_available():
+        warn_if_slow(model.dtype)
+    return model, processor
 
 
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:

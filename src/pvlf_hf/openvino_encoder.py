@@ -49,11 +49,14 @@ def encode_by_openvino(model: PVLFModel) -> PVLFModel:
 
     Raises:
         ImportError: if OpenVINO is not installed.
-        ValueError: if the model is on an accelerator. Training it later raises as well.
+        ValueError: if the model is on an accelerator or in float64. Training it later raises as well.
     """
     if model.device.type != "cpu":
         raise ValueError(f"OpenVINO encodes on the CPU, and the model is on {model.device}: leave one of the two out")
+    if model.dtype not in PRECISIONS:
+        raise ValueError(f"OpenVINO encodes in float32, bfloat16 or float16, and the model is in {model.dtype}")
     vision_model: Any = model.eval().backbone.vision_model
+    vars(vision_model).pop("forward", None)  # of an earlier call: traced, its outcome would be taken for a constant
     request = _compile(vision_model, model.config.vl_config.vision_config.image_size, PRECISIONS[model.dtype])
     lock = Lock()
 
@@ -68,20 +71,21 @@ def encode_by_openvino(model: PVLFModel) -> PVLFModel:
     return model
 
 
-def _compile(vision_model: nn.Module, image_size: int, precision: str) -> Any:
+def _compile(vision_model: nn.Module, image_size: int | tuple[int, int], precision: str) -> Any:
     """What computes the tower for any number of pictures."""
     try:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     except ImportError as error:
         raise ImportError(f'{error}: OpenVINO comes with `pip install "pvlf-hf[openvino]"`') from error
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     tower = VisionTower(copy.deepcopy(vision_model).float())
     with warnings.catch_warnings(action="ignore"):  # tracing touches what is deprecated, and knows less than we do
-        decoder = TorchScriptPythonDecoder(tower, example_input=torch.zeros(2, 3, image_size, image_size))
+        decoder = TorchScriptPythonDecoder(tower, example_input=torch.zeros(2, 3, height, width))
     # Not openvino.convert_model, which tells Intel of its use.
     frontend = FrontEndManager().load_by_framework("pytorch")
     converted = frontend.convert(frontend.load(decoder))
-    converted.reshape([-1, 3, image_size, image_size])
+    converted.reshape([-1, 3, height, width])
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     return _core().compile_model(converted, "CPU", hints)
 

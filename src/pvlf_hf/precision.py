@@ -8,21 +8,21 @@ logger = logging.get_logger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Precisions to load a model in; `auto` is the checkpoint's."""
 
+KERNELS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+"""What says whether oneDNN, which multiplies PyTorch's matrices on the CPU, has kernels of them for the processor."""
+
 
 def warn_if_slow(dtype: torch.dtype) -> None:
     """Warns once if PyTorch emulates matrix products on the CPU in it (measured: six times as long as float32)."""
-    if dtype == torch.float32 or is_native(dtype):
+    if dtype not in KERNELS or is_native(dtype):
         return
     name = str(dtype).removeprefix("torch.")
     logger.warning_once(
-        f"this processor does not compute in {name}, PyTorch emulates it, several times slower than float32: choose "
-        "--dtype float32 (dtype='float32'), and train without --bf16 and --fp16"
+        f"this processor does not compute in {name}, PyTorch emulates it, several times slower than float32: load the "
+        "model, or make the index, in float32 (--dtype float32), and train without --bf16 and --fp16"
     )
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN, which multiplies PyTorch's matrices on the CPU, has kernels of that precision for it."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return getattr(torch.ops.mkldnn, ask[dtype])()
+    """Whether the processor computes in bfloat16 or float16."""
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, KERNELS[dtype])()
