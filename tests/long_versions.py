@@ -56,18 +56,8 @@ def test_core_passes(which, tmp_path, figure):
     have = dict(re.findall(r"^([\w-]+)==(\S+)$", frozen.replace("_", "-"), re.MULTILINE))
     files = [f"tests/test_{name}.py" for name in CORE]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [
-        str(python),
-        "-m",
-        "pytest",
-        "-n0",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--tb=line",
-        *BESIDES[which],
-        *files,
-    ]
+    options = ["-n0", "-x", "-p", "no:cacheprovider", "--tb=line", *BESIDES[which]]
+    command = [str(python), "-m", "pytest", *options, *files]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, re.findall("^(?:FAILED|ERROR) .*", run.stdout, re.MULTILINE) or run.stdout[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)[1]

@@ -64,16 +64,17 @@ def trainer_of(folder, rows, sharded=False, callbacks=(), dropout=0.0, **setting
 
 
 def train(folder, sharded=False, settings=None):
-    """Losses, first gradients, and what every query found, after three steps."""
+    """Losses, first gradients, and after three steps the weights and what every query found."""
     gradients = FirstGradients()
     trainer = trainer_of(folder, Rows(), sharded, [gradients], **(settings or {}))
     trainer.train()
     assert trainer.is_fsdp_enabled == sharded and trainer.accelerator.num_processes == trainer.args.world_size
     model = trainer.model_wrapped if sharded else trainer.model
     kind = type(next(model.parameters())).__name__
+    weights = {name: whole(p.detach()).clone().numpy() for name, p in model.named_parameters()}
     outcome = evaluate(model, trainer.processing_class, make_benchmark(), batch_size=2, progress=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, gradients.found, outcome.per_query, kind
+    return losses, gradients.found, outcome.per_query, kind, weights
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +85,14 @@ def alone(tmp_path_factory):
 
 def compare(alone, together):
     """Distance of losses, and of gradients the worst and the mean, as shares of the largest and of the mean one."""
-    (losses, gradients, per_query, _), (expected, reference, its_queries, _) = together, alone
+    (losses, gradients, per_query, _, weights), (expected, reference, its_queries, _, its_weights) = together, alone
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     ours, theirs = (np.concatenate([g[name].ravel() for name in reference]) for g in (gradients, reference))
     distance = np.abs(ours - theirs)
     distances = loss, float(distance.max() / np.abs(theirs).max()), float(distance.mean() / np.abs(theirs).mean())
     assert max(distances) < 1e-5, distances
+    assert weights.keys() == its_weights.keys()
+    assert max(np.abs(weights[name] - its_weights[name]).max() for name in weights) < 1e-5
     assert per_query == its_queries  # every query once, in order, with the same rank
     return distances
 
