@@ -522,6 +522,39 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
     assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # what one gets unasked
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_on_a_cpu(p, dtype):
+    torch.manual_seed(0)
+    states = torch.rand(250_001, 3).add(0.5).to(dtype).requires_grad_()  # no zeros, no multiple of four
+    out = modeling_pvlf.drop(states, p, training=True)
+    (gradient,) = torch.autograd.grad(out.sum(), states)
+    kept = out != 0
+    for given, wanted in ((out[kept], states[kept] / (1 - p)), (gradient, kept / (1 - p))):
+        torch.testing.assert_close(given, wanted.to(dtype))
+    shares = kept.flatten()[:750_000].view(-1, 4).double()  # a draw's four numbers are as independent as others
+    assert ((shares.mean(dim=0) - (1 - p)).abs() < 5 * (p * (1 - p) / len(shares)) ** 0.5).all()
+    assert (torch.corrcoef(shares.T) - torch.eye(4)).abs().max() < 5 / len(shares) ** 0.5
+    again = [modeling_pvlf.drop(states, p, training=True) for _ in range(2) if torch.manual_seed(0)]
+    assert torch.equal(*again)
+    assert not torch.equal(again[0], modeling_pvlf.drop(states, p, training=True))
+    for share, training in ((p, False), (0.0, True)):
+        assert modeling_pvlf.drop(states, share, training) is states
+    assert not modeling_pvlf.drop(states, 1.0, training=True).any()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("text_padding", ["masked", "transagg"])
+def test_attention_with_dropout_sees_what_it_sees_without(backbone, text_padding, attention):
+    """A dropout that keeps all but a number in a million takes its own path through attention on a CPU."""
+    model = make_model(backbone, text_padding=text_padding, dropout=1e-6)
+    model.set_finetuning("frozen")
+    model.set_attn_implementation({"": attention})
+    inputs = query_of(make_inputs(backbone))
+    assert inputs["attention_mask"].eq(0).any()
+    close(model.train()(**inputs).query_embeds, model.eval()(**inputs).query_embeds, atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_fused_blip_attention_equals_eager(tmp_path, dropout):
     """Outputs and gradients of the ViT, as built and as loaded, against the attention that Transformers writes out."""
@@ -576,12 +609,14 @@ def test_compiled_query_without_graph_breaks(backbone):
     assert torch.equal(compiled(**inputs).pooler_output, model.get_query_features(**inputs).pooler_output)
 
 
-def test_compiled_training_step_without_graph_breaks(backbone):
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_compiled_training_step_without_graph_breaks(backbone, dropout):
     torch.compiler.reset()
-    model, inputs = make_model(backbone, dropout=0.0), make_inputs(backbone)
+    model, inputs = make_model(backbone, dropout=dropout), make_inputs(backbone)
     model.train()
     gradients = []
     for call in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        torch.manual_seed(0)
         loss = call(**inputs, target_ids=torch.tensor([0, 1, 0])).loss
         gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     for plain, compiled in zip(*gradients, strict=True):
