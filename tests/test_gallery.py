@@ -22,11 +22,12 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import gallery_encoding as module
 from pvlf_hf import load_emoji_pictures
+from pvlf_hf.cosines import error_bound
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.gallery import Gallery
 from pvlf_hf.image_processing_pvlf import to_rgb
 from pvlf_hf.metrics import top_k
-from pvlf_hf.vector_index import make_index
+from pvlf_hf.vector_index import ExactIndex, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"
@@ -106,6 +107,21 @@ def test_indices_find_the_nearest_neighbours(name, tmp_path):
     assert len(index.candidates(queries[0], 600)) >= (600 if name == "exact" else 550)
     if name != "faiss":
         assert found[20] >= set(best[20].tolist())
+
+
+@pytest.mark.parametrize("width", [1, 2, 33, 256, 1024])
+def test_exact_search_allows_for_half_precision(width):
+    """Pictures whose cosines lie closer together than it can tell apart."""
+    generator = torch.Generator().manual_seed(width)
+    query = F.normalize(torch.rand(width, generator=generator) + 0.5, dim=0)
+    jitter = 10.0 ** -torch.linspace(1, 6, 3000)[:, None]
+    embeds = F.normalize(query + jitter * torch.randn(3000, width, generator=generator) * width**-0.5, dim=1)
+    errors = (ExactIndex(embeds).halves @ query.half()).double() - embeds.double() @ query.double()
+    assert errors.abs().max() < half_error_bound(width)
+    assert width == 1 or errors.abs().max() > error_bound(width)  # float32's would not do
+    for k in (1, 10, 300):
+        found = ExactIndex(embeds).candidates(query, k)
+        assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
 
 
 @pytest.mark.parametrize("name", ["faiss", "milvus"])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cosines import above, error_bound, full_precision, kth_at_least
+from .cosines import above, error_bound, kth_at_least
 
 IndexName = Literal["exact", "faiss", "milvus"]
 
@@ -37,21 +37,29 @@ class VectorIndex(Protocol):
 
 
 class ExactIndex:
-    """Compares the query with every picture.
+    """Compares the query with every picture, in half precision, whose error decides how many are left to choose from.
 
     Args:
-        embeds: float32 `(gallery, d)`, L2-normalised; used where it lies.
+        embeds: float32 `(gallery, d)`, L2-normalised; a float16 copy is kept, half their size, and read in half the
+            time: comparing takes no longer than reading it.
     """
 
     def __init__(self, embeds: Tensor) -> None:
-        self.embeds = embeds
+        self.halves = embeds.half()
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
         """See [`VectorIndex`]; all that rounding could have kept out of the best k are among them."""
-        with full_precision():
-            # Twice the query: MKL's product with a matrix reads memory two to three times faster than with a vector.
-            cosines = (self.embeds @ query.repeat(2, 1).T)[:, :1].T.contiguous()  # (1, gallery)
-        return above(cosines, kth_at_least(cosines, k) - 2 * error_bound(len(query)))[1]
+        cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
+        return above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
+
+
+def half_error_bound(width: int) -> float:
+    """The most that a cosine of half precision numbers can be off from the score, about 1.5e-3.
+
+    To [`error_bound`], for sums in float32, each of three roundings (picture, query, result) adds 2^-11; the tenth
+    covers second orders, and numbers below 2^-14, which are off by 2^-25 at most.
+    """
+    return 3.1 * 2.0**-11 + error_bound(width)
 
 
 class FaissIndex:
