@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from benchmark import CAPTION, TINY, make_processor
 from datasets import Dataset, Image
-from measuring import Table, Timing, matrix_rate, measure, parser_of, peak_memory, side_by_side
+from measuring import Table, Timing, formats, matrix_rate, measure, parser_of, peak_memory, side_by_side
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,13 +39,14 @@ class Way:
     """How a training step is computed."""
 
     fused: bool = True  # attention of the ViT
+    whole: bool = False  # the last fusion layer at every position, though two are read
     bf16: bool = False  # autocast
     checkpointing: bool = False  # of activations, layer by layer
     one_pass: bool = False  # references and targets through the ViT together
     chunk_size: int | None = None  # gradient caching
 
 
-EAGER = Way(fused=False)  # the baseline's
+EAGER = Way(fused=False, whole=True)  # the baseline's
 BOTH = {
     "as the baseline: eager attention, float32": EAGER,
     "fused attention": Way(),
@@ -111,7 +112,7 @@ def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Te
             reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
             batch = {**batch, "image_tokens": reference, "target_features": target[:, 0]}
             del batch["pixel_values"], batch["target_pixel_values"]
-        loss = model(**batch, chunk_size=way.chunk_size).loss
+        loss = model(**batch, chunk_size=way.chunk_size, output_hidden_states=way.whole).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
@@ -169,10 +170,16 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
             "cached": (cached, Way()),
             "cached, bf16": (cached, Way(bf16=True)),
         }
+        ways = {name: (batch, way) for name, (batch, way) in ways.items() if is_native(way)}
         calls = {name: lambda b=batch, w=way: step(model, optimizer, b(), w) for name, (batch, way) in ways.items()}
         timings = side_by_side(calls, rounds)
         floors = [operations(model, batch()) / rate_of(way, size) for batch, way in ways.values()]
     return Table(f"finetuning={finetuning}, batch 8", timings, {"floor, s": [f"{floor:.2g}" for floor in floors]})
+
+
+def is_native(way: Way) -> bool:
+    """Whether the processor computes in its format."""
+    return not way.bf16 or torch.bfloat16 in formats()
 
 
 def rate_of(way: Way, size: str) -> float:
@@ -182,12 +189,13 @@ def rate_of(way: Way, size: str) -> float:
 
 def both(size: str, rounds: int) -> list[Table]:
     """Ways to train both encoders."""
-    timings, work = timed_steps(size, {name: (4, way) for name, way in BOTH.items()}, rounds)
+    ways = {name: way for name, way in BOTH.items() if is_native(way)}
+    timings, work = timed_steps(size, {name: (4, way) for name, way in ways.items()}, rounds)
     # With checkpointing layers run forward twice: four operations in place of three.
-    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way, size) for way in BOTH.values()]
+    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way, size) for way in ways.values()]
     columns = {"floor, s": [f"{floor:.2g}" for floor in floors]}
     return [
-        Table("finetuning=both, batch 4", timings, columns | memory([peak(size, 4, way) for way in BOTH.values()]))
+        Table("finetuning=both, batch 4", timings, columns | memory([peak(size, 4, way) for way in ways.values()]))
     ]
 
 

@@ -19,6 +19,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from pvlf_hf.evaluation import environment
+from pvlf_hf.precision import is_native
 
 DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"
 
@@ -118,16 +119,22 @@ def machine(size: str, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "load": os.getloadavg()[0],
-        "operations a second": {str(t): matrix_rate(t, size, device) for t in (torch.float32, torch.bfloat16)},
+        "operations a second": {str(dtype): matrix_rate(dtype, size, device) for dtype in formats(device)},
     }
+
+
+def formats(device: str = "cpu") -> list[torch.dtype]:
+    """What is worth measuring: bfloat16 takes minutes on a processor that emulates it."""
+    emulated = device == "cpu" and not is_native(torch.bfloat16)
+    return [torch.float32] if emulated else [torch.float32, torch.bfloat16]
 
 
 def described(facts: dict[str, Any]) -> str:
     """The machine in a line."""
-    rates = facts["operations a second"]
+    rates = [f"{rate / 1e9:.0f} in {name}" for name, rate in facts["operations a second"].items()]
     return (
-        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; a matrix product makes "
-        f"{rates['torch.float32'] / 1e9:.0f} GFLOP/s in float32 and {rates['torch.bfloat16'] / 1e9:.0f} in bfloat16."
+        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; GFLOP/s of a matrix "
+        f"product: {', '.join(rates).replace('torch.', '')}."
     )
 
 
@@ -175,6 +182,7 @@ def write_between(start: str, end: str, *paragraphs: str) -> None:
 __all__ = [
     "Table",
     "Timing",
+    "formats",
     "markdown",
     "matrix_rate",
     "measure",
