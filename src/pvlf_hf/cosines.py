@@ -201,7 +201,6 @@ __all__ = [
     "check_embeds",
     "cosine_tiles",
     "error_bound",
-    "full_precision",
     "kth_at_least",
     "score_pairs",
 ]

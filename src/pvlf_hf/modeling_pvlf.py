@@ -343,7 +343,8 @@ class PVLFModel(PVLFPreTrainedModel):
             name_or_path: Hub name or local folder of a `BlipForImageTextRetrieval`
                 (`Salesforce/blip-itm-base-coco` is the paper's) or `CLIPModel` checkpoint.
             kwargs: settings of [`PVLFConfig`] (`num_prompts=10`); the rest is passed to `from_pretrained`
-                (`revision`, `token`, `cache_dir`, ...). `attn_implementation` is that of the fusion Transformer.
+                (`revision`, `token`, `cache_dir`, ...). `attn_implementation` is that of the fusion Transformer,
+                which writes its attention out ("eager") on a CPU where dropout acts.
 
         Returns:
             the model in eval mode. A log message says which weights are new.
