@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvlf_hf import cosines
-from pvlf_hf.metrics import positive_ranks, subset_ranks, target_ranks, top_k
+from pvlf_hf.cosines import top_k
+from pvlf_hf.metrics import positive_ranks, subset_ranks, target_ranks
 
 
 def plain_score(query, image):

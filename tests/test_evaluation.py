@@ -19,14 +19,15 @@ from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
-from pvlf_hf import evaluation
+from pvlf_hf import results
+from pvlf_hf.arguments import leave
 from pvlf_hf.benchmark import CIRBenchmark
 from pvlf_hf.embedding_store import EmbeddingStore
 from pvlf_hf.encoding import encode_gallery
-from pvlf_hf.evaluation import average, evaluate, intervals, read_results, score, write_results
-from pvlf_hf.measurement import leave
+from pvlf_hf.evaluation import average, evaluate, score
 from pvlf_hf.metrics import cirr_metrics
 from pvlf_hf.protocols import PROTOCOLS, load_protocol
+from pvlf_hf.results import intervals, read_results, write_results
 from pvlf_hf.significance import bootstrap_interval
 
 
@@ -251,7 +252,7 @@ def test_results_can_be_read_again(tmp_path):
 
 def test_results_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert evaluation.environment()["commit"] is None
+    assert results.environment()["commit"] is None
 
 
 # ---- two processes ----

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 
 from pvlf_hf import Gallery, PVLFModel, PVLFProcessor, load_circo, load_cirr, load_fashioniq, load_triplets
 from pvlf_hf import image_processing_pvlf as limits
-from pvlf_hf.data import unreadable
+from pvlf_hf.image_files import unreadable
 from pvlf_hf.sheet import SheetRow, retrieval_sheet
 from pvlf_hf.streaming import stream_triplets, write_shards
 
@@ -192,7 +192,7 @@ def write_rows(folder, rows):
     4,
     "A table of triplets reads nothing outside its folder of pictures, by `..`, absolute names or links, unless "
     "`allow_links`; the Hub's cache, which is made of links, works as it is",
-    broken=("src/pvlf_hf/data.py", "        check_links(folder, names)", "        pass"),
+    broken=("src/pvlf_hf/image_files.py", "        check_links(folder, names)", "        pass"),
 )
 def test_triplets_stay_in_their_folder(photos, figure):
     refused = 0
@@ -223,7 +223,7 @@ def test_triplets_stay_in_their_folder(photos, figure):
 @pytest.mark.reliability(
     4,
     "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a circle of links ends",
-    broken=("src/pvlf_hf/data.py", "check_links(folder, [str(", "list([str("),
+    broken=("src/pvlf_hf/image_files.py", "check_links(folder, [str(", "list([str("),
 )
 def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figure):
     def build(**options):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pvlf_hf.cosines import top_k
 from pvlf_hf.metrics import (
     NOT_RETRIEVED,
     average_precision_at_k,
@@ -20,7 +21,6 @@ from pvlf_hf.metrics import (
     recall_at_k,
     subset_ranks,
     target_ranks,
-    top_k,
 )
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())

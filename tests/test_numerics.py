@@ -11,7 +11,8 @@ from test_trainer import arguments
 from torch.nn import functional as F
 
 from pvlf_hf import PVLFTrainer, focal_info_nce
-from pvlf_hf.metrics import recall_at_k, target_ranks, top_k
+from pvlf_hf.cosines import top_k
+from pvlf_hf.metrics import recall_at_k, target_ranks
 
 
 def adversarial():

@@ -13,9 +13,11 @@ from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf.emoji_captions import TIERS
-from pvlf_hf.evaluation import average, evaluate, read_results, score
+from pvlf_hf.evaluation import average, evaluate, score
 from pvlf_hf.measurement import main
-from pvlf_hf.protocols import PROTOCOLS, describe_protocols, load_protocol, protocol_card
+from pvlf_hf.model_card import protocol_card
+from pvlf_hf.protocols import PROTOCOLS, describe_protocols, load_protocol
+from pvlf_hf.results import read_results
 from pvlf_hf.submission import lint_submission
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "evaluate_pvlf.py"

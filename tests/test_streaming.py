@@ -23,8 +23,9 @@ from PIL import Image as PILImage
 from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
-from pvlf_hf.data import TRIPLET_COLUMNS, PVLFCollator
-from pvlf_hf.measurement import leave
+from pvlf_hf.arguments import leave
+from pvlf_hf.batches import PVLFCollator
+from pvlf_hf.data import TRIPLET_COLUMNS
 from pvlf_hf.streaming import find_shards, load_hub_triplets, stream_triplets, triplet_batches, write_shards
 
 ROWS = 30

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pvlf_hf.encoding import QueryMethod
-from pvlf_hf.evaluation import environment
+from pvlf_hf.results import environment
 from pvlf_hf.whole_files import whole
 
 PAPER = Path(__file__).with_name("paper_tables.json")

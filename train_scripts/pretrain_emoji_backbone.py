@@ -42,8 +42,8 @@ from pvlf_hf import (
 )
 from pvlf_hf.emoji_cir import TEST_VENDOR
 from pvlf_hf.encoding import encode_gallery
-from pvlf_hf.evaluation import environment
 from pvlf_hf.metrics import recall_at_k, target_ranks
+from pvlf_hf.results import environment
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")

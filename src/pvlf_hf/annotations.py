@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from datasets import Dataset, Image
 
 from .benchmark import CIRBenchmark, Protocol
-from .data import leaves
+from .image_files import leaves
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
+import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 QUERY_COLUMNS = ("reference", "reference_id", "caption")
 """`reference`: `datasets.Image`; `reference_id` names a gallery image; `caption`: the relative caption, or a list of
@@ -116,3 +119,26 @@ def check_columns(dataset: Dataset, required: tuple[str, ...], what: str) -> Non
             f"{what}: missing column(s) {missing}; it has {dataset.column_names}. "
             "Rename with `dataset.rename_column(old, new)`."
         )
+
+
+def query_ids(benchmark: CIRBenchmark) -> list[str]:
+    """What results and submission files call the queries: `query_id`, or else the row."""
+    if "query_id" in benchmark.queries.column_names:
+        return list(benchmark.queries["query_id"])
+    return [str(row) for row in range(len(benchmark.queries))]
+
+
+def excluded_rows(benchmark: CIRBenchmark) -> Tensor | None:
+    """int64 `(queries,)`, the gallery row that each query's ranking leaves out; None if it leaves out nothing."""
+    return gallery_rows(benchmark, "reference_id") if benchmark.protocol.reference == "removed" else None
+
+
+def gallery_rows(benchmark: CIRBenchmark, column: str) -> Tensor:
+    """Gallery rows of the ids in a column: int64 `(queries,)`, or `(queries, most)` filled up with -1 for lists."""
+    row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
+    if column in ("target_ids", "subset_ids"):
+        if column not in benchmark.queries.column_names:
+            raise ValueError(f"{benchmark.name}: its protocol's metrics need the column {column}")
+        rows = [torch.tensor([row_of[i] for i in ids]) for ids in benchmark.queries[column]]
+        return pad_sequence(rows, batch_first=True, padding_value=-1)
+    return torch.tensor([row_of[i] for i in benchmark.queries[column]])

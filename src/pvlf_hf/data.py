@@ -6,21 +6,12 @@ user's own folder of images, is brought to this shape.
 
 import hashlib
 import json
-import os
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
-from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
-from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import ProcessorMixin
 
 from .benchmark import CIRBenchmark, Protocol, check_columns
-from .image_processing_pvlf import open_rgb
+from .image_files import check_image_files
 
 TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
 """`reference` and `target`: `datasets.Image`; `caption`: the relative caption; `target_id`: str, equal for targets
@@ -124,145 +115,6 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
         gallery=gallery,
         protocol=Protocol(name="own", gallery="every picture of the triplets"),
     )
-
-
-def check_image_files(folder: Path, names: list[str], open_them: bool = True, allow_links: bool = False) -> None:
-    """Raises a `ValueError` that lists images outside the folder, missing, or (with `open_them`) broken."""
-    if outside := [name for name in names if leaves(folder, name)]:
-        raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
-    if not allow_links:
-        check_links(folder, names)
-    missing = [n for n in names if not (folder / n).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(names)} images are not in {folder}, first: {missing[:3]}. "
-            "Names must be given with their ending, relative to the image folder."
-        )
-    broken = []
-    for name in tqdm(names, desc="checking images", unit="image", disable=not open_them):
-        if open_them and (reason := unreadable(folder / name)):
-            broken.append(f"{name} ({reason})")
-    if broken:
-        raise ValueError(f"{len(broken)} images cannot be read, first: {broken[:3]}. Replace them or drop their rows.")
-
-
-def leaves(folder: Path, name: str) -> bool:
-    """Whether a file name leads out of the folder by `..` or as an absolute path."""
-    folder = folder.absolute()
-    return not Path(os.path.normpath(folder / name)).is_relative_to(os.path.normpath(folder))
-
-
-def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Raises a `ValueError` that lists names that are, or lie behind, links out of the folder."""
-    folder = folder.resolve()
-    # A snapshot in the Hub's cache is made of links to the blobs beside it.
-    snapshots = [place for place in (folder, *folder.parents) if place.parent.name == "snapshots"]
-    within = [folder, *(place.parent.parent / "blobs" for place in snapshots)]
-    outside = [name for name in names if not any(map((folder / name).resolve().is_relative_to, within))]
-    if outside:
-        raise ValueError(
-            f"{len(outside)} names in {folder} are links that lead out of it, first: {outside[:3]}; pass "
-            "allow_links=True if you know where they lead"
-        )
-
-
-def files_below(folder: Path, allow_links: bool) -> list[Path]:
-    """Whatever is in a folder and its subfolders and is no folder, sorted.
-
-    Args:
-        folder: where.
-        allow_links: follow links out of it, into other folders too.
-
-    Raises:
-        ValueError: without `allow_links`, if a link leads out of the folder.
-    """
-    files, links, seen = [], [], {os.path.realpath(folder)}
-    for place, below, names in os.walk(folder, followlinks=allow_links):
-        files += [Path(place, name) for name in names]
-        links += [path for path in (Path(place, name) for name in (*below, *names)) if path.is_symlink()]
-        real = {name: os.path.realpath(Path(place, name)) for name in below}
-        below[:] = [name for name in below if real[name] not in seen]  # a link may lead back
-        seen.update(real.values())
-    if not allow_links:
-        check_links(folder, [str(link.relative_to(folder)) for link in links])
-    return sorted(files)
-
-
-def unreadable(file: Path) -> str | None:
-    """Why the image processor cannot decode the file, or None if it can."""
-    try:
-        open_rgb(file)
-    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-        return str(error) or type(error).__name__
-    return None
-
-
-class OneValueBatchSampler(Sampler[int]):
-    """Row numbers in random order, in blocks that agree in a column; give it a column whose values are frequent.
-
-    Args:
-        values: the column.
-        batch_size: rows of a block. Rows that do not fill one are left out of the epoch, others in each.
-        seed: of the order, together with the epoch.
-
-    Raises:
-        ValueError: if no value has enough rows for a batch.
-    """
-
-    def __init__(self, values: Sequence[Hashable], batch_size: int, seed: int) -> None:
-        self.rows_of: dict[Hashable, list[int]] = defaultdict(list)
-        for row, value in enumerate(values):
-            self.rows_of[value].append(row)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        if not len(self):
-            most = max(map(len, self.rows_of.values()), default=0)
-            raise ValueError(
-                f"no value of the batch_by column has the {batch_size} rows of a batch, but {most} at most"
-            )
-
-    def __len__(self) -> int:
-        return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows_of.values())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer, so that every epoch differs and a resumed one is the same."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = torch.Generator().manual_seed(self.seed + self.epoch)
-        batches = []
-        for rows in self.rows_of.values():
-            order = torch.tensor(rows)[torch.randperm(len(rows), generator=random)]
-            batches += [batch for batch in order.split(self.batch_size) if len(batch) == self.batch_size]
-        for number in torch.randperm(len(batches), generator=random).tolist():
-            yield from batches[number].tolist()
-
-
-class PVLFCollator:
-    """Makes a training batch of triplets: what [`PVLFModel.forward`] takes.
-
-    Args:
-        processor: the [`PVLFProcessor`] of the model.
-
-    Returns (when called with a list of rows with `TRIPLET_COLUMNS`):
-        `pixel_values`, `target_pixel_values` `(batch, 3, height, width)`; `input_ids`, `attention_mask`
-        `(batch, n)`; `target_ids` int64 `(batch,)`, equal where the `target_id` strings are.
-    """
-
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor = processor
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """See the class."""
-        missing = [c for c in TRIPLET_COLUMNS if c not in rows[0]]
-        if missing:
-            raise ValueError(f"triplets lack column(s) {missing}; they have {list(rows[0])}")
-        batch = self.processor(
-            images=[row["reference"] for row in rows],
-            text=[row["caption"] for row in rows],
-            target_images=[row["target"] for row in rows],
-            return_tensors="pt",
-        )
-        return {**batch, "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows])}
 
 
 def triplets_digest(triplets: Dataset) -> str:

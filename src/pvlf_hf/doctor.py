@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import annotations, circo, cirr, fashioniq, laion_cir
-from .data import check_image_files, read_triplet_table, unreadable
+from .data import read_triplet_table
+from .image_files import check_image_files, unreadable
 
 Severity = Literal["error", "warning", "note"]
 

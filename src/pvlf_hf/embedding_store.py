@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .configuration_pvlf import PVLFConfig
-from .feature_cache import fingerprint, image_settings, text_settings
+from .fingerprints import fingerprint, image_settings, text_settings
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
 from .whole_files import locked, whole

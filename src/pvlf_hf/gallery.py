@@ -13,15 +13,14 @@ Example:
     ```
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,11 +30,10 @@ from datasets import Dataset, Image
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from PIL import Image as PILImage
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from .benchmark import check_columns
-from .data import files_below
+from .cosines import top_k
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
 from .encoding import device_of
 from .gallery_encoding import (
@@ -49,10 +47,11 @@ from .gallery_encoding import (
     open_cell,
     report,
 )
+from .image_files import files_below
 from .image_processing_pvlf import Picture
-from .metrics import top_k
-from .modeling_pvlf import PVLFModel, PVLFQueryOutput
+from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
+from .query import FUSION, Explanation, Query, Weights, eval_mode, explanation, mean_embedding
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
 from .whole_files import locked, whole
@@ -60,95 +59,6 @@ from .whole_files import locked, whole
 logger = logging.get_logger(__name__)
 
 TABLE = "gallery.parquet"
-
-Weights = tuple[float, float, float]
-"""Of picture, fusion and words in a query, in the order of the paper's eq. 13."""
-
-FUSION: Weights = (0.0, 1.0, 0.0)
-"""The model's own composition."""
-
-
-class Explanation(NamedTuple):
-    """Why a query is what it is: how the model weighed and where its fusion Transformer looked.
-
-    Args:
-        weights: w of eq. 13, for the picture, the fused feature and the words; free, they need not sum to 1.
-        tokens: of the text, special ones included.
-        attention: float32 `(layers, length, length)`, mean over heads; row i says where place i looked. Places are
-            the tokens, the prompts, the picture as a whole, and its patches row by row.
-        num_prompts: how many places the prompts take.
-    """
-
-    weights: Weights
-    tokens: list[str]
-    attention: Tensor
-    num_prompts: int
-
-    @property
-    def places(self) -> dict[str, slice]:
-        """Where `"text"`, `"prompts"` and `"image"` stand."""
-        text, prompts = len(self.tokens), len(self.tokens) + self.num_prompts
-        return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
-
-    def shares(self, source: Literal["text", "prompts", "image"] = "prompts") -> dict[str, Tensor]:
-        """How much of its attention a part gave to each part: float32 `(layers,)` each, together 1."""
-        looked = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
-        return {part: looked[:, place].sum(dim=1) for part, place in self.places.items()}
-
-    def words(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> list[float]:
-        """Attention that a part gave to each token, in their order."""
-        return self.attention[layer, self.places[source], self.places["text"]].mean(dim=0).tolist()
-
-    def patches(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> Tensor:
-        """Attention that a part gave to each patch: float32 `(rows, columns)`, a map of the cropped picture."""
-        looked = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
-        return looked.view(math.isqrt(len(looked)), -1)
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query as encoded once; other weights, another k or another gallery of the same model need no encoder.
-
-    Args:
-        images: the reference pictures, RGB.
-        text: the words, or None.
-        fused: float32 `(d,)`, the model's composition, or the only half that there is.
-        image_embeds: float32 `(d,)`, of the pictures alone (their mean, where several), None without.
-        text_embeds: float32 `(d,)`, of the words alone, None without.
-        made_by: of which model, as [`EmbeddingStore`] states it.
-        why: one explanation a reference picture, if asked for.
-    """
-
-    images: tuple[PILImage.Image, ...]
-    text: str | None
-    fused: Tensor = field(repr=False)
-    image_embeds: Tensor | None = field(repr=False)
-    text_embeds: Tensor | None = field(repr=False)
-    made_by: dict[str, str] = field(repr=False)
-    why: tuple[Explanation, ...] = field(default=(), repr=False)
-
-    def embed(self, weights: Weights = FUSION) -> Tensor:
-        """normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
-
-        Args:
-            weights: (w_image, w_fused, w_text) of unit vectors: `(0, 1, 0)` is the model's composition,
-                `(0.5, 1, 0)` more of the picture, `(1, 0, 0)` the picture alone, `(0, 0, 1)` the words alone;
-                a negative one leads away from it.
-
-        Raises:
-            ValueError: if all weights are 0, or one is of a half that the query does not have.
-        """
-        parts = {"image": self.image_embeds, "fused": self.fused, "text": self.text_embeds}
-        total = torch.zeros_like(self.fused)
-        for (name, embeds), weight in zip(parts.items(), weights, strict=True):
-            if weight == 0:
-                continue
-            if embeds is None:
-                raise ValueError(f"weights {weights}: the query has no {name}; pass it to the search, or weigh it 0")
-            total = total + weight * embeds
-        if not total.any():
-            raise ValueError(f"weights {weights} leave nothing of the query: pass at least one that is not 0")
-        return F.normalize(total, dim=0)
 
 
 @dataclass(frozen=True)
@@ -536,7 +446,7 @@ class Gallery:
         images = tuple(PILImage.fromarray(array.transpose(1, 2, 0)) for array in arrays)
         if image is not None and not images:
             raise ValueError("image is an empty list: pass at least one picture, or leave it out")
-        with _eval_mode(self.model, eager=explain):
+        with eval_mode(self.model, eager=explain):
             return self._encode(images, text, explain)
 
     def _encode(self, images: tuple[PILImage.Image, ...], text: str | None, explain: bool) -> Query:
@@ -544,11 +454,11 @@ class Gallery:
         image_embeds = text_embeds = None
         if images:
             pictures = model.get_image_features(**self.processor(images=list(images)).to(device))
-            image_embeds = fused = _mean(pictures.pooler_output)
+            image_embeds = fused = mean_embedding(pictures.pooler_output)
         if text is not None:
             inputs = self.processor(text=text).to(device)
             tokens, position = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
-            text_embeds = fused = _mean(tokens[0, position])
+            text_embeds = fused = mean_embedding(tokens[0, position])
         if not images or text is None:
             return Query(images, text, fused, image_embeds, text_embeds, self.made_by)
         n = len(images)
@@ -560,8 +470,9 @@ class Gallery:
             output_attentions=explain,
         )
         words = self.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-        why = [_explain(output, row, words, model.config.num_prompts) for row in range(n if explain else 0)]
-        return Query(images, text, _mean(output.pooler_output), image_embeds, text_embeds, self.made_by, tuple(why))  # type: ignore[arg-type]
+        why = [explanation(output, row, words, model.config.num_prompts) for row in range(n if explain else 0)]
+        fused = mean_embedding(output.pooler_output)  # type: ignore[arg-type]  # composed, so it has one
+        return Query(images, text, fused, image_embeds, text_embeds, self.made_by, tuple(why))
 
     def picture(self, image_id: str) -> PILImage.Image:
         """Opens a picture of the gallery, RGB.
@@ -602,32 +513,4 @@ class Gallery:
         return f"Gallery({len(self)} pictures, {len(self.skipped)} skipped, index={self.index_name!r})"
 
 
-@contextmanager
-def _eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
-    """For the time being, without dropout and, where asked for, with the fusion's attention that returns weights."""
-    was_training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if eager:
-        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are; without
-        # vl_config, the library would set theirs to None, and BLIP would attend to text padding.
-        model.config._attn_implementation = {"": "eager", "vl_config": {}}
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-        model.config._attn_implementation = {"": attention, "vl_config": {}}
-
-
-def _explain(output: PVLFQueryOutput, row: int, words: list[str], num_prompts: int) -> Explanation:
-    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # composed with attentions
-    attention = torch.stack([layer[row].float().mean(dim=0) for layer in output.attentions]).cpu()  # type: ignore[union-attr]
-    return Explanation((image, fused, text), words, attention, num_prompts)
-
-
-def _mean(embeds: Tensor) -> Tensor:
-    """`(n, d)` -> float32 `(d,)`, normalised, on the CPU."""
-    return F.normalize(embeds.float().mean(dim=0), dim=0).cpu()
-
-
-__all__ = ["Explanation", "Gallery", "Query", "SearchResult"]
+__all__ = ["Gallery", "SearchResult"]

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .embedding_store import read_rows, write_rows
 from .encoding import encode_gallery
-from .feature_cache import digest
+from .fingerprints import digest
 from .image_processing_pvlf import check_file, open_picture, to_rgb
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor

@@ -16,8 +16,6 @@ root has a folder for each data set, `cirr/`, `fashioniq/`, `circo/`.
 
 import json
 import sys
-import time
-from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,15 +25,17 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
+from .arguments import HelpFormatter, leave, parse
 from .benchmark import CIRBenchmark
 from .embedding_store import EmbeddingStore
 from .encoding import QUERY_METHODS, embed
-from .evaluation import Evaluation, average, evaluate, evaluate_all, write_results
-from .model_card import results_tables
+from .evaluation import average, evaluate, evaluate_all
+from .model_card import protocol_card, results_tables
 from .modeling_pvlf import PVLFModel
 from .precision import DTYPES, warn_if_slow
 from .processing_pvlf import PVLFProcessor
-from .protocols import describe_protocols, load_protocol, protocol_card
+from .protocols import describe_protocols, load_protocol
+from .results import Evaluation, write_results
 from .submission import write_circo_submission, write_cirr_submission
 from .whole_files import whole
 
@@ -71,25 +71,6 @@ class EvaluationArguments:
         default=False, metadata={"help": "Write files as for the servers for validation splits, too."}
     )
     json: bool = field(default=False, metadata={"help": "Print what results.json holds, and files for servers."})
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions, and names defaults where there are."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def parse(parser: HfArgumentParser, command_line: Sequence[str] | None) -> tuple[Any, ...]:
-    """An instance of each of the parser's dataclasses.
-
-    Raises:
-        ValueError: if an argument is unknown.
-    """
-    *parsed, unknown = parser.parse_args_into_dataclasses(command_line, return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}; see {parser.prog} --help")
-    return tuple(parsed)
 
 
 def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
@@ -204,19 +185,6 @@ def summary(args: EvaluationArguments, evaluations: list[Evaluation], submission
     if submissions:
         parts.append("\n".join(["check, then upload:", f"pvlf-hf submit lint {' '.join(map(str, submissions))}"]))
     return "\n\n".join(parts)
-
-
-def leave() -> None:
-    """What a process of several does at its end: waits for the others, and for the threads that they talked through.
-
-    Otherwise the launcher, told that one has failed, would end those that still write. On CPUs (gloo) a process can
-    fail so late: a thread lets go of the last message when Python is already taken down, which aborts (until 3.14).
-    """
-    state = PartialState()
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        state.destroy_process_group()
-        time.sleep(0.5)  # those threads cannot be waited for
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

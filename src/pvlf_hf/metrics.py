@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .cosines import above, check_embeds, cosine_tiles, error_bound, kth_at_least, score_pairs
+from .cosines import CHUNK, check_embeds, checked_index, cosine_tiles, error_bound, first_true, score_pairs
 
 CIRR_KS = (1, 5, 10, 50)
 CIRR_SUBSET_KS = (1, 2, 3)
@@ -36,8 +36,6 @@ CIRCO_KS = (5, 10, 25, 50)
 Ties = Literal["gallery order", "best", "worst"]
 """Where a target stands among images of the same score: by gallery position, before all of them, or after them."""
 
-CHUNK = 512
-"""Queries scored at a time (ours): of 256 to 2,048 the fastest."""
 
 NOT_RETRIEVED = torch.iinfo(torch.int64).max
 """Rank of a target that a ranked list does not hold: beyond every cut-off."""
@@ -98,7 +96,7 @@ def positive_ranks(
         ValueError: as `target_ranks`, and if a row repeats a position or holds none.
     """
     positives = _checked_positions("positive_index", positive_index, len(query_embeds), len(gallery_embeds))
-    if (row := _first((positives < 0).all(dim=1))) is not None:
+    if (row := first_true((positives < 0).all(dim=1))) is not None:
         raise ValueError(f"positive_index of query {row} holds no position; drop the query")
     exclude = _checked_exclude(exclude_index, positives, len(gallery_embeds))
     return _ranks(query_embeds, gallery_embeds, positives, exclude, chunk_size, "gallery order")
@@ -163,7 +161,7 @@ def ranks_from_scores(
     """
     if scores.ndim != 2:
         raise ValueError(f"scores must have shape (queries, gallery), got {tuple(scores.shape)}")
-    if (row := _first(scores.isnan().any(dim=1))) is not None:
+    if (row := first_true(scores.isnan().any(dim=1))) is not None:
         raise ValueError(f"scores of query {row} hold NaN; look for it in the embeddings of that query")
     indices = _checked_indices(target_index, exclude_index, subset_index, *scores.shape)
     target, exclude, subset = indices.to(scores.device)
@@ -209,60 +207,6 @@ def ranks_from_lists(
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def top_k(
-    query_embeds: Tensor,
-    gallery_embeds: Tensor,
-    k: int,
-    exclude_index: Tensor | None = None,
-    chunk_size: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
-    """The best k gallery images of each query, best first, ties in gallery order.
-
-    Args:
-        query_embeds: (Q, d), any float dtype, need not be normalised.
-        gallery_embeds: (N, d), likewise.
-        k: how many images to return.
-        exclude_index: (Q,) int, position of the gallery image left out of the query's ranking.
-        chunk_size: queries scored at a time.
-
-    Returns:
-        Cosines (Q, k) float32 and gallery positions (Q, k) int64.
-
-    Raises:
-        ValueError: if k is not between 1 and the number of images a query may return, and as in `target_ranks`.
-    """
-    available = len(gallery_embeds) - (exclude_index is not None)
-    if not 1 <= k <= available:
-        raise ValueError(
-            f"k is {k}, but each query has {available} gallery images to return; pass 1 <= k <= {available}"
-        )
-    if exclude_index is not None:
-        exclude_index = _checked_index("exclude_index", exclude_index, len(query_embeds), len(gallery_embeds))
-    scores = torch.full((len(query_embeds), k), -torch.inf, device=query_embeds.device)
-    positions = torch.zeros_like(scores, dtype=torch.int64)
-    error = error_bound(query_embeds.shape[-1])
-    for rows, columns, cosines in cosine_tiles(query_embeds, gallery_embeds, exclude_index, chunk_size):
-        least = scores[rows, -1]  # what an image has to exceed
-        if least.isinf().any():
-            least = torch.maximum(least, kth_at_least(cosines, k) - error)
-        row, column = above(cosines, least - error)
-        if not len(row):
-            continue
-        found = score_pairs(query_embeds[rows], gallery_embeds[columns], row, column)
-        # Those of each query in a row, behind its best so far: a stable sort leaves ties in gallery order.
-        hit, group, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
-        place = k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
-        merged = scores.new_full((len(hit), k + int(counts.max())), -torch.inf)
-        merged_positions = torch.zeros_like(merged, dtype=torch.int64)
-        hit += rows.start
-        merged[:, :k], merged_positions[:, :k] = scores[hit], positions[hit]
-        merged[group, place], merged_positions[group, place] = found, column + columns.start
-        best = merged.sort(dim=1, descending=True, stable=True)
-        scores[hit] = best.values[:, :k]
-        positions[hit] = merged_positions.gather(1, best.indices[:, :k])
-    return scores, positions
-
-
 def recall_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
     """Fraction of queries whose target is among the first k.
 
@@ -305,11 +249,11 @@ def average_precision_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor
             f"ranks must have shape (queries, right answers) and at least one query, got {tuple(ranks.shape)}"
         )
     count = (ranks >= 0).sum(dim=1)  # right answers, retrieved or not
-    if (row := _first(count == 0)) is not None:
+    if (row := first_true(count == 0)) is not None:
         raise ValueError(f"query {row} has no right answer to rank; drop it")
     ordered = ranks.long().where(ranks >= 0, NOT_RETRIEVED).sort(dim=1).values
     if (
-        row := _first(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < NOT_RETRIEVED)).any(dim=1))
+        row := first_true(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < NOT_RETRIEVED)).any(dim=1))
     ) is not None:
         raise ValueError(f"ranks of query {row} are {ranks[row].tolist()}: two right answers cannot share a rank")
     found = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)  # right answers up to and including this one
@@ -492,12 +436,12 @@ def _checked_indices(
     num_queries: int,
     gallery_size: int,
 ) -> _Indices:
-    target = _checked_index("target_index", target_index, num_queries, gallery_size)[:, None]
+    target = checked_index("target_index", target_index, num_queries, gallery_size)[:, None]
     exclude = _checked_exclude(exclude_index, target, gallery_size)
     if subset_index is None:
         return _Indices(target, exclude, None)
     subset = _checked_positions("subset_index", subset_index, num_queries, gallery_size)
-    if (row := _first(~(subset == target).any(dim=1))) is not None:
+    if (row := first_true(~(subset == target).any(dim=1))) is not None:
         raise ValueError(
             f"query {row}: its target {int(target[row])} is not in its subset {subset[row].tolist()}; "
             "add it or drop the query"
@@ -508,8 +452,8 @@ def _checked_indices(
 def _checked_exclude(exclude_index: Tensor | None, positives: Tensor, gallery_size: int) -> Tensor | None:
     if exclude_index is None:
         return None
-    exclude = _checked_index("exclude_index", exclude_index, len(positives), gallery_size)
-    if (row := _first((positives == exclude[:, None]).any(dim=1))) is not None:
+    exclude = checked_index("exclude_index", exclude_index, len(positives), gallery_size)
+    if (row := first_true((positives == exclude[:, None]).any(dim=1))) is not None:
         raise ValueError(
             f"query {row}: its target {int(exclude[row])} is also its excluded image, so it has no rank; "
             "drop the query or exclude nothing"
@@ -517,27 +461,18 @@ def _checked_exclude(exclude_index: Tensor | None, positives: Tensor, gallery_si
     return exclude
 
 
-def _checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
-    if index.shape != (num_queries,):
-        raise ValueError(f"{name} must have shape ({num_queries},), one a query, got {tuple(index.shape)}")
-    if (row := _first((index < 0) | (index >= gallery_size))) is not None:
-        raise ValueError(f"{name} of query {row} is {int(index[row])}, outside the gallery of {gallery_size} images")
-    return index
-
-
 def _checked_positions(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    """As `_checked_index`, for (Q, members) positions, filled up with -1."""
+    """As `checked_index`, for (Q, members) positions, filled up with -1."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.ndim != 2 or len(index) != num_queries:
         raise ValueError(f"{name} must have shape ({num_queries}, members), got {tuple(index.shape)}")
-    if (row := _first(((index < -1) | (index >= gallery_size)).any(dim=1))) is not None:
+    if (row := first_true(((index < -1) | (index >= gallery_size)).any(dim=1))) is not None:
         raise ValueError(
             f"{name} of query {row} is {index[row].tolist()}: members must lie in the gallery of "
             f"{gallery_size} images, or be -1 for none"
         )
     ordered = index.sort(dim=1).values
-    if (row := _first(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1))) is not None:
+    if (row := first_true(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1))) is not None:
         raise ValueError(f"{name} of query {row} is {index[row].tolist()}, which repeats a member; list it once")
     return index
 
@@ -568,8 +503,3 @@ def _checked_ks(ks: Iterable[int]) -> list[int]:
     if bad := [k for k in ks if k < 1]:
         raise ValueError(f"cut-offs must be at least 1, got {bad}")
     return ks
-
-
-def _first(bad: Tensor) -> int | None:
-    """Position of the first true entry of a vector."""
-    return int(bad.nonzero()[0]) if bad.any() else None

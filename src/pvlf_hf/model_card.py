@@ -20,8 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from .benchmark import Protocol
-from .evaluation import Evaluation
-from .protocols import protocol_card
+from .results import Evaluation, environment
 from .whole_files import whole
 
 PICTURE = "retrievals.png"
@@ -290,6 +289,33 @@ def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
         start, end = found.span() if found else (len(front), len(front))
         front = front[:start] + text + front[end:]
     return opening + front + closing + body
+
+
+def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = None) -> str:
+    """How numbers were measured, as a Markdown table.
+
+    Args:
+        evaluation: what was measured.
+        facts: versions and commit, from a results file; by default those of now.
+    """
+    protocol = evaluation.protocol
+    facts = environment() if facts is None else facts
+    rows = {
+        "protocol": protocol["name"],
+        "gallery": f"{protocol['gallery']} ({evaluation.counts['gallery']:,} images)",
+        "queries": f"{evaluation.counts['queries']:,}",
+        "reference image": f"{protocol['reference']}",
+        "captions": protocol["captions"],
+        "metrics": protocol["metrics"],
+        "order of equal scores": protocol["ties"],
+        "left out": protocol["missing"],
+        "precision": evaluation.precision,
+        "data revision": protocol["revision"],
+        "code": f"commit {facts['commit'] or 'unknown'}",
+        "versions": ", ".join(f"{name} {version}" for name, version in facts.items() if name != "commit"),
+    }
+    cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
+    return "\n".join([f"| {evaluation.benchmark} | |", "| --- | --- |", *cells])
 
 
 __all__ = ["PICTURE", "render_card", "results_tables", "write_card"]

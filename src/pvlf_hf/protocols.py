@@ -13,7 +13,6 @@ from .circo import load_circo
 from .cirr import load_cirr
 from .emoji_captions import TIERS
 from .emoji_cir import load_emoji_cir
-from .evaluation import Evaluation, environment
 from .fashioniq import CATEGORIES, load_fashioniq
 
 
@@ -108,31 +107,9 @@ def describe_protocols() -> str:
     return "\n".join(f"{name:{width}}  {protocol.summary}" for name, protocol in PROTOCOLS.items())
 
 
-def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = None) -> str:
-    """How numbers were measured, as a Markdown table.
-
-    Args:
-        evaluation: what was measured.
-        facts: versions and commit, from a results file; by default those of now.
-    """
-    protocol = evaluation.protocol
-    facts = environment() if facts is None else facts
-    rows = {
-        "protocol": protocol["name"],
-        "gallery": f"{protocol['gallery']} ({evaluation.counts['gallery']:,} images)",
-        "queries": f"{evaluation.counts['queries']:,}",
-        "reference image": f"{protocol['reference']}",
-        "captions": protocol["captions"],
-        "metrics": protocol["metrics"],
-        "order of equal scores": protocol["ties"],
-        "left out": protocol["missing"],
-        "precision": evaluation.precision,
-        "data revision": protocol["revision"],
-        "code": f"commit {facts['commit'] or 'unknown'}",
-        "versions": ", ".join(f"{name} {version}" for name, version in facts.items() if name != "commit"),
-    }
-    cells = [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]
-    return "\n".join([f"| {evaluation.benchmark} | |", "| --- | --- |", *cells])
-
-
-__all__ = ["PROTOCOLS", "NamedProtocol", "describe_protocols", "load_protocol", "protocol_card"]
+__all__ = [
+    "PROTOCOLS",
+    "NamedProtocol",
+    "describe_protocols",
+    "load_protocol",
+]

@@ -12,7 +12,8 @@ from io import BytesIO
 
 from PIL import Image
 
-from .gallery import Explanation, SearchResult
+from .gallery import SearchResult
+from .query import Explanation
 
 THUMBNAIL = 256
 """Pixels of a picture's longer side (ours): a page of fifty stays below a megabyte."""

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .benchmark import CIRBenchmark
+from .cosines import top_k
 from .image_processing_pvlf import to_rgb
-from .metrics import target_ranks, top_k
+from .metrics import target_ranks
 
 # Pixels. With five results a sheet is about 900 wide, as a README shows it.
 MARGIN = 20

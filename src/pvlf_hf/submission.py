@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .benchmark import CIRBenchmark
+from .benchmark import CIRBenchmark, excluded_rows, query_ids
 from .circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from .cirr import EXPECTED_COUNTS as CIRR_COUNTS
-from .evaluation import excluded_rows, query_ids
-from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k, top_k
+from .cosines import top_k
+from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
 from .whole_files import whole
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}

@@ -21,12 +21,14 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .batches import OneValueBatchSampler, PVLFCollator
 from .benchmark import CIRBenchmark, check_columns
-from .data import TRIPLET_COLUMNS, OneValueBatchSampler, PVLFCollator, id_number
-from .evaluation import environment, evaluate
+from .data import TRIPLET_COLUMNS, id_number
+from .evaluation import evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
 from .modeling_pvlf import PVLFModel, PVLFOutput
+from .results import environment
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
 from .whole_files import cannot_write

@@ -42,8 +42,9 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from .emoji_cir import TEST_VENDOR, load_emoji_pictures
-from .gallery import FUSION, Explanation, Gallery, Query, Weights
+from .gallery import Gallery
 from .image_processing_pvlf import to_rgb
+from .query import FUSION, Explanation, Query, Weights
 from .request_guard import MAX_UPLOAD, Guard
 
 try:
