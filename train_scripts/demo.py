@@ -24,6 +24,7 @@ from pvlf_hf import (
     load_emoji_cir,
     write_results,
 )
+from pvlf_hf.atomic_files import whole
 from pvlf_hf.emoji_cir import TIERS
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.evaluation import evaluate_all
@@ -31,7 +32,6 @@ from pvlf_hf.measurement import baselines
 from pvlf_hf.model_card import short_name
 from pvlf_hf.sheet import retrieval_sheet, sheet_rows
 from pvlf_hf.training import DataArguments, ModelArguments, parse_arguments, train
-from pvlf_hf.whole_files import whole
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {

@@ -18,7 +18,7 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from pvlf_hf.precision import is_native
+from pvlf_hf.dtypes import is_native
 from pvlf_hf.results import environment
 
 DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"

@@ -24,12 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from .atomic_files import locked, whole
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, id_number
 from .fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
-from .whole_files import locked, whole
 
 logger = logging.get_logger(__name__)
 

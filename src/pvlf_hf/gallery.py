@@ -32,6 +32,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
 
+from .atomic_files import locked, whole
 from .benchmark import check_columns
 from .cosines import top_k
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
@@ -54,7 +55,6 @@ from .processing_pvlf import PVLFProcessor
 from .query import FUSION, Explanation, Query, Weights, eval_mode, explanation, mean_embedding
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
-from .whole_files import locked, whole
 
 logger = logging.get_logger(__name__)
 

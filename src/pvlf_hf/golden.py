@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic_files import whole
 from .modeling_pvlf import PVLFModel
 from .processing_pvlf import PVLFProcessor
-from .whole_files import whole
 
 GOLDEN = "golden.safetensors"
 

@@ -26,18 +26,18 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from .arguments import HelpFormatter, leave, parse
+from .atomic_files import whole
 from .benchmark import CIRBenchmark
+from .dtypes import DTYPES, warn_if_slow
 from .embedding_store import EmbeddingStore
 from .encoding import QUERY_METHODS, embed
 from .evaluation import average, evaluate, evaluate_all
 from .model_card import protocol_card, results_tables
 from .modeling_pvlf import PVLFModel
-from .precision import DTYPES, warn_if_slow
 from .processing_pvlf import PVLFProcessor
 from .protocols import describe_protocols, load_protocol
 from .results import Evaluation, write_results
 from .submission import write_circo_submission, write_cirr_submission
-from .whole_files import whole
 
 
 @dataclass

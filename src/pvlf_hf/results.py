@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from .atomic_files import whole
 from .significance import bootstrap_interval
-from .whole_files import whole
 
 RESAMPLES = 2000
 """Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""

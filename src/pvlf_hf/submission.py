@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .atomic_files import whole
 from .benchmark import CIRBenchmark, excluded_rows, query_ids
 from .circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from .cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from .cosines import top_k
 from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
-from .whole_files import whole
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Answers to a query in each kind of file."""

@@ -21,6 +21,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .atomic_files import cannot_write
 from .batches import OneValueBatchSampler, PVLFCollator
 from .benchmark import CIRBenchmark, check_columns
 from .data import TRIPLET_COLUMNS, id_number
@@ -31,7 +32,6 @@ from .modeling_pvlf import PVLFModel, PVLFOutput
 from .results import environment
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
-from .whole_files import cannot_write
 
 UNFINISHED = "_unfinished"
 """What is being written to a run's folder; the Trainer pushes no file whose name begins so."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvlf_hf import PVLFTrainingArguments, precision
+from pvlf_hf import PVLFTrainingArguments, dtypes
 from pvlf_hf.measurement import load_model
 from pvlf_hf_cli import Precision
 
@@ -17,8 +17,8 @@ EMOJI, BLIP = str(CARDS / "pvlf-emoji-tiny"), str(CARDS / "blip-emoji-tiny")
 def said(monkeypatch):
     """What was warned of, on a machine that has nothing but float32."""
     said = []
-    monkeypatch.setattr(precision, "is_native", lambda dtype: False)
-    monkeypatch.setattr(precision.logger, "warning_once", said.append)
+    monkeypatch.setattr(dtypes, "is_native", lambda dtype: False)
+    monkeypatch.setattr(dtypes.logger, "warning_once", said.append)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return said
 
@@ -33,9 +33,9 @@ def test_an_emulated_precision_is_named(said, tmp_path, dtype):
 
 def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
     load_model(EMOJI)
-    precision.warn_if_slow(torch.float64)
+    dtypes.warn_if_slow(torch.float64)
     PVLFTrainingArguments(str(tmp_path))
-    monkeypatch.setattr(precision, "is_native", lambda dtype: True)
+    monkeypatch.setattr(dtypes, "is_native", lambda dtype: True)
     load_model(EMOJI, dtype="bfloat16")
     PVLFTrainingArguments(str(tmp_path), bf16=True)
     assert said == []
@@ -44,10 +44,10 @@ def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
 def test_the_processor_is_asked():
     """oneDNN's kernels of bfloat16 need AVX-512 or AMX on x86."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        assert not precision.is_native(torch.bfloat16)
+        assert not dtypes.is_native(torch.bfloat16)
     elif torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert precision.is_native(torch.bfloat16)
+        assert dtypes.is_native(torch.bfloat16)
 
 
 def test_the_command_line_offers_the_same():
-    assert tuple(Precision) == precision.DTYPES
+    assert tuple(Precision) == dtypes.DTYPES
