@@ -17,7 +17,7 @@ from PIL import Image
 
 from pvlf_hf import PVLFImageProcessor, circo, cirr, fashioniq, laion_cir
 from pvlf_hf.data import read_triplet_table
-from pvlf_hf.image_processing_pvlf import FORMATS
+from pvlf_hf.models.image_processing_pvlf import FORMATS
 from pvlf_hf.submission import lint_submission
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 import pvlf_hf
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor
 
-TRAVELLING = sorted(path.name for path in Path(pvlf_hf.__file__).parent.glob("*_pvlf.py"))
+TRAVELLING = sorted(path.name for path in (Path(pvlf_hf.__file__).parent / "models").glob("*_pvlf.py"))
 CAPTION = "the same face but with a red hat"
 
 # Without the package, as on a machine that has only Transformers: the finder refuses it wherever it is installed.
@@ -102,7 +102,7 @@ def test_a_checkpoint_carries_its_code(checkpoints, backbone):
     assert len(TRAVELLING) == 7
     assert sorted(path.name for path in folder.glob("*.py")) == TRAVELLING
     for name in TRAVELLING:
-        assert (folder / name).read_text() == (Path(pvlf_hf.__file__).parent / name).read_text()
+        assert (folder / name).read_text() == (Path(pvlf_hf.__file__).parent / "models" / name).read_text()
     auto_map = {
         "AutoConfig": "configuration_pvlf.PVLFConfig",
         "AutoModel": "modeling_pvlf.PVLFModel",

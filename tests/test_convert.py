@@ -20,7 +20,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 from pvlf_hf import PVLFModel, PVLFProcessor
-from pvlf_hf.configuration_pvlf import BLIP_BASE
 from pvlf_hf.convert import (
     blip_from_salesforce,
     convert_salesforce_blip,
@@ -28,6 +27,7 @@ from pvlf_hf.convert import (
     pvlf_from_transagg,
     resize_positions,
 )
+from pvlf_hf.models.configuration_pvlf import BLIP_BASE
 from pvlf_hf_cli import app
 
 HEADS = {"blip": {"vision_heads": 4, "text_heads": 4}, "clip": {}}

@@ -93,6 +93,8 @@ def test_the_readme_names_every_file():
         wanted = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
         assert folder == "tests/" or wanted <= listed, f"{folder} lacks a line for {sorted(wanted - listed)}"
     assert all(f"src/{path.name}" in tree for path in (ROOT / "src").glob("*.py"))
+    folders = {path.parent.name for path in (ROOT / "src" / "pvlf_hf").glob("*/__init__.py")}
+    assert all(f"  {name}/ " in tree for name in folders), "each folder of the package has its line"
     assert {"src/pvlf_hf/", "train_scripts/", "notebooks/", "model_cards/", "tests/"} <= {name for name, _ in sections}
 
 
@@ -213,9 +215,8 @@ def flags_of_the_command_line(*words):
     """Of a command of `pvlf-hf`; both spellings, with `-` and `_`, are taken."""
     import pvlf_hf_cli
 
-    handed_on = {"train": "training", "evaluate": "measurement"}
-    if words[0] in handed_on:
-        module = f"pvlf_hf.{handed_on[words[0]]}"
+    if words[0] in ("train", "evaluate"):
+        module = f"pvlf_hf.commands.{words[0]}"
         return flags_of(Path(importlib.util.find_spec(module).origin), module)
     command = typer.main.get_command(pvlf_hf_cli.app)
     options = {option for parameter in command.params for option in parameter.opts}
@@ -240,8 +241,8 @@ def test_examples_in_docstrings_run(path, monkeypatch, tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     source = path.read_text(encoding="utf-8")
-    is_module = path.parent.name == "pvlf_hf"
-    module = importlib.import_module(f"pvlf_hf.{path.stem}" if is_module else "evaluate")
+    dotted = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    module = importlib.import_module("evaluate" if "evaluate_modules" in path.parts else dotted)
     names = {**vars(module), module.__name__: module}
     said, runner, parser = io.StringIO(), doctest.DocTestRunner(), doctest.DocTestParser()
     for documented in DOCSTRING.findall(source):

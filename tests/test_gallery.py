@@ -25,7 +25,7 @@ from pvlf_hf import load_emoji_pictures
 from pvlf_hf.cosines import error_bound, top_k
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.gallery import Gallery
-from pvlf_hf.image_processing_pvlf import to_rgb
+from pvlf_hf.models.image_processing_pvlf import to_rgb
 from pvlf_hf.vector_index import ExactIndex, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"

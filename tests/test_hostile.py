@@ -28,8 +28,8 @@ from tiny import make_model, make_processor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from pvlf_hf import Gallery, PVLFModel, PVLFProcessor, load_circo, load_cirr, load_fashioniq, load_triplets
-from pvlf_hf import image_processing_pvlf as limits
 from pvlf_hf.image_files import unreadable
+from pvlf_hf.models import image_processing_pvlf as limits
 from pvlf_hf.sheet import SheetRow, retrieval_sheet
 from pvlf_hf.streaming import stream_triplets, write_shards
 
@@ -65,7 +65,7 @@ class Evil:
     4,
     "`from_pretrained` reads weights as tensors alone: a pickle's code is not run",
     broken=(
-        "src/pvlf_hf/modeling_pvlf.py",
+        "src/pvlf_hf/models/modeling_pvlf.py",
         'PVLFModel.register_for_auto_class("AutoModel")',
         "load = torch.load\ntorch.load = lambda *args, **options: load(*args, **{**options, 'weights_only': False})",
     ),
@@ -103,7 +103,7 @@ from transformers import CLIPImageProcessor as EvilImageProcessor, CLIPProcessor
     "`auto_map` and `trust_remote_code` anywhere in a checkpoint's files run no code unless the caller passes "
     "`trust_remote_code=True`; inside `vl_config` not even then",
     broken=(
-        "src/pvlf_hf/configuration_pvlf.py",
+        "src/pvlf_hf/models/configuration_pvlf.py",
         "        self.vl_config = deepcopy(self.vl_config)",
         "        if isinstance(self.vl_config, dict) and 'auto_map' in self.vl_config:\n"
         "            from transformers.dynamic_module_utils import get_class_from_dynamic_module as load\n"
@@ -406,7 +406,7 @@ def bad_pictures():
     4,
     "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel pictures, wrong endings, SVG, PDF and EPS "
     "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
-    broken=("src/pvlf_hf/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
+    broken=("src/pvlf_hf/models/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
 )
 def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
     ghostscript, ran = tmp_path / "bin/gs", tmp_path / "ran"
@@ -449,7 +449,11 @@ def good_reference(folder):
     4,
     "Pixels, bytes, download time and formats have limits, which the user sets and no checkpoint does; what is "
     "beyond them is refused before it takes memory",
-    broken=("src/pvlf_hf/image_processing_pvlf.py", "            check_bytes(len(content))", "            pass"),
+    broken=(
+        "src/pvlf_hf/models/image_processing_pvlf.py",
+        "            check_bytes(len(content))",
+        "            pass",
+    ),
 )
 def test_limits_can_be_set(tmp_path, monkeypatch, figure):
     file, eps = tmp_path / "a.png", tmp_path / "a.eps"
@@ -543,7 +547,7 @@ TEXTS = {
     4,
     "Captions of 100,000 characters, with control characters, bidirectional marks or half pairs become at most "
     "`max_text_length` tokens, are searched and drawn",
-    broken=("src/pvlf_hf/processing_pvlf.py", "            truncation=True,", "            truncation=False,"),
+    broken=("src/pvlf_hf/models/processing_pvlf.py", "            truncation=True,", "            truncation=False,"),
 )
 @pytest.mark.parametrize("checkpoint_name", ["pvlf-emoji-tiny", "tiny"])
 def test_any_text(checkpoint_name, photos, tiny_model, figure):
@@ -577,7 +581,7 @@ def test_any_text(checkpoint_name, photos, tiny_model, figure):
     "Whatever is done to the bytes of a picture, an annotation, a table or a submission file, its reader answers or "
     "raises a `ValueError` (by hypothesis; for 100,000 inputs guided by coverage see the long row)",
     broken=(
-        "src/pvlf_hf/image_processing_pvlf.py",
+        "src/pvlf_hf/models/image_processing_pvlf.py",
         "except Exception as error:  # Pillow's decoders",
         "except OSError as error:  # Pillow's decoders",
     ),

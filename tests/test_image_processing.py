@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from pvlf_hf.image_processing_pvlf import PVLFImageProcessor
+from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PIXELS = load_file(FIXTURES / "transforms.safetensors")

@@ -10,13 +10,13 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A module imports only what stands before it.
 ORDER = [
-    "pipeline_pvlf",
-    "configuration_pvlf",
-    "backbones_pvlf",
-    "loss_pvlf",
-    "modeling_pvlf",
-    "image_processing_pvlf",
-    "processing_pvlf",
+    "models.pipeline_pvlf",
+    "models.configuration_pvlf",
+    "models.backbones_pvlf",
+    "models.loss_pvlf",
+    "models.modeling_pvlf",
+    "models.image_processing_pvlf",
+    "models.processing_pvlf",
     "atomic_files",
     "benchmark",
     "image_files",
@@ -71,14 +71,24 @@ TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
 
+def path_of(module):
+    return PACKAGE / f"{module.replace('.', '/')}.py"
+
+
 def imports_of(module):
     """The modules of this package, and the other top-level packages, that a module imports anywhere in it."""
     ours, others = [], set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    folders = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path_of(module).read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            named = node.module or module not in TRAVELLING
-            assert node.level == 1 and named, f"{module}: write `from .name import ...`; checkpoints need it"
-            ours += [node.module] if node.module else [alias.name for alias in node.names]
+            assert module not in TRAVELLING or (node.level == 1 and node.module and "." not in node.module), (
+                f"{module}: write `from .name import ...`; checkpoints need it"
+            )
+            above = folders[: len(folders) - node.level + 1]
+            base = [*above, *(node.module.split(".") if node.module else [])]
+            submodules = [".".join([*base, alias.name]) for alias in node.names]
+            found = [name for name in submodules if path_of(name).exists()]
+            ours += found if len(found) == len(submodules) else [".".join(base)]
         elif isinstance(node, ast.ImportFrom):
             others.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -87,7 +97,9 @@ def imports_of(module):
 
 
 def test_every_module_has_its_place():
-    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted(ORDER)
+    found = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    modules = [".".join(path.parts) for path in found if "evaluate_modules" not in path.parts]
+    assert sorted(name for name in modules if not name.endswith(".__init__")) == sorted(ORDER)
 
 
 def test_arrows_point_one_way():

@@ -22,8 +22,9 @@ from transformers import (
     CLIPModel,
 )
 
-from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce, modeling_pvlf
-from pvlf_hf.backbones_pvlf import FusedBlipAttention
+from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce
+from pvlf_hf.models import modeling_pvlf
+from pvlf_hf.models.backbones_pvlf import FusedBlipAttention
 
 FINETUNING = ("frozen", "text", "both")
 RESIDUALS = ("pre_norm", "paper")

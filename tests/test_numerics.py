@@ -49,7 +49,7 @@ def plain_loss(queries, targets, temperature, gamma, ids):
     "The loss and its gradient are those of float64, also for identical, zero and tied embeddings, one query, bf16 "
     "and temperature 1e-4; float64's own gradient passes `gradcheck`",
     broken=(
-        "src/pvlf_hf/loss_pvlf.py",
+        "src/pvlf_hf/models/loss_pvlf.py",
         "query_embeds.float() @ target_embeds.float().T",
         "(query_embeds @ target_embeds.T).float()",
     ),

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPTokenizer
 
-from pvlf_hf.image_processing_pvlf import PVLFImageProcessor
-from pvlf_hf.processing_pvlf import PVLFProcessor
+from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
+from pvlf_hf.models.processing_pvlf import PVLFProcessor
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "same", "dress", "but", "red", "with", "sleeves"]
 PICTURE = Image.new("RGB", (40, 30), "navy")

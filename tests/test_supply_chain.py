@@ -19,9 +19,9 @@ def refuse(event, arguments):
 
 sys.addaudithook(refuse)
 import pvlf_hf
-names = [module.name for module in pkgutil.iter_modules(pvlf_hf.__path__)]
+names = [module.name for module in pkgutil.walk_packages(pvlf_hf.__path__, "pvlf_hf.")]
 for name in names:
-    importlib.import_module(f"pvlf_hf.{name}")
+    importlib.import_module(name)
 print(len(names))
 """
 

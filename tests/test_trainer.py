@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
-from pvlf_hf.modeling_pvlf import PVLFFusionLayer
+from pvlf_hf.models.modeling_pvlf import PVLFFusionLayer
 
 # Colours and words of the tiny tokenizer that stand for them.
 WORDS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
 from pvlf_hf.cirr import EXPECTED_COUNTS
-from pvlf_hf.configuration_pvlf import BLIP_BASE
+from pvlf_hf.models.configuration_pvlf import BLIP_BASE
 from pvlf_hf.training import DataArguments, ModelArguments
 
 GPU = "NVIDIA A100 80 GB"  # the paper's

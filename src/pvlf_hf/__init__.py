@@ -10,11 +10,11 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_pvlf import PVLFConfig
-from .image_processing_pvlf import PVLFImageProcessor
-from .modeling_pvlf import PVLFModel
-from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
-from .processing_pvlf import PVLFProcessor
+from .models.configuration_pvlf import PVLFConfig
+from .models.image_processing_pvlf import PVLFImageProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
+from .models.processing_pvlf import PVLFProcessor
 
 __version__ = "0.1.0"
 
@@ -41,9 +41,9 @@ _NAMES_OF = {
     "gallery": "Gallery SearchResult",
     "golden": "check_golden write_golden",
     "laion_cir": "load_laion_cir",
-    "loss_pvlf": "focal_info_nce",
+    "models.loss_pvlf": "focal_info_nce",
     "model_card": "render_card write_card",
-    "modeling_pvlf": "PVLFOutput PVLFQueryOutput",
+    "models.modeling_pvlf": "PVLFOutput PVLFQueryOutput",
     "openvino_encoder": "encode_by_openvino",
     "protocols": "load_protocol",
     "query": "Explanation Query",

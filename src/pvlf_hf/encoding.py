@@ -18,8 +18,8 @@ from transformers import BatchFeature
 
 from .benchmark import CIRBenchmark
 from .embedding_store import EmbeddingStore, Key
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 
 QueryMethod = Literal["pvlf", "image", "text", "image+text"]
 

@@ -22,8 +22,8 @@ from .metrics import (
     subset_ranks,
     target_ranks,
 )
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 from .results import Evaluation
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from . import onnx_encoder
-from .modeling_pvlf import PVLFModel
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 from .onnx_encoder import OnnxEncoder
-from .processing_pvlf import PVLFProcessor
 
 TOLERANCE = 1e-5
 """Largest difference of an embedding's entries from the model's (ours). The same float32 operations in another order

@@ -28,8 +28,8 @@ from .atomic_files import locked, whole
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, id_number
 from .fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 

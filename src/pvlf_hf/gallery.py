@@ -49,9 +49,9 @@ from .gallery_encoding import (
     report,
 )
 from .image_files import files_below
-from .image_processing_pvlf import Picture
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.image_processing_pvlf import Picture
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 from .query import FUSION, Explanation, Query, Weights, eval_mode, explanation, mean_embedding
 from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index

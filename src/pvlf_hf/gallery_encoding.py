@@ -18,9 +18,9 @@ from transformers.utils import logging
 from .embedding_store import read_rows, write_rows
 from .encoding import encode_gallery
 from .fingerprints import digest
-from .image_processing_pvlf import check_file, open_picture, to_rgb
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.image_processing_pvlf import check_file, open_picture, to_rgb
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 

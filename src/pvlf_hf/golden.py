@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_files import whole
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 
 GOLDEN = "golden.safetensors"
 

@@ -33,8 +33,8 @@ from .embedding_store import EmbeddingStore
 from .encoding import QUERY_METHODS, embed
 from .evaluation import average, evaluate, evaluate_all
 from .model_card import protocol_card, results_tables
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 from .protocols import describe_protocols, load_protocol
 from .results import Evaluation, write_results
 from .submission import write_circo_submission, write_cirr_submission

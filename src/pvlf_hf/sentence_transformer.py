@@ -24,8 +24,8 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 
 
 class PVLFSentenceModule(InputModule):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .benchmark import CIRBenchmark
 from .cosines import top_k
-from .image_processing_pvlf import to_rgb
 from .metrics import target_ranks
+from .models.image_processing_pvlf import to_rgb
 
 # Pixels. With five results a sheet is about 900 wide, as a README shows it.
 MARGIN = 20

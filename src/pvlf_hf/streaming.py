@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from .atomic_files import whole
 from .benchmark import check_columns
 from .data import TRIPLET_COLUMNS, triplets_digest
-from .image_processing_pvlf import open_picture
+from .models.image_processing_pvlf import open_picture
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from .data import TRIPLET_COLUMNS, id_number
 from .evaluation import evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
-from .modeling_pvlf import PVLFModel, PVLFOutput
+from .models.modeling_pvlf import PVLFModel, PVLFOutput
 from .results import environment
 from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments

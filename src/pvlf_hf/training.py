@@ -34,14 +34,14 @@ from transformers import HfArgumentParser, set_seed
 
 from .arguments import HelpFormatter, leave, parse
 from .benchmark import CIRBenchmark
-from .configuration_pvlf import TRANSAGG
 from .data import benchmark_from_triplets, load_triplets, triplets_digest
 from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
 from .evaluation import evaluate_all
 from .golden import write_golden
 from .laion_cir import SUBSETS, load_laion_cir
-from .modeling_pvlf import PVLFModel
-from .processing_pvlf import PVLFProcessor
+from .models.configuration_pvlf import TRANSAGG
+from .models.modeling_pvlf import PVLFModel
+from .models.processing_pvlf import PVLFProcessor
 from .protocols import load_protocol
 from .results import Evaluation, write_results
 from .streaming import load_hub_triplets, stream_triplets

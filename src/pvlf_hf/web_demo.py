@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 from .emoji_cir import TEST_VENDOR, load_emoji_pictures
 from .gallery import Gallery
-from .image_processing_pvlf import open_picture, to_rgb
+from .models.image_processing_pvlf import open_picture, to_rgb
 from .query import FUSION, Explanation, Query, Weights
 from .request_guard import MAX_UPLOAD, Guard
 
