@@ -328,7 +328,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from pvlf_hf.doctor import examine
+    from pvlf_hf.data.doctor import examine
 
     report = examine(subject.value, path, split, images, tokenizer, check_counts=not partial)
     if as_json:
@@ -419,8 +419,8 @@ def open_gallery(pictures: Path | None, model: "PVLFModel", processor: "PVLFProc
     from huggingface_hub.constants import HF_HOME
 
     from pvlf_hf import Gallery, load_emoji_pictures
+    from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
     from pvlf_hf.embedding_store import made_by
-    from pvlf_hf.emoji_cir import TEST_VENDOR
 
     if pictures is None:
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"

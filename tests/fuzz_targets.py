@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from miniatures import circo_row, cirr_row
 from PIL import Image
 
-from pvlf_hf import PVLFImageProcessor, circo, cirr, fashioniq, laion_cir
-from pvlf_hf.data import read_triplet_table
+from pvlf_hf import PVLFImageProcessor
+from pvlf_hf.data import circo, cirr, fashioniq, laion_cir
+from pvlf_hf.data.triplets import read_triplet_table
 from pvlf_hf.models.image_processing_pvlf import FORMATS
 from pvlf_hf.submission import lint_submission
 

@@ -30,7 +30,13 @@ from hub_server import serving
 TESTS = Path(__file__).parent
 SCRIPTS = TESTS.parent / "train_scripts"
 KINDS = ("train", "push", "evaluate", "gallery", "cache")
-IMPORTS = ["pvlf_hf.trainer", "pvlf_hf.gallery", "pvlf_hf.protocols", "pvlf_hf.submission", "transformers.trainer"]
+IMPORTS = [
+    "pvlf_hf.trainer",
+    "pvlf_hf.gallery",
+    "pvlf_hf.data.protocols",
+    "pvlf_hf.submission",
+    "transformers.trainer",
+]
 COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
 STEPS, PICTURES, ROWS = 10, 96, 8
 REPOSITORY = "you/model"

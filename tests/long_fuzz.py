@@ -29,7 +29,7 @@ RUNS = {
     4,
     "Coverage-guided fuzzing of pictures, annotations, tables and submission files: nothing but a `ValueError` or an "
     "answer, no input over 10 s, no process over 1000 MiB",
-    broken=("src/pvlf_hf/annotations.py", "if key not in record:", "if False:"),
+    broken=("src/pvlf_hf/data/annotations.py", "if key not in record:", "if False:"),
 )
 def test_guided_by_coverage(tmp_path, figure):
     lines, total = [], 0

@@ -11,7 +11,9 @@ from time import monotonic
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pvlf_hf.trainer", "pvlf_hf.gallery", "pvlf_hf.protocols", "transformers.trainer"])
+_CONTEXT.set_forkserver_preload(
+    ["pvlf_hf.trainer", "pvlf_hf.gallery", "pvlf_hf.data.protocols", "transformers.trainer"]
+)
 
 
 def run_in_processes(number, function, *arguments, timeout=200, grace=60):

@@ -4,7 +4,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-from pvlf_hf.benchmark import CIRBenchmark, Protocol
+from pvlf_hf.data.benchmark import CIRBenchmark, Protocol
 
 COLOURS = ["red", "orange", "yellow", "lime", "cyan", "blue", "purple", "black", "white"]
 QUERIES = [(0, "blue", 5), (5, "more red", 6), (8, "dark", 7), (2, "the same but green", 3), (7, "not dark", 8)]

@@ -11,12 +11,12 @@ import pytest
 from miniatures import FASHION_CATEGORIES, make_all, write_json
 from PIL import Image
 
-from pvlf_hf import circo, cirr, fashioniq, laion_cir
-from pvlf_hf.benchmark import Protocol
-from pvlf_hf.circo import load_circo
-from pvlf_hf.cirr import load_cirr, load_cirr_train
-from pvlf_hf.fashioniq import CAPTION_STYLES, compose_captions, load_fashioniq, load_fashioniq_train
-from pvlf_hf.laion_cir import load_laion_cir
+from pvlf_hf.data import circo, cirr, fashioniq, laion_cir
+from pvlf_hf.data.benchmark import Protocol
+from pvlf_hf.data.circo import load_circo
+from pvlf_hf.data.cirr import load_cirr, load_cirr_train
+from pvlf_hf.data.fashioniq import CAPTION_STYLES, compose_captions, load_fashioniq, load_fashioniq_train
+from pvlf_hf.data.laion_cir import load_laion_cir
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())
 

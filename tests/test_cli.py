@@ -276,14 +276,14 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
         def examine(*arguments, mistake=mistake, **options):
             raise mistake
 
-        monkeypatch.setattr("pvlf_hf.doctor.examine", examine)
+        monkeypatch.setattr("pvlf_hf.data.doctor.examine", examine)
         assert call("doctor", "cirr", tmp_path).exception is mistake
 
 
 def test_a_hub_out_of_reach_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("pvlf_hf.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
+    monkeypatch.setattr("pvlf_hf.data.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
     said = error(call("doctor", "cirr", tmp_path))
     assert said.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in said
 

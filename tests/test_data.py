@@ -10,8 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from pvlf_hf.batches import PVLFCollator
-from pvlf_hf.benchmark import CIRBenchmark
-from pvlf_hf.data import benchmark_from_triplets, id_number, load_triplets
+from pvlf_hf.data.benchmark import CIRBenchmark
+from pvlf_hf.data.triplets import benchmark_from_triplets, id_number, load_triplets
 
 ROWS = [
     {"reference": "red.png", "caption": "the same but blue", "target": "sub/blue.png"},

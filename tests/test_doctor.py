@@ -9,8 +9,15 @@ from miniatures import make_circo, make_cirr, make_fashioniq, make_laion_cir, wr
 from tiny import make_processor
 from typer.testing import CliRunner
 
-from pvlf_hf.cirr import load_cirr
-from pvlf_hf.doctor import examine, examine_circo, examine_cirr, examine_fashioniq, examine_laion_cir, examine_triplets
+from pvlf_hf.data.cirr import load_cirr
+from pvlf_hf.data.doctor import (
+    examine,
+    examine_circo,
+    examine_cirr,
+    examine_fashioniq,
+    examine_laion_cir,
+    examine_triplets,
+)
 from pvlf_hf_cli import Subject, app
 
 MAKERS = {"laion-cir": make_laion_cir, "cirr": make_cirr, "fashioniq": make_fashioniq, "circo": make_circo}

@@ -7,9 +7,10 @@ pytest.importorskip("emoji", reason='EmojiCIR needs `pip install "pvlf-hf[emoji]
 
 from importlib import metadata
 
-from pvlf_hf import emoji_captions, emoji_cir
-from pvlf_hf.emoji_captions import TIERS, write_caption
-from pvlf_hf.emoji_cir import (
+from pvlf_hf.data.emoji_cir import captions as emoji_captions
+from pvlf_hf.data.emoji_cir import dataset as emoji_cir
+from pvlf_hf.data.emoji_cir.captions import TIERS, write_caption
+from pvlf_hf.data.emoji_cir.dataset import (
     EXPECTED_COUNTS,
     TEST_VENDOR,
     TRAINING_VENDORS,
@@ -19,7 +20,7 @@ from pvlf_hf.emoji_cir import (
     load_emoji_cir_train,
     load_emoji_pictures,
 )
-from pvlf_hf.emoji_names import parse_name
+from pvlf_hf.data.emoji_cir.names import parse_name
 
 TIER_COLUMNS = ["query_id", "reference_id", "target_id", "attribute", "subset_ids"]
 

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 import pvlf_hf
 from pvlf_hf import results
 from pvlf_hf.arguments import leave
-from pvlf_hf.benchmark import CIRBenchmark
+from pvlf_hf.data.benchmark import CIRBenchmark
+from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embedding_store import EmbeddingStore
 from pvlf_hf.encoding import encode_gallery
 from pvlf_hf.evaluation import average, evaluate, score
 from pvlf_hf.metrics import cirr_metrics
-from pvlf_hf.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.results import intervals, read_results, write_results
 from pvlf_hf.significance import bootstrap_interval
 

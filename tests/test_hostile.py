@@ -28,10 +28,10 @@ from tiny import make_model, make_processor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 from pvlf_hf import Gallery, PVLFModel, PVLFProcessor, load_circo, load_cirr, load_fashioniq, load_triplets
-from pvlf_hf.image_files import unreadable
+from pvlf_hf.data.image_files import unreadable
+from pvlf_hf.data.streaming import stream_triplets, write_shards
 from pvlf_hf.models import image_processing_pvlf as limits
 from pvlf_hf.sheet import SheetRow, retrieval_sheet
-from pvlf_hf.streaming import stream_triplets, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ def write_rows(folder, rows):
     4,
     "A table of triplets reads nothing outside its folder of pictures, by `..`, absolute names or links, unless "
     "`allow_links`; the Hub's cache, which is made of links, works as it is",
-    broken=("src/pvlf_hf/image_files.py", "        check_links(folder, names)", "        pass"),
+    broken=("src/pvlf_hf/data/image_files.py", "        check_links(folder, names)", "        pass"),
 )
 def test_triplets_stay_in_their_folder(photos, figure):
     refused = 0
@@ -223,7 +223,7 @@ def test_triplets_stay_in_their_folder(photos, figure):
 @pytest.mark.reliability(
     4,
     "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a circle of links ends",
-    broken=("src/pvlf_hf/image_files.py", "check_links(folder, [str(", "list([str("),
+    broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
 def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figure):
     def build(**options):
@@ -248,7 +248,7 @@ def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figur
 @pytest.mark.reliability(
     4,
     "Annotations of CIRR, FashionIQ and CIRCO name no picture outside their folders",
-    broken=("src/pvlf_hf/annotations.py", "if outside := [n for", "if 0 and [n for"),
+    broken=("src/pvlf_hf/data/annotations.py", "if outside := [n for", "if 0 and [n for"),
 )
 def test_annotations_stay_in_their_folders(tmp_path, figure):
     def edit(file, old, new):
@@ -279,7 +279,7 @@ def test_annotations_stay_in_their_folders(tmp_path, figure):
 @pytest.mark.reliability(
     4,
     "A shard holds its pictures: one that names a file, or holds what is in no format that is read, is refused",
-    broken=("src/pvlf_hf/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
+    broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
 def test_shards_name_no_files(tmp_path, figure):
     triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")

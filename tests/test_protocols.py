@@ -12,11 +12,11 @@ from miniatures import make_all
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf.emoji_captions import TIERS
+from pvlf_hf.data.emoji_cir.captions import TIERS
+from pvlf_hf.data.protocols import PROTOCOLS, describe_protocols, load_protocol
 from pvlf_hf.evaluation import average, evaluate, score
 from pvlf_hf.measurement import main
 from pvlf_hf.model_card import protocol_card
-from pvlf_hf.protocols import PROTOCOLS, describe_protocols, load_protocol
 from pvlf_hf.results import read_results
 from pvlf_hf.submission import lint_submission
 

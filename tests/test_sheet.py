@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageColor, ImageDraw, ImageFont
 
-from pvlf_hf.benchmark import CIRBenchmark
+from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.sheet import CAPTION_WIDTH, CELL, GREEN, MARGIN, SheetRow, _wrap, retrieval_sheet, sheet_rows
 
 COLOURS = ["red", "yellow", "blue", "black", "purple"]

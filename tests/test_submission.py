@@ -11,9 +11,9 @@ from datasets import Dataset
 from miniatures import make_circo, make_cirr
 from typer.testing import CliRunner
 
-from pvlf_hf.benchmark import CIRBenchmark
-from pvlf_hf.circo import load_circo
-from pvlf_hf.cirr import load_cirr
+from pvlf_hf.data.benchmark import CIRBenchmark
+from pvlf_hf.data.circo import load_circo
+from pvlf_hf.data.cirr import load_cirr
 from pvlf_hf.evaluation import score
 from pvlf_hf.submission import (
     circo_submission,

@@ -25,7 +25,7 @@ from pvlf_hf import (
     write_results,
 )
 from pvlf_hf.atomic_files import whole
-from pvlf_hf.emoji_cir import TIERS
+from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.encoding import encode_gallery, encode_queries
 from pvlf_hf.evaluation import evaluate_all
 from pvlf_hf.measurement import baselines

@@ -26,7 +26,7 @@ from demo import draw_sheet
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir, write_golden
-from pvlf_hf.emoji_cir import TIERS
+from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.evaluation import evaluate_all
 from pvlf_hf.measurement import baselines
 from pvlf_hf.significance import seed_interval

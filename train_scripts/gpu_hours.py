@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
-from pvlf_hf.cirr import EXPECTED_COUNTS
+from pvlf_hf.data.cirr import EXPECTED_COUNTS
 from pvlf_hf.models.configuration_pvlf import BLIP_BASE
 from pvlf_hf.training import DataArguments, ModelArguments
 

@@ -40,7 +40,7 @@ from pvlf_hf import (
     load_emoji_cir_train,
     load_emoji_pictures,
 )
-from pvlf_hf.emoji_cir import TEST_VENDOR
+from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
 from pvlf_hf.encoding import encode_gallery
 from pvlf_hf.metrics import recall_at_k, target_ranks
 from pvlf_hf.results import environment

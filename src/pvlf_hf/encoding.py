@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from .benchmark import CIRBenchmark
+from .data.benchmark import CIRBenchmark
 from .embedding_store import EmbeddingStore, Key
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
+from .data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
 from .embedding_store import EmbeddingStore, dtype_of
 from .encoding import QueryMethod, check_method, embed, encode_gallery
 from .metrics import (

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .atomic_files import locked, whole
-from .benchmark import check_columns
-from .data import TRIPLET_COLUMNS, id_number
+from .data.benchmark import check_columns
+from .data.triplets import TRIPLET_COLUMNS, id_number
 from .fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
@@ -213,7 +213,7 @@ def cache_features(
     Args:
         model: on the device it trains on; its image encoder must be frozen (`model.set_finetuning`).
         processor: of the model.
-        triplets: with `pvlf_hf.data.TRIPLET_COLUMNS`.
+        triplets: with `pvlf_hf.data.triplets.TRIPLET_COLUMNS`.
         folder: where caches live; may be shared by runs, processes and models.
         batch_size: pictures encoded at once.
         progress: show progress bars.

@@ -33,8 +33,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .atomic_files import locked, whole
-from .benchmark import check_columns
 from .cosines import top_k
+from .data.benchmark import check_columns
+from .data.image_files import files_below
 from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
 from .encoding import device_of
 from .gallery_encoding import (
@@ -48,7 +49,6 @@ from .gallery_encoding import (
     open_cell,
     report,
 )
-from .image_files import files_below
 from .models.image_processing_pvlf import Picture
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor

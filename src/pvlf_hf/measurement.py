@@ -27,7 +27,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 
 from .arguments import HelpFormatter, leave, parse
 from .atomic_files import whole
-from .benchmark import CIRBenchmark
+from .data.benchmark import CIRBenchmark
+from .data.protocols import describe_protocols, load_protocol
 from .dtypes import DTYPES, warn_if_slow
 from .embedding_store import EmbeddingStore
 from .encoding import QUERY_METHODS, embed
@@ -35,7 +36,6 @@ from .evaluation import average, evaluate, evaluate_all
 from .model_card import protocol_card, results_tables
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
-from .protocols import describe_protocols, load_protocol
 from .results import Evaluation, write_results
 from .submission import write_circo_submission, write_cirr_submission
 

@@ -20,7 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from .atomic_files import whole
-from .benchmark import Protocol
+from .data.benchmark import Protocol
 from .results import Evaluation, environment
 
 PICTURE = "retrievals.png"

@@ -1,7 +1,7 @@
 """PVLF for the benchmark library `mteb`, whose composed retrieval tasks come from M-BEIR.
 
 Their CIRR and FashionIQ have the galleries of M-BEIR, leave reference images in them and report nDCG@10: numbers
-that compare with those of mteb's leaderboard, not with the paper's (for these see `pvlf_hf.protocols`).
+that compare with those of mteb's leaderboard, not with the paper's (for these see `pvlf_hf.data.protocols`).
 
 Example:
     ```python

@@ -36,7 +36,7 @@ class Evaluation:
         metrics: fractions in [0, 1], by the protocol's metrics: `recall@k`, `recall_subset@k`, `map@k`,
             `map@10/{semantic aspect}`, `mean`, `mean_of_seven`.
         counts: number of queries and of gallery images.
-        protocol: how to read the metrics, see [`~pvlf_hf.benchmark.Protocol`].
+        protocol: how to read the metrics, see [`~pvlf_hf.data.benchmark.Protocol`].
         precision: what embeddings and cosines are computed in.
         per_query: one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the target), and
             where the benchmark has them `subset_rank`, `average_precision@k`, `semantic_aspects`; of an average over

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .benchmark import CIRBenchmark
 from .cosines import top_k
+from .data.benchmark import CIRBenchmark
 from .metrics import target_ranks
 from .models.image_processing_pvlf import to_rgb
 

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from .atomic_files import whole
-from .benchmark import CIRBenchmark, excluded_rows, query_ids
-from .circo import EXPECTED_COUNTS as CIRCO_COUNTS
-from .cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from .cosines import top_k
+from .data.benchmark import CIRBenchmark, excluded_rows, query_ids
+from .data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
+from .data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}

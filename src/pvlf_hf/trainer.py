@@ -23,14 +23,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .atomic_files import cannot_write
 from .batches import OneValueBatchSampler, PVLFCollator
-from .benchmark import CIRBenchmark, check_columns
-from .data import TRIPLET_COLUMNS, id_number
+from .data.benchmark import CIRBenchmark, check_columns
+from .data.streaming import triplet_batches
+from .data.triplets import TRIPLET_COLUMNS, id_number
 from .evaluation import evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
 from .models.modeling_pvlf import PVLFModel, PVLFOutput
 from .results import environment
-from .streaming import triplet_batches
 from .training_args import PVLFTrainingArguments
 
 UNFINISHED = "_unfinished"
@@ -44,8 +44,8 @@ class PVLFTrainer(Trainer):
         model: the model; `args.finetuning` decides which of its encoders train. With an adapter (PEFT's
             `get_peft_model`) the adapter's configuration decides instead, and checkpoints hold the adapter alone.
         args: [`PVLFTrainingArguments`].
-        train_dataset: rows with the columns of `pvlf_hf.data.TRIPLET_COLUMNS`, a `datasets.Dataset` or, for sets that
-            do not fit, what [`stream_triplets`] returns (set `max_steps`).
+        train_dataset: rows with the columns of `pvlf_hf.data.triplets.TRIPLET_COLUMNS`, a `datasets.Dataset` or,
+            for sets that do not fit, what [`stream_triplets`] returns (set `max_steps`).
         eval_dataset: a [`CIRBenchmark`], or a dictionary of them by name. Each evaluation ranks the real gallery; its
             metrics (`eval_recall@1`, ..., `eval_mean`) can select the best checkpoint (`metric_for_best_model`).
         processing_class: the [`PVLFProcessor`]; saved with every checkpoint.

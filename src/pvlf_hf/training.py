@@ -33,18 +33,18 @@ from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, set_seed
 
 from .arguments import HelpFormatter, leave, parse
-from .benchmark import CIRBenchmark
-from .data import benchmark_from_triplets, load_triplets, triplets_digest
-from .emoji_cir import TIERS, load_emoji_cir, load_emoji_cir_train
+from .data.benchmark import CIRBenchmark
+from .data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train
+from .data.laion_cir import SUBSETS, load_laion_cir
+from .data.protocols import load_protocol
+from .data.streaming import load_hub_triplets, stream_triplets
+from .data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
 from .evaluation import evaluate_all
 from .golden import write_golden
-from .laion_cir import SUBSETS, load_laion_cir
 from .models.configuration_pvlf import TRANSAGG
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
-from .protocols import load_protocol
 from .results import Evaluation, write_results
-from .streaming import load_hub_triplets, stream_triplets
 from .trainer import PVLFTrainer
 from .training_args import PVLFTrainingArguments
 
@@ -116,7 +116,8 @@ class DataArguments:
         default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
     )
     validation: str | None = field(
-        default=None, metadata={"help": "Protocol evaluated while training, such as cirr-val (pvlf_hf.protocols)."}
+        default=None,
+        metadata={"help": "Protocol evaluated while training, such as cirr-val (pvlf_hf.data.protocols)."},
     )
     evaluate_on: list[str] | None = field(
         default=None, metadata={"help": "Protocols that the trained model is measured on; by default --validation."}

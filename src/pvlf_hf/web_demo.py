@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from .emoji_cir import TEST_VENDOR, load_emoji_pictures
+from .data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from .gallery import Gallery
 from .models.image_processing_pvlf import open_picture, to_rgb
 from .query import FUSION, Explanation, Query, Weights

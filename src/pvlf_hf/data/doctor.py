@@ -19,9 +19,9 @@ import PIL.Image
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from . import annotations, circo, cirr, fashioniq, laion_cir
-from .data import read_triplet_table
+from ..data import annotations, circo, cirr, fashioniq, laion_cir
 from .image_files import check_image_files, unreadable
+from .triplets import read_triplet_table
 
 Severity = Literal["error", "warning", "note"]
 
@@ -122,7 +122,7 @@ def examine_cirr(
     """Examines a split of CIRR.
 
     Args:
-        root: see [`~pvlf_hf.cirr.load_cirr`].
+        root: see [`~pvlf_hf.data.cirr.load_cirr`].
         split: likewise.
         tokenizer: the model's, to count the tokens of captions; estimated from the words without it.
         check_counts: find fault with numbers of queries and images that are not the published ones.
@@ -205,7 +205,7 @@ def examine_laion_cir(
     """Examines training triplets of Laion-CIR.
 
     Args:
-        root: see [`~pvlf_hf.laion_cir.load_laion_cir`].
+        root: see [`~pvlf_hf.data.laion_cir.load_laion_cir`].
         subset: likewise.
         tokenizer: see [`examine_cirr`].
         check_counts: likewise.
@@ -239,7 +239,7 @@ def examine_triplets(
     """Examines a user's own triplets.
 
     Args:
-        file: see [`~pvlf_hf.data.load_triplets`].
+        file: see [`~pvlf_hf.data.triplets.load_triplets`].
         image_folder: likewise.
         tokenizer: see [`examine_cirr`].
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets.utils import tqdm
 
-from .models.image_processing_pvlf import open_rgb
+from ..models.image_processing_pvlf import open_rgb
 
 
 def check_image_files(folder: Path, names: list[str], open_them: bool = True, allow_links: bool = False) -> None:

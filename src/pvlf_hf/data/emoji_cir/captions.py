@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from .emoji_names import ACTIVITIES, OCCUPATIONS, SKIN_TONES
+from .names import ACTIVITIES, OCCUPATIONS, SKIN_TONES
 
 TIERS = ("plain", "paraphrased", "brief")
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from .benchmark import CIRBenchmark, Protocol
-from .emoji_captions import TIERS, attribute_of, write_caption
-from .emoji_names import parse_name
+from ..benchmark import CIRBenchmark, Protocol
+from .captions import TIERS, attribute_of, write_caption
+from .names import parse_name
 
 TEST_VENDOR = "Goog"
 """Google (Noto Emoji): never seen in training, its pictures are the evaluation gallery."""
@@ -307,7 +307,7 @@ def _undecoded(pictures: Dataset) -> Dataset:
 
 def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Dataset:
     """Runs a generator once; `datasets` keeps the rows until the packages or the code that makes them change."""
-    modules = ("emoji_cir.py", "emoji_captions.py", "emoji_names.py")
+    modules = ("dataset.py", "captions.py", "names.py")
     source = hashlib.sha1(b"".join(Path(__file__).with_name(module).read_bytes() for module in modules)).hexdigest()
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
     dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)

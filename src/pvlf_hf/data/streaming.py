@@ -31,10 +31,10 @@ from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
-from .atomic_files import whole
+from ..atomic_files import whole
+from ..models.image_processing_pvlf import open_picture
 from .benchmark import check_columns
-from .data import TRIPLET_COLUMNS, triplets_digest
-from .models.image_processing_pvlf import open_picture
+from .triplets import TRIPLET_COLUMNS, triplets_digest
 
 logger = logging.getLogger(__name__)
 

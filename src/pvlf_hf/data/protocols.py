@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from .benchmark import CIRBenchmark
 from .circo import load_circo
 from .cirr import load_cirr
-from .emoji_captions import TIERS
-from .emoji_cir import load_emoji_cir
+from .emoji_cir.captions import TIERS
+from .emoji_cir.dataset import load_emoji_cir
 from .fashioniq import CATEGORIES, load_fashioniq
 
 
