@@ -352,7 +352,7 @@ def lint(
 
     `pvlf-hf evaluate --protocols cirr-test1 circo-test` writes such files. Exits with 1 if one would be refused.
     """
-    from pvlf_hf.submission import is_error, lint_submission
+    from pvlf_hf.evaluation.submission import is_error, lint_submission
 
     found = {str(file): lint_submission(file) for file in files}
     if as_json:
@@ -420,7 +420,7 @@ def open_gallery(pictures: Path | None, model: "PVLFModel", processor: "PVLFProc
 
     from pvlf_hf import Gallery, load_emoji_pictures
     from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
-    from pvlf_hf.embedding_store import made_by
+    from pvlf_hf.embeddings.embedding_store import made_by
 
     if pictures is None:
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"

@@ -7,8 +7,8 @@ from accelerate import PartialState
 from test_feature_cache import numbered
 
 from pvlf_hf.arguments import leave
+from pvlf_hf.embeddings.fingerprints import digest
 from pvlf_hf.feature_cache import FeatureCache
-from pvlf_hf.fingerprints import digest
 
 if __name__ == "__main__":
     folder, encoded = Path(sys.argv[1]), []

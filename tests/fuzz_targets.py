@@ -18,8 +18,8 @@ from PIL import Image
 from pvlf_hf import PVLFImageProcessor
 from pvlf_hf.data import circo, cirr, fashioniq, laion_cir
 from pvlf_hf.data.triplets import read_triplet_table
+from pvlf_hf.evaluation.submission import lint_submission
 from pvlf_hf.models.image_processing_pvlf import FORMATS
-from pvlf_hf.submission import lint_submission
 
 
 def read_picture(file):

@@ -34,7 +34,7 @@ IMPORTS = [
     "pvlf_hf.trainer",
     "pvlf_hf.gallery",
     "pvlf_hf.data.protocols",
-    "pvlf_hf.submission",
+    "pvlf_hf.evaluation.submission",
     "transformers.trainer",
 ]
 COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
@@ -116,7 +116,7 @@ def push(inputs, tell):
 
 
 def evaluate(inputs, tell):
-    from pvlf_hf import embedding_store
+    from pvlf_hf.embeddings import embedding_store
 
     embedding_store.SAVE_EVERY = ROWS
     count_pictures(tell)

@@ -8,10 +8,10 @@ from squares import make_benchmark
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import embedding_store
-from pvlf_hf.embedding_store import EmbeddingStore
-from pvlf_hf.encoding import QUERY_METHODS, embed
-from pvlf_hf.evaluation import evaluate
+from pvlf_hf.embeddings import embedding_store
+from pvlf_hf.embeddings.embedding_store import EmbeddingStore
+from pvlf_hf.embeddings.encoding import QUERY_METHODS, embed
+from pvlf_hf.evaluation.scoring import evaluate
 
 KEYS = [("a",), ("b",), ("a",), ("c",), (3,)]
 

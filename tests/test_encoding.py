@@ -13,7 +13,7 @@ from squares import draw, make_benchmark
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries, work_ahead
+from pvlf_hf.embeddings.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries, work_ahead
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
@@ -126,7 +126,7 @@ def test_work_is_done_ahead_in_order_and_no_further_than_asked(threads):
 def test_an_accelerator_is_fed_by_several_threads_with_the_same_result(tiny_model, tiny_processor, monkeypatch):
     benchmark = make_benchmark(wordings=True)
     alone = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
-    monkeypatch.setattr("pvlf_hf.encoding._threads", lambda device: 3)
+    monkeypatch.setattr("pvlf_hf.embeddings.encoding._threads", lambda device: 3)
     fed = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
     assert fed.queries.equal(alone.queries) and fed.gallery.equal(alone.gallery)
 

@@ -1,4 +1,4 @@
-"""The modules for Hugging Face Evaluate, loaded from their folders as a user does, against `metrics.py`."""
+"""The modules for Hugging Face Evaluate, loaded from their folders as a user does, against `evaluation/metrics.py`."""
 
 import doctest
 from pathlib import Path
@@ -8,8 +8,15 @@ import pytest
 import torch
 
 import pvlf_hf
-from pvlf_hf.metrics import CIRCO_KS, average_precision_at_k, cirr_metrics, positive_ranks, subset_ranks, target_ranks
-from pvlf_hf.metrics import map_at_k as mean_average_precision
+from pvlf_hf.evaluation.metrics import (
+    CIRCO_KS,
+    average_precision_at_k,
+    cirr_metrics,
+    positive_ranks,
+    subset_ranks,
+    target_ranks,
+)
+from pvlf_hf.evaluation.metrics import map_at_k as mean_average_precision
 
 FOLDER = Path(pvlf_hf.__file__).parent / "evaluate_modules"
 NAMES = ("recall_at_k", "subset_recall_at_k", "map_at_k")

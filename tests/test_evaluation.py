@@ -19,16 +19,16 @@ from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
-from pvlf_hf import results
 from pvlf_hf.arguments import leave
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
-from pvlf_hf.embedding_store import EmbeddingStore
-from pvlf_hf.encoding import encode_gallery
-from pvlf_hf.evaluation import average, evaluate, score
-from pvlf_hf.metrics import cirr_metrics
-from pvlf_hf.results import intervals, read_results, write_results
-from pvlf_hf.significance import bootstrap_interval
+from pvlf_hf.embeddings.embedding_store import EmbeddingStore
+from pvlf_hf.embeddings.encoding import encode_gallery
+from pvlf_hf.evaluation import results
+from pvlf_hf.evaluation.metrics import cirr_metrics
+from pvlf_hf.evaluation.results import intervals, read_results, write_results
+from pvlf_hf.evaluation.scoring import average, evaluate, score
+from pvlf_hf.evaluation.significance import bootstrap_interval
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from tiny import make_model, make_processor
 from transformers import AutoModel
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, feature_cache
+from pvlf_hf.embeddings.fingerprints import digest, fingerprint
 from pvlf_hf.feature_cache import FeatureCache, cache_features
-from pvlf_hf.fingerprints import digest, fingerprint
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
 

@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import gallery_encoding as module
 from pvlf_hf import load_emoji_pictures
-from pvlf_hf.cosines import error_bound, top_k
-from pvlf_hf.encoding import encode_gallery, encode_queries
+from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
+from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.gallery import Gallery
 from pvlf_hf.models.image_processing_pvlf import to_rgb
 from pvlf_hf.vector_index import ExactIndex, half_error_bound, make_index

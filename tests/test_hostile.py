@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from pvlf_hf import Gallery, PVLFModel, PVLFProcessor, load_circo, load_cirr, load_fashioniq, load_triplets
 from pvlf_hf.data.image_files import unreadable
 from pvlf_hf.data.streaming import stream_triplets, write_shards
+from pvlf_hf.evaluation.retrieval_sheet import SheetRow, retrieval_sheet
 from pvlf_hf.models import image_processing_pvlf as limits
-from pvlf_hf.sheet import SheetRow, retrieval_sheet
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from pvlf_hf import (
     evaluate,
     write_results,
 )
-from pvlf_hf.results import read_results
+from pvlf_hf.evaluation.results import read_results
 
 COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
 
@@ -100,7 +100,7 @@ def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monk
 @pytest.mark.reliability(
     1,
     "`results.json` stands for a finished run: killed before the values of its queries are in place, there is none",
-    broken=("src/pvlf_hf/results.py", "file.unlink(missing_ok=True)", "pass"),
+    broken=("src/pvlf_hf/evaluation/results.py", "file.unlink(missing_ok=True)", "pass"),
 )
 def test_results_and_their_queries_are_of_one_run(tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     evaluation = evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False)
@@ -307,7 +307,7 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
     "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, what was "
     "there as it was, and the same outcome once there is room",
     broken=(
-        "src/pvlf_hf/embedding_store.py",
+        "src/pvlf_hf/embeddings/embedding_store.py",
         "    with whole(file) as partial:",
         "    with __import__('contextlib').nullcontext(file) as partial:",
     ),

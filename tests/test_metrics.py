@@ -1,4 +1,4 @@
-"""`metrics.py` against a plain sort of every row, and against the numbers of the public reference."""
+"""`evaluation/metrics.py` against a plain sort of every row, and against the numbers of the public reference."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvlf_hf.cosines import top_k
-from pvlf_hf.metrics import (
+from pvlf_hf.embeddings.similarity import top_k
+from pvlf_hf.evaluation.metrics import (
     NOT_RETRIEVED,
     average_precision_at_k,
     circo_metrics,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from pvlf_hf import PVLFModel, encode_by_openvino
-from pvlf_hf.embedding_store import made_by
+from pvlf_hf.embeddings.embedding_store import made_by
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
@@ -124,7 +124,7 @@ assert seen
 @pytest.mark.reliability(
     1,
     "Ctrl-C after a model encoded by OpenVINO was collected by another thread is no segmentation fault",
-    broken=("src/pvlf_hf/openvino_encoder.py", "@cache\n", ""),
+    broken=("src/pvlf_hf/embeddings/openvino_encoder.py", "@cache\n", ""),
 )
 def test_a_model_collected_by_another_thread_leaves_signals_alone(figure):
     """OpenVINO frees the stack for signals it gave one thread, whichever thread it goes in."""

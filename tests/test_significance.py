@@ -1,12 +1,12 @@
-"""`significance.py` against plain loops, tables and closed forms, and against what an interval promises."""
+"""`evaluation/significance.py` against plain loops, tables and closed forms, and against what an interval promises."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 
-from pvlf_hf import significance
-from pvlf_hf.significance import bootstrap_interval, paired_test, seed_interval
+from pvlf_hf.evaluation import significance
+from pvlf_hf.evaluation.significance import bootstrap_interval, paired_test, seed_interval
 
 GENERATOR = np.random.default_rng(7)
 HITS = GENERATOR.random(40) < 0.3

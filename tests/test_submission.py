@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.circo import load_circo
 from pvlf_hf.data.cirr import load_cirr
-from pvlf_hf.evaluation import score
-from pvlf_hf.submission import (
+from pvlf_hf.evaluation.scoring import score
+from pvlf_hf.evaluation.submission import (
     circo_submission,
     cirr_submission,
     lint_submission,

@@ -37,11 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BertTokenizer, CLIPConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 
-from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino, encoding
-from pvlf_hf.cosines import top_k
-from pvlf_hf.encoding import work_ahead
+from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino
+from pvlf_hf.embeddings import encoding
+from pvlf_hf.embeddings.encoding import work_ahead
+from pvlf_hf.embeddings.similarity import top_k
+from pvlf_hf.evaluation.metrics import subset_ranks, target_ranks
 from pvlf_hf.gallery_encoding import Decoding, least_side, open_cell
-from pvlf_hf.metrics import subset_ranks, target_ranks
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
 
 HERE = Path(__file__).parent

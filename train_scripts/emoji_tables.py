@@ -27,9 +27,9 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir, write_golden
 from pvlf_hf.data.emoji_cir.dataset import TIERS
-from pvlf_hf.evaluation import evaluate_all
+from pvlf_hf.evaluation.scoring import evaluate_all
+from pvlf_hf.evaluation.significance import seed_interval
 from pvlf_hf.measurement import baselines
-from pvlf_hf.significance import seed_interval
 from pvlf_hf.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from pvlf_hf.dtypes import is_native
-from pvlf_hf.results import environment
+from pvlf_hf.evaluation.results import environment
 
 DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"
 

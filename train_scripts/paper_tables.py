@@ -8,8 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from pvlf_hf.atomic_files import whole
-from pvlf_hf.encoding import QueryMethod
-from pvlf_hf.results import environment
+from pvlf_hf.embeddings.encoding import QueryMethod
+from pvlf_hf.evaluation.results import environment
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 WEIGHTS = {"last": "last epoch", "best": "best epoch by validation", "untrained": "no training"}

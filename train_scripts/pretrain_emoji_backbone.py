@@ -41,9 +41,9 @@ from pvlf_hf import (
     load_emoji_pictures,
 )
 from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
-from pvlf_hf.encoding import encode_gallery
-from pvlf_hf.metrics import recall_at_k, target_ranks
-from pvlf_hf.results import environment
+from pvlf_hf.embeddings.encoding import encode_gallery
+from pvlf_hf.evaluation.metrics import recall_at_k, target_ranks
+from pvlf_hf.evaluation.results import environment
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .atomic_files import locked, whole
 from .data.benchmark import check_columns
 from .data.triplets import TRIPLET_COLUMNS, id_number
-from .fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
+from .embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
 

@@ -33,11 +33,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .atomic_files import locked, whole
-from .cosines import top_k
 from .data.benchmark import check_columns
 from .data.image_files import files_below
-from .embedding_store import EmbeddingStore, made_by, read_rows, write_rows
-from .encoding import device_of
+from .embeddings.embedding_store import EmbeddingStore, made_by, read_rows, write_rows
+from .embeddings.encoding import device_of
+from .embeddings.similarity import top_k
+from .evaluation.retrieval_sheet import SheetRow, retrieval_sheet
 from .gallery_encoding import (
     EMBEDDINGS,
     PART,
@@ -53,7 +54,6 @@ from .models.image_processing_pvlf import Picture
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
 from .query import FUSION, Explanation, Query, Weights, eval_mode, explanation, mean_embedding
-from .sheet import SheetRow, retrieval_sheet
 from .vector_index import IndexName, VectorIndex, check_index, make_index
 
 logger = logging.get_logger(__name__)

@@ -30,14 +30,14 @@ from .atomic_files import whole
 from .data.benchmark import CIRBenchmark
 from .data.protocols import describe_protocols, load_protocol
 from .dtypes import DTYPES, warn_if_slow
-from .embedding_store import EmbeddingStore
-from .encoding import QUERY_METHODS, embed
-from .evaluation import average, evaluate, evaluate_all
+from .embeddings.embedding_store import EmbeddingStore
+from .embeddings.encoding import QUERY_METHODS, embed
+from .evaluation.results import Evaluation, write_results
+from .evaluation.scoring import average, evaluate, evaluate_all
+from .evaluation.submission import write_circo_submission, write_cirr_submission
 from .model_card import protocol_card, results_tables
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
-from .results import Evaluation, write_results
-from .submission import write_circo_submission, write_cirr_submission
 
 
 @dataclass

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from .atomic_files import whole
 from .data.benchmark import Protocol
-from .results import Evaluation, environment
+from .evaluation.results import Evaluation, environment
 
 PICTURE = "retrievals.png"
 """A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""

@@ -20,7 +20,7 @@ from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_meta import ScoringFunction
 from sentence_transformers import SentenceTransformer
 
-from .embedding_store import made_by
+from .embeddings.embedding_store import made_by
 from .sentence_transformer import PVLFSentenceModule
 
 

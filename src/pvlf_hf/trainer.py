@@ -26,11 +26,11 @@ from .batches import OneValueBatchSampler, PVLFCollator
 from .data.benchmark import CIRBenchmark, check_columns
 from .data.streaming import triplet_batches
 from .data.triplets import TRIPLET_COLUMNS, id_number
-from .evaluation import evaluate
+from .evaluation.results import environment
+from .evaluation.scoring import evaluate
 from .feature_cache import FeatureCollator, cache_features
 from .model_card import write_card
 from .models.modeling_pvlf import PVLFModel, PVLFOutput
-from .results import environment
 from .training_args import PVLFTrainingArguments
 
 UNFINISHED = "_unfinished"

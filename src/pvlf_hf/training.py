@@ -39,12 +39,12 @@ from .data.laion_cir import SUBSETS, load_laion_cir
 from .data.protocols import load_protocol
 from .data.streaming import load_hub_triplets, stream_triplets
 from .data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
-from .evaluation import evaluate_all
+from .evaluation.results import Evaluation, write_results
+from .evaluation.scoring import evaluate_all
 from .golden import write_golden
 from .models.configuration_pvlf import TRANSAGG
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
-from .results import Evaluation, write_results
 from .trainer import PVLFTrainer
 from .training_args import PVLFTrainingArguments
 

@@ -33,7 +33,7 @@ class Protocol:
         gallery: which images are ranked, in words.
         reference: whether a query's reference image is `"removed"` from its ranking or `"kept"`.
         captions: how a query's text is made of the annotation.
-        metrics: whose metrics are reported: CIRR's, FashionIQ's or CIRCO's (`pvlf_hf.metrics`).
+        metrics: whose metrics are reported: CIRR's, FashionIQ's or CIRCO's (`pvlf_hf.evaluation.metrics`).
         missing: images and queries that were left out because the user allowed it, in words.
         revision: what identifies the annotations: a digest of the files, or versions of packages.
         ties: the order of equal scores.

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from .data.benchmark import CIRBenchmark
+from ..data.benchmark import CIRBenchmark
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 from .embedding_store import EmbeddingStore, Key
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
 
 QueryMethod = Literal["pvlf", "image", "text", "image+text"]
 

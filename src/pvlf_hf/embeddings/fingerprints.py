@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor, nn
 
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 
 
 def picture_digests(dataset: Dataset, column: str) -> list[str]:

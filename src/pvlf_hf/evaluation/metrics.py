@@ -5,7 +5,7 @@ embedding width d:
 
 - A score is the cosine of a query with a gallery image; higher is better. Products are summed in float64 and rounded
   to float32, whatever the input dtype, so that equal gallery rows tie and ranks do not depend on chunk size or
-  hardware. float32 products settle most ranks, and only what lies within their error is scored so (`cosines.py`).
+  hardware. float32 products settle most ranks; what lies within their error is scored so (`embeddings/similarity.py`).
 - A rank is 0-based: the number of gallery images before the target. Equal scores stand in gallery order, as a stable
   sort leaves them. Published evaluations sort with an unstable order; their numbers can differ where scores tie, at
   most as far as `ties="best"` and `ties="worst"` say.
@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .cosines import CHUNK, check_embeds, checked_index, cosine_tiles, error_bound, first_true, score_pairs
+from ..embeddings.similarity import (
+    CHUNK,
+    check_embeds,
+    checked_index,
+    cosine_tiles,
+    error_bound,
+    first_true,
+    score_pairs,
+)
 
 CIRR_KS = (1, 5, 10, 50)
 CIRR_SUBSET_KS = (1, 2, 3)

@@ -9,7 +9,16 @@ from PIL import Image as PILImage
 from PIL import ImageColor, ImageDraw, ImageFont
 
 from pvlf_hf.data.benchmark import CIRBenchmark
-from pvlf_hf.sheet import CAPTION_WIDTH, CELL, GREEN, MARGIN, SheetRow, _wrap, retrieval_sheet, sheet_rows
+from pvlf_hf.evaluation.retrieval_sheet import (
+    CAPTION_WIDTH,
+    CELL,
+    GREEN,
+    MARGIN,
+    SheetRow,
+    _wrap,
+    retrieval_sheet,
+    sheet_rows,
+)
 
 COLOURS = ["red", "yellow", "blue", "black", "purple"]
 PICTURES = {colour: PILImage.new("RGB", (8, 8), colour) for colour in COLOURS}

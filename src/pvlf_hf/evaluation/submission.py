@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .atomic_files import whole
-from .cosines import top_k
-from .data.benchmark import CIRBenchmark, excluded_rows, query_ids
-from .data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
-from .data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
+from ..atomic_files import whole
+from ..data.benchmark import CIRBenchmark, excluded_rows, query_ids
+from ..data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
+from ..data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
+from ..embeddings.similarity import top_k
 from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
@@ -38,7 +38,7 @@ def cirr_submission(
 
     Args:
         benchmark: usually `load_cirr(root, "test1")`; needs `query_id` and `subset_ids`.
-        query_embeds: `(queries, d)`, from [`~pvlf_hf.encoding.embed`].
+        query_embeds: `(queries, d)`, from [`~pvlf_hf.embeddings.encoding.embed`].
         gallery_embeds: `(gallery, d)`.
 
     Raises:
@@ -60,7 +60,7 @@ def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embe
 
     Args:
         benchmark: usually `load_circo(root, "test")`; needs `query_id`.
-        query_embeds: `(queries, d)`, from [`~pvlf_hf.encoding.embed`].
+        query_embeds: `(queries, d)`, from [`~pvlf_hf.embeddings.encoding.embed`].
         gallery_embeds: `(gallery, d)`.
 
     Raises:

@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .cosines import top_k
-from .data.benchmark import CIRBenchmark
+from ..data.benchmark import CIRBenchmark
+from ..embeddings.similarity import top_k
+from ..models.image_processing_pvlf import to_rgb
 from .metrics import target_ranks
-from .models.image_processing_pvlf import to_rgb
 
 # Pixels. With five results a sheet is about 900 wide, as a README shows it.
 MARGIN = 20

@@ -1,4 +1,4 @@
-"""`cosines.py`: fast ranks are those of the definition, bit for bit, also where float32 alone would get them wrong."""
+"""`embeddings/similarity.py`: fast ranks equal the definition bit for bit, also where float32 alone would be wrong."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvlf_hf import cosines
-from pvlf_hf.cosines import top_k
-from pvlf_hf.metrics import positive_ranks, subset_ranks, target_ranks
+from pvlf_hf.embeddings import similarity as cosines
+from pvlf_hf.embeddings.similarity import top_k
+from pvlf_hf.evaluation.metrics import positive_ranks, subset_ranks, target_ranks
 
 
 def plain_score(query, image):

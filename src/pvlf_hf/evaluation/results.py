@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .atomic_files import whole
+from ..atomic_files import whole
 from .significance import bootstrap_interval
 
 RESAMPLES = 2000
@@ -52,7 +52,7 @@ class Evaluation:
     per_query: dict[str, tuple[Any, ...]]
 
     def values(self, metric: str) -> list[float]:
-        """One number a query whose mean is the metric: what `pvlf_hf.significance` takes.
+        """One number a query whose mean is the metric: what `pvlf_hf.evaluation.significance` takes.
 
         Of an average over benchmarks the metric is the mean of the means over each.
 
@@ -74,7 +74,7 @@ class Evaluation:
 
 
 def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Bootstrap interval of each metric over queries, see [`~pvlf_hf.significance.bootstrap_interval`].
+    """Bootstrap interval of each metric over queries, see [`~pvlf_hf.evaluation.significance.bootstrap_interval`].
 
     Those of an average over benchmarks are joined from the intervals of each (MOVER: Zou and Donner, 2008), because
     every benchmark keeps its number of queries.

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic_files import locked, whole
+from ..atomic_files import locked, whole
+from ..models.configuration_pvlf import PVLFConfig
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 from .fingerprints import fingerprint, image_settings, text_settings
-from .models.configuration_pvlf import PVLFConfig
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
 
 Key = tuple[Any, ...]
 """What a row embeds: `(image_id,)`, or of a query `(reference_id, wording)`, without the half that is not used."""

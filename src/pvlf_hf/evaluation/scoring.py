@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
-from .embedding_store import EmbeddingStore, dtype_of
-from .encoding import QueryMethod, check_method, embed, encode_gallery
+from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
+from ..embeddings.embedding_store import EmbeddingStore, dtype_of
+from ..embeddings.encoding import QueryMethod, check_method, embed, encode_gallery
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 from .metrics import (
     CIRCO_KS,
     average_precision_at_k,
@@ -22,8 +24,6 @@ from .metrics import (
     subset_ranks,
     target_ranks,
 )
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
 from .results import Evaluation
 
 
@@ -159,7 +159,7 @@ def _check_targets(benchmark: CIRBenchmark) -> None:
     if not benchmark.has_targets:
         raise ValueError(
             f"{benchmark.name} has no target_id, its labels are on a server: rank it with `embed` and write the file "
-            "for the server with pvlf_hf.submission"
+            "for the server with pvlf_hf.evaluation.submission"
         )
 
 
