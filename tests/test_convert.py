@@ -20,7 +20,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from pvlf_hf import PVLFModel, PVLFProcessor
-from pvlf_hf.convert import (
+from pvlf_hf.checkpoints.convert import (
     blip_from_salesforce,
     convert_salesforce_blip,
     convert_transagg,

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from squares import make_benchmark
 from typer.testing import CliRunner
 
+from pvlf_hf.checkpoints.model_card import render_card, results_tables, write_card
 from pvlf_hf.evaluation.results import write_results
 from pvlf_hf.evaluation.scoring import score
-from pvlf_hf.model_card import render_card, results_tables, write_card
 from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser,
 
 from .arguments import HelpFormatter, leave, parse
 from .atomic_files import whole
+from .checkpoints.model_card import protocol_card, results_tables
 from .data.benchmark import CIRBenchmark
 from .data.protocols import describe_protocols, load_protocol
 from .dtypes import DTYPES, warn_if_slow
@@ -35,7 +36,6 @@ from .embeddings.encoding import QUERY_METHODS, embed
 from .evaluation.results import Evaluation, write_results
 from .evaluation.scoring import average, evaluate, evaluate_all
 from .evaluation.submission import write_circo_submission, write_cirr_submission
-from .model_card import protocol_card, results_tables
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
 

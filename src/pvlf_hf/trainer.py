@@ -23,13 +23,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .atomic_files import cannot_write
 from .batches import OneValueBatchSampler, PVLFCollator
+from .checkpoints.model_card import write_card
 from .data.benchmark import CIRBenchmark, check_columns
 from .data.streaming import triplet_batches
 from .data.triplets import TRIPLET_COLUMNS, id_number
 from .evaluation.results import environment
 from .evaluation.scoring import evaluate
 from .feature_cache import FeatureCollator, cache_features
-from .model_card import write_card
 from .models.modeling_pvlf import PVLFModel, PVLFOutput
 from .training_args import PVLFTrainingArguments
 
@@ -378,7 +378,7 @@ class PVLFTrainer(Trainer):
     def create_model_card(  # type: ignore[override]  # of the library's arguments, those that are metadata
         self, results: str | Path | Mapping[str, Any] | None = None, model_name: str | None = None, **metadata: Any
     ) -> None:
-        """Writes `README.md` in the output folder, see [`~pvlf_hf.model_card.write_card`].
+        """Writes `README.md` in the output folder, see [`~pvlf_hf.checkpoints.model_card.write_card`].
 
         [`~transformers.Trainer.push_to_hub`] calls it with its own further arguments:
         `trainer.push_to_hub(results="results.json", license="apache-2.0")`.

@@ -33,6 +33,7 @@ from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, set_seed
 
 from .arguments import HelpFormatter, leave, parse
+from .checkpoints.golden import write_golden
 from .data.benchmark import CIRBenchmark
 from .data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train
 from .data.laion_cir import SUBSETS, load_laion_cir
@@ -41,7 +42,6 @@ from .data.streaming import load_hub_triplets, stream_triplets
 from .data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
 from .evaluation.results import Evaluation, write_results
 from .evaluation.scoring import evaluate_all
-from .golden import write_golden
 from .models.configuration_pvlf import TRANSAGG
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor

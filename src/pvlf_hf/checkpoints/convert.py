@@ -39,10 +39,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .models.configuration_pvlf import PVLFConfig
-from .models.image_processing_pvlf import PVLFImageProcessor
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from ..models.configuration_pvlf import PVLFConfig
+from ..models.image_processing_pvlf import PVLFImageProcessor
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 

@@ -19,9 +19,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from .atomic_files import whole
-from .data.benchmark import Protocol
-from .evaluation.results import Evaluation, environment
+from ..atomic_files import whole
+from ..data.benchmark import Protocol
+from ..evaluation.results import Evaluation, environment
 
 PICTURE = "retrievals.png"
 """A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""

@@ -1,0 +1,10 @@
+"""Checkpoints: conversion of released weights, golden embeddings beside a checkpoint, and model cards.
+
+Imports `models`, `data`, `embeddings` and `evaluation`.
+"""
+
+from .convert import convert_salesforce_blip, convert_transagg
+from .golden import check_golden, write_golden
+from .model_card import render_card, write_card
+
+__all__ = ["check_golden", "convert_salesforce_blip", "convert_transagg", "render_card", "write_card", "write_golden"]
