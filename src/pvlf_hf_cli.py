@@ -201,7 +201,7 @@ def search(
     if sheet and sheet.suffix == ".png":
         result.sheet(k=k).save(sheet)
     elif sheet:
-        from pvlf_hf.search_page import search_page
+        from pvlf_hf.search.results_page import search_page
 
         sheet.write_text(search_page(result), encoding="utf-8")
     found: list[dict[str, Any]] = [
@@ -242,7 +242,7 @@ def demo(
     """
     if find_spec("gradio") is None:
         raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`')
-    from pvlf_hf.web_demo import launch
+    from pvlf_hf.search.web_demo import launch
 
     dtype = precision(pictures) if pictures and is_index(pictures) else "auto"
     launch(open_gallery(pictures, *load(model, dtype)), host=host, port=port, open_browser=browser)

@@ -32,7 +32,7 @@ SCRIPTS = TESTS.parent / "train_scripts"
 KINDS = ("train", "push", "evaluate", "gallery", "cache")
 IMPORTS = [
     "pvlf_hf.trainer",
-    "pvlf_hf.gallery",
+    "pvlf_hf.search.gallery",
     "pvlf_hf.data.protocols",
     "pvlf_hf.evaluation.submission",
     "transformers.trainer",
@@ -130,7 +130,8 @@ def evaluate(inputs, tell):
 def gallery(inputs, tell):
     from transformers import AutoModel, AutoProcessor
 
-    from pvlf_hf import Gallery, gallery_encoding
+    from pvlf_hf import Gallery
+    from pvlf_hf.search import indexing as gallery_encoding
 
     gallery_encoding.SAVE_EVERY = ROWS
     count_pictures(tell)

@@ -29,8 +29,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
-from pvlf_hf.request_guard import REQUESTS_PER_MINUTE
-from pvlf_hf.web_demo import SHOWN, weights_of
+from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
+from pvlf_hf.search.web_demo import SHOWN, weights_of
 
 CARD = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 CHROMIUM = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -288,7 +288,7 @@ def served(**environment):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = {"PVLF_MODEL": str(CARD), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-m", "pvlf_hf.web_demo"]
+    command = [sys.executable, "-m", "pvlf_hf.search.web_demo"]
     with subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True) as process:
         try:
             for line in process.stdout:

@@ -271,7 +271,7 @@ def test_wrong_calls(search, arguments, said):
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
-    for mistake in (KeyError("row"), ImportError("no such name", name="pvlf_hf.gallery")):
+    for mistake in (KeyError("row"), ImportError("no such name", name="pvlf_hf.search.gallery")):
 
         def examine(*arguments, mistake=mistake, **options):
             raise mistake

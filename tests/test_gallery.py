@@ -20,13 +20,13 @@ from tiny import BACKBONES, make_inputs, make_model
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import gallery_encoding as module
 from pvlf_hf import load_emoji_pictures
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import error_bound, top_k
-from pvlf_hf.gallery import Gallery
 from pvlf_hf.models.image_processing_pvlf import to_rgb
-from pvlf_hf.vector_index import ExactIndex, half_error_bound, make_index
+from pvlf_hf.search import indexing as module
+from pvlf_hf.search.gallery import Gallery
+from pvlf_hf.search.vector_index import ExactIndex, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"

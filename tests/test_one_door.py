@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from pvlf_hf import web_demo
+from pvlf_hf.search import web_demo
 
 
 def postscript():

@@ -21,9 +21,10 @@ from load_demo import CARD, chromium, expected, load, png
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import Gallery, load_emoji_pictures, web_demo
-from pvlf_hf.gallery_encoding import as_dataset
-from pvlf_hf.request_guard import REQUESTS_PER_MINUTE
+from pvlf_hf import Gallery, load_emoji_pictures
+from pvlf_hf.search import web_demo
+from pvlf_hf.search.indexing import as_dataset
+from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
 SECRET = "52 Secret Lane"
 PICTURES = 120
@@ -231,7 +232,7 @@ def test_a_phone_has_room_for_it(browse):
     5,
     "What is shown, of the gallery or uploaded, is pixels: no place, no description",
     broken=(
-        "src/pvlf_hf/web_demo.py",
+        "src/pvlf_hf/search/web_demo.py",
         '"WEBP", quality=90)',
         '"WEBP", quality=90, exif=PILImage.open(self.gallery.paths[-1]).getexif())',
     ),
@@ -272,7 +273,7 @@ NOT_OURS = [
 @pytest.mark.reliability(
     5,
     "Of files, only pictures that the demo itself has put there are served, by none of Gradio's routes any other",
-    broken=("src/pvlf_hf/request_guard.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
+    broken=("src/pvlf_hf/search/middleware.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
 )
 def test_no_other_file_is_served(url, gallery, figure):
     for file in NOT_OURS:
@@ -287,7 +288,7 @@ def test_no_other_file_is_served(url, gallery, figure):
 @pytest.mark.reliability(
     5,
     "Uploads, other requests and what a client sends in a minute are bounded, each client by itself",
-    broken=("src/pvlf_hf/request_guard.py", "if self._is_too_fast(", "if False and self._is_too_fast("),
+    broken=("src/pvlf_hf/search/middleware.py", "if self._is_too_fast(", "if False and self._is_too_fast("),
 )
 def test_requests_are_bounded(url, figure):
     api = url + "gradio_api"
@@ -331,7 +332,7 @@ def test_odd_requests_are_refused(url, content, code):
 @pytest.mark.reliability(
     5,
     "An upload of more than 64 million pixels is refused before it is decoded",
-    broken=("src/pvlf_hf/web_demo.py", "if picture.width * picture.height <= MAX_PIXELS:", "if True:"),
+    broken=("src/pvlf_hf/search/web_demo.py", "if picture.width * picture.height <= MAX_PIXELS:", "if True:"),
 )
 def test_huge_pictures_are_not_decoded(tmp_path, figure):
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
@@ -344,7 +345,7 @@ def test_huge_pictures_are_not_decoded(tmp_path, figure):
     5,
     "By default only this machine is served, and no page of another name (DNS rebinding)",
     broken=(
-        "src/pvlf_hf/web_demo.py",
+        "src/pvlf_hf/search/web_demo.py",
         "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
         "pass",
     ),
@@ -369,7 +370,11 @@ def test_a_port_in_use_is_named(url, gallery):
 @pytest.mark.reliability(
     5,
     "12 clients for four seconds, good and bad requests mixed: every answer right, every refusal a sentence",
-    broken=("src/pvlf_hf/web_demo.py", "temporary.replace(file)", 'temporary.rename(file.with_suffix(".lost"))'),
+    broken=(
+        "src/pvlf_hf/search/web_demo.py",
+        "temporary.replace(file)",
+        'temporary.rename(file.with_suffix(".lost"))',
+    ),
 )
 def test_many_clients_get_right_answers(url, other_gallery, figure):
     with ThreadPoolExecutor(1) as thread:

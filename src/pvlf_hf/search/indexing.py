@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from .embeddings.embedding_store import read_rows, write_rows
-from .embeddings.encoding import encode_gallery
-from .embeddings.fingerprints import digest
-from .models.image_processing_pvlf import check_file, open_picture, to_rgb
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from ..embeddings.embedding_store import read_rows, write_rows
+from ..embeddings.encoding import encode_gallery
+from ..embeddings.fingerprints import digest
+from ..models.image_processing_pvlf import check_file, open_picture, to_rgb
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .embeddings.similarity import above, error_bound, kth_at_least
+from ..embeddings.similarity import above, error_bound, kth_at_least
 
 IndexName = Literal["exact", "faiss", "milvus"]
 

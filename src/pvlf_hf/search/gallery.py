@@ -32,27 +32,17 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
 
-from .atomic_files import locked, whole
-from .data.benchmark import check_columns
-from .data.image_files import files_below
-from .embeddings.embedding_store import EmbeddingStore, made_by, read_rows, write_rows
-from .embeddings.encoding import device_of
-from .embeddings.similarity import top_k
-from .evaluation.retrieval_sheet import SheetRow, retrieval_sheet
-from .gallery_encoding import (
-    EMBEDDINGS,
-    PART,
-    Decoding,
-    Encoding,
-    as_dataset,
-    digests_of,
-    least_side,
-    open_cell,
-    report,
-)
-from .models.image_processing_pvlf import Picture
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from ..atomic_files import locked, whole
+from ..data.benchmark import check_columns
+from ..data.image_files import files_below
+from ..embeddings.embedding_store import EmbeddingStore, made_by, read_rows, write_rows
+from ..embeddings.encoding import device_of
+from ..embeddings.similarity import top_k
+from ..evaluation.retrieval_sheet import SheetRow, retrieval_sheet
+from ..models.image_processing_pvlf import Picture
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
+from .indexing import EMBEDDINGS, PART, Decoding, Encoding, as_dataset, digests_of, least_side, open_cell, report
 from .query import FUSION, Explanation, Query, Weights, eval_mode, explanation, mean_embedding
 from .vector_index import IndexName, VectorIndex, check_index, make_index
 
@@ -203,7 +193,7 @@ class Gallery:
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `index`,
                 `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
-                .db, or a cluster's address), see `pvlf_hf.vector_index`.
+                .db, or a cluster's address), see `pvlf_hf.search.vector_index`.
 
         Raises:
             ValueError: if there is no picture, or none that can be read; a link leads out of the folder; `path` holds

@@ -8,7 +8,7 @@
     main()
     ```
 
-which, like `python -m pvlf_hf.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder; `PVLF_GALLERY`, a
+which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder; `PVLF_GALLERY`, a
 folder of pictures, EmojiCIR without it; Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
 
 The server listens on this machine only unless told otherwise, one request at a time reaches the model, a [`Guard`]
@@ -41,11 +41,11 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from .data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+from ..models.image_processing_pvlf import open_picture, to_rgb
 from .gallery import Gallery
-from .models.image_processing_pvlf import open_picture, to_rgb
+from .middleware import MAX_UPLOAD, Guard
 from .query import FUSION, Explanation, Query, Weights
-from .request_guard import MAX_UPLOAD, Guard
 
 try:
     import gradio as gr

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from .models.modeling_pvlf import PVLFModel, PVLFQueryOutput
+from ..models.modeling_pvlf import PVLFModel, PVLFQueryOutput
 
 Weights = tuple[float, float, float]
 """Of picture, fusion and words in a query, in the order of the paper's eq. 13."""

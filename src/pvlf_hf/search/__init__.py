@@ -1,0 +1,9 @@
+"""Search: a gallery of your own images, its queries and vector indices, and the web demo.
+
+Imports `models`, `data`, `embeddings`, `evaluation` and `checkpoints`.
+"""
+
+from .gallery import Gallery, SearchResult
+from .query import Explanation, Query
+
+__all__ = ["Explanation", "Gallery", "Query", "SearchResult"]
