@@ -8,7 +8,7 @@ from test_feature_cache import numbered
 
 from pvlf_hf.arguments import leave
 from pvlf_hf.embeddings.fingerprints import digest
-from pvlf_hf.feature_cache import FeatureCache
+from pvlf_hf.training.feature_cache import FeatureCache
 
 if __name__ == "__main__":
     folder, encoded = Path(sys.argv[1]), []

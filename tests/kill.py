@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 SCRIPTS = TESTS.parent / "train_scripts"
 KINDS = ("train", "push", "evaluate", "gallery", "cache")
 IMPORTS = [
-    "pvlf_hf.trainer",
+    "pvlf_hf.training.trainer",
     "pvlf_hf.search.gallery",
     "pvlf_hf.data.protocols",
     "pvlf_hf.evaluation.submission",
@@ -144,7 +144,8 @@ def gallery(inputs, tell):
 def cache(inputs, tell):
     from transformers import AutoModel, AutoProcessor
 
-    from pvlf_hf import cache_features, feature_cache, load_triplets
+    from pvlf_hf import cache_features, load_triplets
+    from pvlf_hf.training import feature_cache
 
     feature_cache.SHARD_BYTES = 1  # a shard a batch
     count_pictures(tell)

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from pvlf_hf.batches import PVLFCollator
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.triplets import benchmark_from_triplets, id_number, load_triplets
+from pvlf_hf.training.batches import PVLFCollator
 
 ROWS = [
     {"reference": "red.png", "caption": "the same but blue", "target": "sub/blue.png"},

@@ -31,7 +31,7 @@ def weights_of(folder, seed, **settings):
     2,
     "The same seed gives the same run, in one process and in two; another seed another run",
     broken=(
-        "src/pvlf_hf/trainer.py",
+        "src/pvlf_hf/training/trainer.py",
         "        return super().train(*args, **kwargs)\n",
         "        torch.seed()\n        return super().train(*args, **kwargs)\n",
     ),
@@ -54,7 +54,7 @@ def weights_twice(folder):
     "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
     "give the same bits",
     broken=(
-        "src/pvlf_hf/training_args.py",
+        "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",
         "        super().__post_init__(*args, **kwargs)\n        self.full_determinism = False\n",
     ),
@@ -69,7 +69,7 @@ def test_full_determinism(tmp_path, figure):
 @pytest.mark.reliability(
     2,
     "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",
-    broken=("src/pvlf_hf/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
+    broken=("src/pvlf_hf/training/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
 )
 def test_results_say_how_to_repeat_them(files, tmp_path, figure):
     unusual = "--seed=3 --data_seed=5 --gamma=1 --adam_beta1=0.5 --decay_norms_and_biases=False --learning_rate=0.002"

@@ -14,9 +14,10 @@ from squares import each_with_each
 from tiny import make_model, make_processor
 from transformers import AutoModel
 
-from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, feature_cache
+from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.embeddings.fingerprints import digest, fingerprint
-from pvlf_hf.feature_cache import FeatureCache, cache_features
+from pvlf_hf.training import feature_cache
+from pvlf_hf.training.feature_cache import FeatureCache, cache_features
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
 

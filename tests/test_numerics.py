@@ -114,7 +114,7 @@ def test_ranks_equal_float64(figure):
 @pytest.mark.reliability(
     7,
     "A NaN in a batch stops training before the weights change, and names the triplets it came from, or the weights",
-    broken=("src/pvlf_hf/trainer.py", "if model.training and not loss.isfinite():", "if False:"),
+    broken=("src/pvlf_hf/training/trainer.py", "if model.training and not loss.isfinite():", "if False:"),
 )
 def test_nan_stops_training(tiny_model, tiny_processor, tmp_path, figure):
     captions = {("red", "green"): "a cat"}

@@ -113,7 +113,7 @@ def check(alone, number, sharded, folder, **settings):
     "2 and 4 processes (DDP), 2 (FSDP 2) over three steps: losses and gradients of one process with the whole batch, "
     "and after them an evaluation of 5 queries and 9 pictures with each once, at the same rank",
     broken=(
-        "src/pvlf_hf/trainer.py",
+        "src/pvlf_hf/training/trainer.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
         "return gradient.chunk(dist.get_world_size())[0]",
     ),
@@ -166,7 +166,7 @@ def losses_of(folder, rows, **settings):
     "A last batch too short to share, kept (`dataloader_drop_last=False`): filled with the first rows of the epoch, "
     "as the losses say, and nobody waits for it in vain",
     broken=(
-        "src/pvlf_hf/training_args.py",
+        "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",
         "        self.accelerator_config = {'even_batches': False}\n        super().__post_init__(*args, **kwargs)\n",
     ),
@@ -198,7 +198,7 @@ def train_with_one_that_leaves(folder, signal_number):
 @pytest.mark.reliability(
     3,
     "A process that dies (SIGKILL) or hangs (SIGSTOP) ends the others with an error, at once or after `ddp_timeout`",
-    broken=("src/pvlf_hf/training_args.py", "_set_pg_timeout(timedelta(seconds=self.ddp_timeout))", "pass"),
+    broken=("src/pvlf_hf/training/training_args.py", "_set_pg_timeout(timedelta(seconds=self.ddp_timeout))", "pass"),
 )
 @pytest.mark.parametrize(
     ("signal_number", "said"),

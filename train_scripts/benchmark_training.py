@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
-from pvlf_hf.batches import PVLFCollator
+from pvlf_hf.training.batches import PVLFCollator
 
 HERE = Path(__file__).parent
 IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_training; "  # in a fresh process

@@ -27,7 +27,7 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 _NAMES_OF = {
-    "batches": "PVLFCollator",
+    "training.batches": "PVLFCollator",
     "data.benchmark": "CIRBenchmark Protocol",
     "data.circo": "load_circo",
     "data.cirr": "load_cirr load_cirr_train",
@@ -37,7 +37,7 @@ _NAMES_OF = {
     "data.emoji_cir.dataset": "load_emoji_cir load_emoji_cir_train load_emoji_pictures",
     "evaluation.scoring": "evaluate",
     "data.fashioniq": "load_fashioniq load_fashioniq_train",
-    "feature_cache": "FeatureCache cache_features",
+    "training.feature_cache": "FeatureCache cache_features",
     "search.gallery": "Gallery SearchResult",
     "checkpoints.golden": "check_golden write_golden",
     "data.laion_cir": "load_laion_cir",
@@ -52,8 +52,8 @@ _NAMES_OF = {
     "evaluation.significance": "bootstrap_interval paired_test seed_interval",
     "data.streaming": "load_hub_triplets stream_triplets write_shards",
     "evaluation.submission": "lint_submission write_circo_submission write_cirr_submission",
-    "trainer": "PVLFTrainer",
-    "training_args": "PVLFTrainingArguments",
+    "training.trainer": "PVLFTrainer",
+    "training.training_args": "PVLFTrainingArguments",
 }
 """Module to its public names, which are imported when first used."""
 

@@ -45,8 +45,8 @@ from .evaluation.scoring import evaluate_all
 from .models.configuration_pvlf import TRANSAGG
 from .models.modeling_pvlf import PVLFModel
 from .models.processing_pvlf import PVLFProcessor
-from .trainer import PVLFTrainer
-from .training_args import PVLFTrainingArguments
+from .training.trainer import PVLFTrainer
+from .training.training_args import PVLFTrainingArguments
 
 LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 

@@ -21,16 +21,16 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from .atomic_files import cannot_write
+from ..atomic_files import cannot_write
+from ..checkpoints.model_card import write_card
+from ..data.benchmark import CIRBenchmark, check_columns
+from ..data.streaming import triplet_batches
+from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..evaluation.results import environment
+from ..evaluation.scoring import evaluate
+from ..models.modeling_pvlf import PVLFModel, PVLFOutput
 from .batches import OneValueBatchSampler, PVLFCollator
-from .checkpoints.model_card import write_card
-from .data.benchmark import CIRBenchmark, check_columns
-from .data.streaming import triplet_batches
-from .data.triplets import TRIPLET_COLUMNS, id_number
-from .evaluation.results import environment
-from .evaluation.scoring import evaluate
 from .feature_cache import FeatureCollator, cache_features
-from .models.modeling_pvlf import PVLFModel, PVLFOutput
 from .training_args import PVLFTrainingArguments
 
 UNFINISHED = "_unfinished"

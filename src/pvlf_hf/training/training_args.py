@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
-from .dtypes import warn_if_slow
+from ..dtypes import warn_if_slow
 
 
 @dataclass

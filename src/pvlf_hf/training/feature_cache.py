@@ -24,12 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .atomic_files import locked, whole
-from .data.benchmark import check_columns
-from .data.triplets import TRIPLET_COLUMNS, id_number
-from .embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from ..atomic_files import locked, whole
+from ..data.benchmark import check_columns
+from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 
