@@ -255,7 +255,7 @@ def train(context: typer.Context) -> None:
     pvlf-hf train --model Salesforce/blip-itm-base-coco --train_file triplets.csv --image_folder photos/ --output_dir
     outputs/mine
     """
-    from pvlf_hf.training import main
+    from pvlf_hf.commands.train import main
 
     main(context.args)
 
@@ -266,7 +266,7 @@ def evaluate(context: typer.Context) -> None:
 
     pvlf-hf evaluate --model outputs/mine --data_root data --protocols cirr-val --output_dir outputs/mine/evaluation
     """
-    from pvlf_hf.measurement import main
+    from pvlf_hf.commands.evaluate import main
 
     main(context.args)
 
@@ -442,7 +442,7 @@ def load(name: str, dtype: str) -> tuple["PVLFModel", "PVLFProcessor"]:
     """Model and processor, on the accelerator if there is one."""
     from accelerate import PartialState
 
-    from pvlf_hf.measurement import load_model
+    from pvlf_hf.commands.evaluate import load_model
 
     model, processor = load_model(name, dtype=dtype)
     return model.to(PartialState().device), processor

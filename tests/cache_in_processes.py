@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from test_feature_cache import numbered
 
-from pvlf_hf.arguments import leave
+from pvlf_hf.commands.arguments import leave
 from pvlf_hf.embeddings.fingerprints import digest
 from pvlf_hf.training.feature_cache import FeatureCache
 

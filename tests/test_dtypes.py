@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pvlf_hf import PVLFTrainingArguments, dtypes
-from pvlf_hf.measurement import load_model
+from pvlf_hf.commands.evaluate import load_model
 from pvlf_hf_cli import Precision
 
 CARDS = Path(__file__).parents[1] / "model_cards"

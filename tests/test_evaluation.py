@@ -19,7 +19,7 @@ from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
-from pvlf_hf.arguments import leave
+from pvlf_hf.commands.arguments import leave
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore

@@ -13,12 +13,12 @@ from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf.checkpoints.model_card import protocol_card
+from pvlf_hf.commands.evaluate import main
 from pvlf_hf.data.emoji_cir.captions import TIERS
 from pvlf_hf.data.protocols import PROTOCOLS, describe_protocols, load_protocol
 from pvlf_hf.evaluation.results import read_results
 from pvlf_hf.evaluation.scoring import average, evaluate, score
 from pvlf_hf.evaluation.submission import lint_submission
-from pvlf_hf.measurement import main
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "evaluate_pvlf.py"
 

@@ -24,10 +24,10 @@ import gpu_hours  # noqa: E402
 import paper_tables  # noqa: E402
 import reproduce  # noqa: E402
 
+from pvlf_hf.commands.train import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
 from pvlf_hf.data.protocols import load_protocol  # noqa: E402
 from pvlf_hf.evaluation.results import read_results  # noqa: E402
 from pvlf_hf.evaluation.submission import lint_submission  # noqa: E402
-from pvlf_hf.training import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
 
 TABLES = paper_tables.load_tables()
 RECIPES = {file.stem: file for file in sorted(reproduce.RECIPES.glob("*.yaml"))}

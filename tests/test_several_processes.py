@@ -18,7 +18,7 @@ from torch.utils.data import Subset, default_collate
 from transformers import TrainerCallback
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, evaluate
-from pvlf_hf.arguments import leave
+from pvlf_hf.commands.arguments import leave
 
 BATCH = 12  # of all processes together
 
@@ -147,7 +147,7 @@ def leave_late(folder):
 @pytest.mark.reliability(
     3,
     "A process that is done leaves when the others are: no launcher ends one amid a write",
-    broken=("src/pvlf_hf/arguments.py", "        state.wait_for_everyone()\n", ""),
+    broken=("src/pvlf_hf/commands/arguments.py", "        state.wait_for_everyone()\n", ""),
 )
 def test_nobody_leaves_before_the_others(tmp_path, figure):
     assert run_in_processes(2, leave_late, tmp_path) == [True, True]

@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
-from pvlf_hf.arguments import leave
+from pvlf_hf.commands.arguments import leave
 from pvlf_hf.data.streaming import find_shards, load_hub_triplets, stream_triplets, triplet_batches, write_shards
 from pvlf_hf.data.triplets import TRIPLET_COLUMNS
 from pvlf_hf.training.batches import PVLFCollator

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, BlipForImageTextRetrieval
 from typer.testing import CliRunner
 
 from pvlf_hf import load_triplets, write_shards
-from pvlf_hf.training import parse_arguments
+from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]

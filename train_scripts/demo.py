@@ -26,12 +26,12 @@ from pvlf_hf import (
 )
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.checkpoints.model_card import short_name
+from pvlf_hf.commands.evaluate import baselines
+from pvlf_hf.commands.train import DataArguments, ModelArguments, parse_arguments, train
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.evaluation.retrieval_sheet import retrieval_sheet, sheet_rows
 from pvlf_hf.evaluation.scoring import evaluate_all
-from pvlf_hf.measurement import baselines
-from pvlf_hf.training import DataArguments, ModelArguments, parse_arguments, train
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
 METHOD_NAMES = {

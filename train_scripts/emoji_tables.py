@@ -26,11 +26,11 @@ from demo import draw_sheet
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_cir, write_golden
+from pvlf_hf.commands.evaluate import baselines
+from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.evaluation.scoring import evaluate_all
 from pvlf_hf.evaluation.significance import seed_interval
-from pvlf_hf.measurement import baselines
-from pvlf_hf.training import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"

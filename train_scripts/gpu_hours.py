@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
+from pvlf_hf.commands.train import DataArguments, ModelArguments
 from pvlf_hf.data.cirr import EXPECTED_COUNTS
 from pvlf_hf.models.configuration_pvlf import BLIP_BASE
-from pvlf_hf.training import DataArguments, ModelArguments
 
 GPU = "NVIDIA A100 80 GB"  # the paper's
 PEAK_FLOPS = 312e12  # a second, dense bfloat16, by its data sheet

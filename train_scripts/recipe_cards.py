@@ -8,7 +8,7 @@ Training a recipe writes the same card with what was measured (`pvlf-hf card`).
 from pathlib import Path
 
 from pvlf_hf import render_card
-from pvlf_hf.training import parse_arguments
+from pvlf_hf.commands.train import parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
 CARDS = SCRIPTS.parent / "model_cards" / "recipes"

@@ -27,9 +27,9 @@ from accelerate.utils.memory import clear_device_cache
 from gpu_hours import ASSUMPTIONS, gpu_hours
 from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
 
-from pvlf_hf import measurement
 from pvlf_hf.atomic_files import whole
-from pvlf_hf.training import parse_arguments
+from pvlf_hf.commands import evaluate as measurement
+from pvlf_hf.commands.train import parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPES = SCRIPTS / "configs" / "paper"

@@ -7,7 +7,7 @@ r"""One measurement of a model on named protocols: numbers with intervals, how e
     pvlf-hf evaluate --model Salesforce/blip-itm-base-coco --methods image text image+text ...
 
     # several GPUs, each a share of the images
-    torchrun --nproc_per_node 4 -m pvlf_hf.measurement ...
+    torchrun --nproc_per_node 4 -m pvlf_hf.commands.evaluate ...
 
 Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`. Embeddings are kept:
 with `--embeddings` of an earlier run, another protocol over the same pictures and captions takes seconds. The data
@@ -25,19 +25,19 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
+from ..atomic_files import whole
+from ..checkpoints.model_card import protocol_card, results_tables
+from ..data.benchmark import CIRBenchmark
+from ..data.protocols import describe_protocols, load_protocol
+from ..dtypes import DTYPES, warn_if_slow
+from ..embeddings.embedding_store import EmbeddingStore
+from ..embeddings.encoding import QUERY_METHODS, embed
+from ..evaluation.results import Evaluation, write_results
+from ..evaluation.scoring import average, evaluate, evaluate_all
+from ..evaluation.submission import write_circo_submission, write_cirr_submission
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
 from .arguments import HelpFormatter, leave, parse
-from .atomic_files import whole
-from .checkpoints.model_card import protocol_card, results_tables
-from .data.benchmark import CIRBenchmark
-from .data.protocols import describe_protocols, load_protocol
-from .dtypes import DTYPES, warn_if_slow
-from .embeddings.embedding_store import EmbeddingStore
-from .embeddings.encoding import QUERY_METHODS, embed
-from .evaluation.results import Evaluation, write_results
-from .evaluation.scoring import average, evaluate, evaluate_all
-from .evaluation.submission import write_circo_submission, write_cirr_submission
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
 
 
 @dataclass

@@ -12,7 +12,7 @@ r"""One training run, from flags or a recipe: PVLF or its baseline TransAgg, tra
         --evaluate_on cirr-val fashioniq
 
     # several GPUs
-    accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml -m pvlf_hf.training RECIPE
+    accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml -m pvlf_hf.commands.train RECIPE
 
 The table (CSV, JSON Lines or Parquet) has columns `reference`, `caption`, `target`. Interrupted, the same command
 resumes from the last checkpoint in `--output_dir`. The folder then holds model, processor and `results.json`, of the
@@ -32,21 +32,21 @@ import yaml
 from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, set_seed
 
+from ..checkpoints.golden import write_golden
+from ..data.benchmark import CIRBenchmark
+from ..data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train
+from ..data.laion_cir import SUBSETS, load_laion_cir
+from ..data.protocols import load_protocol
+from ..data.streaming import load_hub_triplets, stream_triplets
+from ..data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
+from ..evaluation.results import Evaluation, write_results
+from ..evaluation.scoring import evaluate_all
+from ..models.configuration_pvlf import TRANSAGG
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
+from ..training.trainer import PVLFTrainer
+from ..training.training_args import PVLFTrainingArguments
 from .arguments import HelpFormatter, leave, parse
-from .checkpoints.golden import write_golden
-from .data.benchmark import CIRBenchmark
-from .data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train
-from .data.laion_cir import SUBSETS, load_laion_cir
-from .data.protocols import load_protocol
-from .data.streaming import load_hub_triplets, stream_triplets
-from .data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
-from .evaluation.results import Evaluation, write_results
-from .evaluation.scoring import evaluate_all
-from .models.configuration_pvlf import TRANSAGG
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
-from .training.trainer import PVLFTrainer
-from .training.training_args import PVLFTrainingArguments
 
 LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 
