@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 SCRIPTS = TESTS.parent / "train_scripts"
 KINDS = ("train", "push", "evaluate", "gallery", "cache")
 IMPORTS = [
-    "pvlf_hf.commands.train.trainer",
+    "pvlf_hf.training.trainer",
     "pvlf_hf.search.gallery",
     "pvlf_hf.data.protocols",
     "pvlf_hf.evaluation.submission",

@@ -12,7 +12,7 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["pvlf_hf.commands.train.trainer", "pvlf_hf.search.gallery", "pvlf_hf.data.protocols", "transformers.trainer"]
+    ["pvlf_hf.training.trainer", "pvlf_hf.search.gallery", "pvlf_hf.data.protocols", "transformers.trainer"]
 )
 
 

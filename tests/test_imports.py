@@ -1,6 +1,7 @@
 """How the modules hang together, read from their sources: arrows one way, and what travels stands alone."""
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
@@ -8,65 +9,30 @@ import pvlf_hf
 
 PACKAGE = Path(pvlf_hf.__file__).parent
 
-# A module imports only what stands before it.
-ORDER = [
-    "models.pipeline_pvlf",
-    "models.configuration_pvlf",
-    "models.backbones_pvlf",
-    "models.loss_pvlf",
-    "models.modeling_pvlf",
-    "models.image_processing_pvlf",
-    "models.processing_pvlf",
-    "atomic_files",
-    "data.benchmark",
-    "data.image_files",
-    "data.triplets",
-    "training.batches",
-    "data.emoji_cir.names",
-    "data.emoji_cir.captions",
-    "data.emoji_cir.dataset",
-    "data.annotations",
-    "data.laion_cir",
-    "data.cirr",
-    "data.fashioniq",
-    "data.circo",
-    "data.streaming",
-    "embeddings.similarity",
-    "evaluation.metrics",
-    "evaluation.significance",
-    "embeddings.fingerprints",
-    "training.feature_cache",
-    "embeddings.embedding_store",
-    "embeddings.encoding",
-    "evaluation.results",
-    "evaluation.scoring",
-    "data.protocols",
-    "checkpoints.model_card",
-    "checkpoints.golden",
-    "evaluation.submission",
-    "dtypes",
-    "commands.arguments",
-    "commands.evaluate",
-    "data.doctor",
-    "evaluation.retrieval_sheet",
-    "search.vector_index",
-    "search.indexing",
-    "search.query",
-    "search.gallery",
-    "search.results_page",
-    "search.middleware",
-    "search.web_demo",
-    "training.training_args",
-    "training.trainer",
-    "commands.train",
-    "checkpoints.convert",
-    "embeddings.openvino_encoder",
-    "onnx_encoder",
-    "export",
-    "sentence_transformer",
-    "mteb_model",
-    "__init__",
-]
+# A folder imports only folders that stand before it, and a module inside its folder only modules that do.
+FOLDERS = {
+    "": ["atomic_files", "dtypes"],
+    "models": [
+        "pipeline_pvlf",
+        "configuration_pvlf",
+        "backbones_pvlf",
+        "loss_pvlf",
+        "modeling_pvlf",
+        "image_processing_pvlf",
+        "processing_pvlf",
+    ],
+    "data": ["benchmark", "image_files", "triplets"],
+    "data.emoji_cir": ["names", "captions", "dataset"],
+    "data ": ["annotations", "laion_cir", "cirr", "fashioniq", "circo", "streaming", "protocols", "doctor"],
+    "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
+    "evaluation": ["metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
+    "checkpoints": ["model_card", "golden", "convert"],
+    "search": ["vector_index", "query", "indexing", "gallery", "results_page", "middleware", "web_demo"],
+    "training": ["batches", "feature_cache", "training_args", "trainer"],
+    "commands": ["arguments", "evaluate", "train"],
+    " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
+}
+ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
 TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 
@@ -99,7 +65,7 @@ def imports_of(module):
 def test_every_module_has_its_place():
     found = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
     modules = [".".join(path.parts) for path in found if "evaluate_modules" not in path.parts]
-    assert sorted(name for name in modules if not name.endswith(".__init__")) == sorted(ORDER)
+    assert sorted(name for name in modules if not name.endswith("__init__")) == sorted(ORDER)
 
 
 def test_arrows_point_one_way():
@@ -125,6 +91,22 @@ def test_importing_the_package_imports_only_what_travels():
     module = ast.parse((PACKAGE / "__init__.py").read_text())
     at_import = {node.module for node in module.body if isinstance(node, ast.ImportFrom) and node.level}
     assert at_import <= set(TRAVELLING)
+
+
+def test_no_module_is_longer_than_a_reader_keeps_in_mind():
+    lengths = {module: len(path_of(module).read_text().splitlines()) for module in ORDER}
+    assert {module: length for module, length in lengths.items() if length > 720} == {}
+
+
+def test_a_folder_says_what_lives_there_and_hands_it_on():
+    handed_on = set()
+    for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
+        package = importlib.import_module(f"pvlf_hf.{folder.name}")
+        assert package.__doc__.startswith(f"{folder.name.capitalize()}: "), folder.name
+        names = getattr(package, "__all__", [])
+        assert list(names) == sorted(names) and all(hasattr(package, name) for name in names), folder.name
+        handed_on |= set(names)
+    assert handed_on == set(pvlf_hf.__all__)
 
 
 def test_every_public_name_can_be_imported():

@@ -27,46 +27,41 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 _NAMES_OF = {
-    "training.batches": "PVLFCollator",
-    "data.benchmark": "CIRBenchmark Protocol",
-    "data.circo": "load_circo",
-    "data.cirr": "load_cirr load_cirr_train",
-    "checkpoints.convert": "convert_salesforce_blip convert_transagg",
-    "data.triplets": "benchmark_from_triplets load_triplets",
-    "embeddings.embedding_store": "EmbeddingStore",
-    "data.emoji_cir.dataset": "load_emoji_cir load_emoji_cir_train load_emoji_pictures",
-    "evaluation.scoring": "evaluate",
-    "data.fashioniq": "load_fashioniq load_fashioniq_train",
-    "training.feature_cache": "FeatureCache cache_features",
-    "search.gallery": "Gallery SearchResult",
-    "checkpoints.golden": "check_golden write_golden",
-    "data.laion_cir": "load_laion_cir",
-    "models.loss_pvlf": "focal_info_nce",
-    "checkpoints.model_card": "render_card write_card",
-    "models.modeling_pvlf": "PVLFOutput PVLFQueryOutput",
-    "embeddings.openvino_encoder": "encode_by_openvino",
-    "data.protocols": "load_protocol",
-    "search.query": "Explanation Query",
-    "evaluation.results": "Evaluation write_results",
-    "evaluation.retrieval_sheet": "retrieval_sheet sheet_rows",
-    "evaluation.significance": "bootstrap_interval paired_test seed_interval",
-    "data.streaming": "load_hub_triplets stream_triplets write_shards",
-    "evaluation.submission": "lint_submission write_circo_submission write_cirr_submission",
-    "training.trainer": "PVLFTrainer",
-    "training.training_args": "PVLFTrainingArguments",
+    "models": """
+        ComposedImageRetrievalPipeline PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput
+        PVLFProcessor PVLFQueryOutput focal_info_nce
+    """,
+    "data": """
+        CIRBenchmark Protocol benchmark_from_triplets load_circo load_cirr load_cirr_train
+        load_emoji_cir load_emoji_cir_train load_emoji_pictures load_fashioniq load_fashioniq_train
+        load_hub_triplets load_laion_cir load_protocol load_triplets stream_triplets write_shards
+    """,
+    "embeddings": """
+        EmbeddingStore encode_by_openvino
+    """,
+    "evaluation": """
+        Evaluation bootstrap_interval evaluate lint_submission paired_test retrieval_sheet
+        seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
+    """,
+    "checkpoints": """
+        check_golden convert_salesforce_blip convert_transagg render_card write_card write_golden
+    """,
+    "search": """
+        Explanation Gallery Query SearchResult
+    """,
+    "training": """
+        FeatureCache PVLFCollator PVLFTrainer PVLFTrainingArguments cache_features
+    """,
 }
-"""Module to its public names, which are imported when first used."""
+"""Public names of the package by the folder that hands them on; all but the models are imported when first used."""
 
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
+_FOLDER_OF = {name: folder for folder, names in _NAMES_OF.items() for name in names.split()}
+
+__all__ = sorted(_FOLDER_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports training, data and evaluation on first use; they need more than the model does."""
-    if name not in _MODULE_OF:
+    """Imports the folder of a public name on first use; training and search need more than the model does."""
+    if name not in _FOLDER_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-
-
-__all__ = sorted(
-    ["ComposedImageRetrievalPipeline", "PVLFConfig", "PVLFImageProcessor", "PVLFModel", "PVLFProcessor", *_MODULE_OF]
-)
+    return getattr(import_module(f".{_FOLDER_OF[name]}", __name__), name)

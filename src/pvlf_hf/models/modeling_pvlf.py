@@ -558,7 +558,7 @@ class PVLFModel(PVLFPreTrainedModel):
     ) -> PVLFOutput:
         """Embeds queries, target images, or both.
 
-        What an encoder that does not train has encoded already (`pvlf_hf.commands.train.feature_cache`) can stand for its input.
+        Cached features of a frozen encoder (`pvlf_hf.training.feature_cache`) can stand for its input.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.

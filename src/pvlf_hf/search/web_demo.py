@@ -8,8 +8,8 @@
     main()
     ```
 
-which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder; `PVLF_GALLERY`, a
-folder of pictures, EmojiCIR without it; Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
+which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder;
+`PVLF_GALLERY`, a folder of images, EmojiCIR without it; Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
 
 The server listens on this machine only unless told otherwise, one request at a time reaches the model, a [`Guard`]
 bounds what a client may send, and every picture shown is encoded anew, so that places and names in EXIF stay behind.
