@@ -17,7 +17,7 @@ PUBLISHED = TESTS.parent / "model_cards/pvlf-emoji-tiny"
 @pytest.mark.reliability(
     8,
     "Checkpoints saved by every version so far, on BLIP and CLIP, load and give the embeddings they gave then",
-    broken=("src/pvlf_hf/models/modeling_pvlf.py", "cat([mlp_image, mlp_text]", "cat([mlp_text, mlp_image]"),
+    broken=("src/pvlf_hf/models/fusion_pvlf.py", "cat([mlp_image, mlp_text]", "cat([mlp_text, mlp_image]"),
 )
 def test_saved_checkpoints_give_what_they_gave(figure):
     assert [f"{folder.parent.name}/{folder.name}" for folder in SAVED][:2] == [
@@ -34,7 +34,7 @@ def test_saved_checkpoints_give_what_they_gave(figure):
     "The published checkpoint gives the golden embeddings beside it; other weights, another tokenizer and a missing "
     "golden file are noticed",
     broken=(
-        "src/pvlf_hf/models/modeling_pvlf.py",
+        "src/pvlf_hf/models/interface_pvlf.py",
         "return F.normalize(features.float(), dim=-1)",
         "return features.float()",
     ),

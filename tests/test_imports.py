@@ -16,7 +16,9 @@ FOLDERS = {
         "pipeline_pvlf",
         "configuration_pvlf",
         "backbones_pvlf",
+        "fusion_pvlf",
         "loss_pvlf",
+        "interface_pvlf",
         "modeling_pvlf",
         "image_processing_pvlf",
         "processing_pvlf",
@@ -28,7 +30,7 @@ FOLDERS = {
     "evaluation": ["metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
     "checkpoints": ["model_card", "golden", "convert"],
     "search": ["vector_index", "query", "indexing", "gallery", "results_page", "middleware", "web_demo"],
-    "training": ["batches", "feature_cache", "training_args", "trainer"],
+    "training": ["batches", "cpu_dropout", "gradient_cache", "feature_cache", "training_args", "trainer"],
     "commands": ["arguments", "evaluate", "train"],
     " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
 }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import weakref
 from itertools import product
 
 import pytest
@@ -22,8 +21,7 @@ from transformers import (
     CLIPModel,
 )
 
-from pvlf_hf import PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce
-from pvlf_hf.models import modeling_pvlf
+from pvlf_hf import PVLFConfig, PVLFModel, PVLFOutput, PVLFQueryOutput, focal_info_nce
 from pvlf_hf.models.backbones_pvlf import FusedBlipAttention
 
 FINETUNING = ("frozen", "text", "both")
@@ -202,13 +200,28 @@ def test_tuples_hold_the_same(backbone):
             assert torch.equal(value, named)
 
 
-def test_attentions_are_the_eager_ones():
-    model, inputs = make_model(), query_of(make_inputs())
-    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
-        model.get_query_features(**inputs, output_attentions=True)
-    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
-        model(**inputs, output_attentions=True)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_attentions_are_eager_whatever_the_configuration_says(backbone, caplog):
+    """So a call that asks for them needs no switch, which other threads would see."""
+    model, inputs = make_model(backbone), query_of(make_inputs(backbone))
+    assert model.config._attn_implementation == "sdpa"
+    asked = model.get_query_features(**inputs, output_attentions=True)
+    assert model.config._attn_implementation == "sdpa"
+    close(asked.pooler_output, model(**inputs).query_embeds, atol=1e-5)
     model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation({"": "eager"})
+    assert not caplog.records, "switching is silent"
+    eager = model(**inputs, output_attentions=True)
+    assert all(map(torch.equal, asked.attentions, eager.attentions))
+    model.config.output_attentions = model.config.output_hidden_states = True
+    by_config = model(**inputs)
+    assert all(map(torch.equal, by_config.attentions, eager.attentions)) and len(by_config.hidden_states) == 3
+    model.config.output_attentions = model.config.output_hidden_states = False
+
+
+def test_attentions_are_probabilities():
+    model, inputs = make_model(), query_of(make_inputs())
     attentions = model(**inputs, output_attentions=True).attentions
     assert [a.shape for a in attentions] == [(3, 4, 28, 28)] * 2
     for attention in attentions:
@@ -302,8 +315,22 @@ def test_clip_configs_with_the_old_end_token():
     vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "eos_token_id": 2}}
     old = PVLFModel(type(new.config)(**{**new.config.to_dict(), "vl_config": vl_config})).eval()
     old.load_state_dict(new.state_dict())
-    assert old.backbone.eos_token_id == 2
+    assert old.config.vl_config.text_config.eos_token_id == 2
     assert torch.equal(old(**inputs).similarity, new(**inputs).similarity)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end_token", [2, 79, 49407])
+def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end_token):
+    """By the mask; without one at the end token, and in a row that has none at its last token. 95 was added."""
+    vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "vocab_size": 99}}
+    vl_config["text_config"]["eos_token_id"] = end_token
+    encoder = PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4)).backbone
+    captions = torch.tensor([[90, 5, 95, 7, 91], [90, 8, 91, 0, 0]])
+    assert encoder.text_tokens(captions, torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]))[1].tolist() == [4, 2]
+    assert encoder.text_tokens(captions, None)[1].tolist() == [4, 4]
+    captions[1, 2] = end_token if end_token < 99 else 3
+    assert encoder.text_tokens(captions, None)[1].tolist() == [4, 2 if end_token == 79 else 4]
 
 
 @torch.no_grad()
@@ -416,70 +443,6 @@ def test_what_nobody_reads_has_no_gradient_either(backbone, residual, attention)
         torch.testing.assert_close(read[name], wanted, atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("finetuning", FINETUNING)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_caching_equals_the_whole_batch(backbone, finetuning, checkpointing):
-    model = make_model(backbone, temperature=1.0, dropout=0.0)
-    model.set_finetuning(finetuning)
-    model.train()
-    if backbone == "blip":
-        for module in model.backbone.modules():  # BERT's own dropout draws in another order
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-    whole = gradients(model)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    for chunk_size in (1, 2, 5, 9):
-        chunked = gradients(model, chunk_size=chunk_size)
-        assert chunked.keys() == whole.keys()
-        for name, wanted in whole.items():
-            torch.testing.assert_close(chunked[name], wanted, atol=1e-6, rtol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_gradient_caching_repeats_dropout(backbone, autocast, monkeypatch):
-    """Against the same chunks, embedded once and kept until backward."""
-    model = make_model(backbone, temperature=1.0, dropout=0.5).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        cached = gradients(model, chunk_size=2)
-        other = gradients(model)
-        monkeypatch.setattr(modeling_pvlf, "checkpoint", lambda embed, use_reentrant, **rows: embed(**rows))
-        kept = gradients(model, chunk_size=2)
-    for name, wanted in kept.items():
-        # autocast rounds its copies of weights once for all chunks, or once for each
-        atol, rtol = (2e-3, 0.05) if autocast else (1e-6, 1e-4)
-        torch.testing.assert_close(cached[name], wanted, atol=atol, rtol=rtol, msg=name)
-    assert not torch.allclose(
-        other["fusion.prompts"], kept["fusion.prompts"], rtol=0.3
-    )  # dropout does make a difference
-
-
-def test_gradient_caching_keeps_one_chunk_at_a_time(tiny_model, monkeypatch):
-    tiny_model.train()
-    made, alive = [], []
-
-    def watch(module, inputs, output):
-        made.append(weakref.ref(output))
-        alive.append(sum(reference() is not None for reference in made))
-
-    tiny_model.fusion.layers[0].linear1.register_forward_hook(watch)
-    gradients(tiny_model, chunk_size=1)
-    assert len(alive) == 10 and max(alive) == 1  # five rows, each encoded twice
-    monkeypatch.setattr(modeling_pvlf, "checkpoint", lambda embed, use_reentrant, **rows: embed(**rows))
-    made.clear()
-    gradients(tiny_model, chunk_size=1)
-    assert max(alive) == 5  # the test can tell
-
-
-def test_what_cannot_be_chunked_is_refused(tiny_model):
-    inputs = make_inputs("blip")
-    with pytest.raises(ValueError, match="ask for attentions or hidden states without it"):
-        tiny_model(**inputs, chunk_size=2, output_hidden_states=True)
-    inputs["target_pixel_values"] = inputs["target_pixel_values"][:2]
-    with pytest.raises(ValueError, match=r"a target for each query, but got \[2, 3\] rows"):
-        tiny_model(**inputs, chunk_size=2, return_loss=False)
-
-
 def test_training_lowers_the_loss(backbone):
     model, inputs = make_model(backbone, dropout=0.0, temperature=0.1), make_inputs(backbone)
     model.train()
@@ -521,27 +484,6 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
         close(sdpa, eager, atol=1e-5)
     close(*(output.query_embeds for output in outputs))
     assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # what one gets unasked
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_on_a_cpu(p, dtype):
-    torch.manual_seed(0)
-    states = torch.rand(250_001, 3).add(0.5).to(dtype).requires_grad_()  # no zeros, no multiple of four
-    out = modeling_pvlf.drop(states, p, training=True)
-    (gradient,) = torch.autograd.grad(out.sum(), states)
-    kept = out != 0
-    for given, wanted in ((out[kept], states[kept] / (1 - p)), (gradient, kept / (1 - p))):
-        torch.testing.assert_close(given, wanted.to(dtype))
-    shares = kept.flatten()[:750_000].view(-1, 4).double()  # a draw's four numbers are as independent as others
-    assert ((shares.mean(dim=0) - (1 - p)).abs() < 5 * (p * (1 - p) / len(shares)) ** 0.5).all()
-    assert (torch.corrcoef(shares.T) - torch.eye(4)).abs().max() < 5 / len(shares) ** 0.5
-    again = [modeling_pvlf.drop(states, p, training=True) for _ in range(2) if torch.manual_seed(0)]
-    assert torch.equal(*again)
-    assert not torch.equal(again[0], modeling_pvlf.drop(states, p, training=True))
-    for share, training in ((p, False), (0.0, True)):
-        assert modeling_pvlf.drop(states, share, training) is states
-    assert not modeling_pvlf.drop(states, 1.0, training=True).any()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

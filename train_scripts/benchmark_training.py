@@ -15,9 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from benchmark import CAPTION, TINY, make_processor
 from datasets import Dataset, Image
 from measuring import Table, Timing, formats, matrix_rate, measure, parser_of, peak_memory, side_by_side
@@ -29,6 +31,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
 from pvlf_hf.training.batches import PVLFCollator
+from pvlf_hf.training.gradient_cache import embed_in_chunks
 
 HERE = Path(__file__).parent
 IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_training; "  # in a fresh process
@@ -110,9 +113,14 @@ def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Te
         if way.one_pass:
             images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
             reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
-            batch = {**batch, "image_tokens": reference, "target_features": target[:, 0]}
-            del batch["pixel_values"], batch["target_pixel_values"]
-        loss = model(**batch, chunk_size=way.chunk_size, output_hidden_states=way.whole).loss
+            features = {"image_tokens": reference, "target_features": target[:, 0]}
+            texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            loss = model(**texts, encoder_outputs=features).loss
+        elif way.chunk_size:
+            output = embed_in_chunks(model, batch, way.chunk_size)
+            loss = model.loss(output.query_embeds, output.target_embeds)
+        else:
+            loss = model(**batch, output_hidden_states=way.whole).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
@@ -130,13 +138,14 @@ def set_way(model: PVLFModel, way: Way) -> None:
     model.activation_checkpointing_enable() if way.checkpointing else model.activation_checkpointing_disable()
 
 
-def operations(model: PVLFModel, batch: dict[str, Tensor]) -> int:
+def operations(model: PVLFModel, batch: dict[str, Any]) -> int:
     """Of all matrix products of a forward and backward pass, counted on shapes alone."""
     with torch.device("meta"):
         shapes = PVLFModel(model.config)
     for name, parameter in shapes.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
-    rows = {name: tensor.to("meta") for name, tensor in batch.items() if name not in ("attention_mask", "target_ids")}
+    left_out = ("attention_mask", "target_ids")
+    rows = send_to_device({name: value for name, value in batch.items() if name not in left_out}, "meta")
     with FlopCounterMode(display=False) as counter:
         output = shapes.train()(**rows, return_loss=False)
         (output.query_embeds * output.target_embeds).sum().backward()

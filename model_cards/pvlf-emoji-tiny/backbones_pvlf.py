@@ -1,25 +1,28 @@
 """The pretrained dual encoders behind one small interface. Travels with checkpoints.
 
-A further dual encoder is one more subclass of [`DualEncoder`], an entry in `DUAL_ENCODERS`, and the name of its width
-in `JOINT_WIDTH_FIELD` of the configuration.
+A further dual encoder takes one subclass of [`DualEncoder`], its entry in `DUAL_ENCODERS`, and its
+[`BackboneSpec`] in the configuration.
 """
 
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    BlipForImageTextRetrieval,
     BlipTextModel,
     BlipVisionModel,
-    CLIPModel,
     CLIPTextModel,
     CLIPVisionModel,
+    MetaClip2TextModel,
+    MetaClip2VisionModel,
     PreTrainedConfig,
-    PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
+
+from .configuration_pvlf import BACKBONES, joint_width
 
 
 class DualEncoder(nn.Module):
@@ -28,16 +31,14 @@ class DualEncoder(nn.Module):
     Subclasses build the modules that `vision_modules` and `text_modules` name, and define the two `*_tokens` methods.
 
     Attributes:
-        pretrained_class: the Transformers class whose checkpoints hold these weights.
         vision_modules, text_modules: names of the submodules of each side, projection included.
     """
 
-    pretrained_class: type[PreTrainedModel]
-    vision_modules: tuple[str, str]
-    text_modules: tuple[str, str]
+    vision_modules: tuple[str, ...]
+    text_modules: tuple[str, ...]
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """All projected image tokens (V_0 of section 3.1).
+        """Embeds images as projected tokens (V_0 of section 3.1).
 
         Args:
             pixel_values: `(batch, 3, height, width)` at the resolution of the vision config.
@@ -48,7 +49,7 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All projected text tokens (W_0 of section 3.1) and where the global one stands.
+        """Embeds captions as projected tokens (W_0 of section 3.1), and says where the global one is.
 
         Args:
             input_ids: int64 `(batch, length)`, padded on the right.
@@ -62,9 +63,26 @@ class DualEncoder(nn.Module):
     def fuse_attention(self) -> None:
         """Puts a fused kernel where Transformers only has attention written out; the weights stay as they are."""
 
+    def set_attn_implementation(self, name: str) -> None:
+        """Switches the attention of both encoders."""
+        for encoder in (self.vision_modules[0], self.text_modules[0]):
+            getattr(self, encoder).set_attn_implementation(name)
+
+    @classmethod
+    def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
+        """Raises a `ValueError` for checkpoints that would load without an error and give wrong embeddings."""
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Class names of modules that a device map keeps on one device: all layers, and what the library names."""
+        named = {name for module in self.children() for name in getattr(module, "_no_split_modules", None) or ()}
+        return named | {
+            type(module).__name__ for module in self.modules() if isinstance(module, GradientCheckpointingLayer)
+        }
+
 
 class FusedBlipAttention(BlipAttention):
-    """The ViT's attention without its 577 x 577 weights, which in training are most of what an image keeps."""
+    """ViT attention by SDPA: the 577 x 577 weights, most of the activation memory in training, are never stored."""
 
     def forward(  # type: ignore[override]  # it has no weights to return
         self, hidden_states: Tensor, **kwargs: Any
@@ -81,99 +99,131 @@ class FusedBlipAttention(BlipAttention):
 class BlipDualEncoder(DualEncoder):
     """BLIP's ViT and its BERT in unimodal mode, with the projections of the retrieval checkpoints."""
 
-    pretrained_class = BlipForImageTextRetrieval
     vision_modules = ("vision_model", "vision_proj")
     text_modules = ("text_encoder", "text_proj")
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        # Transformers has eager attention only for BLIP, and refuses the whole model when asked for another: what the
-        # fusion layers use is set for them alone, and the ViT's is replaced here. Captions are short.
+        # Transformers has only eager attention for BLIP and refuses a whole model that asks for another. The ViT's is
+        # replaced here; the text encoder's stays eager, because captions are short.
         config.vision_config._attn_implementation = config.text_config._attn_implementation = "eager"
         self.vision_model = BlipVisionModel(config.vision_config)
         self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
-        self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.image_text_hidden_size)
-        self.text_proj = nn.Linear(config.text_config.hidden_size, config.image_text_hidden_size)
+        self.vision_proj = nn.Linear(config.vision_config.hidden_size, joint_width(config))
+        self.text_proj = nn.Linear(config.text_config.hidden_size, joint_width(config))
         self.fuse_attention()
 
     def fuse_attention(self) -> None:
-        """See [`DualEncoder.fuse_attention`]."""
+        """Puts SDPA into the ViT, see [`DualEncoder.fuse_attention`]."""
         for layer in self.vision_model.encoder.layers:
             layer.self_attn.__class__ = FusedBlipAttention
 
+    def set_attn_implementation(self, name: str) -> None:
+        """Leaves both encoders as they are: Transformers' BLIP has eager attention only."""
+
+    @classmethod
+    def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
+        """Refuses the head count of `BlipTextConfig`'s defaults, see [`DualEncoder.check_checkpoint`]."""
+        text = config.text_config
+        if text.hidden_size == 768 and text.num_attention_heads == 8:
+            raise ValueError(
+                f"{name_or_path}: its config says 8 text heads, but BLIP base has 12; the weights would load and give "
+                "wrong embeddings. Set text_config.num_attention_heads to 12 in its config.json."
+            )
+
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """See [`DualEncoder.image_tokens`]."""
+        """Embeds images, see [`DualEncoder.image_tokens`]."""
         # last_hidden_state has passed post_layernorm; pooler_output would pass it twice.
         return self.vision_proj(self.vision_model(pixel_values=pixel_values).last_hidden_state)
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See [`DualEncoder.text_tokens`]."""
+        """Embeds captions, see [`DualEncoder.text_tokens`]."""
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] stands first
+        return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] comes first
 
 
 class ClipDualEncoder(DualEncoder):
-    """CLIP's two towers."""
+    """CLIP's two encoders."""
 
-    pretrained_class = CLIPModel
     vision_modules = ("vision_model", "visual_projection")
     text_modules = ("text_model", "text_projection")
+    vision_class: Any = CLIPVisionModel
+    text_class: Any = CLIPTextModel
+    misnamed_end_token = {
+        2: 49407
+    }  # configurations from before Transformers 4.31 say 2 where OpenAI's end token is meant
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.vision_model = CLIPVisionModel(config.vision_config)
-        self.text_model = CLIPTextModel(config.text_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
-        self.eos_token_id = config.text_config.eos_token_id
+        self.vision_model = self.vision_class(config.vision_config)
+        self.text_model = self.text_class(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, joint_width(config), bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, joint_width(config), bias=False)
+        end_token = config.text_config.eos_token_id
+        self.end_token = self.misnamed_end_token.get(end_token, end_token)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """See [`DualEncoder.image_tokens`]."""
+        """Embeds images, see [`DualEncoder.image_tokens`]."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         # Unlike BLIP's, these tokens have not passed the final norm; CLIP itself norms and projects only row 0.
         return self.visual_projection(self.vision_model.post_layernorm(hidden))
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See [`DualEncoder.text_tokens`]."""
-        # The tower is causal and padding stands on the right, so no token sees it: it needs no mask.
+        """Embeds captions, see [`DualEncoder.text_tokens`]."""
+        # The encoder is causal and padding is on the right, so no token attends to it: it needs no mask.
         tokens = self.text_projection(self.text_model(input_ids=input_ids).last_hidden_state)
-        # Configs older than Transformers 4.31 say 2 for the end token, which has the largest id of the vocabulary.
-        is_end = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int()
-        return tokens, is_end.argmax(dim=-1)
+        return tokens, self.end_position(input_ids, attention_mask)
+
+    def end_position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Returns the position of each caption's end token, int64 `(batch,)`.
+
+        The tokenizer writes the end token last, so a mask tells its position whatever its id is. Without a mask,
+        captions may be padded with end tokens, and the first one counts; a caption without any ends in its last token.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if attention_mask is not None:
+            return (attention_mask.long() * positions).argmax(dim=1)
+        is_end = (input_ids == self.end_token).long()
+        return torch.where(is_end.any(dim=1), is_end.argmax(dim=1), positions[-1])
 
 
-DUAL_ENCODERS: dict[str, type[DualEncoder]] = {"blip": BlipDualEncoder, "clip": ClipDualEncoder}
+class MetaClip2DualEncoder(ClipDualEncoder):
+    """MetaCLIP 2's two encoders: CLIP's with a multilingual vocabulary."""
+
+    vision_class = MetaClip2VisionModel
+    text_class = MetaClip2TextModel
+    misnamed_end_token: dict[int, int] = {}  # 2 is its end token
+
+
+DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
+    "blip": BlipDualEncoder,
+    "clip": ClipDualEncoder,
+    "metaclip_2": MetaClip2DualEncoder,
+}
 
 
 def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **kwargs: Any) -> DualEncoder:
-    """Loads the towers and projections of an existing BLIP or CLIP checkpoint, and nothing else of it.
+    """Loads the encoders and projections of an existing checkpoint, and nothing else of it.
 
     Args:
         name_or_path: Hub name or local folder.
-        config: the checkpoint's own configuration.
+        config: the checkpoint's own configuration, of a family in `DUAL_ENCODERS`.
         kwargs: passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
 
     Raises:
         ValueError: if the checkpoint lacks weights that the encoder needs.
     """
     encoder_class = DUAL_ENCODERS[config.model_type]
-    text = config.text_config
-    if config.model_type == "blip" and text.hidden_size == 768 and text.num_attention_heads == 8:
-        raise ValueError(
-            f"{name_or_path}: its config says 8 text heads, but BLIP base has 12; the weights would load and give "
-            "wrong embeddings. Set text_config.num_attention_heads to 12 in its config.json."
-        )
-    loaded: Any = encoder_class.pretrained_class.from_pretrained(
-        name_or_path, config=config, output_loading_info=True, **kwargs
-    )
-    pretrained, info = loaded
+    encoder_class.check_checkpoint(name_or_path, config)
+    loader = getattr(transformers, BACKBONES[config.model_type].loader)
+    pretrained, info = loader.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
     with torch.device("meta"):
         encoder = encoder_class(config)
     wanted = (*encoder.vision_modules, *encoder.text_modules)
     missing = sorted(k for k in info["missing_keys"] if k.startswith(wanted) and "position_ids" not in k)
     if missing:
         raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights of {encoder_class.pretrained_class.__name__}, first: "
+            f"{name_or_path} lacks {len(missing)} weights of {loader.__name__}, first: "
             f"{missing[:3]}. PVLF needs a retrieval checkpoint such as Salesforce/blip-itm-base-coco, or a CLIP one."
         )
     for name in wanted:
@@ -182,4 +232,11 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
     return encoder
 
 
-__all__ = ["DUAL_ENCODERS", "BlipDualEncoder", "ClipDualEncoder", "DualEncoder", "load_pretrained_dual_encoder"]
+__all__ = [
+    "DUAL_ENCODERS",
+    "BlipDualEncoder",
+    "ClipDualEncoder",
+    "DualEncoder",
+    "MetaClip2DualEncoder",
+    "load_pretrained_dual_encoder",
+]

@@ -1,19 +1,55 @@
 """Configuration of PVLF. Travels with checkpoints, so it imports nothing that does not travel."""
 
 from copy import deepcopy
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .pipeline_pvlf import CUSTOM_PIPELINES
 
-# model_type of the dual encoder -> the field of its config that holds the joint (projected) width d.
-JOINT_WIDTH_FIELD = {"blip": "image_text_hidden_size", "clip": "projection_dim"}
 
-# What PVLF is to be its baseline: one shallow prompt (the separator token) and plain cross-entropy.
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Facts of a family of pretrained dual encoders that its own configuration does not hold.
+
+    Args:
+        loader: name of the class of Transformers that loads its checkpoints.
+        width_field: path in its configuration to the joint width `d`.
+        text_length: tokens that captions are truncated to, special tokens included.
+        padding: `"longest"` of the batch, or `"max_length"` for text encoders trained with all positions filled.
+        padding_side: side of a caption that padding is on.
+        image_mean: mean of each channel of an image whose values are in [0, 1].
+        image_std: standard deviation, likewise.
+        text_settings: settings of its text configuration that are always these.
+    """
+
+    loader: str
+    width_field: str
+    text_length: int
+    padding: str = "longest"
+    padding_side: str = "right"
+    image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    text_settings: tuple[tuple[str, Any], ...] = ()
+
+
+BACKBONES = {
+    # Without cross-attention, which composed retrieval does not use: as a decoder it would carry 28 M idle weights.
+    "blip": BackboneSpec(
+        "BlipForImageTextRetrieval", "image_text_hidden_size", text_length=35, text_settings=(("is_decoder", False),)
+    ),  # 35 tokens: TransAgg
+    "clip": BackboneSpec("CLIPModel", "projection_dim", text_length=77),
+    "metaclip_2": BackboneSpec("MetaClip2Model", "projection_dim", text_length=77),
+}
+"""`model_type` of a dual encoder to what is known of its family."""
+
+# Settings under which PVLF equals its baseline TransAgg: one shallow prompt (its separator token), cross-entropy.
 TRANSAGG = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0}
 
 CHOICES = {
@@ -111,9 +147,9 @@ class PVLFConfig(PreTrainedConfig):
         registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
         kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
-        if self.vl_config.model_type == "blip":
-            # PVLF reads BLIP's text tower without cross-attention; as a decoder it would carry 28 M idle weights.
-            self.vl_config.text_config.is_decoder = False
+        if self.vl_config.model_type in BACKBONES:
+            for name, value in BACKBONES[self.vl_config.model_type].text_settings:
+                setattr(self.vl_config.text_config, name, value)
         if self.prompt_depth is None:
             self.prompt_depth = self.fusion_layers
         # `@strict` validates once more after this, and when saving, but wraps what it catches in an exception that is
@@ -123,19 +159,23 @@ class PVLFConfig(PreTrainedConfig):
     @property
     def joint_width(self) -> int:
         """Width `d` of every projected token, prompt and embedding."""
-        return getattr(self.vl_config, JOINT_WIDTH_FIELD[self.vl_config.model_type])
+        return joint_width(self.vl_config)
 
     @property
     def hidden_size(self) -> int:
-        """`joint_width` under the name that Transformers and Accelerate look for."""
+        """Width `d`, under the name that Transformers and Accelerate look for."""
         return self.joint_width
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Returns the text encoder's configuration, which has the vocabulary and the special tokens."""
+        return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
         """Refuses settings that cannot go together (also called by `@strict` when saved)."""
-        if self.vl_config.model_type not in JOINT_WIDTH_FIELD:
+        if self.vl_config.model_type not in BACKBONES:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
-                f"{sorted(JOINT_WIDTH_FIELD)}. Pass a BlipConfig or a CLIPConfig."
+                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
             )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -169,12 +209,12 @@ class PVLFConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As the library does, and always with the pipeline that travels with a checkpoint."""
+        """Returns the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
     def transagg(cls, **kwargs: Any) -> "PVLFConfig":
-        """The TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
+        """Configures the TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
 
         Args:
             kwargs: any argument of [`PVLFConfig`], `vl_config` for instance.
@@ -182,6 +222,11 @@ class PVLFConfig(PreTrainedConfig):
         return cls(**{**TRANSAGG, **kwargs})
 
 
+def joint_width(vl_config: PreTrainedConfig) -> int:
+    """Returns the width `d` of the joint space of a dual encoder's configuration."""
+    return attrgetter(BACKBONES[vl_config.model_type].width_field)(vl_config)
+
+
 PVLFConfig.register_for_auto_class()
 
-__all__ = ["PVLFConfig"]
+__all__ = ["BACKBONES", "BackboneSpec", "PVLFConfig"]

@@ -4,15 +4,17 @@ from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .configuration_pvlf import BACKBONES
 from .image_processing_pvlf import PVLFImageProcessor
+from .interface_pvlf import ComposedRetrievalProcessor
 
 Padding = Literal["longest", "max_length"]
 
 
-class PVLFProcessor(ProcessorMixin):
+class PVLFProcessor(ComposedRetrievalProcessor):
     """Bundles the image processor and the tokenizer of a PVLF model.
 
     Args:
@@ -67,13 +69,24 @@ class PVLFProcessor(ProcessorMixin):
             ValueError: for a checkpoint without an image size.
         """
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        if not hasattr(config, "vision_config"):
-            raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs a BLIP or CLIP one")
-        side = config.vision_config.image_size
-        image_processor = PVLFImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-        longest = min(77 if config.model_type == "clip" else 35, config.text_config.max_position_embeddings)
-        return cls(image_processor, tokenizer, max_text_length=longest)
+        if config.model_type not in BACKBONES:
+            raise ValueError(
+                f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {sorted(BACKBONES)}"
+            )
+        return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs))
+
+    @classmethod
+    def for_backbone(cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "PVLFProcessor":
+        """Builds the processor of a dual encoder from its configuration and its tokenizer."""
+        spec, side = BACKBONES[vl_config.model_type], vl_config.vision_config.image_size
+        image_processor = PVLFImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=spec.image_mean,
+            image_std=spec.image_std,
+        )
+        longest = min(spec.text_length, vl_config.text_config.max_position_embeddings)
+        return cls(image_processor, tokenizer, max_text_length=longest, padding=spec.padding)  # type: ignore[arg-type]
 
     def __call__(
         self,

@@ -87,7 +87,7 @@ class PVLFSentenceModule(InputModule):
 
     def get_embedding_dimension(self) -> int:
         """The joint width `d`."""
-        return self.model.config.joint_width
+        return self.model.embedding_width
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Turns a batch into tensors.

@@ -54,7 +54,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     def __init__(self, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if model.config.model_type != "pvlf":
+        if not hasattr(model, "get_query_features"):
             raise ValueError(f"{TASK} needs a PVLF model, not {type(model).__name__}: pass a checkpoint of one")
         super().__init__(**kwargs)
 
@@ -127,7 +127,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     def _gallery_embeds(self, gallery: Any) -> Tensor:
         if isinstance(gallery, Tensor):
-            width = self.model.config.joint_width
+            width = self.model.embedding_width
             if gallery.ndim != 2 or gallery.shape[1] != width or not len(gallery):
                 raise ValueError(
                     f"gallery is a tensor of shape {tuple(gallery.shape)}; embeddings of this model are (n, {width}), "

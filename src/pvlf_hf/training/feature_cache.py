@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,7 @@ from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
 from ..data.triplets import TRIPLET_COLUMNS, id_number
 from ..embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
+from ..models.interface_pvlf import unwrap
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 
@@ -164,40 +166,41 @@ class FeatureCache:
 
 
 class FeatureCollator:
-    """Makes training batches of cached features: what [`PVLFModel.forward`] takes instead of pixels.
+    """Makes training batches of cached features, which [`PVLFModel.forward`] takes as `encoder_outputs`.
 
     Args:
         processor: tokenizes captions where the text encoder trains.
-        images: of the pictures.
-        texts: of the captions, or None where the text encoder trains.
+        images: features of the images.
+        texts: features of the captions, or None where the text encoder trains.
 
     Returns (when called with rows whose `reference` and `target` are digests):
-        `image_tokens` `(batch, 1 + m, d)`; `target_features` `(batch, d)`; `input_ids`, or `text_tokens`
-        `(batch, n, d)` and `text_position` `(batch,)`; `attention_mask` `(batch, n)`; `target_ids` int64 `(batch,)`.
+        `encoder_outputs`, a dictionary of `image_tokens` `(batch, 1 + m, d)`, `target_features` `(batch, d)` and, for
+        a frozen text encoder, `text_tokens` `(batch, n, d)` and `text_position` `(batch,)`; `input_ids` for one that
+        trains; `attention_mask` `(batch, n)`; `target_ids` int64 `(batch,)`.
     """
 
     def __init__(self, processor: PVLFProcessor, images: FeatureCache, texts: FeatureCache | None) -> None:
         self.processor, self.images, self.texts = processor, images, texts
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """See the class."""
-        return {
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Makes a batch of rows."""
+        features = {
             "image_tokens": torch.stack([self.images[row["reference"]] for row in rows]),
             "target_features": torch.stack([self.images[row["target"]][0] for row in rows]),
-            "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows]),
-            **self._text([row["caption"] for row in rows]),
         }
-
-    def _text(self, captions: list[str]) -> dict[str, Tensor]:
+        batch: dict[str, Any] = {
+            "encoder_outputs": features,
+            "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows]),
+        }
+        captions = [row["caption"] for row in rows]
         if self.texts is None:
-            return dict(self.processor(text=captions))
+            return batch | dict(self.processor(text=captions))
         digests = [digest(caption) for caption in captions]
         tokens = [self.texts[d] for d in digests]
-        return {
-            "text_tokens": pad_sequence(tokens, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones(len(t), dtype=torch.int64) for t in tokens], batch_first=True),
-            "text_position": torch.tensor([self.texts.position(d) for d in digests]),
-        }
+        features["text_tokens"] = pad_sequence(tokens, batch_first=True)
+        features["text_position"] = torch.tensor([self.texts.position(d) for d in digests])
+        mask = pad_sequence([torch.ones(len(t), dtype=torch.int64) for t in tokens], batch_first=True)
+        return batch | {"attention_mask": mask}
 
 
 def cache_features(
@@ -225,7 +228,10 @@ def cache_features(
         ValueError: if the image encoder trains, or the triplets are transformed when read.
         OSError: if the disk is full.
     """
-    image_side, text_side = ([getattr(model.backbone, n) for n in names] for names in _sides(model))
+    model = unwrap(model)  # type: ignore[assignment]
+    if "encoder_outputs" not in signature(type(model).forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no kept encoder outputs: train it without feature_cache")
+    image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
     if triplets.format["type"] == "custom":
@@ -275,10 +281,6 @@ def cache_features(
     for column, values in digests.items():
         known = known.add_column(column, values)
     return known, FeatureCollator(processor, images, texts)
-
-
-def _sides(model: PVLFModel) -> tuple[tuple[str, str], tuple[str, str]]:
-    return model.backbone.vision_modules, model.backbone.text_modules
 
 
 __all__ = ["FeatureCache", "FeatureCollator", "cache_features"]

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import cos, pi
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -28,9 +29,11 @@ from ..data.streaming import triplet_batches
 from ..data.triplets import TRIPLET_COLUMNS, id_number
 from ..evaluation.results import environment
 from ..evaluation.scoring import evaluate
-from ..models.modeling_pvlf import PVLFModel, PVLFOutput
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput
 from .batches import OneValueBatchSampler, PVLFCollator
+from .cpu_dropout import fast_cpu_dropout
 from .feature_cache import FeatureCollator, cache_features
+from .gradient_cache import embed_in_chunks
 from .training_args import PVLFTrainingArguments
 
 UNFINISHED = "_unfinished"
@@ -38,7 +41,7 @@ UNFINISHED = "_unfinished"
 
 
 class PVLFTrainer(Trainer):
-    """Trains a [`PVLFModel`] on triplets.
+    """Trains a [`ComposedRetrievalModel`] on triplets.
 
     Args:
         model: the model; `args.finetuning` decides which of its encoders train. With an adapter (PEFT's
@@ -64,7 +67,7 @@ class PVLFTrainer(Trainer):
 
     def __init__(
         self,
-        model: PVLFModel,
+        model: ComposedRetrievalModel,
         args: PVLFTrainingArguments,
         train_dataset: Any = None,
         eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
@@ -98,6 +101,12 @@ class PVLFTrainer(Trainer):
             data_collator=data_collator or PVLFCollator(processing_class),
             **kwargs,
         )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            # Every layer is a unit. Embeddings, which a device map must not cut either, Accelerate wraps by itself.
+            layers = {
+                type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+            }
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, see the base class; first fills `args.feature_cache` where one is named.
@@ -125,7 +134,10 @@ class PVLFTrainer(Trainer):
         if self.args.save_strategy != "no":
             with self._unfinished(Path(str(self.args.output_dir))):
                 pass  # a folder that cannot be written to is said now, not at the first checkpoint
-        return super().train(*args, **kwargs)
+        on_cpu = self.args.device.type == "cpu"
+        trained: Any = self.model
+        with fast_cpu_dropout(trained) if on_cpu else nullcontext():
+            return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Streams (`datasets.IterableDataset`) are read without Accelerate, which would split the shares once more."""
@@ -149,15 +161,20 @@ class PVLFTrainer(Trainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, PVLFOutput]:
+    ) -> Tensor | tuple[Tensor, ComposedRetrievalOutput]:
         """Focal InfoNCE of this process's queries against the targets of all processes.
 
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
         target_ids = inputs.get("target_ids")
         embedded = {k: v for k, v in inputs.items() if k != "target_ids"}
-        outputs = model(**embedded, return_loss=False, chunk_size=self.args.gradient_cache_chunk_size)
-        queries, targets, positives = outputs.query_embeds, outputs.target_embeds, None
+        if (size := self.args.gradient_cache_chunk_size) and model.training:
+            outputs = embed_in_chunks(model, embedded, size, partial(self.accelerator.no_sync, model))
+        else:
+            outputs = model(**embedded, return_loss=False)
+        queries: Any = outputs.query_embeds
+        targets: Any = outputs.target_embeds
+        positives = None
         if self.args.gather_negatives and self.accelerator.num_processes > 1:
             positives = (
                 torch.arange(len(queries), device=queries.device) + len(queries) * self.accelerator.process_index
@@ -172,7 +189,7 @@ class PVLFTrainer(Trainer):
             self._refuse(loss, outputs, inputs.get("target_ids"))
         return (loss, outputs) if return_outputs else loss
 
-    def _refuse(self, loss: Tensor, outputs: PVLFOutput, target_ids: Tensor | None) -> None:
+    def _refuse(self, loss: Tensor, outputs: ComposedRetrievalOutput, target_ids: Tensor | None) -> None:
         """Raises a `ValueError` with the triplets that a loss that is not finite comes from."""
         embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
         bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)

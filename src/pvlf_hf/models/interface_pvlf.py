@@ -1,0 +1,260 @@
+"""The interface of a composed retrieval model: all that training, evaluation and search ask of one.
+
+Travels with checkpoints. A model implements three embedding methods and a loss, and names the modules of its image
+side and its text side; [`ComposedRetrievalModel`] derives `forward` and the choice of what trains from them.
+
+Shapes: `batch` queries, `n` text tokens, `d` the width of embeddings.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .loss_pvlf import cosine_similarity
+
+FINETUNING = {"frozen": (False, False), "text": (False, True), "both": (True, True)}
+"""Name of a finetuning mode to whether the image side and the text side train (Table 3 of the paper)."""
+
+
+@dataclass
+class QueryOutput(ModelOutput):
+    """Query embeddings, as `get_query_features` returns them.
+
+    Args:
+        pooler_output (float32 `(batch, d)`): query embeddings, L2-normalised.
+        image_embeds (float32 `(batch, d)`, *optional*): embeddings of the reference images alone, L2-normalised, where
+            the model has computed them on the way.
+        text_embeds (float32 `(batch, d)`, *optional*): embeddings of the relative captions alone, likewise.
+    """
+
+    pooler_output: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+
+
+@dataclass
+class ComposedRetrievalOutput(ModelOutput):
+    """Embeddings of queries and targets and their comparison, as `forward` returns them.
+
+    Args:
+        loss (float32 scalar, with queries and targets unless `return_loss=False`): the model's loss over the batch.
+        query_embeds (float32 `(batch, d)`, with queries): query embeddings, L2-normalised.
+        target_embeds (float32 `(targets, d)`, with targets): target image embeddings, L2-normalised.
+        similarity (float32 `(batch, targets)`, as the loss): their cosine similarities.
+    """
+
+    loss: Tensor | None = None
+    query_embeds: Tensor | None = None
+    target_embeds: Tensor | None = None
+    similarity: Tensor | None = None
+
+
+class ComposedRetrievalModel(PreTrainedModel):
+    """Base class of models that embed queries (a reference image and a relative caption) and gallery images.
+
+    A subclass defines [`get_image_features`], [`get_text_features`], [`get_query_features`], [`loss`],
+    [`image_side`] and [`text_side`]. Its processor prepares queries by `process_queries(images, text)` and gallery
+    images by `process_targets(images)`, see [`ComposedRetrievalProcessor`].
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Embeds images: gallery images, training targets, and reference images alone.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`.
+            **kwargs: `return_dict=False` for a tuple.
+
+        Returns:
+            `pooler_output`: float32 `(batch, d)`, L2-normalised.
+        """
+        raise NotImplementedError
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Embeds captions alone, in the space of the images.
+
+        Args:
+            input_ids: int64 `(batch, n)`.
+            attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
+            **kwargs: `return_dict=False` for a tuple.
+
+        Returns:
+            `pooler_output`: float32 `(batch, d)`, L2-normalised.
+        """
+        raise NotImplementedError
+
+    def get_query_features(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> QueryOutput:
+        """Embeds queries.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, reference images.
+            input_ids: int64 `(batch, n)`, relative captions.
+            attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
+            **kwargs: options of the model, and `return_dict=False` for a tuple.
+
+        Returns:
+            `pooler_output`: float32 `(batch, d)`, L2-normalised.
+        """
+        raise NotImplementedError
+
+    def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
+        """Computes the training loss of queries against the targets of the batch.
+
+        Args:
+            query_embeds: `(batch, d)`, L2-normalised.
+            target_embeds: `(targets, d)`, L2-normalised; more than queries when gathered from other processes.
+            **kwargs: `positives`, `target_ids` and `chunk_size`, see [`focal_info_nce`].
+
+        Returns:
+            float32 scalar.
+        """
+        raise NotImplementedError
+
+    @property
+    def embedding_width(self) -> int:
+        """Width `d` of embeddings."""
+        return self.config.hidden_size
+
+    @property
+    def image_side(self) -> dict[str, nn.Module]:
+        """Modules that embed images, by their name in the model: the image encoder and its projection.
+
+        A gallery depends on these weights and no others.
+        """
+        raise NotImplementedError
+
+    @property
+    def text_side(self) -> dict[str, nn.Module]:
+        """Modules of the pretrained text encoder and its projection, by their name in the model."""
+        raise NotImplementedError
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        target_pixel_values: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Any,
+    ) -> ComposedRetrievalOutput:
+        """Embeds queries, target images, or both, and compares them.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`, reference images.
+            input_ids: int64 `(batch, n)`, relative captions.
+            attention_mask: `(batch, n)`, 0 for padding.
+            target_pixel_values: `(targets, 3, height, width)`; for a loss the target of each query, in order.
+            target_ids: int64 `(targets,)`, equal for equal targets, which are then no negatives of each other.
+            return_loss: compare queries with targets; by default whenever there are both. With False the output has
+                no loss and no similarity.
+            **kwargs: options of [`~ComposedRetrievalModel.get_query_features`], and `return_dict=False` for a tuple.
+
+        Raises:
+            ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.
+        """
+        if (pixel_values is None) != (input_ids is None):
+            raise ValueError(
+                "a query is pixel_values and input_ids together; for one of them alone use get_image_features or "
+                "get_text_features"
+            )
+        if pixel_values is None and target_pixel_values is None:
+            raise ValueError("nothing to embed: pass pixel_values with input_ids, target_pixel_values, or all three")
+        query = None
+        if pixel_values is not None and input_ids is not None:
+            query = self.get_query_features(pixel_values, input_ids, attention_mask, **kwargs)
+        output = self._start_output(query)
+        if target_pixel_values is not None:
+            output.target_embeds = self.get_image_features(target_pixel_values).pooler_output
+        return self._compare(output, target_ids, return_loss)
+
+    def _start_output(self, query: QueryOutput | None) -> ComposedRetrievalOutput:
+        """Starts the output of `forward` from that of `get_query_features`; a subclass hands on more of it."""
+        return ComposedRetrievalOutput(query_embeds=None if query is None else query.pooler_output)
+
+    def _compare(
+        self, output: ComposedRetrievalOutput, target_ids: Tensor | None, return_loss: bool | None
+    ) -> ComposedRetrievalOutput:
+        if output.query_embeds is not None and output.target_embeds is not None:
+            if return_loss is not False:
+                output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)
+                output.loss = self.loss(output.query_embeds, output.target_embeds, target_ids=target_ids)
+        elif return_loss:
+            raise ValueError("return_loss=True needs queries and target_pixel_values, one target image for each query")
+        return output
+
+    def set_finetuning(self, finetuning: str) -> None:
+        """Chooses which weights train (Table 3 of the paper); those on neither side always do.
+
+        Args:
+            finetuning: `"frozen"` trains no encoder, `"text"` the text encoder and its projection, `"both"` all.
+                A frozen side stays in eval mode when the model is put in train mode, so that its features do not
+                depend on the step (TransAgg leaves its dropout on).
+
+        Raises:
+            ValueError: for another name.
+        """
+        if finetuning not in FINETUNING:
+            raise ValueError(f"finetuning={finetuning!r}: choose one of {sorted(FINETUNING)}")
+        self.requires_grad_(True)  # also what PEFT froze and left so when its adapter was merged
+        for side, trains in zip((self.image_side, self.text_side), FINETUNING[finetuning], strict=True):
+            for module in side.values():
+                module.requires_grad_(trains)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ComposedRetrievalModel":
+        """Sets train mode, except for encoders that [`~ComposedRetrievalModel.set_finetuning`] froze."""
+        super().train(mode)
+        for module in (*self.image_side.values(), *self.text_side.values()):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
+        return self
+
+
+class ComposedRetrievalProcessor(ProcessorMixin):
+    """Base class of the processors of composed retrieval models."""
+
+    def process_queries(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
+        """Prepares queries, each a reference image with its relative caption.
+
+        Returns:
+            the inputs of [`ComposedRetrievalModel.get_query_features`].
+        """
+        raise NotImplementedError
+
+    def process_targets(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Prepares gallery images.
+
+        Returns:
+            `pixel_values`, the input of [`ComposedRetrievalModel.get_image_features`].
+        """
+        raise NotImplementedError
+
+
+def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
+    """Returns the composed retrieval model inside an adapter of PEFT, DDP or FSDP, or the model itself.
+
+    It is told by its methods: code that came with a checkpoint has a class of its own.
+    """
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "get_query_features"))  # type: ignore[return-value]
+
+
+def normalize(features: Tensor) -> Tensor:
+    """L2-normalises `(batch, d)` in float32 whatever the model's dtype: cosines are compared to many digits."""
+    return F.normalize(features.float(), dim=-1)
+
+
+__all__ = ["ComposedRetrievalModel", "ComposedRetrievalOutput", "ComposedRetrievalProcessor", "QueryOutput"]

@@ -1,0 +1,130 @@
+"""`training/gradient_cache.py`: exact gradients with the memory of one chunk."""
+
+import weakref
+
+import pytest
+import torch
+from tiny import BACKBONES, make_inputs, make_model
+
+from pvlf_hf.training.gradient_cache import embed_in_chunks
+
+FINETUNING = ("frozen", "text", "both")
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request):
+    return request.param
+
+
+def chunks_of(inputs, chunk_size):
+    rows = len(inputs["input_ids"])
+    return [{k: v[i : i + chunk_size] for k, v in inputs.items()} for i in range(0, rows, chunk_size)]
+
+
+def kept_until_backward(model, inputs, chunk_size):
+    """The plain version: the same chunks, each embedded once, all activations kept."""
+    outputs = [model(**chunk, return_loss=False) for chunk in chunks_of(inputs, chunk_size)]
+    return {name: torch.cat([output[name] for output in outputs]) for name in ("query_embeds", "target_embeds")}
+
+
+def gradients(model, embed):
+    """Loss and gradients of a batch of five; dropout draws the same in every call."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    output = embed(model, make_inputs(model.config.vl_config.model_type, batch=5))
+    loss = model.loss(output["query_embeds"], output["target_embeds"])
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def cached(chunk_size):
+    return lambda model, inputs: embed_in_chunks(model, inputs, chunk_size)
+
+
+def in_one_piece(model, inputs):
+    return model(**inputs, return_loss=False)
+
+
+@pytest.mark.parametrize("finetuning", FINETUNING)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_caching_equals_the_whole_batch(backbone, finetuning, checkpointing):
+    model = make_model(backbone, temperature=1.0, dropout=0.0)
+    model.set_finetuning(finetuning)
+    model.train()
+    if backbone == "blip":
+        for module in model.backbone.modules():  # BERT's own dropout draws in another order
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    whole = gradients(model, in_one_piece)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    for chunk_size in (1, 2, 5, 9):
+        chunked = gradients(model, cached(chunk_size))
+        assert chunked.keys() == whole.keys()
+        for name, wanted in whole.items():
+            torch.testing.assert_close(chunked[name], wanted, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_caching_repeats_dropout(backbone, autocast):
+    model = make_model(backbone, temperature=1.0, dropout=0.5).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        chunked = gradients(model, cached(2))
+        other = gradients(model, in_one_piece)
+        kept = gradients(model, lambda model, inputs: kept_until_backward(model, inputs, 2))
+    for name, wanted in kept.items():
+        # autocast rounds its copies of weights once for all chunks, or once for each
+        atol, rtol = (2e-3, 0.05) if autocast else (1e-6, 1e-4)
+        torch.testing.assert_close(chunked[name], wanted, atol=atol, rtol=rtol, msg=name)
+    assert not torch.allclose(
+        other["fusion.prompts"], kept["fusion.prompts"], rtol=0.3
+    )  # dropout does make a difference
+
+
+def test_random_numbers_after_backward_do_not_depend_on_it(tiny_model):
+    tiny_model.train()
+    torch.manual_seed(0)
+    output = embed_in_chunks(tiny_model, make_inputs("blip", batch=5), 2)
+    expected = torch.get_rng_state()
+    tiny_model.loss(output.query_embeds, output.target_embeds).backward()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_gradient_caching_keeps_one_chunk_at_a_time(tiny_model):
+    tiny_model.train()
+    made, alive = [], []
+
+    def watch(module, inputs, output):
+        made.append(weakref.ref(output))
+        alive.append(sum(reference() is not None for reference in made))
+
+    tiny_model.fusion.layers[0].linear1.register_forward_hook(watch)
+    gradients(tiny_model, cached(1))
+    assert len(alive) == 10 and max(alive) == 1  # five rows, each encoded twice
+    made.clear()
+    gradients(tiny_model, lambda model, inputs: kept_until_backward(model, inputs, 1))
+    assert max(alive) == 5  # the test can tell
+
+
+def test_gradients_are_shared_with_other_processes_once(tiny_model):
+    """Of all chunks but the last, gradients stay here."""
+    entered = []
+
+    class NoSync:
+        def __enter__(self):
+            entered.append(True)
+
+        def __exit__(self, *error):
+            pass
+
+    tiny_model.train()
+    output = embed_in_chunks(tiny_model, make_inputs("blip", batch=5), 2, NoSync)
+    tiny_model.loss(output.query_embeds, output.target_embeds).backward()
+    assert len(entered) == 2 * 2  # forward and backward of two chunks of three
+
+
+def test_a_query_without_target_is_refused(tiny_model):
+    inputs = make_inputs("blip")
+    inputs["target_pixel_values"] = inputs["target_pixel_values"][:2]
+    with pytest.raises(ValueError, match=r"a target for each query, but got \[2, 3\] rows"):
+        embed_in_chunks(tiny_model, inputs, 2)
