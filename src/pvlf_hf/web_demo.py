@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 from .emoji_cir import TEST_VENDOR, load_emoji_pictures
 from .gallery import FUSION, Explanation, Gallery, Query, Weights
-from .image_processing_pvlf import to_rgb
+from .image_processing_pvlf import open_picture, to_rgb
 from .request_guard import MAX_UPLOAD, Guard
 
 try:
@@ -247,12 +247,14 @@ def open_upload(path: str | Path | None) -> PILImage.Image:
         ValueError: if it is no picture, or a huge one.
     """
     try:
-        with PILImage.open(path or "") as picture:
+        with open_picture(Path(path or "").resolve()) as picture:  # absolute, so that a name is never an address
             if picture.width * picture.height <= MAX_PIXELS:
                 return clean(picture, LONGEST)
             size = f"{picture.width} x {picture.height}"
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-        raise ValueError("this file is not a picture that can be read: try a JPEG, PNG or WebP file") from error
+        raise ValueError(
+            "this file is not a picture that can be read, or far too large: try a JPEG, PNG or WebP file"
+        ) from error
     raise ValueError(f"this picture has {size} pixels, more than {MAX_PIXELS:,}: make it smaller first")
 
 
