@@ -10,12 +10,12 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A module imports only what stands before it.
 ORDER = [
+    "image_processing_pvlf",
     "pipeline_pvlf",
     "configuration_pvlf",
     "backbones_pvlf",
     "loss_pvlf",
     "modeling_pvlf",
-    "image_processing_pvlf",
     "processing_pvlf",
     "whole_files",
     "benchmark",
@@ -62,7 +62,7 @@ ORDER = [
     "__init__",
 ]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
-TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "fsspec", "numpy", "PIL"}  # the Hub's client needs fsspec
 
 
 def imports_of(module):

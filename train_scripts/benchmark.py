@@ -40,6 +40,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino, encoding
 from pvlf_hf.encoding import work_ahead
 from pvlf_hf.gallery_encoding import Decoding, least_side, open_cell
+from pvlf_hf.image_processing_pvlf import open_rgb
 from pvlf_hf.metrics import subset_ranks, target_ranks, top_k
 from pvlf_hf.vector_index import ExactIndex, FaissIndex, VectorIndex
 
@@ -238,7 +239,7 @@ def query_speed(options: Options) -> list[Table]:
     """One query, from a picture and words to its embedding."""
     models = model_alternatives(options.size, options.device)
     processor = make_processor(models["float32"])
-    picture = PILImage.open(BytesIO(make_jpeg(640, 480))).convert("RGB")
+    picture = open_rgb(make_jpeg(640, 480))
 
     @torch.inference_mode()
     def embed(model: PVLFModel) -> Tensor:

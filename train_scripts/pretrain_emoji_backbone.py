@@ -43,6 +43,7 @@ from pvlf_hf import (
 from pvlf_hf.emoji_cir import TEST_VENDOR
 from pvlf_hf.encoding import encode_gallery
 from pvlf_hf.evaluation import environment
+from pvlf_hf.image_processing_pvlf import opened
 from pvlf_hf.metrics import recall_at_k, target_ranks
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have
@@ -119,7 +120,7 @@ class NamedPictures(Dataset):
     def __init__(self, processor: PVLFProcessor) -> None:
         pictures = load_emoji_pictures()
         batches = []
-        for rows in pictures.iter(batch_size=512):
+        for rows in opened(pictures).iter(batch_size=512):
             pixels = processor.image_processor(
                 rows["image"], do_rescale=False, do_normalize=False, return_tensors="pt"
             )

@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 from .benchmark import CIRBenchmark, Protocol
 from .emoji_captions import TIERS, attribute_of, write_caption
 from .emoji_names import parse_name
+from .image_processing_pvlf import open_picture
 
 TEST_VENDOR = "Goog"
 """Google (Noto Emoji): never seen in training, its pictures are the evaluation gallery."""
@@ -350,7 +351,7 @@ def _read_pictures(split: str, packages: str, source: str) -> Iterator[dict[str,
 
 def _picture_id(file: Path) -> str:
     """Sha1 of what is seen: size and RGB pixels composited on white."""
-    with PILImage.open(file) as picture:
+    with open_picture(file) as picture:
         rgba = picture.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return hashlib.sha1(f"{seen.size}".encode() + seen.tobytes()).hexdigest()

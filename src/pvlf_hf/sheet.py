@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .benchmark import CIRBenchmark
-from .image_processing_pvlf import to_rgb
+from .image_processing_pvlf import opened, to_rgb
 from .metrics import target_ranks, top_k
 
 # Pixels. With five results a sheet is about 900 wide, as a README shows it.
@@ -101,16 +101,17 @@ def sheet_rows(
     embeds = query_embeds[torch.as_tensor(query_rows)]
     ranks = target_ranks(embeds, gallery_embeds, target, reference).tolist()
     _, best = top_k(embeds, gallery_embeds, k, reference)
+    shown, images = opened(chosen.select_columns(["reference", "caption"])), opened(gallery.select_columns("image"))
     return [
         SheetRow(
             reference=query["reference"],
             caption=query["caption"],
-            results=gallery.select(found)["image"][:],
-            target=gallery[wanted]["image"],
+            results=images.select(found)[:]["image"],
+            target=images[wanted]["image"],
             rank=rank,
             method=method,
         )
-        for query, found, wanted, rank in zip(chosen, best.tolist(), target.tolist(), ranks, strict=True)
+        for query, found, wanted, rank in zip(shown, best.tolist(), target.tolist(), ranks, strict=True)
     ]
 
 
