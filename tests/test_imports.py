@@ -36,7 +36,7 @@ FOLDERS = {
 }
 ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]
 TRAVELLING = [name for name in ORDER if name.endswith("_pvlf")]
-TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
+TRAVELS_WITH = {"torch", "transformers", "huggingface_hub", "fsspec", "numpy", "PIL"}  # the Hub's client needs fsspec
 
 
 def path_of(module):

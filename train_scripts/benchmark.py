@@ -42,6 +42,7 @@ from pvlf_hf.embeddings import encoding
 from pvlf_hf.embeddings.encoding import work_ahead
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.metrics import subset_ranks, target_ranks
+from pvlf_hf.models.image_processing_pvlf import open_rgb
 from pvlf_hf.search.indexing import Decoding, least_side, open_cell
 from pvlf_hf.search.vector_index import ExactIndex, FaissIndex, VectorIndex
 
@@ -240,7 +241,7 @@ def query_speed(options: Options) -> list[Table]:
     """One query, from a picture and words to its embedding."""
     models = model_alternatives(options.size, options.device)
     processor = make_processor(models["float32"])
-    picture = PILImage.open(BytesIO(make_jpeg(640, 480))).convert("RGB")
+    picture = open_rgb(make_jpeg(640, 480))
 
     @torch.inference_mode()
     def embed(model: PVLFModel) -> Tensor:

@@ -44,6 +44,7 @@ from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.metrics import recall_at_k, target_ranks
 from pvlf_hf.evaluation.results import environment
+from pvlf_hf.models.image_processing_pvlf import opened
 
 IMAGE_SIZE = 72  # the pixels that nearly all drawings have
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
@@ -119,7 +120,7 @@ class NamedPictures(Dataset):
     def __init__(self, processor: PVLFProcessor) -> None:
         pictures = load_emoji_pictures()
         batches = []
-        for rows in pictures.iter(batch_size=512):
+        for rows in opened(pictures).iter(batch_size=512):
             pixels = processor.image_processor(
                 rows["image"], do_rescale=False, do_normalize=False, return_tensors="pt"
             )

@@ -19,8 +19,10 @@ from typing import Any
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.model_meta import ScoringFunction
 from sentence_transformers import SentenceTransformer
+from torch.utils.data import DataLoader
 
 from .embeddings.embedding_store import made_by
+from .models.image_processing_pvlf import opened
 from .sentence_transformer import PVLFSentenceModule
 
 
@@ -57,6 +59,17 @@ class PVLFEncoder(SentenceTransformerEncoderWrapper):
                 "use_instructions": False,
             }
         )
+
+    def encode(self, inputs: DataLoader, **kwargs: Any) -> Any:
+        """Embeds a loader's inputs as the base class does, with images opened by [`opened`] and not by `datasets`."""
+        loader = DataLoader(
+            opened(inputs.dataset),
+            batch_size=inputs.batch_size,
+            sampler=inputs.sampler,
+            num_workers=inputs.num_workers,
+            collate_fn=inputs.collate_fn,
+        )
+        return super().encode(loader, **kwargs)
 
 
 __all__ = ["PVLFEncoder"]

@@ -25,6 +25,9 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, as of `PVLFImageProcessor`: Pillow hands EPS to Ghostscript, a program for programs."""
+
 BATCH = 32
 """Gallery pictures embedded at once (ours)."""
 
@@ -109,7 +112,12 @@ class OnnxEncoder:
 
 def to_rgb(image: Picture) -> Image.Image:
     """Opens a picture upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
-    picture = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+    if not isinstance(image, Image.Image):
+        Image.init()
+        image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
+    if image.format == "EPS" and getattr(image, "tile", None):  # opened elsewhere
+        raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
+    picture = ImageOps.exif_transpose(image)
     if picture.mode in ("I", "F"):
         raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
     if picture.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling

@@ -32,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from ..atomic_files import whole
-from ..models.image_processing_pvlf import open_picture
+from ..models.image_processing_pvlf import open_picture, opened
 from .benchmark import check_columns
 from .triplets import TRIPLET_COLUMNS, triplets_digest
 
@@ -105,8 +105,11 @@ def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]
     """Number and columns of each row, pictures as encoded bytes."""
     for number, row in enumerate(rows, first):
         try:
-            yield number, {**row, **{column: encoded_bytes(row[column]) for column in ("reference", "target")}}
-        except OSError as error:
+            pictures = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
+            for content in pictures.values():
+                open_picture(content).close()  # not decoded: readers would refuse what is in no format that is read
+            yield number, {**row, **pictures}
+        except (OSError, ValueError) as error:
             raise ValueError(f"a picture of row {number} cannot be read: {error}") from error
 
 
@@ -264,24 +267,30 @@ def load_hub_triplets(
         if not is_right or (column == "caption" and features[their] != Value("string")):
             kind = "pictures (datasets.Image)" if column in ("reference", "target") else "text"
             raise ValueError(f"{name}: column {their!r} is {features[their]}, but {column} must be {kind}")
+    pictures = {column: features[columns[column]] for column in ("reference", "target")}
+    for column, feature in pictures.items():  # a stream decodes what it renames
+        dataset = dataset.cast_column(columns[column], Image(mode=feature.mode, decode=False))
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({their: our for our, their in columns.items() if our != their})
     if "target_id" in columns:
         dataset = dataset.cast_column("target_id", Value("string"))
     else:
         dataset = _with_target_ids(dataset)
+    for column, feature in pictures.items():
+        dataset = dataset.cast_column(column, feature)
     return own_share(dataset) if streaming else dataset
 
 
 def _with_target_ids(dataset: Any) -> Any:
+    """Adds digests of undecoded targets."""
+
     def target_id(row: dict[str, Any]) -> dict[str, str]:
         return {"target_id": hashlib.blake2b(encoded_bytes(row["target"]), digest_size=16).hexdigest()}
 
-    encoded = dataset.cast_column("reference", Image(decode=False)).cast_column("target", Image(decode=False))
     if isinstance(dataset, IterableDataset):
-        return encoded.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep pictures from being decoded
+        return dataset.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep pictures from being decoded
     # Not `map`, which would write all pictures once more.
-    targets = tqdm(encoded.select_columns("target"), desc="naming targets", unit="image")
+    targets = tqdm(dataset.select_columns("target"), desc="naming targets", unit="image")
     return dataset.add_column("target_id", [target_id(row)["target_id"] for row in targets])
 
 
@@ -320,7 +329,7 @@ class EndlessTriplets(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, stream: IterableDataset) -> None:
-        self.stream = stream
+        self.stream = opened(stream)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         stream = deepcopy(self.stream)  # workers share the number of the pass in memory, and each is in its own

@@ -87,6 +87,8 @@ def read_triplet_table(file: Path) -> dict[str, list[str]]:
             "with commas must be quoted."
         ) from error
     check_columns(table, ("reference", "caption", "target"), str(file))
+    if images := [name for name in TRIPLET_COLUMNS if isinstance(table.features.get(name), Image)]:
+        raise ValueError(f"{file}: {images} hold images, not file names: pass its folder to load_hub_triplets")
     return {
         column: ["" if cell is None else str(cell) for cell in table[column]]
         for column in TRIPLET_COLUMNS

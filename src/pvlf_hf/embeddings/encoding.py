@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 
 from ..data.benchmark import CIRBenchmark
+from ..models.image_processing_pvlf import opened
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .embedding_store import EmbeddingStore, Key
@@ -144,7 +145,7 @@ def _encode_images(
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    pictures = gallery.select_columns("image")
+    pictures = opened(gallery.select_columns("image"))
 
     def prepare(batch: list[int]) -> Tensor:
         return processor.process_targets(_decode(pictures, batch))["pixel_values"]
@@ -165,7 +166,7 @@ def _encode_wordings(
     progress: bool,
 ) -> Tensor:
     """float32 `(wordings, d)`: queries with one wording each."""
-    pictures = queries.select_columns("reference")
+    pictures = opened(queries.select_columns("reference"))
 
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
         texts = [text for _, text in batch]
@@ -268,11 +269,11 @@ def _decode(pictures: Dataset, rows: list[int]) -> list[Any]:
     (column,) = pictures.column_names
     try:
         return pictures[rows][column]
-    except OSError:
+    except ValueError:
         for row in rows:
             try:
                 pictures[row]
-            except OSError as error:
+            except ValueError as error:
                 raise ValueError(
                     f"the picture of row {row} cannot be read, replace it or drop the row: {error}"
                 ) from error

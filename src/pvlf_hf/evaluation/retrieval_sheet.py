@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark
 from ..embeddings.similarity import top_k
-from ..models.image_processing_pvlf import to_rgb
+from ..models.image_processing_pvlf import opened, to_rgb
 from .metrics import target_ranks
 
 # Pixels. With five results a sheet is about 900 wide, as a README shows it.
@@ -102,16 +102,17 @@ def sheet_rows(
     embeds = query_embeds[torch.as_tensor(query_rows)]
     ranks = target_ranks(embeds, gallery_embeds, target, reference).tolist()
     _, best = top_k(embeds, gallery_embeds, k, reference)
+    shown, images = opened(chosen.select_columns(["reference", "caption"])), opened(gallery.select_columns("image"))
     return [
         SheetRow(
             reference=query["reference"],
             caption=query["caption"],
-            results=gallery.select(found)["image"][:],
-            target=gallery[wanted]["image"],
+            results=images.select(found)[:]["image"],
+            target=images[wanted]["image"],
             rank=rank,
             method=method,
         )
-        for query, found, wanted, rank in zip(chosen, best.tolist(), target.tolist(), ranks, strict=True)
+        for query, found, wanted, rank in zip(shown, best.tolist(), target.tolist(), ranks, strict=True)
     ]
 
 

@@ -13,11 +13,13 @@ fetched is the caller's to decide: a service must not hand on addresses that its
 import io
 import stat
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -95,6 +97,7 @@ class PVLFImageProcessor(PilBackend):
 
     def _prepare_images_structure(self, images: Picture | Iterable[Picture], expected_ndims: int = 3) -> list[Any]:
         # Own version: the library's takes no gray (H, W) array, no `Path` and no `datasets` column.
+        images = opened(images)
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == expected_ndims + 1:
             return list(images)
         if isinstance(images, Picture) or not isinstance(images, Iterable):
@@ -209,6 +212,82 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
     return picture
 
 
+def opened(data: Any) -> Any:
+    """Returns a data set, a stream or a column of one whose images [`decode_cell`] opens as rows are read.
+
+    `datasets` decodes image columns itself, with every format that Pillow knows. Rows come out as it would give them,
+    and reach a transform of the data set so. Columns that are not to be decoded stay as they are, and so does what is
+    no data set.
+
+    Raises:
+        ValueError: if a column holds images inside lists or structures.
+    """
+    # What travels with checkpoints does not import `datasets`.
+    if hasattr(data, "column_name") and hasattr(data, "source"):  # a Column
+        return opened(data.source)[data.column_name]
+    if not hasattr(data, "cast_column") or not getattr(data, "features", None):
+        return data
+    found = {name: feature for name, feature in data.features.items() if _decodes(feature)}
+    if not found:
+        return data
+    if nested := [name for name, feature in found.items() if type(feature).__name__ != "Image"]:
+        raise ValueError(f"columns {nested} hold images inside lists: leave them out with dataset.remove_columns")
+    modes = {name: feature.mode for name, feature in found.items()}
+    for name, feature in found.items():
+        data = data.cast_column(name, type(feature)(mode=feature.mode, decode=False))
+    if not hasattr(data, "with_transform"):  # a stream
+        return data.map(partial(_open_row, modes=modes))
+    own = data.format["format_kwargs"].get("transform")
+    transform = partial(_open_batch, modes=modes, then=own)
+    return data.with_transform(transform, data.format["columns"], data.format["output_all_columns"])
+
+
+def _decodes(feature: Any) -> bool:
+    """Returns whether `datasets` would decode an image of a column, or of lists and structures in it."""
+    if isinstance(feature, dict):
+        return any(map(_decodes, feature.values()))
+    if type(feature).__name__ == "Image":
+        return feature.decode
+    return _decodes(feature.feature) if hasattr(feature, "feature") else False
+
+
+def _open_row(row: dict[str, Any], modes: dict[str, str | None]) -> dict[str, Any]:
+    return {**row, **{name: decode_cell(row[name], mode) for name, mode in modes.items() if name in row}}
+
+
+def _open_batch(
+    batch: dict[str, list[Any]], modes: dict[str, str | None], then: Callable[[dict[str, list[Any]]], Any] | None
+) -> Any:
+    columns = {name: [decode_cell(cell, modes[name]) for cell in batch[name]] for name in modes if name in batch}
+    return (then or dict)({**batch, **columns})
+
+
+def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | None:
+    """Opens an undecoded cell of an image column as `datasets` decodes it: upright by EXIF, in the column's mode.
+
+    Args:
+        cell: `bytes`, the content of a file, or else its `path`, which may be a URL of any kind that `fsspec` knows.
+        mode: of the column; None leaves images in their own.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    if cell is None:
+        return None
+    content, path = cell["bytes"], cell["path"]
+    try:
+        if content is None and "://" in path and not path.startswith(("http://", "https://")):
+            with fsspec.open(path, "rb") as stream:
+                content = stream.read(MAX_BYTES + 1)
+            check_bytes(len(content))
+        picture = open_picture(path if content is None else content)
+        picture.load()  # too many files would be open otherwise
+        ImageOps.exif_transpose(picture, in_place=True)  # a copy would not know its file
+        return picture.convert(mode) if mode and mode != picture.mode else picture
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+        raise ValueError(f"cannot read {describe(path or '')}: {error}") from error
+
+
 def check_file(file: str | Path) -> None:
     """Raises a `ValueError` for a file that is too large, or is none: reading a pipe or a device may never end."""
     status = Path(file).stat()
@@ -248,6 +327,8 @@ def download(url: str) -> bytes:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Decodes, turns upright by the EXIF orientation, composites on white where transparent and converts to RGB."""
+    if FORMATS is not None and picture.format == "EPS" and getattr(picture, "tile", None):  # opened elsewhere
+        raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     if 0 in picture.size:
         raise ValueError("it has no pixels")
     check_pixels(picture)

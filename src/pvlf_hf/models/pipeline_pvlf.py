@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
+from .image_processing_pvlf import opened
+
 TASK = "composed-image-retrieval"
 
 # What config.json says of this file, as the library writes it; "pt" is what loads the model.
@@ -80,6 +82,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 f"no gallery to search in: pass it to the call, or once to pipeline({TASK!r}, ..., gallery=pictures)"
             )
         one_query = str | Mapping | np.ndarray | Tensor
+        inputs = opened(inputs)
         if text is not None:
             inputs = _pair(inputs, text)
         elif hasattr(inputs, "__iter__") and not isinstance(inputs, one_query | list | Dataset):
@@ -102,6 +105,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """
         if len(images) == 0:
             raise ValueError("the gallery is empty: pass at least one picture")
+        images = opened(images)
         batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         pixels = (self.processor.process_targets(batch)["pixel_values"].to(self.device) for batch in batches)
         return torch.cat([self._embed(target_pixel_values=batch).target_embeds for batch in pixels])
@@ -116,6 +120,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         self, gallery: Any = None, top_k: int | None = None
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         forward: dict[str, Any] = {}
+        gallery = opened(gallery)
         if gallery is not None:
             forward["gallery_embeds"] = self._gallery_embeds(gallery)
         if top_k is not None:

@@ -29,6 +29,7 @@ from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
 from ..data.triplets import TRIPLET_COLUMNS, id_number
 from ..embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
+from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import unwrap
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
@@ -240,14 +241,15 @@ def cache_features(
             "be cached: apply fixed changes with dataset.map(), or train without feature_cache"
         )
     check_columns(triplets, TRIPLET_COLUMNS, "triplets")
-    pictures = {column: triplets.select_columns(column) for column in ("reference", "target")}
-    digests = {column: picture_digests(dataset, column) for column, dataset in pictures.items()}
+    columns = {column: triplets.select_columns(column) for column in ("reference", "target")}
+    digests = {column: picture_digests(dataset, column) for column, dataset in columns.items()}
+    pictures = {column: opened(dataset) for column, dataset in columns.items()}
 
     def decode(place: int) -> Any:
         column, row = ("reference", place) if place < len(triplets) else ("target", place - len(triplets))
         try:
             return pictures[column][row][column]
-        except OSError as error:
+        except ValueError as error:
             raise ValueError(
                 f"the {column} picture of row {row} cannot be read, replace it or drop the row: {error}"
             ) from error

@@ -29,6 +29,7 @@ from ..data.streaming import triplet_batches
 from ..data.triplets import TRIPLET_COLUMNS, id_number
 from ..evaluation.results import environment
 from ..evaluation.scoring import evaluate
+from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput
 from .batches import OneValueBatchSampler, PVLFCollator
 from .cpu_dropout import fast_cpu_dropout
@@ -146,10 +147,16 @@ class PVLFTrainer(Trainer):
         workers = self.args.dataloader_num_workers
         return triplet_batches(self.train_dataset, self._train_batch_size, self.data_collator, num_workers=workers)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """Opens images by this package's own opener, see [`opened`]; only those that a collator of ours reads."""
+        if type(self.data_collator) is PVLFCollator and isinstance(dataset, Dataset):
+            dataset = dataset.select_columns(list(TRIPLET_COLUMNS)) if dataset.format["type"] != "custom" else dataset
+        return super()._get_dataloader(opened(dataset), *args, **kwargs)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_by is None:
-            return super()._get_train_sampler(dataset)
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = self.train_dataset  # not the one with opened images: all of them would be opened for a column
         check_columns(dataset, (self.args.batch_by,), "train_dataset (batch_by)")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows_of_all_processes = self._train_batch_size * self.args.world_size

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from ...models.image_processing_pvlf import open_picture
 from ..benchmark import CIRBenchmark, Protocol
 from .captions import TIERS, attribute_of, write_caption
 from .names import parse_name
@@ -350,7 +351,7 @@ def _read_pictures(split: str, packages: str, source: str) -> Iterator[dict[str,
 
 def _picture_id(file: Path) -> str:
     """Sha1 of what is seen: size and RGB pixels composited on white."""
-    with PILImage.open(file) as picture:
+    with open_picture(file) as picture:
         rgba = picture.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return hashlib.sha1(f"{seen.size}".encode() + seen.tobytes()).hexdigest()
