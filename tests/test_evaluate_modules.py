@@ -8,15 +8,9 @@ import pytest
 import torch
 
 import pvlf_hf
-from pvlf_hf.evaluation.metrics import (
-    CIRCO_KS,
-    average_precision_at_k,
-    cirr_metrics,
-    positive_ranks,
-    subset_ranks,
-    target_ranks,
-)
+from pvlf_hf.evaluation.metrics import CIRCO_KS, METRICS, average_precision_at_k
 from pvlf_hf.evaluation.metrics import map_at_k as mean_average_precision
+from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_ranks
 
 FOLDER = Path(pvlf_hf.__file__).parent / "evaluate_modules"
 NAMES = ("recall_at_k", "subset_recall_at_k", "map_at_k")
@@ -57,7 +51,7 @@ def test_modules_agree_with_the_embeddings(load, problem):
         target_ranks(queries, gallery, target, reference),
         subset_ranks(queries, gallery, picks, target, reference),
     )
-    expected = cirr_metrics(ranks, within)
+    expected = METRICS["cirr"].means({"rank": ranks, "subset_rank": within})
     recall = {"predictions": ranked, "references": targets}
     subset = recall | {"subsets": names(picks)}
     settings = {"exclude": references, "per_query": True}
@@ -113,7 +107,7 @@ def test_bad_lists_name_the_query(load, name, second, message):
 
 
 def test_queries_without_right_answers_and_subsets_without_target(load):
-    with pytest.raises(ValueError, match="query 1: its list of right answers is empty"):
+    with pytest.raises(ValueError, match="query 1: its list of positives is empty"):
         load("map_at_k").compute(predictions=[["a"], ["a"]], references=[["a"], []])
     with pytest.raises(ValueError, match="query 0: its target 'a' is not in its subset"):
         load("subset_recall_at_k").compute(predictions=[["a"]], references=["a"], subsets=[["b"]])

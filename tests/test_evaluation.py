@@ -19,13 +19,14 @@ from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
+from pvlf_hf.checkpoints.model_card import render_card
 from pvlf_hf.commands.arguments import leave
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation import results
-from pvlf_hf.evaluation.metrics import cirr_metrics
+from pvlf_hf.evaluation.metrics import METRICS
 from pvlf_hf.evaluation.results import intervals, read_results, write_results
 from pvlf_hf.evaluation.scoring import average, evaluate, score
 from pvlf_hf.evaluation.significance import bootstrap_interval
@@ -98,7 +99,7 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     assert len(set(outcome.per_query["rank"])) > 2  # the toy tells something
     assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics)
     assert outcome.protocol == asdict(benchmark.protocol)
-    assert outcome.precision == "embeddings float32, cosines float64 rounded to float32"
+    assert outcome.dtype == "embeddings float32, cosines float64 rounded to float32"
     assert outcome.counts == {"queries": len(rankings), "gallery": len(benchmark.gallery)}
 
 
@@ -110,7 +111,8 @@ def test_subset_ranks_and_names(tiny_model, tiny_processor):
     in_subset = [[i for i in ids if i in group].index(target) for target, ids, group in rows]
     assert outcome.per_query["subset_rank"] == tuple(in_subset)
     assert outcome.per_query["query_id"] == ("0", "1", "2", "3", "4")
-    assert outcome.metrics == cirr_metrics(torch.tensor(outcome.per_query["rank"]), torch.tensor(in_subset))
+    ranks = {"rank": outcome.per_query["rank"], "subset_rank": in_subset}
+    assert outcome.metrics == METRICS["cirr"].means(ranks)
     assert (outcome.benchmark, outcome.method) == ("squares", "pvlf")
     with pytest.raises(ValueError, match="no metric 'map@5' of squares; there are"):
         outcome.values("map@5")
@@ -151,7 +153,7 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
 def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
     whole = make_benchmark()
     unlabelled = replace(whole, queries=whole.queries.remove_columns("target_id"))
-    with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.submission"):
+    with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.evaluation\.submission"):
         evaluate(tiny_model, tiny_processor, unlabelled)
     with pytest.raises(ValueError, match="squares: its protocol's metrics need the column target_ids"):
         score(make_benchmark(metrics="circo"), torch.eye(9)[:5], torch.eye(9))
@@ -159,7 +161,7 @@ def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
 
 def test_half_precision_is_recorded(tiny_model, tiny_processor):
     outcome = evaluate(tiny_model.bfloat16(), tiny_processor, make_benchmark(), progress=False)
-    assert outcome.precision.startswith("embeddings bfloat16")
+    assert outcome.dtype.startswith("embeddings bfloat16")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -229,7 +231,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
         "intervals": {metric: list(ends) for metric, ends in intervals(outcomes[0]).items()},
         "counts": {"queries": 5, "gallery": 9},
         "protocol": outcomes[0].protocol,
-        "precision": outcomes[0].precision,
+        "dtype": outcomes[0].dtype,
     }
     environment = results["environment"]
     assert environment["torch"] == torch.__version__
@@ -248,6 +250,85 @@ def test_results_can_be_read_again(tmp_path):
         read_results(tmp_path / "results.json")
     with pytest.raises(ValueError, match="other_per_query.json is missing; evaluate again"):
         read_results(tmp_path / "other.json")
+
+
+OLD_RESULTS = {
+    "evaluations": [
+        {
+            "benchmark": "circo/val",
+            "method": "pvlf",
+            "metrics": {
+                **{"map@5": 0.375, "map@10": 0.375, "map@25": 0.375, "map@50": 0.375},
+                **{"recall@5": 0.5, "recall@10": 0.5, "recall@25": 0.5, "recall@50": 1.0},
+                **{"map@10/cardinality": 0.25, "map@10/negation": 0.375},
+            },
+            "counts": {"queries": 2, "gallery": 123403},
+            "protocol": {
+                "name": "circo-val",
+                "gallery": "COCO unlabeled2017",
+                "reference": "kept",
+                "captions": "as annotated",
+                "metrics": "circo",
+                "missing": "none",
+                "revision": "sha256 0a",
+                "ties": "gallery order",
+            },
+            "precision": "embeddings float32, cosines float64 rounded to float32",
+        },
+        {
+            "benchmark": "cirr/val",
+            "method": "text",
+            "metrics": {
+                **{"recall@1": 0.25, "recall@5": 0.75, "recall@10": 1.0, "recall@50": 1.0},
+                **{"recall_subset@1": 0.5, "recall_subset@2": 0.75, "recall_subset@3": 1.0},
+                **{"mean": 0.625, "mean_of_seven": 0.75},
+            },
+            "counts": {"queries": 4, "gallery": 2297},
+            "protocol": {"name": "cirr-val", "gallery": "split.rc2.val.json", "metrics": "cirr"},
+            "precision": "embeddings bfloat16, cosines float64 rounded to float32",
+        },
+    ],
+    "environment": {"python": "3.11.9", "commit": None},
+}
+for summary in OLD_RESULTS["evaluations"]:
+    summary["intervals"] = dict.fromkeys(summary["metrics"], [0.0, 1.0])
+OLD_PER_QUERY = [
+    {
+        "query_id": ["0", "1"],
+        "rank": [0, 30],
+        **{f"average_precision@{k}": [0.25, 0.5] for k in (5, 10, 25, 50)},
+        "semantic_aspects": [["negation", "cardinality"], ["negation"]],
+    },
+    {"query_id": ["a", "b", "c", "d"], "rank": [0, 1, 4, 5], "subset_rank": [0, 0, 1, 2]},
+]
+
+
+def test_files_that_say_precision_are_read(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(OLD_RESULTS))
+    (tmp_path / "results_per_query.json").write_text(json.dumps(OLD_PER_QUERY))
+    circo, cirr = read_results(tmp_path / "results.json")
+    assert circo.dtype == "embeddings float32, cosines float64 rounded to float32"
+    assert cirr.dtype == "embeddings bfloat16, cosines float64 rounded to float32"
+    assert circo.values("map@10/negation") == [0.25, 0.5] and circo.values("map@10/cardinality") == [0.25]
+    assert circo.values("recall@50") == [1, 1] and circo.values("recall@25") == [1, 0]
+    assert cirr.values("mean") == [1, 1, 0.5, 0]
+    assert cirr.values("mean_of_seven") == pytest.approx([1, 6 / 7, 5 / 7, 3 / 7])
+    for evaluation in (circo, cirr):
+        means = {metric: fmean(evaluation.values(metric)) for metric in evaluation.metrics}
+        assert means == pytest.approx(evaluation.metrics)
+    assert "| precision | embeddings bfloat16, cosines float64" in render_card(OLD_RESULTS, "you/mine")
+    write_results(tmp_path / "new.json", [circo, cirr])
+    assert read_results(tmp_path / "new.json") == [circo, cirr]
+    written = json.loads((tmp_path / "new.json").read_text())["evaluations"]
+    for new, old in zip(written, OLD_RESULTS["evaluations"], strict=True):
+        renamed = {"dtype" if key == "precision" else key: value for key, value in old.items()}
+        assert new == {**renamed, "intervals": new["intervals"]} and new["intervals"].keys() == old["intervals"].keys()
+
+
+def test_values_that_were_not_kept_are_named():
+    (evaluation,) = random_evaluations({"dress": 4})
+    with pytest.raises(ValueError, match=r"the values of every query for 'recall@7' of fashioniq/val/dress were not"):
+        replace(evaluation, metrics={"recall@7": 0.5}).values("recall@7")
 
 
 def test_results_without_git(monkeypatch):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pvlf_hf.embeddings import similarity as cosines
 from pvlf_hf.embeddings.similarity import top_k
-from pvlf_hf.evaluation.metrics import positive_ranks, subset_ranks, target_ranks
+from pvlf_hf.evaluation.metrics import rank_gallery
+from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_ranks
 
 
 def plain_score(query, image):
@@ -65,6 +66,7 @@ def test_ranks_are_those_of_the_definition(seed, sizes, jitter, dtype, chunk_siz
     target, excluded = picks[:, 0], picks[:, 1]
     scores = [[plain_score(query, image) for image in gallery] for query in queries]
     rankings = [plain_ranking(row, int(e)) for row, e in zip(scores, excluded, strict=True)]
+    assert [rank_gallery(q, gallery, int(e)).tolist() for q, e in zip(queries, excluded, strict=True)] == rankings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cosines, "TILE", tile)
         patch.setattr(cosines, "CROWDED", crowded)

@@ -96,19 +96,19 @@ def score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, colu
 def _score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The definition."""
     scores = []
-    few = _exact_unit_rows(query_embeds) if len(query_embeds) <= min(PAIRS, len(rows)) else None
+    few = exact_unit_rows(query_embeds) if len(query_embeds) <= min(PAIRS, len(rows)) else None
     for row, column in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
-        queries = _exact_unit_rows(query_embeds[row]) if few is None else few[row]
-        scores.append(_sum(queries * _exact_unit_rows(gallery_embeds[column])).float())
+        queries = exact_unit_rows(query_embeds[row]) if few is None else few[row]
+        scores.append(pairwise_sum(queries * exact_unit_rows(gallery_embeds[column])).float())
     if torch.cat(scores).isnan().any():
-        _check_finite("query", query_embeds, 0)
-        _check_finite("gallery", gallery_embeds, 0)
+        check_finite("query", query_embeds)
+        check_finite("gallery", gallery_embeds)
     return torch.cat(scores)
 
 
 def _score_tile(query_embeds: Tensor, gallery_embeds: Tensor) -> Tensor:
     """(c, n): a float64 product, and the definition where the order of its sums may decide the rounding."""
-    products = _exact_unit_rows(query_embeds) @ _exact_unit_rows(gallery_embeds).T
+    products = exact_unit_rows(query_embeds) @ exact_unit_rows(gallery_embeds).T
     error = query_embeds.shape[1] * 2.0**-50
     scores, above = (products - error).float(), (products + error).float()
     rows, columns = (scores != above).nonzero(as_tuple=True)
@@ -166,7 +166,8 @@ def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
         )
 
 
-def _check_finite(name: str, embeds: Tensor, start: int) -> None:
+def check_finite(name: str, embeds: Tensor, start: int = 0) -> None:
+    """Raises a `ValueError` that names the first row with NaN or infinity; `start` is the position of row 0."""
     bad = ~embeds.isfinite().all(dim=1)
     if bad.any():
         raise ValueError(f"{name}_embeds hold NaN or infinity, first at {name} {start + int(bad.nonzero()[0])}")
@@ -176,17 +177,18 @@ def _unit_rows(name: str, embeds: Tensor, start: int) -> Tensor:
     """float32, normalised; `start` is the position of the first row in the embeddings that an error names."""
     norms = torch.linalg.vector_norm(embeds.float(), dim=1, keepdim=True)
     if not norms.isfinite().all():
-        _check_finite(name, embeds, start)
-        return _exact_unit_rows(embeds).float()  # squares beyond float32
+        check_finite(name, embeds, start)
+        return exact_unit_rows(embeds).float()  # squares beyond float32
     return embeds.float() / norms.clamp(min=1e-12)
 
 
-def _exact_unit_rows(embeds: Tensor) -> Tensor:
+def exact_unit_rows(embeds: Tensor) -> Tensor:
+    """Returns the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
     rows = embeds.double()
-    return rows / _sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
+    return rows / pairwise_sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
 
 
-def _sum(rows: Tensor) -> Tensor:
+def pairwise_sum(rows: Tensor) -> Tensor:
     """(n, d) -> (n,), halves added to each other: unlike a library's sum, in an order that only d decides."""
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
@@ -271,8 +273,12 @@ def first_true(bad: Tensor) -> int | None:
 __all__ = [
     "above",
     "check_embeds",
+    "check_finite",
     "cosine_tiles",
     "error_bound",
+    "exact_unit_rows",
     "kth_at_least",
+    "pairwise_sum",
     "score_pairs",
+    "top_k",
 ]

@@ -3,8 +3,8 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -13,17 +13,11 @@ from typing import Any
 import torch
 
 from ..atomic_files import whole
+from .metrics import metrics_named
 from .significance import bootstrap_interval
 
 RESAMPLES = 2000
 """Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""
-
-
-MEANS = {  # what `cirr_metrics` and `fashioniq_metrics` average
-    ("cirr", "mean"): ("recall@5", "recall_subset@1"),
-    ("cirr", "mean_of_seven"): (*(f"recall@{k}" for k in (1, 5, 10, 50)), *(f"recall_subset@{k}" for k in (1, 2, 3))),
-    ("fashioniq", "mean"): ("recall@10", "recall@50"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Evaluation:
             `map@10/{semantic aspect}`, `mean`, `mean_of_seven`.
         counts: number of queries and of gallery images.
         protocol: how to read the metrics, see [`~pvlf_hf.data.benchmark.Protocol`].
-        precision: what embeddings and cosines are computed in.
+        dtype: what embeddings and cosines are computed in.
         per_query: one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the target), and
             where the benchmark has them `subset_rank`, `average_precision@k`, `semantic_aspects`; of an average over
             benchmarks also the `benchmark`.
@@ -48,7 +42,7 @@ class Evaluation:
     metrics: dict[str, float]
     counts: dict[str, int]
     protocol: dict[str, str]
-    precision: str
+    dtype: str
     per_query: dict[str, tuple[Any, ...]]
 
     def values(self, metric: str) -> list[float]:
@@ -61,16 +55,10 @@ class Evaluation:
         """
         if metric not in self.metrics:
             raise ValueError(f"no metric {metric!r} of {self.benchmark}; there are {list(self.metrics)}")
-        if parts := MEANS.get((self.protocol["metrics"], metric)):
-            return [fmean(values) for values in zip(*map(self.values, parts), strict=True)]
-        name, _, k = metric.partition("@")
-        if name == "map":
-            k, _, aspect = k.partition("/")
-            precisions = self.per_query[f"average_precision@{k}"]
-            aspects = self.per_query["semantic_aspects"] if aspect else ((aspect,) for _ in precisions)
-            return [value for value, its in zip(precisions, aspects, strict=True) if aspect in its]
-        ranks = self.per_query["subset_rank" if name == "recall_subset" else "rank"]
-        return [float(rank < int(k)) for rank in ranks]
+        values = metrics_named(self.protocol["metrics"]).values(self.per_query)
+        if metric not in values:
+            raise ValueError(f"the values of every query for {metric!r} of {self.benchmark} were not kept")
+        return values[metric]
 
 
 def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
@@ -83,21 +71,27 @@ def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tup
         evaluation: from [`evaluate`] or [`average`].
         confidence: how often such intervals hold the true mean.
     """
-    groups = evaluation.per_query.get("benchmark", ())
-    names = tuple(dict.fromkeys(groups))
+    names = dict.fromkeys(evaluation.per_query.get("benchmark", ()))
+    parts = [_of_benchmark(evaluation, name) for name in names] or [evaluation]
 
     def interval(metric: str) -> tuple[float, float]:
-        values = evaluation.values(metric)
+        values = [part.values(metric) for part in parts]
+        ends = [bootstrap_interval(numbers, confidence, RESAMPLES) for numbers in values]
         if not names:
-            return bootstrap_interval(values, confidence, RESAMPLES)
-        parts = [[v for v, its in zip(values, groups, strict=True) if its == name] for name in names]
-        ends = [bootstrap_interval(part, confidence, RESAMPLES) for part in parts]
-        means = [fmean(part) for part in parts]
+            return ends[0]
+        means = [fmean(numbers) for numbers in values]
         below = sum((mean - low) ** 2 for mean, (low, _) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
         above = sum((high - mean) ** 2 for mean, (_, high) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
         return fmean(means) - below, fmean(means) + above
 
     return {metric: interval(metric) for metric in evaluation.metrics}
+
+
+def _of_benchmark(average: Evaluation, name: str) -> Evaluation:
+    """Returns an average over benchmarks with the queries of one of them alone."""
+    rows = [row for row, benchmark in enumerate(average.per_query["benchmark"]) if benchmark == name]
+    columns = {column: tuple(values[row] for row in rows) for column, values in average.per_query.items()}
+    return replace(average, per_query=columns)
 
 
 def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: Any) -> None:
@@ -133,11 +127,20 @@ def read_results(file: str | Path) -> list[Evaluation]:
     per_query = json.loads(_per_query_file(file).read_text(encoding="utf-8"))
     if [e["counts"]["queries"] for e in summaries] != [len(columns["rank"]) for columns in per_query]:
         raise ValueError(f"{_per_query_file(file)} does not belong to {file}; evaluate again")
-    names = [field.name for field in fields(Evaluation) if field.name != "per_query"]
+    names = {field.name for field in fields(Evaluation)} - {"dtype", "per_query"}
     return [
-        Evaluation(**{n: e[n] for n in names}, per_query={name: _frozen(its) for name, its in columns.items()})
-        for e, columns in zip(summaries, per_query, strict=True)
+        Evaluation(
+            **{name: summary[name] for name in names},
+            dtype=recorded_dtype(summary),
+            per_query={name: _frozen(values) for name, values in columns.items()},
+        )
+        for summary, columns in zip(summaries, per_query, strict=True)
     ]
+
+
+def recorded_dtype(summary: Mapping[str, Any]) -> str:
+    """Returns the `dtype` of an evaluation in a results file; earlier files call it `precision`."""
+    return summary.get("dtype") or summary.get("precision") or "not recorded"
 
 
 def _per_query_file(file: Path) -> Path:

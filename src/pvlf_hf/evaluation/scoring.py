@@ -4,26 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 
-from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
+from ..data.benchmark import CIRBenchmark, query_ids
 from ..embeddings.embedding_store import EmbeddingStore, dtype_of
 from ..embeddings.encoding import QueryMethod, check_method, embed, encode_gallery
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
-from .metrics import (
-    CIRCO_KS,
-    average_precision_at_k,
-    circo_metrics,
-    cirr_metrics,
-    fashioniq_metrics,
-    mean_by_aspect,
-    positive_ranks,
-    subset_ranks,
-    target_ranks,
-)
+from .metrics import metrics_named
 from .results import Evaluation
 
 
@@ -85,7 +74,7 @@ def score(
     query_embeds: Tensor,
     gallery_embeds: Tensor,
     method: str = "pvlf",
-    precision: str = "unknown",
+    dtype: str = "unknown",
 ) -> Evaluation:
     """Ranks and measures embeddings, of whatever model, by the benchmark's protocol.
 
@@ -94,7 +83,7 @@ def score(
         query_embeds: `(queries, d)` in the order of the rows; need not be normalised.
         gallery_embeds: `(gallery, d)`, likewise.
         method: names how the queries were embedded.
-        precision: likewise, in words.
+        dtype: names what embeddings and cosines were computed in.
 
     Raises:
         ValueError: if the benchmark has no targets, or embeddings do not fit it.
@@ -102,28 +91,17 @@ def score(
     _check_targets(benchmark)
     if len(gallery_embeds) != len(benchmark.gallery):
         raise ValueError(f"{len(gallery_embeds)} gallery embeddings for {len(benchmark.gallery)} gallery images")
-    target, exclude = gallery_rows(benchmark, "target_id"), excluded_rows(benchmark)
-    ranks = target_ranks(query_embeds, gallery_embeds, target, exclude)
-    per_query: dict[str, tuple[Any, ...]] = {"query_id": tuple(query_ids(benchmark)), "rank": tuple(ranks.tolist())}
-    if benchmark.protocol.metrics == "fashioniq":
-        metrics = fashioniq_metrics(ranks)
-    elif benchmark.protocol.metrics == "circo":
-        positives = positive_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "target_ids"), exclude)
-        metrics = circo_metrics(positives, ranks)
-        precisions = average_precision_at_k(positives, CIRCO_KS)
-        per_query |= {f"average_precision@{k}": tuple(values.tolist()) for k, values in precisions.items()}
-        if "semantic_aspects" in benchmark.queries.column_names:
-            aspects = [tuple(its) for its in benchmark.queries["semantic_aspects"]]
-            metrics |= {f"map@10/{aspect}": mean for aspect, mean in mean_by_aspect(precisions[10], aspects).items()}
-            per_query["semantic_aspects"] = tuple(aspects)
-    elif "subset_ids" in benchmark.queries.column_names:
-        in_subset = subset_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "subset_ids"), target, exclude)
-        metrics = cirr_metrics(ranks, in_subset)
-        per_query["subset_rank"] = tuple(in_subset.tolist())
-    else:
-        metrics = cirr_metrics(ranks)
-    counts = {"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)}
-    return Evaluation(benchmark.name, method, metrics, counts, asdict(benchmark.protocol), precision, per_query)
+    metrics = metrics_named(benchmark.protocol.metrics)
+    columns = metrics.measure(query_embeds, gallery_embeds, benchmark)
+    return Evaluation(
+        benchmark=benchmark.name,
+        method=method,
+        metrics=metrics.means(columns),
+        counts={"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)},
+        protocol=asdict(benchmark.protocol),
+        dtype=dtype,
+        per_query={"query_id": tuple(query_ids(benchmark)), **columns},
+    )
 
 
 def average(evaluations: Sequence[Evaluation]) -> Evaluation:

@@ -22,7 +22,8 @@ from ..data.benchmark import CIRBenchmark, excluded_rows, query_ids
 from ..data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from ..data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from ..embeddings.similarity import top_k
-from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
+from .metrics import METRICS, CircoMetrics, metrics_named
+from .ranking import ranks_from_lists
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Answers to a query in each kind of file."""
@@ -90,6 +91,21 @@ def write_circo_submission(
     return _write(Path(folder, f"{benchmark.name.replace('/', '_')}.json"), answers)
 
 
+def write_submissions(
+    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+) -> tuple[Path, ...]:
+    """Writes the files for a benchmark's evaluation server and returns their paths; none if there is no server.
+
+    Arguments are those of [`write_cirr_submission`].
+    """
+    server = metrics_named(benchmark.protocol.metrics).server
+    if server == "cirr":
+        return write_cirr_submission(folder, benchmark, query_embeds, gallery_embeds)
+    if server == "circo":
+        return (write_circo_submission(folder, benchmark, query_embeds, gallery_embeds),)
+    return ()
+
+
 def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, float]:
     """Metrics of a file's ranked lists, where the labels are known.
 
@@ -112,9 +128,9 @@ def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, flo
     targets = ranks_from_lists(lists, [[i] for i in benchmark.queries["target_id"]])[:, 0]
     kind = _kind(content, benchmark)
     if kind == "circo":
-        return circo_metrics(ranks_from_lists(lists, list(benchmark.queries["target_ids"])), targets)
-    ks = CIRR_KS if kind == "recall" else CIRR_SUBSET_KS
-    return {f"{kind}@{k}": recall for k, recall in recall_at_k(targets, ks).items()}
+        precisions = CircoMetrics.precisions(ranks_from_lists(lists, list(benchmark.queries["target_ids"])))
+        return METRICS["circo"].means({"rank": targets.tolist(), **precisions})
+    return METRICS["cirr"].means({"rank" if kind == "recall" else "subset_rank": targets.tolist()})
 
 
 def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> list[str]:
@@ -158,7 +174,7 @@ class _Pairs(list):
 def _kind(answers: dict[str, Any], benchmark: CIRBenchmark | None) -> str:
     """Which of `LENGTHS` a file is meant to be."""
     if benchmark is not None:
-        is_circo = benchmark.protocol.metrics == "circo"
+        is_circo = metrics_named(benchmark.protocol.metrics).server == "circo"
     else:
         firsts = [value[0] for value in answers.values() if isinstance(value, list) and value]
         named = any(isinstance(first, str) and "-img" in first for first in firsts)
@@ -267,9 +283,9 @@ def is_error(problem: str) -> bool:
     return not problem.startswith("warning: ")
 
 
-def _check(benchmark: CIRBenchmark, metrics: str, column: str) -> None:
-    if benchmark.protocol.metrics != metrics or column not in benchmark.queries.column_names:
-        raise ValueError(f"{benchmark.name} is not a benchmark for the {metrics} server, which needs {column}")
+def _check(benchmark: CIRBenchmark, server: str, column: str) -> None:
+    if metrics_named(benchmark.protocol.metrics).server != server or column not in benchmark.queries.column_names:
+        raise ValueError(f"{benchmark.name} is not a benchmark for the {server} server, which needs {column}")
 
 
 def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor, most: int) -> list[list[str]]:

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from pvlf_hf.evaluation.metrics import average_precision_at_k, ranks_from_lists
+from pvlf_hf.evaluation.metrics import average_precision_at_k
+from pvlf_hf.evaluation.ranking import ranks_from_lists
 
 _DESCRIPTION = """
 Mean average precision over the first k of a ranked list, for queries with several right answers, as CIRCO defines it:

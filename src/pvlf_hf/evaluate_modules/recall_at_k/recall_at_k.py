@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from pvlf_hf.evaluation.metrics import NOT_RETRIEVED, ranks_from_lists, recall_at_k
+from pvlf_hf.evaluation.metrics import recall_at_k
+from pvlf_hf.evaluation.ranking import NOT_RETRIEVED, ranks_from_lists
 
 _DESCRIPTION = """
 Fraction of queries whose target is among the first k of a ranked list: the recall of composed image retrieval, where
