@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..embeddings.similarity import (
-    CHUNK,
+    QUERIES_PER_CHUNK,
     check_embeds,
     checked_index,
     cosine_tiles,
@@ -41,7 +41,7 @@ def target_ranks(
     gallery_embeds: Tensor,
     target_index: Tensor,
     exclude_index: Tensor | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = QUERIES_PER_CHUNK,
     ties: Ties = "gallery order",
 ) -> Tensor:
     """Returns the rank of each query's target in the gallery.
@@ -72,7 +72,7 @@ def positive_ranks(
     gallery_embeds: Tensor,
     positive_index: Tensor,
     exclude_index: Tensor | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = QUERIES_PER_CHUNK,
 ) -> Tensor:
     """Returns the rank of every positive of each query, for benchmarks with several positives a query (CIRCO).
 
