@@ -124,7 +124,11 @@ CIRR, SUBSET, CIRCO = ("cirr-test1", 0), ("cirr-test1", 1), ("circo-test", 0)
         (CIRR, lambda a, q: a.update(metric="Recall"), "'metric' is 'Recall': write \"recall\" or \"recall_subset\""),
         (CIRR, lambda a, q: a.pop(q) and None, "answers 7 of 8 queries, first missing '12067'"),
         (CIRR, lambda a, q: a.update({"x": a.pop(q)}), "1 keys are not queries, first 'x'"),
-        (CIRR, lambda a, q: a.update({q: [f"{i}.png" for i in a[q]]}), "names have a file extension: write them"),
+        (
+            CIRR,
+            lambda a, q: a.update({q: [f"{i}.png" for i in a[q]]}),
+            'names have a file extension: write them without ".p',
+        ),
         (CIRR, lambda a, q: a[q].append(a[q][0]), "a list repeats an id.*(1 times, first in query '12067'"),
         (CIRR, lambda a, q: a[q].pop() and None, "lists must hold 13 ids (1 times, first in query '12067': '12 ids')"),
         (CIRR, lambda a, q: a.update({q: a[q][0]}), "an answer is not a list"),
