@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, in one process and in two (this file is also what the two processes run)."""
+"""`evaluate` against plain loops, in one process and in two, which run this file; averages, intervals and files."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from pvlf_hf.evaluation.significance import bootstrap_interval
 
 @torch.no_grad()
 def plain_rankings(model, processor, benchmark):
-    """Gallery ids of every query, best first: one picture, one wording and one query at a time, sorted in Python."""
+    """Yields each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
     gallery = [
         (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
         for row in benchmark.gallery
@@ -50,7 +50,7 @@ def plain_rankings(model, processor, benchmark):
 
 
 def plain_metrics(benchmark, rankings):
-    """By their definitions, query by query."""
+    """Computes the metrics of a benchmark by their definitions, query by query."""
     targets = list(benchmark.queries["target_id"])
     hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
     if benchmark.protocol.metrics == "fashioniq":
@@ -58,11 +58,12 @@ def plain_metrics(benchmark, rankings):
     if benchmark.protocol.metrics == "circo":
         metrics = {f"recall@{k}": hits[k] for k in (5, 10, 25, 50)}
         for k in (5, 10, 25, 50):
-            found = [plain_ap(ids, its, k) for ids, its in zip(rankings, benchmark.queries["target_ids"], strict=True)]
-            metrics[f"map@{k}"] = fmean(found)
+            positives = benchmark.queries["target_ids"]
+            precisions = [plain_ap(ids, answers, k) for ids, answers in zip(rankings, positives, strict=True)]
+            metrics[f"map@{k}"] = fmean(precisions)
             if k == 10:
                 by_aspect = {}
-                for value, aspects in zip(found, benchmark.queries["semantic_aspects"], strict=True):
+                for value, aspects in zip(precisions, benchmark.queries["semantic_aspects"], strict=True):
                     for aspect in aspects:
                         by_aspect.setdefault(f"map@10/{aspect}", []).append(value)
                 metrics |= {aspect: fmean(values) for aspect, values in by_aspect.items()}
@@ -75,9 +76,9 @@ def plain_metrics(benchmark, rankings):
     return metrics | {"mean": (metrics["recall@5"] + metrics["recall_subset@1"]) / 2, "mean_of_seven": seven}
 
 
-def plain_ap(ranking, answers, k):
-    right = [place for place, image_id in enumerate(ranking[:k], 1) if image_id in answers]
-    return sum(number / place for number, place in enumerate(right, 1)) / min(len(answers), k)
+def plain_ap(ranking, positives, k):
+    ranks = [rank for rank, image_id in enumerate(ranking[:k], 1) if image_id in positives]
+    return sum(count / rank for count, rank in enumerate(ranks, 1)) / min(len(positives), k)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     targets = benchmark.queries["target_id"]
     assert outcome.per_query["rank"] == tuple(ids.index(t) for ids, t in zip(rankings, targets, strict=True))
     assert outcome.metrics == pytest.approx(plain_metrics(benchmark, rankings))
-    assert len(set(outcome.per_query["rank"])) > 2  # the toy tells something
+    assert len(set(outcome.per_query["rank"])) > 2  # otherwise any ranking would pass
     assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics)
     assert outcome.protocol == asdict(benchmark.protocol)
     assert outcome.dtype == "embeddings float32, cosines float64 rounded to float32"
@@ -131,11 +132,11 @@ def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
     ragged = [[i for i in subsets[0] if i != COLOURS[4]], *subsets[1:]]
     assert whole.queries[0]["target_id"] in ragged[0] and len({len(ids) for ids in ragged}) > 1
     queries = whole.queries.remove_columns("subset_ids").add_column("subset_ids", ragged)
-    outcome, its = (
+    ragged_ranks, ranks = (
         evaluate(tiny_model, tiny_processor, b, progress=False).per_query["subset_rank"]
         for b in (CIRBenchmark("ragged", queries, whole.gallery), whole)
     )
-    assert outcome[1:] == its[1:]
+    assert ragged_ranks[1:] == ranks[1:]
 
 
 def test_given_gallery_embeddings(tiny_model, tiny_processor):
@@ -150,7 +151,7 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
         evaluate(tiny_model, tiny_processor, benchmark, gallery_embeds=gallery[:, :31], progress=False)
 
 
-def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
+def test_benchmarks_without_labels_or_columns_are_refused(tiny_model, tiny_processor):
     whole = make_benchmark()
     unlabelled = replace(whole, queries=whole.queries.remove_columns("target_id"))
     with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.evaluation\.submission"):
@@ -177,14 +178,14 @@ def test_model_keeps_its_mode(tiny_model, tiny_processor, training):
 
 
 def random_evaluations(sizes):
-    """FashionIQ's categories with random embeddings."""
+    """Yields evaluations of FashionIQ's categories with random embeddings."""
     benchmark = make_benchmark(subsets=False, metrics="fashioniq", reference="kept")
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(number)
         rows = [row % 5 for row in range(size)]
         part = replace(benchmark, name=f"fashioniq/val/{name}", queries=benchmark.queries.select(rows))
         evaluation = score(part, torch.randn(size, 3, generator=generator), torch.randn(9, 3, generator=generator))
-        ranks = tuple(torch.randint(80, (size,), generator=generator).tolist())  # beyond nine images
+        ranks = tuple(torch.randint(80, (size,), generator=generator).tolist())  # the gallery has nine
         hits = {f"recall@{k}": fmean(r < k for r in ranks) for k in (10, 50)}
         yield replace(
             evaluation,
@@ -209,7 +210,7 @@ def test_an_average_is_the_unweighted_mean():
 def test_intervals():
     parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
     assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
-    random, draws = np.random.default_rng(1), []  # every category resampled by itself
+    random, draws = np.random.default_rng(1), []  # every category is resampled by itself
     for _ in range(4000):
         means = [random.choice(part.values("recall@50"), part.counts["queries"]).mean() for part in parts]
         draws.append(fmean(means))
@@ -240,7 +241,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
     assert {"python", "transformers", "tokenizers", "accelerate", "datasets", "pillow", "device"} < set(environment)
 
 
-def test_results_can_be_read_again(tmp_path):
+def test_read_results_returns_what_was_written(tmp_path):
     parts = list(random_evaluations({"dress": 4, "shirt": 7}))
     write_results(tmp_path / "results.json", [*parts, average(parts)])
     assert read_results(tmp_path / "results.json") == [*parts, average(parts)]
@@ -340,7 +341,7 @@ def test_results_without_git(monkeypatch):
 
 
 def outcomes(folder):
-    """Without a store, while one is filled, and from it."""
+    """Yields the evaluation without a store, while one is filled, and from it."""
     model, processor, benchmark = make_model(), make_processor(), make_benchmark(wordings=True)
     for store in (None, EmbeddingStore(folder), EmbeddingStore(folder)):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
@@ -356,7 +357,7 @@ def test_two_processes_agree_with_one(tmp_path):
 
 
 def main(folder):
-    """One of two processes: evaluates and writes what came out."""
+    """Runs in each of two processes: evaluates and writes the outcomes."""
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     assert state.num_processes == 2

@@ -1,4 +1,4 @@
-"""`evaluation/metrics.py` against a plain sort of every row, and against the numbers of the public reference."""
+"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and the numbers of a public reference."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_
 
 
 def plain_ranking(query, gallery, excluded=None):
-    """Gallery positions of one query, best first: what every function must agree with."""
+    """Ranks the gallery for one query in plain Python: gallery positions, best first."""
 
     def cosine(image):
         a, b = query.double(), image.double()
@@ -39,12 +39,12 @@ def plain_ranking(query, gallery, excluded=None):
 
 
 def problem(num_queries, gallery_size, width=5, levels=None, dtype=torch.float32, seed=0):
-    """Random embeddings; with `levels`, of so few distinct rows that ties are everywhere."""
+    """Makes random embeddings and three gallery positions a query; a small number of `levels` makes most rows tie."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(levels or gallery_size, width, generator=generator).to(dtype)
     gallery = rows[torch.randint(len(rows), (gallery_size,), generator=generator)] if levels else rows
     queries = torch.randn(num_queries, width, generator=generator).to(dtype)
-    # three different positions a query: target, excluded, other member
+    # distinct positions: target, excluded, other member
     picks = torch.stack([torch.randperm(gallery_size, generator=generator)[:3] for _ in range(num_queries)])
     return queries, gallery, picks
 
@@ -67,8 +67,8 @@ def test_ranks_equal_a_plain_sort(levels, dtype):
         assert target_ranks(queries, gallery, target, **kwargs).tolist() == positions(plain)
         assert target_ranks(queries, gallery, target, excluded, **kwargs).tolist() == positions(without)
         assert subset_ranks(queries, gallery, subset, target, excluded).tolist() == positions(restricted)
-        scores, found = top_k(queries, gallery, 22, excluded, **kwargs)
-        assert found.tolist() == without
+        scores, best = top_k(queries, gallery, 22, excluded, **kwargs)
+        assert best.tolist() == without
         assert scores.dtype == torch.float32 and (scores.diff(dim=1) <= 0).all()
         assert top_k(queries, gallery, 7, **kwargs)[1].tolist() == [row[:7] for row in plain]
 
@@ -76,7 +76,7 @@ def test_ranks_equal_a_plain_sort(levels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("jitter", [0, 1e-8, 1e-7, 1e-6, 1])
 def test_fast_ranks_equal_the_definition(jitter, dtype):
-    """Rows in a few crowds, closer than float32 products tell apart: `rank_gallery` sorts them in float64."""
+    """Compares with `rank_gallery` on rows in three clusters that float32 products cannot order."""
     generator = torch.Generator().manual_seed(2)
     queries = torch.randn(9, 48, generator=generator, dtype=torch.float64).to(dtype)
     gallery = torch.randn(3, 48, generator=generator, dtype=torch.float64).repeat(70, 1)
@@ -105,7 +105,7 @@ def test_the_definition_sorts_stably_and_refuses_nan():
 
 
 def plain_average_precision(ranking, positives, k):
-    """The definition, position by position; precision@j is counted anew for each."""
+    """Computes the definition rank by rank, counting precision@j from scratch for each."""
     hits = [image in positives for image in ranking[:k]]
     return sum(sum(hits[: j + 1]) / (j + 1) for j, hit in enumerate(hits) if hit) / min(len(positives), k)
 
@@ -119,7 +119,7 @@ def test_average_precision_equals_a_plain_sort(levels, exclude):
     positives = [[i for i in torch.randperm(23, generator=generator).tolist() if i != picks[n, 0]] for n in range(12)]
     positives = [row[: 1 + n % 9] for n, row in enumerate(positives)]
     index = torch.tensor([row + [-1] * (9 - len(row)) for row in positives])
-    index = index[:, torch.randperm(9, generator=generator)]  # padding may stand anywhere
+    index = index[:, torch.randperm(9, generator=generator)]  # padding may be anywhere
     rankings = [plain_ranking(q, gallery, int(picks[n, 0]) if exclude else None) for n, q in enumerate(queries)]
     for chunk_size in (1, 5, 128):
         ranks = positive_ranks(queries, gallery, index, excluded, chunk_size)
@@ -180,7 +180,7 @@ def test_recall_counts_by_hand():
 
 
 def test_circo_counts_by_hand():
-    # Right answers at 1st, 3rd and 7th place; at 6th alone; at 1st and beyond the list.
+    # Positives come 1st, 3rd and 7th; 6th; 1st and beyond the list.
     ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
     at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]
     values = average_precision_at_k(ranks, [1, 5, 10])
@@ -221,11 +221,11 @@ def test_ranked_lists_equal_embeddings():
     assert ranks_from_lists([["a"], ["b", "c"]], [["a"], ["d", "c"]]).tolist() == [[0, -1], [NOT_RETRIEVED, 1]]
 
 
-# ---- the public reference's numbers ----
+# ---- numbers of the public reference ----
 
 
 def reference_case(case):
-    """Scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
+    """Returns scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
     position = {name: i for i, name in reversed(list(enumerate(case["index_names"])))}
     scores = -torch.tensor(case["distances"], dtype=torch.float32)
     target = torch.tensor([position.get(name, -1) for name in case["targets"]])
@@ -268,22 +268,22 @@ def test_recalls_equal_the_reference(case):
         ("error_duplicate_member", r"subset_index of query 0 is \[3, 3, .* repeats a member"),
     ],
 )
-def test_what_the_reference_rejects_is_rejected_with_a_reason(name, message):
+def test_inputs_the_reference_rejects_are_refused_with_a_reason(name, message):
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == name)
     scores, target, excluded, subset = reference_case(case)
     with pytest.raises(ValueError, match=message):
         ranks_from_scores(scores, target, excluded, subset)
 
 
-def test_one_query_without_its_reference_among_the_members_is_fine_here():
-    # The reference code needs rows of equal length after dropping the reference and fails in a reshape.
+def test_a_subset_may_lack_the_reference():
+    # The reference code needs rows of equal length after dropping the reference image, and fails in a reshape.
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == "error_one_query_members_without_reference")
     ranks = ranks_from_scores(*reference_case(case))
     assert (ranks >= 0).all() and (ranks < 6).all()
 
 
 def test_a_gallery_name_listed_twice_cannot_lift_recall_above_one():
-    # The reference counts both positions of the name and arrives at 150 percent; a target is one position here.
+    # The reference code counts both positions of the name and returns 150 percent; here a target is one position.
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == "fiq_duplicate_gallery_names")
     scores, target, *_ = reference_case(case)
     assert recall_at_k(ranks_from_scores(scores, target), [10]) == {10: 1.0}
@@ -294,8 +294,8 @@ def test_top_k_equals_the_reference_submission(case):
     names, members = case["index_names"], case["members"]
     queries, gallery = torch.tensor(case["predicted_features"]), torch.tensor(case["index_features"])
     excluded = torch.tensor([names.index(name) for name in case["references"]])
-    _, found = top_k(queries, gallery, len(names) - 1, excluded)
-    for pair, row, group in zip(case["pair_ids"], found, members, strict=True):
+    _, best = top_k(queries, gallery, len(names) - 1, excluded)
+    for pair, row, group in zip(case["pair_ids"], best, members, strict=True):
         ranked = [names[i] for i in row]
         assert ranked[:50] == case["recall_submission"][str(pair)]
         assert [name for name in ranked if name in group][:3] == case["recall_subset_submission"][str(pair)]

@@ -1,4 +1,4 @@
-"""Loss and ranks in float64 beside ours, on inputs made to break them; training that meets a NaN."""
+"""Loss and ranks against float64 on adversarial inputs; training on a batch with NaN."""
 
 from itertools import product
 
@@ -97,7 +97,7 @@ def test_ranks_equal_float64(figure):
         adversarial().items(), (torch.float32, torch.bfloat16, torch.half)
     ):
         queries, gallery = queries.to(dtype), gallery.repeat(3, 1).to(dtype)
-        target = torch.arange(len(queries)) + len(queries)  # the second of three equal ones
+        target = torch.arange(len(queries)) + len(queries)  # the second of three equal images
         plain = [plain_ranking(query, gallery) for query in queries]
         ranks = [row.index(int(t)) for row, t in zip(plain, target, strict=True)]
         assert target_ranks(queries, gallery, target).tolist() == ranks, name
