@@ -55,11 +55,11 @@ def test_modules_agree_with_the_embeddings(load, problem):
     recall = {"predictions": ranked, "references": targets}
     subset = recall | {"subsets": names(picks)}
     settings = {"exclude": references, "per_query": True}
-    ours = compute_in_batches(load("recall_at_k"), recall, **settings)
-    assert ours.pop("ranks") == ranks.tolist()
+    outcome = compute_in_batches(load("recall_at_k"), recall, **settings)
+    assert outcome.pop("ranks") == ranks.tolist()
     among = compute_in_batches(load("subset_recall_at_k"), subset, **settings)
     assert among.pop("ranks") == within.tolist()
-    assert ours | among == {k: v for k, v in expected.items() if "mean" not in k}
+    assert outcome | among == {k: v for k, v in expected.items() if "mean" not in k}
 
     positives = positive_ranks(queries, gallery, picks[:, :2])  # nothing left out
     outcome = load("map_at_k").compute(predictions=ranked, references=names(picks[:, :2]), per_query=True)

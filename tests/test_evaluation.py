@@ -26,7 +26,7 @@ from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation import results
-from pvlf_hf.evaluation.metrics import METRICS
+from pvlf_hf.evaluation.metrics import METRICS, BenchmarkMetrics
 from pvlf_hf.evaluation.results import intervals, read_results, write_results
 from pvlf_hf.evaluation.scoring import average, evaluate, score
 from pvlf_hf.evaluation.significance import bootstrap_interval
@@ -330,6 +330,35 @@ def test_values_that_were_not_kept_are_named():
     (evaluation,) = random_evaluations({"dress": 4})
     with pytest.raises(ValueError, match=r"the values of every query for 'recall@7' of fashioniq/val/dress were not"):
         replace(evaluation, metrics={"recall@7": 0.5}).values("recall@7")
+
+
+class MacroRecall(BenchmarkMetrics):
+    """Recall@1 of every query, and its mean over reference images."""
+
+    def measure(self, query_embeds, gallery_embeds, benchmark):
+        columns = super().measure(query_embeds, gallery_embeds, benchmark)
+        return {**columns, "reference_id": tuple(benchmark.queries["reference_id"])}
+
+    def _values(self, per_query):
+        hits = [float(rank < 1) for rank in per_query["rank"]]
+        groups = {}
+        for reference, hit in zip(per_query["reference_id"], hits, strict=True):
+            groups.setdefault(reference, []).append(hit)
+        return {"recall@1": hits, "macro_recall@1": [fmean(group) for group in groups.values()]}
+
+
+def test_metrics_of_another_protocol_are_one_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(METRICS, "macro", MacroRecall())
+    squares = make_benchmark(metrics="macro", reference="kept")
+    benchmark = replace(squares, queries=squares.queries.select([0, 0, 0, 1]))
+    queries, gallery = torch.eye(9)[[5, 5, 0, 6]], torch.eye(9)  # the targets are 5, 5, 5, 6
+    outcome = score(benchmark, queries, gallery)
+    assert outcome.metrics == {"recall@1": 0.75, "macro_recall@1": pytest.approx((2 / 3 + 1) / 2)}
+    assert outcome.values("macro_recall@1") == pytest.approx([2 / 3, 1])
+    write_results(tmp_path / "results.json", [outcome])
+    assert read_results(tmp_path / "results.json") == [outcome]
+    with pytest.raises(ValueError, match=r"unknown metrics 'micro'; .*'circo', 'macro'\]"):
+        score(replace(benchmark, protocol=replace(benchmark.protocol, metrics="micro")), queries, gallery)
 
 
 def test_results_without_git(monkeypatch):

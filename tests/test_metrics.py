@@ -250,8 +250,8 @@ def test_recalls_equal_the_reference(case):
         in_subset = ranks_from_scores(scores, target, excluded, subset)
         metrics = METRICS["cirr"].means({"rank": ranks, "subset_rank": in_subset})
         assert 100 * metrics["mean_of_seven"] == pytest.approx(sum(case["expected"].values()) / 7, abs=1e-4)
-    ours = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
-    assert {k: 100 * ours[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
+    renamed = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
+    assert {k: 100 * renamed[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
     bounds = case.get("target_rank_best_worst") or case["target_rank_best_worst_after_dropping_reference"]
     best, worst = (ranks_from_scores(scores, target, excluded, ties=ties) for ties in ("best", "worst"))
     assert [[b + 1, w + 1] for b, w in zip(best.tolist(), worst.tolist(), strict=True)] == bounds
