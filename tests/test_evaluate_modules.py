@@ -1,4 +1,4 @@
-"""The modules for Hugging Face Evaluate, loaded from their folders as a user does, against `evaluation/metrics.py`."""
+"""The metrics for Hugging Face Evaluate, loaded from their folders as a user does, against `evaluation/metrics.py`."""
 
 import doctest
 from pathlib import Path
@@ -8,15 +8,9 @@ import pytest
 import torch
 
 import pvlf_hf
-from pvlf_hf.evaluation.metrics import (
-    CIRCO_KS,
-    average_precision_at_k,
-    cirr_metrics,
-    positive_ranks,
-    subset_ranks,
-    target_ranks,
-)
+from pvlf_hf.evaluation.metrics import CIRCO_KS, METRICS, average_precision_at_k
 from pvlf_hf.evaluation.metrics import map_at_k as mean_average_precision
+from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_ranks
 
 FOLDER = Path(pvlf_hf.__file__).parent / "evaluate_modules"
 NAMES = ("recall_at_k", "subset_recall_at_k", "map_at_k")
@@ -33,7 +27,7 @@ def names(index):
 
 @pytest.fixture
 def problem():
-    """Embeddings and (12, 4) gallery positions a query: target, other right answer, another image, reference."""
+    """Makes embeddings and gallery positions (12, 4): target, other positive, another image, reference."""
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(12, 6, generator=generator), torch.randn(70, 6, generator=generator)
     picks = torch.stack([torch.randperm(70, generator=generator)[:4] for _ in range(12)])
@@ -41,7 +35,7 @@ def problem():
 
 
 def compute_in_batches(metric, arguments, **settings):
-    """Adds five queries at a time."""
+    """Computes a metric from batches of five queries."""
     for start in range(0, 12, 5):
         metric.add_batch(**{name: rows[start : start + 5] for name, rows in arguments.items()})
     return metric.compute(**settings)
@@ -57,15 +51,15 @@ def test_modules_agree_with_the_embeddings(load, problem):
         target_ranks(queries, gallery, target, reference),
         subset_ranks(queries, gallery, picks, target, reference),
     )
-    expected = cirr_metrics(ranks, within)
+    expected = METRICS["cirr"].means({"rank": ranks, "subset_rank": within})
     recall = {"predictions": ranked, "references": targets}
     subset = recall | {"subsets": names(picks)}
     settings = {"exclude": references, "per_query": True}
-    ours = compute_in_batches(load("recall_at_k"), recall, **settings)
-    assert ours.pop("ranks") == ranks.tolist()
+    outcome = compute_in_batches(load("recall_at_k"), recall, **settings)
+    assert outcome.pop("ranks") == ranks.tolist()
     among = compute_in_batches(load("subset_recall_at_k"), subset, **settings)
     assert among.pop("ranks") == within.tolist()
-    assert ours | among == {k: v for k, v in expected.items() if "mean" not in k}
+    assert outcome | among == {k: v for k, v in expected.items() if "mean" not in k}
 
     positives = positive_ranks(queries, gallery, picks[:, :2])  # nothing left out
     outcome = load("map_at_k").compute(predictions=ranked, references=names(picks[:, :2]), per_query=True)
@@ -85,7 +79,7 @@ def test_the_documented_examples_hold(load, name):
         assert repr(eval(example.source, {"metric": metric})) == example.want.strip()
 
 
-def test_short_lists_miss_and_say_so(load):
+def test_targets_beyond_the_list_are_missed_and_have_no_rank(load):
     ragged = {"predictions": [["a", "b"], ["c"]], "references": ["b", "b"]}
     outcome = load("recall_at_k").compute(**ragged, ks=[1, 50], per_query=True)
     assert outcome == {"recall@1": 0, "recall@50": 0.5, "ranks": [1, None]}
@@ -112,8 +106,8 @@ def test_bad_lists_name_the_query(load, name, second, message):
         load(name).compute(**rows)
 
 
-def test_queries_without_right_answers_and_subsets_without_target(load):
-    with pytest.raises(ValueError, match="query 1: its list of right answers is empty"):
+def test_queries_without_positives_and_subsets_without_target_are_refused(load):
+    with pytest.raises(ValueError, match="query 1: its list of positives is empty"):
         load("map_at_k").compute(predictions=[["a"], ["a"]], references=[["a"], []])
     with pytest.raises(ValueError, match="query 0: its target 'a' is not in its subset"):
         load("subset_recall_at_k").compute(predictions=[["a"]], references=["a"], subsets=[["b"]])

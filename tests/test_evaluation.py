@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, in one process and in two (this file is also what the two processes run)."""
+"""`evaluate` against plain loops, in one process and in two, which run this file; averages, intervals and files."""
 
 import json
 import os
@@ -19,13 +19,14 @@ from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
+from pvlf_hf.checkpoints.model_card import render_card
 from pvlf_hf.commands.arguments import leave
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation import results
-from pvlf_hf.evaluation.metrics import cirr_metrics
+from pvlf_hf.evaluation.metrics import METRICS, BenchmarkMetrics
 from pvlf_hf.evaluation.results import intervals, read_results, write_results
 from pvlf_hf.evaluation.scoring import average, evaluate, score
 from pvlf_hf.evaluation.significance import bootstrap_interval
@@ -33,7 +34,7 @@ from pvlf_hf.evaluation.significance import bootstrap_interval
 
 @torch.no_grad()
 def plain_rankings(model, processor, benchmark):
-    """Gallery ids of every query, best first: one picture, one wording and one query at a time, sorted in Python."""
+    """Yields each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
     gallery = [
         (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
         for row in benchmark.gallery
@@ -49,7 +50,7 @@ def plain_rankings(model, processor, benchmark):
 
 
 def plain_metrics(benchmark, rankings):
-    """By their definitions, query by query."""
+    """Computes the metrics of a benchmark by their definitions, query by query."""
     targets = list(benchmark.queries["target_id"])
     hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
     if benchmark.protocol.metrics == "fashioniq":
@@ -57,11 +58,12 @@ def plain_metrics(benchmark, rankings):
     if benchmark.protocol.metrics == "circo":
         metrics = {f"recall@{k}": hits[k] for k in (5, 10, 25, 50)}
         for k in (5, 10, 25, 50):
-            found = [plain_ap(ids, its, k) for ids, its in zip(rankings, benchmark.queries["target_ids"], strict=True)]
-            metrics[f"map@{k}"] = fmean(found)
+            positives = benchmark.queries["target_ids"]
+            precisions = [plain_ap(ids, answers, k) for ids, answers in zip(rankings, positives, strict=True)]
+            metrics[f"map@{k}"] = fmean(precisions)
             if k == 10:
                 by_aspect = {}
-                for value, aspects in zip(found, benchmark.queries["semantic_aspects"], strict=True):
+                for value, aspects in zip(precisions, benchmark.queries["semantic_aspects"], strict=True):
                     for aspect in aspects:
                         by_aspect.setdefault(f"map@10/{aspect}", []).append(value)
                 metrics |= {aspect: fmean(values) for aspect, values in by_aspect.items()}
@@ -74,9 +76,9 @@ def plain_metrics(benchmark, rankings):
     return metrics | {"mean": (metrics["recall@5"] + metrics["recall_subset@1"]) / 2, "mean_of_seven": seven}
 
 
-def plain_ap(ranking, answers, k):
-    right = [place for place, image_id in enumerate(ranking[:k], 1) if image_id in answers]
-    return sum(number / place for number, place in enumerate(right, 1)) / min(len(answers), k)
+def plain_ap(ranking, positives, k):
+    ranks = [rank for rank, image_id in enumerate(ranking[:k], 1) if image_id in positives]
+    return sum(count / rank for count, rank in enumerate(ranks, 1)) / min(len(positives), k)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +97,10 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     targets = benchmark.queries["target_id"]
     assert outcome.per_query["rank"] == tuple(ids.index(t) for ids, t in zip(rankings, targets, strict=True))
     assert outcome.metrics == pytest.approx(plain_metrics(benchmark, rankings))
-    assert len(set(outcome.per_query["rank"])) > 2  # the toy tells something
+    assert len(set(outcome.per_query["rank"])) > 2  # otherwise any ranking would pass
     assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics)
     assert outcome.protocol == asdict(benchmark.protocol)
-    assert outcome.precision == "embeddings float32, cosines float64 rounded to float32"
+    assert outcome.dtype == "embeddings float32, cosines float64 rounded to float32"
     assert outcome.counts == {"queries": len(rankings), "gallery": len(benchmark.gallery)}
 
 
@@ -110,7 +112,8 @@ def test_subset_ranks_and_names(tiny_model, tiny_processor):
     in_subset = [[i for i in ids if i in group].index(target) for target, ids, group in rows]
     assert outcome.per_query["subset_rank"] == tuple(in_subset)
     assert outcome.per_query["query_id"] == ("0", "1", "2", "3", "4")
-    assert outcome.metrics == cirr_metrics(torch.tensor(outcome.per_query["rank"]), torch.tensor(in_subset))
+    ranks = {"rank": outcome.per_query["rank"], "subset_rank": in_subset}
+    assert outcome.metrics == METRICS["cirr"].means(ranks)
     assert (outcome.benchmark, outcome.method) == ("squares", "pvlf")
     with pytest.raises(ValueError, match="no metric 'map@5' of squares; there are"):
         outcome.values("map@5")
@@ -129,11 +132,11 @@ def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
     ragged = [[i for i in subsets[0] if i != COLOURS[4]], *subsets[1:]]
     assert whole.queries[0]["target_id"] in ragged[0] and len({len(ids) for ids in ragged}) > 1
     queries = whole.queries.remove_columns("subset_ids").add_column("subset_ids", ragged)
-    outcome, its = (
+    ragged_ranks, ranks = (
         evaluate(tiny_model, tiny_processor, b, progress=False).per_query["subset_rank"]
         for b in (CIRBenchmark("ragged", queries, whole.gallery), whole)
     )
-    assert outcome[1:] == its[1:]
+    assert ragged_ranks[1:] == ranks[1:]
 
 
 def test_given_gallery_embeddings(tiny_model, tiny_processor):
@@ -148,10 +151,10 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
         evaluate(tiny_model, tiny_processor, benchmark, gallery_embeds=gallery[:, :31], progress=False)
 
 
-def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
+def test_benchmarks_without_labels_or_columns_are_refused(tiny_model, tiny_processor):
     whole = make_benchmark()
     unlabelled = replace(whole, queries=whole.queries.remove_columns("target_id"))
-    with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.submission"):
+    with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.evaluation\.submission"):
         evaluate(tiny_model, tiny_processor, unlabelled)
     with pytest.raises(ValueError, match="squares: its protocol's metrics need the column target_ids"):
         score(make_benchmark(metrics="circo"), torch.eye(9)[:5], torch.eye(9))
@@ -159,7 +162,7 @@ def test_what_cannot_be_measured_is_said(tiny_model, tiny_processor):
 
 def test_half_precision_is_recorded(tiny_model, tiny_processor):
     outcome = evaluate(tiny_model.bfloat16(), tiny_processor, make_benchmark(), progress=False)
-    assert outcome.precision.startswith("embeddings bfloat16")
+    assert outcome.dtype.startswith("embeddings bfloat16")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -175,14 +178,14 @@ def test_model_keeps_its_mode(tiny_model, tiny_processor, training):
 
 
 def random_evaluations(sizes):
-    """FashionIQ's categories with random embeddings."""
+    """Yields evaluations of FashionIQ's categories with random embeddings."""
     benchmark = make_benchmark(subsets=False, metrics="fashioniq", reference="kept")
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(number)
         rows = [row % 5 for row in range(size)]
         part = replace(benchmark, name=f"fashioniq/val/{name}", queries=benchmark.queries.select(rows))
         evaluation = score(part, torch.randn(size, 3, generator=generator), torch.randn(9, 3, generator=generator))
-        ranks = tuple(torch.randint(80, (size,), generator=generator).tolist())  # beyond nine images
+        ranks = tuple(torch.randint(80, (size,), generator=generator).tolist())  # the gallery has nine
         hits = {f"recall@{k}": fmean(r < k for r in ranks) for k in (10, 50)}
         yield replace(
             evaluation,
@@ -207,7 +210,7 @@ def test_an_average_is_the_unweighted_mean():
 def test_intervals():
     parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
     assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
-    random, draws = np.random.default_rng(1), []  # every category resampled by itself
+    random, draws = np.random.default_rng(1), []  # every category is resampled by itself
     for _ in range(4000):
         means = [random.choice(part.values("recall@50"), part.counts["queries"]).mean() for part in parts]
         draws.append(fmean(means))
@@ -229,7 +232,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
         "intervals": {metric: list(ends) for metric, ends in intervals(outcomes[0]).items()},
         "counts": {"queries": 5, "gallery": 9},
         "protocol": outcomes[0].protocol,
-        "precision": outcomes[0].precision,
+        "dtype": outcomes[0].dtype,
     }
     environment = results["environment"]
     assert environment["torch"] == torch.__version__
@@ -238,7 +241,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
     assert {"python", "transformers", "tokenizers", "accelerate", "datasets", "pillow", "device"} < set(environment)
 
 
-def test_results_can_be_read_again(tmp_path):
+def test_read_results_returns_what_was_written(tmp_path):
     parts = list(random_evaluations({"dress": 4, "shirt": 7}))
     write_results(tmp_path / "results.json", [*parts, average(parts)])
     assert read_results(tmp_path / "results.json") == [*parts, average(parts)]
@@ -250,6 +253,114 @@ def test_results_can_be_read_again(tmp_path):
         read_results(tmp_path / "other.json")
 
 
+OLD_RESULTS = {
+    "evaluations": [
+        {
+            "benchmark": "circo/val",
+            "method": "pvlf",
+            "metrics": {
+                **{"map@5": 0.375, "map@10": 0.375, "map@25": 0.375, "map@50": 0.375},
+                **{"recall@5": 0.5, "recall@10": 0.5, "recall@25": 0.5, "recall@50": 1.0},
+                **{"map@10/cardinality": 0.25, "map@10/negation": 0.375},
+            },
+            "counts": {"queries": 2, "gallery": 123403},
+            "protocol": {
+                "name": "circo-val",
+                "gallery": "COCO unlabeled2017",
+                "reference": "kept",
+                "captions": "as annotated",
+                "metrics": "circo",
+                "missing": "none",
+                "revision": "sha256 0a",
+                "ties": "gallery order",
+            },
+            "precision": "embeddings float32, cosines float64 rounded to float32",
+        },
+        {
+            "benchmark": "cirr/val",
+            "method": "text",
+            "metrics": {
+                **{"recall@1": 0.25, "recall@5": 0.75, "recall@10": 1.0, "recall@50": 1.0},
+                **{"recall_subset@1": 0.5, "recall_subset@2": 0.75, "recall_subset@3": 1.0},
+                **{"mean": 0.625, "mean_of_seven": 0.75},
+            },
+            "counts": {"queries": 4, "gallery": 2297},
+            "protocol": {"name": "cirr-val", "gallery": "split.rc2.val.json", "metrics": "cirr"},
+            "precision": "embeddings bfloat16, cosines float64 rounded to float32",
+        },
+    ],
+    "environment": {"python": "3.11.9", "commit": None},
+}
+for summary in OLD_RESULTS["evaluations"]:
+    summary["intervals"] = dict.fromkeys(summary["metrics"], [0.0, 1.0])
+OLD_PER_QUERY = [
+    {
+        "query_id": ["0", "1"],
+        "rank": [0, 30],
+        **{f"average_precision@{k}": [0.25, 0.5] for k in (5, 10, 25, 50)},
+        "semantic_aspects": [["negation", "cardinality"], ["negation"]],
+    },
+    {"query_id": ["a", "b", "c", "d"], "rank": [0, 1, 4, 5], "subset_rank": [0, 0, 1, 2]},
+]
+
+
+def test_files_that_say_precision_are_read(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(OLD_RESULTS))
+    (tmp_path / "results_per_query.json").write_text(json.dumps(OLD_PER_QUERY))
+    circo, cirr = read_results(tmp_path / "results.json")
+    assert circo.dtype == "embeddings float32, cosines float64 rounded to float32"
+    assert cirr.dtype == "embeddings bfloat16, cosines float64 rounded to float32"
+    assert circo.values("map@10/negation") == [0.25, 0.5] and circo.values("map@10/cardinality") == [0.25]
+    assert circo.values("recall@50") == [1, 1] and circo.values("recall@25") == [1, 0]
+    assert cirr.values("mean") == [1, 1, 0.5, 0]
+    assert cirr.values("mean_of_seven") == pytest.approx([1, 6 / 7, 5 / 7, 3 / 7])
+    for evaluation in (circo, cirr):
+        means = {metric: fmean(evaluation.values(metric)) for metric in evaluation.metrics}
+        assert means == pytest.approx(evaluation.metrics)
+    assert "| precision | embeddings bfloat16, cosines float64" in render_card(OLD_RESULTS, "you/mine")
+    write_results(tmp_path / "new.json", [circo, cirr])
+    assert read_results(tmp_path / "new.json") == [circo, cirr]
+    written = json.loads((tmp_path / "new.json").read_text())["evaluations"]
+    for new, old in zip(written, OLD_RESULTS["evaluations"], strict=True):
+        renamed = {"dtype" if key == "precision" else key: value for key, value in old.items()}
+        assert new == {**renamed, "intervals": new["intervals"]} and new["intervals"].keys() == old["intervals"].keys()
+
+
+def test_values_that_were_not_kept_are_named():
+    (evaluation,) = random_evaluations({"dress": 4})
+    with pytest.raises(ValueError, match=r"the values of every query for 'recall@7' of fashioniq/val/dress were not"):
+        replace(evaluation, metrics={"recall@7": 0.5}).values("recall@7")
+
+
+class MacroRecall(BenchmarkMetrics):
+    """Recall@1 of every query, and its mean over reference images."""
+
+    def measure(self, query_embeds, gallery_embeds, benchmark):
+        columns = super().measure(query_embeds, gallery_embeds, benchmark)
+        return {**columns, "reference_id": tuple(benchmark.queries["reference_id"])}
+
+    def _values(self, per_query):
+        hits = [float(rank < 1) for rank in per_query["rank"]]
+        groups = {}
+        for reference, hit in zip(per_query["reference_id"], hits, strict=True):
+            groups.setdefault(reference, []).append(hit)
+        return {"recall@1": hits, "macro_recall@1": [fmean(group) for group in groups.values()]}
+
+
+def test_metrics_of_another_protocol_are_one_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(METRICS, "macro", MacroRecall())
+    squares = make_benchmark(metrics="macro", reference="kept")
+    benchmark = replace(squares, queries=squares.queries.select([0, 0, 0, 1]))
+    queries, gallery = torch.eye(9)[[5, 5, 0, 6]], torch.eye(9)  # the targets are 5, 5, 5, 6
+    outcome = score(benchmark, queries, gallery)
+    assert outcome.metrics == {"recall@1": 0.75, "macro_recall@1": pytest.approx((2 / 3 + 1) / 2)}
+    assert outcome.values("macro_recall@1") == pytest.approx([2 / 3, 1])
+    write_results(tmp_path / "results.json", [outcome])
+    assert read_results(tmp_path / "results.json") == [outcome]
+    with pytest.raises(ValueError, match=r"unknown metrics 'micro'; .*'circo', 'macro'\]"):
+        score(replace(benchmark, protocol=replace(benchmark.protocol, metrics="micro")), queries, gallery)
+
+
 def test_results_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert results.environment()["commit"] is None
@@ -259,7 +370,7 @@ def test_results_without_git(monkeypatch):
 
 
 def outcomes(folder):
-    """Without a store, while one is filled, and from it."""
+    """Yields the evaluation without a store, while one is filled, and from it."""
     model, processor, benchmark = make_model(), make_processor(), make_benchmark(wordings=True)
     for store in (None, EmbeddingStore(folder), EmbeddingStore(folder)):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
@@ -275,7 +386,7 @@ def test_two_processes_agree_with_one(tmp_path):
 
 
 def main(folder):
-    """One of two processes: evaluates and writes what came out."""
+    """Runs in each of two processes: evaluates and writes the outcomes."""
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     assert state.num_processes == 2

@@ -27,7 +27,7 @@ FOLDERS = {
     "data.emoji_cir": ["names", "captions", "dataset"],
     "data ": ["annotations", "laion_cir", "cirr", "fashioniq", "circo", "streaming", "protocols", "doctor"],
     "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
-    "evaluation": ["metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
+    "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
     "checkpoints": ["model_card", "golden", "convert"],
     "search": ["vector_index", "query", "indexing", "gallery", "results_page", "middleware", "web_demo"],
     "training": ["batches", "cpu_dropout", "gradient_cache", "feature_cache", "training_args", "trainer"],

@@ -1,4 +1,4 @@
-"""`evaluation/metrics.py` against a plain sort of every row, and against the numbers of the public reference."""
+"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and the numbers of a public reference."""
 
 import json
 from pathlib import Path
@@ -8,17 +8,18 @@ import torch
 
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.metrics import (
-    NOT_RETRIEVED,
+    METRICS,
     average_precision_at_k,
-    circo_metrics,
-    cirr_metrics,
-    fashioniq_metrics,
     map_at_k,
-    mean_by_aspect,
+    metrics_named,
+    rank_gallery,
+    recall_at_k,
+)
+from pvlf_hf.evaluation.ranking import (
+    NOT_RETRIEVED,
     positive_ranks,
     ranks_from_lists,
     ranks_from_scores,
-    recall_at_k,
     subset_ranks,
     target_ranks,
 )
@@ -27,7 +28,7 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_
 
 
 def plain_ranking(query, gallery, excluded=None):
-    """Gallery positions of one query, best first: what every function must agree with."""
+    """Ranks the gallery for one query in plain Python: gallery positions, best first."""
 
     def cosine(image):
         a, b = query.double(), image.double()
@@ -38,12 +39,12 @@ def plain_ranking(query, gallery, excluded=None):
 
 
 def problem(num_queries, gallery_size, width=5, levels=None, dtype=torch.float32, seed=0):
-    """Random embeddings; with `levels`, of so few distinct rows that ties are everywhere."""
+    """Makes random embeddings and three gallery positions a query; a small number of `levels` makes most rows tie."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(levels or gallery_size, width, generator=generator).to(dtype)
     gallery = rows[torch.randint(len(rows), (gallery_size,), generator=generator)] if levels else rows
     queries = torch.randn(num_queries, width, generator=generator).to(dtype)
-    # three different positions a query: target, excluded, other member
+    # distinct positions: target, excluded, other member
     picks = torch.stack([torch.randperm(gallery_size, generator=generator)[:3] for _ in range(num_queries)])
     return queries, gallery, picks
 
@@ -66,14 +67,45 @@ def test_ranks_equal_a_plain_sort(levels, dtype):
         assert target_ranks(queries, gallery, target, **kwargs).tolist() == positions(plain)
         assert target_ranks(queries, gallery, target, excluded, **kwargs).tolist() == positions(without)
         assert subset_ranks(queries, gallery, subset, target, excluded).tolist() == positions(restricted)
-        scores, found = top_k(queries, gallery, 22, excluded, **kwargs)
-        assert found.tolist() == without
+        scores, best = top_k(queries, gallery, 22, excluded, **kwargs)
+        assert best.tolist() == without
         assert scores.dtype == torch.float32 and (scores.diff(dim=1) <= 0).all()
         assert top_k(queries, gallery, 7, **kwargs)[1].tolist() == [row[:7] for row in plain]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("jitter", [0, 1e-8, 1e-7, 1e-6, 1])
+def test_fast_ranks_equal_the_definition(jitter, dtype):
+    """Compares with `rank_gallery` on rows in three clusters that float32 products cannot order."""
+    generator = torch.Generator().manual_seed(2)
+    queries = torch.randn(9, 48, generator=generator, dtype=torch.float64).to(dtype)
+    gallery = torch.randn(3, 48, generator=generator, dtype=torch.float64).repeat(70, 1)
+    gallery = (gallery + jitter * torch.randn(210, 48, generator=generator, dtype=torch.float64)).to(dtype)
+    picks = torch.stack([torch.randperm(210, generator=generator)[:6] for _ in range(9)])
+    target, excluded = picks[:, 0], picks[:, 1]
+    rankings = [rank_gallery(q, gallery, int(e)).tolist() for q, e in zip(queries, excluded, strict=True)]
+    expected = [[ranking.index(i) for i in row] for ranking, row in zip(rankings, picks[:, ::2].tolist(), strict=True)]
+    for chunk_size in (1, 4, 128):
+        assert positive_ranks(queries, gallery, picks[:, ::2], excluded, chunk_size).tolist() == expected
+        assert target_ranks(queries, gallery, target, excluded, chunk_size).tolist() == [row[0] for row in expected]
+        assert top_k(queries, gallery, 209, excluded, chunk_size)[1].tolist() == rankings
+    among = [[i for i in ranking if i in row] for ranking, row in zip(rankings, picks.tolist(), strict=True)]
+    in_subset = subset_ranks(queries, gallery, picks, target, excluded)
+    assert in_subset.tolist() == [row.index(i) for row, i in zip(among, target.tolist(), strict=True)]
+
+
+def test_the_definition_sorts_stably_and_refuses_nan():
+    gallery = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    assert rank_gallery(torch.tensor([3.0, 0.0]), gallery).tolist() == [1, 3, 0, 2]
+    assert rank_gallery(torch.tensor([3.0, 0.0]), gallery, exclude=3).tolist() == [1, 0, 2]
+    with pytest.raises(ValueError, match="gallery_embeds hold NaN or infinity, first at gallery 1"):
+        rank_gallery(torch.ones(2), torch.tensor([[0.0, 1.0], [torch.nan, 1.0]]))
+    with pytest.raises(ValueError, match="query_embeds are 3 wide and gallery_embeds 2"):
+        rank_gallery(torch.ones(3), gallery)
+
+
 def plain_average_precision(ranking, positives, k):
-    """The definition, position by position; precision@j is counted anew for each."""
+    """Computes the definition rank by rank, counting precision@j from scratch for each."""
     hits = [image in positives for image in ranking[:k]]
     return sum(sum(hits[: j + 1]) / (j + 1) for j, hit in enumerate(hits) if hit) / min(len(positives), k)
 
@@ -87,7 +119,7 @@ def test_average_precision_equals_a_plain_sort(levels, exclude):
     positives = [[i for i in torch.randperm(23, generator=generator).tolist() if i != picks[n, 0]] for n in range(12)]
     positives = [row[: 1 + n % 9] for n, row in enumerate(positives)]
     index = torch.tensor([row + [-1] * (9 - len(row)) for row in positives])
-    index = index[:, torch.randperm(9, generator=generator)]  # padding may stand anywhere
+    index = index[:, torch.randperm(9, generator=generator)]  # padding may be anywhere
     rankings = [plain_ranking(q, gallery, int(picks[n, 0]) if exclude else None) for n, q in enumerate(queries)]
     for chunk_size in (1, 5, 128):
         ranks = positive_ranks(queries, gallery, index, excluded, chunk_size)
@@ -125,7 +157,7 @@ def test_scale_of_the_embeddings_does_not_matter():
 def test_recall_counts_by_hand():
     ranks = torch.tensor([0, 1, 4, 5])
     assert recall_at_k(ranks, [1, 2, 5, 6]) == {1: 0.25, 2: 0.5, 5: 0.75, 6: 1.0}
-    metrics = cirr_metrics(ranks, subset_ranks=torch.tensor([0, 0, 1, 2]))
+    metrics = METRICS["cirr"].means({"rank": ranks.tolist(), "subset_rank": [0, 0, 1, 2]})
     assert metrics == {
         "recall@1": 0.25,
         "recall@5": 0.75,
@@ -137,12 +169,18 @@ def test_recall_counts_by_hand():
         "mean": 0.625,
         "mean_of_seven": (0.25 + 0.75 + 1 + 1 + 0.5 + 0.75 + 1) / 7,
     }
-    assert list(cirr_metrics(ranks)) == ["recall@1", "recall@5", "recall@10", "recall@50"]
-    assert fashioniq_metrics(torch.tensor([9, 10, 49, 50])) == {"recall@10": 0.25, "recall@50": 0.75, "mean": 0.5}
+    assert list(METRICS["cirr"].means({"rank": ranks})) == ["recall@1", "recall@5", "recall@10", "recall@50"]
+    fashioniq = METRICS["fashioniq"].means({"rank": (9, 10, 49, 50)})
+    assert fashioniq == {"recall@10": 0.25, "recall@50": 0.75, "mean": 0.5}
+    assert METRICS["fashioniq"].values({"rank": (9, 10, 49, 50)}) == {
+        "recall@10": [1, 0, 0, 0],
+        "recall@50": [1, 1, 1, 0],
+        "mean": [1, 0.5, 0.5, 0],
+    }
 
 
 def test_circo_counts_by_hand():
-    # Right answers at 1st, 3rd and 7th place; at 6th alone; at 1st and beyond the list.
+    # Positives come 1st, 3rd and 7th; 6th; 1st and beyond the list.
     ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
     at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]
     values = average_precision_at_k(ranks, [1, 5, 10])
@@ -151,15 +189,19 @@ def test_circo_counts_by_hand():
         5: pytest.approx(at_5),
         10: pytest.approx(at_10),
     }
-    assert circo_metrics(ranks, ranks[:, 0]) == {
+    circo = METRICS["circo"]
+    per_query = {"rank": ranks[:, 0].tolist(), **circo.precisions(ranks)}
+    expected = {
         "map@5": pytest.approx(sum(at_5) / 3),
         **{f"map@{k}": pytest.approx(sum(at_10) / 3) for k in (10, 25, 50)},
         **{f"recall@{k}": hits / 3 for k, hits in zip((5, 10, 25, 50), (1, 3, 3, 3), strict=True)},
     }
-    aspects = [["negation", "cardinality"], [], ["negation", "negation"]]
-    expected = {"cardinality": pytest.approx(at_10[0]), "negation": pytest.approx((at_10[0] + 0.5) / 2)}
-    assert mean_by_aspect(values[10], aspects) == expected
-    assert list(mean_by_aspect(values[10], aspects)) == ["cardinality", "negation"]
+    assert circo.means(per_query) == expected
+    per_query["semantic_aspects"] = [["negation", "cardinality"], [], ["negation", "negation"]]
+    expected |= {"map@10/cardinality": pytest.approx(at_10[0]), "map@10/negation": pytest.approx((at_10[0] + 0.5) / 2)}
+    assert circo.means(per_query) == expected
+    assert list(circo.means(per_query))[-2:] == ["map@10/cardinality", "map@10/negation"]
+    assert circo.values(per_query)["map@10/negation"] == [values[10][0], values[10][2]]
 
 
 def test_ranked_lists_equal_embeddings():
@@ -179,11 +221,11 @@ def test_ranked_lists_equal_embeddings():
     assert ranks_from_lists([["a"], ["b", "c"]], [["a"], ["d", "c"]]).tolist() == [[0, -1], [NOT_RETRIEVED, 1]]
 
 
-# ---- the public reference's numbers ----
+# ---- numbers of the public reference ----
 
 
 def reference_case(case):
-    """Scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
+    """Returns scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
     position = {name: i for i, name in reversed(list(enumerate(case["index_names"])))}
     scores = -torch.tensor(case["distances"], dtype=torch.float32)
     target = torch.tensor([position.get(name, -1) for name in case["targets"]])
@@ -203,12 +245,13 @@ def test_recalls_equal_the_reference(case):
     scores, target, excluded, subset = reference_case(case)
     ranks = ranks_from_scores(scores, target, excluded)
     if case["dataset"] == "fiq":
-        metrics = fashioniq_metrics(ranks)
+        metrics = METRICS["fashioniq"].means({"rank": ranks})
     else:
-        metrics = cirr_metrics(ranks, ranks_from_scores(scores, target, excluded, subset))
+        in_subset = ranks_from_scores(scores, target, excluded, subset)
+        metrics = METRICS["cirr"].means({"rank": ranks, "subset_rank": in_subset})
         assert 100 * metrics["mean_of_seven"] == pytest.approx(sum(case["expected"].values()) / 7, abs=1e-4)
-    ours = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
-    assert {k: 100 * ours[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
+    renamed = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
+    assert {k: 100 * renamed[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
     bounds = case.get("target_rank_best_worst") or case["target_rank_best_worst_after_dropping_reference"]
     best, worst = (ranks_from_scores(scores, target, excluded, ties=ties) for ties in ("best", "worst"))
     assert [[b + 1, w + 1] for b, w in zip(best.tolist(), worst.tolist(), strict=True)] == bounds
@@ -225,22 +268,22 @@ def test_recalls_equal_the_reference(case):
         ("error_duplicate_member", r"subset_index of query 0 is \[3, 3, .* repeats a member"),
     ],
 )
-def test_what_the_reference_rejects_is_rejected_with_a_reason(name, message):
+def test_inputs_the_reference_rejects_are_refused_with_a_reason(name, message):
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == name)
     scores, target, excluded, subset = reference_case(case)
     with pytest.raises(ValueError, match=message):
         ranks_from_scores(scores, target, excluded, subset)
 
 
-def test_one_query_without_its_reference_among_the_members_is_fine_here():
-    # The reference code needs rows of equal length after dropping the reference and fails in a reshape.
+def test_a_subset_may_lack_the_reference():
+    # The reference code needs rows of equal length after dropping the reference image, and fails in a reshape.
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == "error_one_query_members_without_reference")
     ranks = ranks_from_scores(*reference_case(case))
     assert (ranks >= 0).all() and (ranks < 6).all()
 
 
 def test_a_gallery_name_listed_twice_cannot_lift_recall_above_one():
-    # The reference counts both positions of the name and arrives at 150 percent; a target is one position here.
+    # The reference code counts both positions of the name and returns 150 percent; here a target is one position.
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == "fiq_duplicate_gallery_names")
     scores, target, *_ = reference_case(case)
     assert recall_at_k(ranks_from_scores(scores, target), [10]) == {10: 1.0}
@@ -251,8 +294,8 @@ def test_top_k_equals_the_reference_submission(case):
     names, members = case["index_names"], case["members"]
     queries, gallery = torch.tensor(case["predicted_features"]), torch.tensor(case["index_features"])
     excluded = torch.tensor([names.index(name) for name in case["references"]])
-    _, found = top_k(queries, gallery, len(names) - 1, excluded)
-    for pair, row, group in zip(case["pair_ids"], found, members, strict=True):
+    _, best = top_k(queries, gallery, len(names) - 1, excluded)
+    for pair, row, group in zip(case["pair_ids"], best, members, strict=True):
         ranked = [names[i] for i in row]
         assert ranked[:50] == case["recall_submission"][str(pair)]
         assert [name for name in ranked if name in group][:3] == case["recall_subset_submission"][str(pair)]
@@ -299,12 +342,18 @@ def test_bad_subsets_scores_and_cut_offs_are_named():
         recall_at_k(target, [0, 1])
     with pytest.raises(ValueError, match=r"ranks must have shape \(queries,\) and be 0 or more"):
         recall_at_k(torch.tensor([1, -1]), [1])
-    with pytest.raises(ValueError, match="2 queries and subset_ranks 1"):
-        cirr_metrics(target, target[:1])
-    with pytest.raises(ValueError, match="2 queries and target_ranks 1"):
-        circo_metrics(target[:, None], target[:1])
-    with pytest.raises(ValueError, match="2 values and the aspects of 1 queries"):
-        mean_by_aspect(target, [["negation"]])
+    with pytest.raises(ValueError, match="one value a query.*'rank': 2, 'subset_rank': 1"):
+        METRICS["cirr"].means({"rank": target, "subset_rank": target[:1]})
+    precisions = METRICS["circo"].precisions(target[:, None])
+    with pytest.raises(ValueError, match="one value a query.*'rank': 1, 'average_precision@5': 2"):
+        METRICS["circo"].means({"rank": target[:1], **precisions})
+    with pytest.raises(ValueError, match="one value a query.*'semantic_aspects': 1"):
+        METRICS["circo"].values({"rank": target, **precisions, "semantic_aspects": [["negation"]]})
+    for nothing in ({}, {"rank": []}):
+        with pytest.raises(ValueError, match="at least one query"):
+            METRICS["fashioniq"].means(nothing)
+    with pytest.raises(ValueError, match=r"unknown metrics 'pinpoint'; .* \['cirr', 'fashioniq', 'circo'\]"):
+        metrics_named("pinpoint")
 
 
 @pytest.mark.parametrize(
@@ -325,10 +374,10 @@ def test_bad_positives_are_named(positives, message):
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ([[0, 1], [2, 2]], r"ranks of query 1 are \[2, 2\]: two right answers cannot share a rank"),
-        ([[0, 1], [-1, -1]], "query 1 has no right answer"),
-        ([0, 1], r"ranks must have shape \(queries, right answers\)"),
-        ([[], []], r"ranks must have shape \(queries, right answers\)"),
+        ([[0, 1], [2, 2]], r"ranks of query 1 are \[2, 2\]: two positives cannot share a rank"),
+        ([[0, 1], [-1, -1]], "query 1 has no positive"),
+        ([0, 1], r"ranks must have shape \(queries, positives\)"),
+        ([[], []], r"ranks must have shape \(queries, positives\)"),
     ],
 )
 def test_bad_ranks_of_positives_are_named(ranks, message):
@@ -341,8 +390,8 @@ def test_bad_ranks_of_positives_are_named(ranks, message):
     [
         ({"ranked": [["a", "b"], []]}, "query 1: its ranked list is empty"),
         ({"ranked": [["a", "b"], ["b", "c", "b"]]}, "query 1: its ranked list repeats 'b'"),
-        ({"positives": [["a"], []]}, "query 1: its list of right answers is empty"),
-        ({"positives": [["a"], ["b", "b"]]}, "query 1: its list of right answers repeats 'b'"),
+        ({"positives": [["a"], []]}, "query 1: its list of positives is empty"),
+        ({"positives": [["a"], ["b", "b"]]}, "query 1: its list of positives repeats 'b'"),
         ({"positives": [["a"], [7]]}, r"query 1: its ids are of types \['int', 'str'\]"),
         ({"exclude": ["b", 3]}, r"query 1: its ids are of types \['int', 'str'\]"),
         ({"exclude": ["b", "c"]}, "query 1: its target 'c' is also its excluded image"),

@@ -1,4 +1,4 @@
-"""Loss and ranks in float64 beside ours, on inputs made to break them; training that meets a NaN."""
+"""Loss and ranks against float64 on adversarial inputs; training on a batch with NaN."""
 
 from itertools import product
 
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pvlf_hf import PVLFTrainer, focal_info_nce
 from pvlf_hf.embeddings.similarity import top_k
-from pvlf_hf.evaluation.metrics import recall_at_k, target_ranks
+from pvlf_hf.evaluation.metrics import recall_at_k
+from pvlf_hf.evaluation.ranking import target_ranks
 
 
 def adversarial():
@@ -88,7 +89,7 @@ def test_loss_equals_float64(figure):
     7,
     "Ranks, top-k and recall are those of a plain float64 sort for identical, zero and tied embeddings, one query, "
     "bf16 and fp16; embeddings that are not finite are refused",
-    broken=("src/pvlf_hf/evaluation/metrics.py", 'if ties != "best":', "if False:"),
+    broken=("src/pvlf_hf/evaluation/ranking.py", 'if ties != "best":', "if False:"),
 )
 def test_ranks_equal_float64(figure):
     cases = 0
@@ -96,7 +97,7 @@ def test_ranks_equal_float64(figure):
         adversarial().items(), (torch.float32, torch.bfloat16, torch.half)
     ):
         queries, gallery = queries.to(dtype), gallery.repeat(3, 1).to(dtype)
-        target = torch.arange(len(queries)) + len(queries)  # the second of three equal ones
+        target = torch.arange(len(queries)) + len(queries)  # the second of three equal images
         plain = [plain_ranking(query, gallery) for query in queries]
         ranks = [row.index(int(t)) for row, t in zip(plain, target, strict=True)]
         assert target_ranks(queries, gallery, target).tolist() == ranks, name

@@ -57,7 +57,7 @@ def test_unknown_names_and_folders_are_said(tmp_path):
 
 def test_the_card_says_how_it_was_measured(data_root):
     (benchmark, *_) = load_protocol("fashioniq-removed", data_root, check_counts=False)
-    evaluation = score(benchmark, torch.eye(12)[:6], torch.eye(12), precision="exact")
+    evaluation = score(benchmark, torch.eye(12)[:6], torch.eye(12), dtype="exact")
     facts = {"python": "3.11", "torch": "2.13", "commit": None}
     assert (
         protocol_card(evaluation, facts)

@@ -1,4 +1,4 @@
-"""Retrieval sheets: which pictures stand where, and that any text and picture can be drawn."""
+"""Retrieval sheets: the position of every image, and that any text and image can be drawn."""
 
 from dataclasses import replace
 
@@ -21,23 +21,23 @@ from pvlf_hf.evaluation.retrieval_sheet import (
 )
 
 COLOURS = ["red", "yellow", "blue", "black", "purple"]
-PICTURES = {colour: PILImage.new("RGB", (8, 8), colour) for colour in COLOURS}
+IMAGES = {colour: PILImage.new("RGB", (8, 8), colour) for colour in COLOURS}
 
 
-def rows_of(pictures, **columns):
+def rows_of(images, **columns):
     strings = {column: Value("string") for column in columns}
-    return Dataset.from_dict({pictures[0]: pictures[1], **columns}, Features({pictures[0]: Image(), **strings}))
+    return Dataset.from_dict({images[0]: images[1], **columns}, Features({images[0]: Image(), **strings}))
 
 
 @pytest.fixture
 def benchmark():
     queries = rows_of(
-        ("reference", [PICTURES["red"], PICTURES["yellow"]]),
+        ("reference", [IMAGES["red"], IMAGES["yellow"]]),
         reference_id=["red", "yellow"],
         caption=["but blue", "but purple"],
         target_id=["blue", "purple"],
     )
-    gallery = rows_of(("image", [PICTURES[colour] for colour in COLOURS]), image_id=COLOURS)
+    gallery = rows_of(("image", [IMAGES[colour] for colour in COLOURS]), image_id=COLOURS)
     return CIRBenchmark("colours", queries, gallery)
 
 
@@ -46,33 +46,33 @@ QUERY_EMBEDS = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
 
 
 def make_row(rank=0, results=("blue", "black"), target="blue", **changes):
-    pictures = [PICTURES[colour] for colour in results]
-    return SheetRow(PICTURES["red"], changes.pop("caption", "but blue"), pictures, PICTURES[target], rank, **changes)
+    images = [IMAGES[colour] for colour in results]
+    return SheetRow(IMAGES["red"], changes.pop("caption", "but blue"), images, IMAGES[target], rank, **changes)
 
 
-def colour_of(picture):
-    return next(c for c in COLOURS if ImageColor.getrgb(c) == picture.getpixel((4, 4)))
+def colour_of(image):
+    return next(c for c in COLOURS if ImageColor.getrgb(c) == image.getpixel((4, 4)))
 
 
 def green_cells(sheet):
-    """Left edges of the green frames, along the first row of cells."""
+    """Returns the left edges of the green frames along the first row of cells."""
     green = ImageColor.getrgb(GREEN)
     left_sides = [x for x in range(2, sheet.width) if sheet.getpixel((x, first_row_middle(sheet))) == green]
     return [x for x in left_sides if x - 1 not in left_sides][::2]  # each frame has two sides
 
 
 def first_row_middle(sheet):
-    """The height at which the reference of the first row is seen."""
+    """Returns a y coordinate inside the reference image of the first row."""
     column = [sheet.getpixel((MARGIN + CELL // 2, y)) for y in range(sheet.height)]
     return column.index(ImageColor.getrgb("red")) + 20
 
 
 def test_rows_are_ranked_without_the_reference(benchmark):
     hit, miss = sheet_rows(benchmark, QUERY_EMBEDS, GALLERY_EMBEDS, [0, 1], k=3, method="PVLF")
-    assert [colour_of(picture) for picture in hit.results] == ["yellow", "blue", "black"]
+    assert [colour_of(image) for image in hit.results] == ["yellow", "blue", "black"]
     assert (hit.rank, hit.hit, hit.caption, hit.method) == (1, 1, "but blue", "PVLF")
     assert (colour_of(hit.reference), colour_of(hit.target)) == ("red", "blue")
-    assert [colour_of(picture) for picture in miss.results] == ["red", "blue", "black"]
+    assert [colour_of(image) for image in miss.results] == ["red", "blue", "black"]
     assert (miss.rank, miss.hit, colour_of(miss.target)) == (3, None, "purple")
     (again,) = sheet_rows(benchmark, QUERY_EMBEDS, GALLERY_EMBEDS, [1], k=4)
     assert (again.hit, colour_of(again.results[3])) == (3, "purple")
@@ -89,7 +89,7 @@ def test_rows_are_ranked_without_the_reference(benchmark):
         ({"gallery_embeds": GALLERY_EMBEDS[:3]}, "3 gallery embeddings for 5 rows of colours"),
     ],
 )
-def test_rows_refuse(benchmark, change, message):
+def test_rows_refuse_bad_arguments(benchmark, change, message):
     fitting = {"query_embeds": QUERY_EMBEDS, "gallery_embeds": GALLERY_EMBEDS, "query_rows": [0], "k": 3}
     with pytest.raises(ValueError, match=message):
         sheet_rows(benchmark, **{**fitting, **change})
@@ -114,7 +114,7 @@ def test_hit_and_miss_are_framed():
     assert with_target.getpixel((left + CELL // 2, first_row_middle(with_target))) == ImageColor.getrgb("blue")
 
 
-def test_what_is_written(monkeypatch):
+def test_headings_captions_and_ranks_are_drawn(monkeypatch):
     drawn = []
     draw_text = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda *a, **k: (drawn.append(a[2]), draw_text(*a, **k)))
@@ -130,7 +130,7 @@ def test_what_is_written(monkeypatch):
 def test_size_grows_with_what_is_shown():
     one = retrieval_sheet([make_row()])
     two = retrieval_sheet([make_row(), make_row()])
-    full = retrieval_sheet([make_row()], title="Colours", attribution="Pictures: nobody's, public domain")
+    full = retrieval_sheet([make_row()], title="Colours", attribution="Images: public domain")
     five = retrieval_sheet([make_row(rank=9, results=["black"] * 5)])
     assert one.width == two.width == full.width
     assert one.height < full.height < two.height
@@ -168,7 +168,7 @@ def test_captions_are_wrapped_and_cut_off():
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1), (72, 72), (640, 480)])
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P"])
-def test_any_picture_can_be_drawn(size, mode):
-    picture = PILImage.new(mode, size)
+def test_any_image_can_be_drawn(size, mode):
+    image = PILImage.new(mode, size)
     row = make_row(rank=3)
-    assert retrieval_sheet([replace(row, reference=picture, results=[picture] * 2, target=picture)]).mode == "RGB"
+    assert retrieval_sheet([replace(row, reference=image, results=[image] * 2, target=image)]).mode == "RGB"

@@ -1,4 +1,4 @@
-"""`evaluation/significance.py` against plain loops, tables and closed forms, and against what an interval promises."""
+"""`evaluation/significance.py` against plain loops, tables, closed forms and scipy, and the coverage of intervals."""
 
 from itertools import product
 
@@ -14,16 +14,16 @@ PRECISIONS = GENERATOR.random(40) * (GENERATOR.random(40) < 0.5)
 
 
 @pytest.mark.parametrize("values", [HITS, PRECISIONS, list(map(float, PRECISIONS))])
-@pytest.mark.parametrize("draws_at_once", [1, 199, 4_000_000])
-def test_bootstrap_equals_a_plain_loop(values, draws_at_once, monkeypatch):
-    monkeypatch.setattr(significance, "_DRAWS_AT_ONCE", draws_at_once)
+@pytest.mark.parametrize("values_per_batch", [1, 199, 4_000_000])
+def test_bootstrap_equals_a_plain_loop(values, values_per_batch, monkeypatch):
+    monkeypatch.setattr(significance, "_VALUES_PER_BATCH", values_per_batch)
     generator = np.random.default_rng(3)
     means = [np.mean([values[i] for i in generator.integers(40, size=40)]) for _ in range(300)]
     expected = np.percentile(means, [5, 95])
     assert bootstrap_interval(values, 0.9, resamples=300, seed=3) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_seed_decides():
+def test_a_seed_repeats_the_interval():
     assert bootstrap_interval(PRECISIONS, seed=1) == bootstrap_interval(PRECISIONS, seed=1)
     assert bootstrap_interval(PRECISIONS, seed=1) != bootstrap_interval(PRECISIONS, seed=2)
 
@@ -35,18 +35,18 @@ def test_bootstrap_of_many_hits_is_the_normal_interval():
     assert bootstrap_interval(np.full(9, 0.25)) == (0.25, 0.25)
 
 
-def test_intervals_hold_the_true_mean_as_often_as_they_say():
+def test_intervals_cover_the_true_mean_at_their_confidence():
     generator = np.random.default_rng(0)
     samples = generator.random((400, 200)) < 0.4
-    held = [low <= 0.4 <= high for low, high in (bootstrap_interval(s, 0.8, resamples=400) for s in samples)]
-    assert np.mean(held) == pytest.approx(0.8, abs=0.06)  # 3 standard errors of 400 trials
+    covered = [low <= 0.4 <= high for low, high in (bootstrap_interval(s, 0.8, resamples=400) for s in samples)]
+    assert np.mean(covered) == pytest.approx(0.8, abs=0.06)  # 3 standard errors of 400 trials
     runs = generator.normal(5, 2, size=(4000, 3))
-    held = [low <= 5 <= high for low, high in (seed_interval(run, 0.8) for run in runs)]
-    assert np.mean(held) == pytest.approx(0.8, abs=0.02)
+    covered = [low <= 5 <= high for low, high in (seed_interval(run, 0.8) for run in runs)]
+    assert np.mean(covered) == pytest.approx(0.8, abs=0.02)
 
 
 def exact_p_value(a, b):
-    """Every combination of signs; multiples of 1/8 leave no rounding."""
+    """Computes the p-value over every combination of signs; multiples of 1/8 leave no rounding."""
     differences = a - b
     sums = [abs(np.dot(signs, differences)) for signs in product([-1, 1], repeat=len(differences))]
     return np.mean([s >= abs(differences.sum()) for s in sums])
@@ -62,7 +62,7 @@ def test_paired_test_approaches_the_exact_permutation_test(seed):
     other = paired_test(b, a, resamples=20_000)
     assert (other.difference, other.p_value) == (-outcome.difference, outcome.p_value)
     assert (-other.high, -other.low) == pytest.approx((outcome.low, outcome.high))
-    tripled = paired_test(a / 3, b / 3, resamples=20_000)  # thirds round, and equal sums still count as equal
+    tripled = paired_test(a / 3, b / 3, resamples=20_000)  # thirds are rounded; equal sums still count as equal
     assert tripled.p_value == outcome.p_value
 
 
@@ -73,16 +73,16 @@ def test_identical_and_opposite_runs():
     assert (opposite.difference, opposite.low, opposite.high, opposite.p_value) == (1, 1, 1, 1 / 1000)
 
 
-def test_p_values_are_uniform_between_equally_good_runs():
+def test_p_values_of_equally_good_runs_are_uniform():
     runs = np.random.default_rng(1).normal(size=(2, 400, 30))
     p_values = [paired_test(a, b, resamples=200).p_value for a, b in zip(*runs, strict=True)]
     for level in (0.1, 0.5):
         assert np.mean(np.array(p_values) <= level) == pytest.approx(level, abs=0.075)  # 3 standard errors
 
 
-def test_draws_at_once_do_not_change_the_test(monkeypatch):
+def test_batches_do_not_change_the_test(monkeypatch):
     outcome = paired_test(PRECISIONS, HITS, resamples=500)
-    monkeypatch.setattr(significance, "_DRAWS_AT_ONCE", 400)
+    monkeypatch.setattr(significance, "_VALUES_PER_BATCH", 400)
     assert paired_test(PRECISIONS, HITS, resamples=500) == outcome
 
 
@@ -100,11 +100,40 @@ def test_draws_at_once_do_not_change_the_test(monkeypatch):
         (120, 0.95, 1.97993),
     ],
 )
-def test_seed_interval_has_the_width_of_the_tables(degrees, confidence, t):
+def test_seed_interval_equals_published_tables(degrees, confidence, t):
     values = np.random.default_rng(degrees).normal(size=degrees + 1)
     half = t * values.std(ddof=1) / np.sqrt(degrees + 1)
     expected = (values.mean() - half, values.mean() + half)
     assert seed_interval(values, confidence) == pytest.approx(expected, abs=1e-5 * half + 1e-9)
+
+
+@pytest.mark.parametrize("values", [HITS.astype(float), PRECISIONS])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_intervals_equal_scipy(values, confidence):
+    stats = pytest.importorskip("scipy.stats")
+    settings = {"n_resamples": 500, "confidence_level": confidence, "method": "percentile"}
+    theirs = stats.bootstrap((values,), np.mean, **settings, rng=np.random.default_rng(5)).confidence_interval
+    assert bootstrap_interval(values, confidence, 500, seed=5) == pytest.approx(tuple(theirs), abs=1e-12)
+    for runs in (np.random.default_rng(size).random(size) for size in (2, 3, 40)):
+        theirs = stats.t.interval(confidence, len(runs) - 1, np.mean(runs), stats.sem(runs))
+        assert seed_interval(runs, confidence) == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_paired_test_equals_scipy(seed):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.random.default_rng(seed).integers(9, size=(2, 10)) / 8
+
+    def difference(a, b, axis):
+        return np.mean(a - b, axis=axis)
+
+    settings = {"permutation_type": "samples", "vectorized": True}
+    exact = stats.permutation_test((a, b), difference, n_resamples=np.inf, **settings).pvalue
+    assert exact == pytest.approx(exact_p_value(a, b))
+    rng = np.random.default_rng(0)
+    theirs = stats.permutation_test((HITS, PRECISIONS), difference, n_resamples=20_000, **settings, rng=rng).pvalue
+    assert paired_test(a, b, resamples=20_000).p_value == pytest.approx(exact, abs=0.015)
+    assert paired_test(HITS, PRECISIONS, resamples=20_000, seed=seed).p_value == pytest.approx(theirs, abs=0.015)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +146,7 @@ def test_seed_interval_has_the_width_of_the_tables(degrees, confidence, t):
         (lambda: bootstrap_interval([1.0], confidence=95), "confidence must lie between 0 and 1, .* got 95"),
         (lambda: seed_interval([1.0, 2.0], confidence=1.0), "confidence must lie between 0 and 1"),
         (lambda: paired_test([1.0], [0.0], resamples=0), "resamples must be at least 1"),
-        (lambda: seed_interval([1.0]), "one run shows no scatter"),
+        (lambda: seed_interval([1.0]), "one run shows no variation"),
     ],
 )
 def test_bad_inputs_are_named(call, message):

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvlf_hf.embeddings import similarity as cosines
+from pvlf_hf.embeddings import similarity
 from pvlf_hf.embeddings.similarity import top_k
-from pvlf_hf.evaluation.metrics import positive_ranks, subset_ranks, target_ranks
+from pvlf_hf.evaluation.metrics import rank_gallery
+from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_ranks
 
 
 def plain_score(query, image):
-    """The definition, one number after the other: unit vectors, products summed by halves, float64 to float32."""
+    """Scores one pair by the definition, number by number: unit vectors, products summed by halves in float64."""
 
     def halves(values):
         half = len(values) // 2
@@ -32,12 +33,12 @@ def plain_score(query, image):
 
 
 def plain_ranking(scores, excluded):
-    """Gallery positions, best first; `sorted` is stable."""
+    """Sorts gallery positions, best first; `sorted` is stable."""
     return [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if i != excluded]
 
 
-def crowd(seed, num_queries, gallery_size, width, jitter, dtype):
-    """Embeddings in a few crowds, a jitter apart: 0 makes ties, 1e-8 to 1e-6 what float32 products cannot order."""
+def clusters(seed, num_queries, gallery_size, width, jitter, dtype):
+    """Makes embeddings in a few clusters, a jitter apart: 0 makes ties, float32 products cannot order 1e-8 to 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, width, generator=generator, dtype=torch.float64)
     centres[2] *= torch.rand((), generator=generator) < 0.7  # zeros score 0 with everything
@@ -60,25 +61,26 @@ def crowd(seed, num_queries, gallery_size, width, jitter, dtype):
     crowded=st.sampled_from([0, 1]),
     k=st.integers(1, 3),
 )
-def test_ranks_are_those_of_the_definition(seed, sizes, jitter, dtype, chunk_size, tile, crowded, k):
-    queries, gallery, picks = crowd(seed, *sizes, jitter, dtype)
+def test_ranks_equal_the_definition(seed, sizes, jitter, dtype, chunk_size, tile, crowded, k):
+    queries, gallery, picks = clusters(seed, *sizes, jitter, dtype)
     target, excluded = picks[:, 0], picks[:, 1]
     scores = [[plain_score(query, image) for image in gallery] for query in queries]
     rankings = [plain_ranking(row, int(e)) for row, e in zip(scores, excluded, strict=True)]
+    assert [rank_gallery(q, gallery, int(e)).tolist() for q, e in zip(queries, excluded, strict=True)] == rankings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cosines, "TILE", tile)
-        patch.setattr(cosines, "CROWDED", crowded)
+        patch.setattr(similarity, "COSINES_PER_TILE", tile)
+        patch.setattr(similarity, "CROWDED_SHARE", crowded)
         ranks = target_ranks(queries, gallery, target, excluded, chunk_size)
         several = positive_ranks(queries, gallery, picks[:, [0, 2]], excluded, chunk_size)
         best, worst = (target_ranks(queries, gallery, target, excluded, chunk_size, t) for t in ("best", "worst"))
         in_subset = subset_ranks(queries, gallery, picks, target, excluded)
-        values, found = top_k(queries, gallery, k, excluded, chunk_size)
+        values, best_k = top_k(queries, gallery, k, excluded, chunk_size)
     assert several.tolist() == [[r.index(int(i)) for i in row[[0, 2]]] for r, row in zip(rankings, picks, strict=True)]
     assert ranks.equal(several[:, 0])
     assert in_subset.tolist() == [
         [i for i in r if i in row.tolist()].index(int(row[0])) for r, row in zip(rankings, picks, strict=True)
     ]
-    assert found.tolist() == [r[:k] for r in rankings]
+    assert best_k.tolist() == [r[:k] for r in rankings]
     assert values.tolist() == [[row[i] for i in r[:k]] for r, row in zip(rankings, scores, strict=True)]
     for n, row in enumerate(scores):
         others = [row[i] for i in rankings[n] if i != target[n]]
@@ -88,13 +90,13 @@ def test_ranks_are_those_of_the_definition(seed, sizes, jitter, dtype, chunk_siz
 
 @pytest.mark.parametrize("jitter", [0, 1e-7, 1e-6])
 def test_near_ties_of_real_width_are_ordered_across_tiles(jitter, monkeypatch):
-    queries, gallery, picks = crowd(1, 40, 900, 256, jitter, torch.float32)
+    queries, gallery, picks = clusters(1, 40, 900, 256, jitter, torch.float32)
     rows, columns = torch.ones(40, 900).nonzero(as_tuple=True)
-    scores = cosines._score_pairs(queries, gallery, rows, columns).view(40, 900)
+    scores = similarity._score_pairs(queries, gallery, rows, columns).view(40, 900)
     ranking = scores.sort(dim=1, descending=True, stable=True).indices
-    monkeypatch.setattr(cosines, "TILE", 40 * 100)
-    for crowded in (0, 1):  # both ways to the same scores
-        monkeypatch.setattr(cosines, "CROWDED", crowded)
+    monkeypatch.setattr(similarity, "COSINES_PER_TILE", 40 * 100)
+    for crowded in (0, 1):  # pairs or whole tiles: the same scores
+        monkeypatch.setattr(similarity, "CROWDED_SHARE", crowded)
         assert top_k(queries, gallery, 20)[1].equal(ranking[:, :20])
         assert target_ranks(queries, gallery, picks[:, 0]).equal((ranking == picks[:, :1]).nonzero()[:, 1])
 
@@ -107,25 +109,25 @@ def test_the_error_bound_holds(width):
         queries, gallery = (torch.rand(60, width, generator=generator) ** 4 * scale for _ in range(2))  # sums grow
         gallery[:20] = queries[:20] * torch.rand(20, 1, generator=generator)
         gallery[20:40] *= torch.randint(0, 2, (20, width), generator=generator) * 2 - 1  # sums cancel
-        ((_, _, tile),) = cosines.cosine_tiles(queries, gallery, None, 64)
+        ((_, _, tile),) = similarity.cosine_tiles(queries, gallery, None, 64)
         rows, columns = torch.ones(60, 60).nonzero(as_tuple=True)
-        scores = cosines.score_pairs(queries, gallery, rows, columns).view(60, 60)
+        scores = similarity.score_pairs(queries, gallery, rows, columns).view(60, 60)
         worst = max(worst, float((tile.double() - scores.double()).abs().max()))
-    assert (width == 1 or worst > 0) and worst <= cosines.error_bound(width)
+    assert (width == 1 or worst > 0) and worst <= similarity.error_bound(width)
 
 
-def test_numbers_beyond_float32_squares_are_scored_all_the_same():
-    queries, gallery, picks = crowd(0, 4, 20, 8, 1, torch.float64)
+def test_embeddings_whose_squares_overflow_float32_are_ranked():
+    queries, gallery, picks = clusters(0, 4, 20, 8, 1, torch.float64)
     expected = target_ranks(queries, gallery, picks[:, 0])
     for scale in (1e-9, 1e25, 1e80):
         assert target_ranks(queries * scale, gallery * scale, picks[:, 0]).equal(expected)
 
 
-def test_shortcuts_allowed_elsewhere_are_not_taken():
+def test_products_stay_float32_where_tf32_is_allowed():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with cosines.full_precision():
+        with similarity.full_precision():
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cuda.matmul.allow_tf32
@@ -133,13 +135,13 @@ def test_shortcuts_allowed_elsewhere_are_not_taken():
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_bound_on_the_best_k_holds_and_is_close():
+def test_bound_on_the_kth_highest_cosine_holds_and_is_close():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5000, generator=generator)
     for k in (1, 10, 700, 5000):
-        bound = cosines.kth_at_least(values, k)
+        bound = similarity.kth_at_least(values, k)
         reached = (values >= bound[:, None]).sum(dim=1)
         assert (reached >= k).all() and (reached <= 1.2 * k + 2).all()
-        row, column = cosines.above(values, bound)
+        row, column = similarity.where_above(values, bound)
         assert torch.equal(torch.stack([row, column], dim=1), (values > bound[:, None]).nonzero())
-    assert cosines.kth_at_least(values[:, :9], 10).tolist() == [-torch.inf] * 3
+    assert similarity.kth_at_least(values[:, :9], 10).tolist() == [-torch.inf] * 3

@@ -1,4 +1,4 @@
-"""Server files against the reference's, a plain sort and the metrics; the check of files against broken ones."""
+"""Submission files against the reference's, a plain sort and the metrics; the linter against broken files."""
 
 import json
 import random
@@ -69,9 +69,9 @@ def test_circo_file_equals_a_plain_sort(benchmarks, tmp_path, name):
     assert list(answers) == [str(n) for n in range(len(queries))]
     ids = [int(i) for i in benchmark.gallery["image_id"]]
     cosines = torch.cosine_similarity(queries[:, None].double(), gallery.double(), dim=2)
-    for row, (found, reference) in enumerate(zip(answers.values(), benchmark.queries["reference_id"], strict=True)):
+    for row, (ranked, reference) in enumerate(zip(answers.values(), benchmark.queries["reference_id"], strict=True)):
         by_cosine = sorted(zip((-cosines[row]).tolist(), ids, strict=True))
-        assert found == [i for _, i in by_cosine if name == "circo-test" or i != int(reference)]
+        assert ranked == [i for _, i in by_cosine if name == "circo-test" or i != int(reference)]
 
 
 @pytest.mark.parametrize("name", ["cirr-val", "circo-val", "circo-val-removed"])
@@ -88,7 +88,7 @@ def test_a_scored_file_has_the_metrics_of_the_ranking(benchmarks, tmp_path, name
     assert 0 < sum(scored.values()) < len(scored)
 
 
-def test_what_cannot_be_written_or_scored_is_said(benchmarks, tmp_path):
+def test_unfit_benchmarks_and_files_are_refused(benchmarks, tmp_path):
     test, *embeds = benchmarks["cirr-test1"]
     file, _ = write_cirr_submission(tmp_path, test, *embeds)
     with pytest.raises(ValueError, match="cirr/test1 has no targets; upload"):
@@ -107,7 +107,7 @@ def test_what_cannot_be_written_or_scored_is_said(benchmarks, tmp_path):
 
 
 def edited(benchmarks, name, which, edit):
-    """A good file's content after an edit, which changes it or returns another."""
+    """Edits the content of a valid file; the edit changes it or returns another."""
     submission = circo_submission if name.startswith("circo") else lambda *a: cirr_submission(*a)[which]
     answers = submission(*benchmarks[name])
     query = [key for key in answers if key.isdigit()][1]
@@ -123,8 +123,12 @@ CIRR, SUBSET, CIRCO = ("cirr-test1", 0), ("cirr-test1", 1), ("circo-test", 0)
         (CIRR, lambda a, q: a.pop("version") and None, "'version' is None: write \"rc2\""),
         (CIRR, lambda a, q: a.update(metric="Recall"), "'metric' is 'Recall': write \"recall\" or \"recall_subset\""),
         (CIRR, lambda a, q: a.pop(q) and None, "answers 7 of 8 queries, first missing '12067'"),
-        (CIRR, lambda a, q: a.update({"x": a.pop(q)}), "1 keys are no queries, first 'x'"),
-        (CIRR, lambda a, q: a.update({q: [f"{i}.png" for i in a[q]]}), 'names have an ending: write them without ".p'),
+        (CIRR, lambda a, q: a.update({"x": a.pop(q)}), "1 keys are not queries, first 'x'"),
+        (
+            CIRR,
+            lambda a, q: a.update({q: [f"{i}.png" for i in a[q]]}),
+            'names have a file extension: write them without ".p',
+        ),
         (CIRR, lambda a, q: a[q].append(a[q][0]), "a list repeats an id.*(1 times, first in query '12067'"),
         (CIRR, lambda a, q: a[q].pop() and None, "lists must hold 13 ids (1 times, first in query '12067': '12 ids')"),
         (CIRR, lambda a, q: a.update({q: a[q][0]}), "an answer is not a list"),
@@ -132,14 +136,14 @@ CIRR, SUBSET, CIRCO = ("cirr-test1", 0), ("cirr-test1", 1), ("circo-test", 0)
         (CIRR, lambda a, q: a[q].insert(0, 7), "ids must be names in quotation marks"),
         (CIRR, lambda a, q: a[q].insert(0, "dev-1-0-img0"), "ids are not in the gallery.*'dev-1-0-img0'"),
         (CIRR, lambda a, q: a[q].insert(0, "test1-194-0-img2"), "the reference is among the answers"),
-        (SUBSET, lambda a, q: a[q].insert(0, "test1-1261-1-img1"), "ids are not of the query's group"),
+        (SUBSET, lambda a, q: a[q].insert(0, "test1-1261-1-img1"), "ids are not in the query's subset"),
         (SUBSET, lambda a, q: a[q].pop() and None, "lists must hold 3 ids"),
         (SUBSET, lambda a, q: [a], "is .*, not an object of ranked lists"),
         (CIRCO, lambda a, q: a.update({q: list(map(str, a[q]))}), "warning: ids are strings"),
-        (CIRCO, lambda a, q: a.update({q: [f"{i:012d}" for i in a[q]]}), "ids are filled with zeros"),
+        (CIRCO, lambda a, q: a.update({q: [f"{i:012d}" for i in a[q]]}), "ids are padded with zeros"),
         (CIRCO, lambda a, q: a[q].insert(0, True), "ids must be numbers.*True"),
         (CIRCO, lambda a, q: a[q].append(a[q][0]), "a list repeats an id"),
-        (CIRCO, lambda a, q: a.update({"version": "rc2"}), "1 keys are no queries, first 'version'"),
+        (CIRCO, lambda a, q: a.update({"version": "rc2"}), "1 keys are not queries, first 'version'"),
         (CIRCO, lambda a, q: a[q].insert(0, 5), "ids are not in the gallery.*'5'"),
     ],
 )
@@ -166,27 +170,27 @@ def test_problems_are_named(benchmarks, tmp_path, file, edit, problem):
         ('{"800": [2]}', "answers 0 of 800 queries, first missing '0'"),
     ],
 )
-def test_files_of_the_test_splits_are_told_without_annotations(tmp_path, text, problem):
+def test_files_of_test_splits_are_checked_without_annotations(tmp_path, text, problem):
     (tmp_path / "file.json").write_text(text)
     assert any(problem in line for line in lint_submission(tmp_path / "file.json"))
     assert "cannot be opened" in lint_submission(tmp_path / "missing.json")[0]
 
 
-def whole_files():
-    """As the servers take them."""
+def complete_files():
+    """Yields files that the servers accept."""
     names = [f"test1-{n}-0-img0" for n in range(50)]
     yield {"version": "rc2", "metric": "recall", **{str(12063 + 2 * n): names for n in range(4148)}}
     yield {"version": "rc2", "metric": "recall_subset", **{str(12063 + 2 * n): names[:3] for n in range(4148)}}
     yield {str(n): list(range(50)) for n in range(800)}
 
 
-def test_the_command_fails_on_problems_only(tmp_path):
+def test_the_command_fails_on_errors_only(tmp_path):
     def lint(*arguments):
         done = CliRunner().invoke(app, ["submit", "lint", *map(str, arguments)])
         return done.exit_code, done.stdout
 
     files = [tmp_path / f"{number}.json" for number in range(3)]
-    for file, content in zip(files, whole_files(), strict=True):
+    for file, content in zip(files, complete_files(), strict=True):
         file.write_text(json.dumps(content))
     assert lint(*files) == (0, "".join(f"{file}: fine\n" for file in files))
     strings = tmp_path / "strings.json"
@@ -206,19 +210,19 @@ ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "²", "test1-0-0-img0",
 
 @pytest.mark.parametrize("file", [CIRR, SUBSET, CIRCO], ids=["recall", "recall_subset", "circo"])
 def test_no_json_breaks_the_check(benchmarks, tmp_path, file):
-    """Random edits of structure and bytes; whatever they make, the answer is a list of problems."""
+    """Edits structure and bytes at random; the result is always a list of problems."""
     chance, (name, which), target = random.Random(0), file, tmp_path / "file.json"
-    clean, whole = 0, edited(benchmarks, name, which, lambda answers, query: None)
+    clean, valid = 0, edited(benchmarks, name, which, lambda answers, query: None)
     for _ in range(100):
-        content = deepcopy(whole)
+        content = deepcopy(valid)
         for _ in range(chance.randint(1, 3)):
             key, oddity = chance.choice(list(content)), chance.choice(ODDITIES)
-            place = chance.choice(["value", "key", "inside", "whole"])
-            if place == "whole" and chance.random() < 0.1:
+            part = chance.choice(["value", "key", "inside", "all"])
+            if part == "all" and chance.random() < 0.1:
                 content = {"0": oddity}
-            elif place == "inside" and isinstance(content[key], list) and content[key]:
+            elif part == "inside" and isinstance(content[key], list) and content[key]:
                 content[key][chance.randrange(len(content[key]))] = oddity
-            elif place == "key":
+            elif part == "key":
                 content[str(oddity)] = content[key]
             else:
                 content[key] = oddity

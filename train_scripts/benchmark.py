@@ -41,7 +41,7 @@ from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, en
 from pvlf_hf.embeddings import encoding
 from pvlf_hf.embeddings.encoding import work_ahead
 from pvlf_hf.embeddings.similarity import top_k
-from pvlf_hf.evaluation.metrics import subset_ranks, target_ranks
+from pvlf_hf.evaluation.ranking import subset_ranks, target_ranks
 from pvlf_hf.models.image_processing_pvlf import open_rgb
 from pvlf_hf.search.indexing import Decoding, least_side, open_cell
 from pvlf_hf.search.vector_index import ExactIndex, FaissIndex, VectorIndex

@@ -42,7 +42,8 @@ from pvlf_hf import (
 )
 from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
 from pvlf_hf.embeddings.encoding import encode_gallery
-from pvlf_hf.evaluation.metrics import recall_at_k, target_ranks
+from pvlf_hf.evaluation.metrics import recall_at_k
+from pvlf_hf.evaluation.ranking import target_ranks
 from pvlf_hf.evaluation.results import environment
 from pvlf_hf.models.image_processing_pvlf import opened
 

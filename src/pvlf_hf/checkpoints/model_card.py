@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..atomic_files import whole
 from ..data.benchmark import Protocol
-from ..evaluation.results import Evaluation, environment
+from ..evaluation.results import Evaluation, environment, recorded_dtype
 
 PICTURE = "retrievals.png"
 """A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""
@@ -183,8 +183,8 @@ def _protocols(results: Mapping[str, Any]) -> str:
     cards = {}
     for e in results.get("evaluations", []):
         protocol = {**unknown, **{name: value for name, value in e["protocol"].items() if name in unknown}}
-        precision = e.get("precision", "not recorded")
-        evaluation = Evaluation(e["benchmark"], e["method"], e["metrics"], e["counts"], protocol, precision, {})
+        dtype = recorded_dtype(e)
+        evaluation = Evaluation(e["benchmark"], e["method"], e["metrics"], e["counts"], protocol, dtype, {})
         cards[e["benchmark"], protocol["name"]] = protocol_card(evaluation, facts)
     return "\n\n".join(cards.values()) or "Nothing was measured."
 
@@ -309,7 +309,7 @@ def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = 
         "metrics": protocol["metrics"],
         "order of equal scores": protocol["ties"],
         "left out": protocol["missing"],
-        "precision": evaluation.precision,
+        "precision": evaluation.dtype,
         "data revision": protocol["revision"],
         "code": f"commit {facts['commit'] or 'unknown'}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts.items() if name != "commit"),

@@ -32,9 +32,10 @@ from ..data.protocols import describe_protocols, load_protocol
 from ..dtypes import DTYPES, warn_if_slow
 from ..embeddings.embedding_store import EmbeddingStore
 from ..embeddings.encoding import QUERY_METHODS, embed
+from ..evaluation.metrics import metrics_named
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import average, evaluate, evaluate_all
-from ..evaluation.submission import write_circo_submission, write_cirr_submission
+from ..evaluation.submission import write_submissions
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .arguments import HelpFormatter, leave, parse
@@ -97,14 +98,15 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
                 if args.submissions or not benchmark.has_targets:
                     embeds = embed(model, processor, benchmark, method, args.batch_size, store=store)
                     folder = Path(args.output_dir) / "submissions" / method / benchmark.protocol.name
-                    submissions += write_submissions(folder, benchmark, *embeds)
+                    if state.is_main_process:
+                        submissions += write_submissions(folder, benchmark, *embeds)
             measured = [
                 evaluate(model, processor, b, method, args.batch_size, store=store)
                 for b in benchmarks
                 if b.has_targets
             ]
             evaluations += measured
-            if len(measured) > 1 and measured[0].protocol["metrics"] == "fashioniq":
+            if len(measured) > 1 and metrics_named(measured[0].protocol["metrics"]).reports_average:
                 evaluations.append(average(measured))
     if state.is_main_process:  # also without labels: files for a server are of these arguments and this environment
         write(Path(args.output_dir), evaluations, args)
@@ -146,19 +148,6 @@ def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]
     """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
     model, processor = load_model(name, baselines_only=True)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
-
-
-def write_submissions(
-    folder: Path, benchmark: CIRBenchmark, queries: torch.Tensor, gallery: torch.Tensor
-) -> Sequence[Path]:
-    """Writes the server's files for one benchmark, if it has a server."""
-    if not PartialState().is_main_process:
-        return ()
-    if benchmark.protocol.metrics == "cirr":
-        return write_cirr_submission(folder, benchmark, queries, gallery)
-    if benchmark.protocol.metrics == "circo":
-        return (write_circo_submission(folder, benchmark, queries, gallery),)
-    return ()
 
 
 def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments) -> None:

@@ -1,12 +1,12 @@
-"""Cosines of queries with a gallery, a tile at a time: fast in float32, exact where that decides something.
+"""Cosine similarity of queries and a gallery, tile by tile: fast in float32, exact where rounding would decide.
 
-With Q queries, N gallery images, embedding width d, and tiles of c queries by n images:
+- A *score* is the cosine of a query and an image: products summed pairwise in float64, rounded to float32. It depends
+  on the two rows alone, so that equal images tie exactly. The last bit of a float32 matrix product, and now and then
+  of a float64 one, depends on the position of a row in the matrix.
+- A *tile* holds float32 matrix products, which differ from the scores by at most [`error_bound`]. They settle all but
+  a few comparisons in a thousand; the pairs that they do not settle are scored as defined.
 
-- The *score* of a query and an image is the cosine of the two, its products summed pairwise in float64, rounded to
-  float32. It depends on its two rows alone, so that equal images tie exactly; of float32 products of equal rows, and
-  of float64 ones now and then, the last bit differs with their place in the matrix.
-- A tile holds float32 products instead, which are off by at most [`error_bound`]: they settle all but a few scores in
-  thousands, and the few are computed as defined.
+Shapes: Q queries, N gallery images, embedding width d; a tile has c queries and n images.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-TILE = 2**21
-"""Cosines computed at a time (ours, measured): 8 MiB, which caches hold between the product and what reads it."""
+QUERIES_PER_CHUNK = 512
+"""Queries scored at a time (our choice): the fastest of 256 to 2,048."""
 
-PAIRS = 512
-"""Pairs of rows multiplied at a time (ours, measured), for the same reason."""
+COSINES_PER_TILE = 2**21
+"""Cosines computed at a time (our choice, tuned): 8 MiB, which stay in the CPU cache between matmul and reduction."""
 
-CROWDED = 1 / 100
-"""Share of a tile beyond which scoring all of it is faster than scoring pairs (ours, measured)."""
+PAIRS_PER_BATCH = 512
+"""Pairs of rows multiplied at a time (our choice, tuned), to stay in the CPU cache as well."""
 
-BLOCK = 64
-"""Neighbouring cosines of which only the highest is looked at first (ours)."""
+CROWDED_SHARE = 1 / 100
+"""Share of a tile's pairs beyond which scoring the whole tile is faster than scoring pairs (our choice, tuned)."""
+
+COSINES_PER_BLOCK = 64
+"""Neighbouring cosines that [`where_above`] skips at once if their maximum is too low (our choice)."""
 
 
 def error_bound(width: int) -> float:
-    """The most that a cosine of a tile can be off from the score.
+    """Returns the largest difference between a cosine of a tile and the score, about 3e-5 for width 256.
 
-    In units u = 2^-24 and to first order, of which the rest is below the 6 u added: d for the products and their sum
-    in any order, (d + 9) for two rows rounded and divided by their norms, 1 for rounding the score (Higham, Accuracy
-    and Stability of Numerical Algorithms, 2002, section 3.1). About 3e-5 for the width 256.
+    To first order, in units of u = 2^-24: d for the products and their sum in any order, d + 9 for two rows rounded
+    and divided by their norms, 1 for rounding the score (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
+    section 3.1). The 6 u added exceed the terms of higher order.
     """
     relative = (2 * width + 16) * 2.0**-24
     return relative / (1 - relative)
@@ -42,13 +45,13 @@ def error_bound(width: int) -> float:
 def cosine_tiles(
     query_embeds: Tensor, gallery_embeds: Tensor, exclude_index: Tensor | None, chunk_size: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields rows, columns and float32 cosines (c, n); -inf where excluded. Columns ascend.
+    """Yields tiles: query slice, gallery slice and float32 cosines (c, n), -inf where excluded; gallery slices ascend.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
         gallery_embeds: (N, d), likewise.
-        exclude_index: (Q,) int64, gallery position that a query leaves out.
-        chunk_size: c; n is chosen so that a tile has about `TILE` cosines.
+        exclude_index: (Q,) int64, gallery position that the query's ranking leaves out.
+        chunk_size: c; n is chosen so that a tile has about `COSINES_PER_TILE` cosines.
 
     Raises:
         ValueError: if widths differ, an embedding is not finite, or the chunk size is below 1.
@@ -57,7 +60,7 @@ def cosine_tiles(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     queries = _unit_rows("query", query_embeds, 0)
-    width = max(1, TILE // min(chunk_size, len(queries)))
+    width = max(1, COSINES_PER_TILE // min(chunk_size, len(queries)))
     for start in range(0, len(gallery_embeds), width):
         columns = slice(start, min(start + width, len(gallery_embeds)))
         gallery = _unit_rows("gallery", gallery_embeds[columns], start)
@@ -73,7 +76,7 @@ def cosine_tiles(
 
 
 def score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Scores of pairs.
+    """Returns the scores of pairs of a query and an image, the faster of two ways to the same numbers.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -82,44 +85,45 @@ def score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, colu
         columns: (pairs,) int64, gallery position of each pair.
 
     Returns:
-        float32 (pairs,).
+        (pairs,) float32.
 
     Raises:
         ValueError: if an embedding of a pair is not finite.
     """
     size = len(query_embeds) * len(gallery_embeds)
-    if CROWDED * size < len(rows) and size <= 2 * TILE:
+    if CROWDED_SHARE * size < len(rows) and size <= 2 * COSINES_PER_TILE:
         return _score_tile(query_embeds, gallery_embeds)[rows, columns]
     return _score_pairs(query_embeds, gallery_embeds, rows, columns)
 
 
 def _score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The definition."""
+    """Scores pairs by the definition."""
     scores = []
-    few = _exact_unit_rows(query_embeds) if len(query_embeds) <= min(PAIRS, len(rows)) else None
-    for row, column in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
-        queries = _exact_unit_rows(query_embeds[row]) if few is None else few[row]
-        scores.append(_sum(queries * _exact_unit_rows(gallery_embeds[column])).float())
+    # Normalise each query once if there are fewer queries than pairs in a batch.
+    units = exact_unit_rows(query_embeds) if len(query_embeds) <= min(PAIRS_PER_BATCH, len(rows)) else None
+    for row, column in zip(rows.split(PAIRS_PER_BATCH), columns.split(PAIRS_PER_BATCH), strict=True):
+        queries = exact_unit_rows(query_embeds[row]) if units is None else units[row]
+        scores.append(pairwise_sum(queries * exact_unit_rows(gallery_embeds[column])).float())
     if torch.cat(scores).isnan().any():
-        _check_finite("query", query_embeds, 0)
-        _check_finite("gallery", gallery_embeds, 0)
+        check_finite("query", query_embeds)
+        check_finite("gallery", gallery_embeds)
     return torch.cat(scores)
 
 
 def _score_tile(query_embeds: Tensor, gallery_embeds: Tensor) -> Tensor:
-    """(c, n): a float64 product, and the definition where the order of its sums may decide the rounding."""
-    products = _exact_unit_rows(query_embeds) @ _exact_unit_rows(gallery_embeds).T
+    """Scores all pairs of a tile (c, n): a float64 product; by the definition where the order of sums may matter."""
+    products = exact_unit_rows(query_embeds) @ exact_unit_rows(gallery_embeds).T
     error = query_embeds.shape[1] * 2.0**-50
-    scores, above = (products - error).float(), (products + error).float()
-    rows, columns = (scores != above).nonzero(as_tuple=True)
+    scores, upper = (products - error).float(), (products + error).float()
+    rows, columns = (scores != upper).nonzero(as_tuple=True)
     scores[rows, columns] = _score_pairs(query_embeds, gallery_embeds, rows, columns)
     return scores
 
 
 def kth_at_least(cosines: Tensor, k: int) -> Tensor:
-    """A number for each row that at least k of its cosines reach: (c, n) -> (c,), close to the kth highest.
+    """Returns a lower bound on the kth highest cosine of each row, close to it: (c, n) -> (c,).
 
-    The kth highest maximum of blocks, which costs one pass; -inf for rows of fewer than k cosines.
+    It is the kth highest maximum over blocks of columns, which takes one pass; -inf for rows of fewer than k cosines.
     """
     size = max(1, cosines.shape[1] // (8 * k))
     blocks = cosines[:, : cosines.shape[1] // size * size].unflatten(1, (-1, size))
@@ -128,19 +132,19 @@ def kth_at_least(cosines: Tensor, k: int) -> Tensor:
     return blocks.amax(dim=2).topk(k).values[:, -1]
 
 
-def above(cosines: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns, in their order, of the cosines (c, n) that exceed their row's `least` (c,)."""
-    if short := -cosines.shape[1] % BLOCK:
-        cosines = torch.nn.functional.pad(cosines, (0, short), value=-torch.inf)
-    blocks = cosines.unflatten(1, (-1, BLOCK))
-    row, block = (blocks.amax(dim=2) > least[:, None]).nonzero(as_tuple=True)
-    hit, place = (blocks[row, block] > least[row, None]).nonzero(as_tuple=True)
-    return row[hit], block[hit] * BLOCK + place
+def where_above(cosines: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns rows and columns, in row-major order, of the cosines (c, n) above their row's threshold (c,)."""
+    if padding := -cosines.shape[1] % COSINES_PER_BLOCK:
+        cosines = torch.nn.functional.pad(cosines, (0, padding), value=-torch.inf)
+    blocks = cosines.unflatten(1, (-1, COSINES_PER_BLOCK))
+    row, block = (blocks.amax(dim=2) > threshold[:, None]).nonzero(as_tuple=True)
+    hit, offset = (blocks[row, block] > threshold[row, None]).nonzero(as_tuple=True)
+    return row[hit], block[hit] * COSINES_PER_BLOCK + offset
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products of float32 numbers, whatever shortcut (TF32, bfloat16) is allowed elsewhere."""
+    """Multiplies float32 matrices in float32 within the block, even if TF32 or bfloat16 products are allowed."""
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     try:
@@ -153,7 +157,7 @@ def full_precision() -> Iterator[None]:
 
 
 def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
-    """Raises a `ValueError` unless both are matrices of one width."""
+    """Raises a `ValueError` unless both are matrices of the same width."""
     for name, embeds in (("query", query_embeds), ("gallery", gallery_embeds)):
         if embeds.ndim != 2 or embeds.numel() == 0:
             raise ValueError(
@@ -166,38 +170,36 @@ def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
         )
 
 
-def _check_finite(name: str, embeds: Tensor, start: int) -> None:
+def check_finite(name: str, embeds: Tensor, start: int = 0) -> None:
+    """Raises a `ValueError` that names the first row with NaN or infinity; `start` is the position of row 0."""
     bad = ~embeds.isfinite().all(dim=1)
     if bad.any():
         raise ValueError(f"{name}_embeds hold NaN or infinity, first at {name} {start + int(bad.nonzero()[0])}")
 
 
 def _unit_rows(name: str, embeds: Tensor, start: int) -> Tensor:
-    """float32, normalised; `start` is the position of the first row in the embeddings that an error names."""
+    """Returns the rows in float32, divided by their norms; errors count rows from `start`."""
     norms = torch.linalg.vector_norm(embeds.float(), dim=1, keepdim=True)
     if not norms.isfinite().all():
-        _check_finite(name, embeds, start)
-        return _exact_unit_rows(embeds).float()  # squares beyond float32
+        check_finite(name, embeds, start)
+        return exact_unit_rows(embeds).float()  # squares overflow float32
     return embeds.float() / norms.clamp(min=1e-12)
 
 
-def _exact_unit_rows(embeds: Tensor) -> Tensor:
+def exact_unit_rows(embeds: Tensor) -> Tensor:
+    """Returns the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
     rows = embeds.double()
-    return rows / _sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
+    return rows / pairwise_sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
 
 
-def _sum(rows: Tensor) -> Tensor:
-    """(n, d) -> (n,), halves added to each other: unlike a library's sum, in an order that only d decides."""
+def pairwise_sum(rows: Tensor) -> Tensor:
+    """Sums rows (n, d) -> (n,) by adding halves; unlike a library's sum, in an order that depends on d alone."""
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
-        rest = rows[:, 2 * half :]  # one column, where d is odd
+        rest = rows[:, 2 * half :]  # one column if d is odd
         rows = rows[:, :half] + rows[:, half : 2 * half]
         rows = torch.cat([rows, rest], dim=1) if rest.numel() else rows
     return rows[:, 0]
-
-
-CHUNK = 512
-"""Queries scored at a time (ours): of 256 to 2,048 the fastest."""
 
 
 def top_k(
@@ -205,19 +207,19 @@ def top_k(
     gallery_embeds: Tensor,
     k: int,
     exclude_index: Tensor | None = None,
-    chunk_size: int = CHUNK,
+    chunk_size: int = QUERIES_PER_CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The best k gallery images of each query, best first, ties in gallery order.
+    """Returns the best k gallery images of each query, best first, ties in gallery order.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
         gallery_embeds: (N, d), likewise.
         k: how many images to return.
-        exclude_index: (Q,) int, position of the gallery image left out of the query's ranking.
+        exclude_index: (Q,) int, gallery position that the query's ranking leaves out.
         chunk_size: queries scored at a time.
 
     Returns:
-        Cosines (Q, k) float32 and gallery positions (Q, k) int64.
+        Scores (Q, k) float32 and gallery positions (Q, k) int64.
 
     Raises:
         ValueError: if k is not between 1 and the number of images a query may return, and as in `target_ranks`.
@@ -233,28 +235,29 @@ def top_k(
     positions = torch.zeros_like(scores, dtype=torch.int64)
     error = error_bound(query_embeds.shape[-1])
     for rows, columns, cosines in cosine_tiles(query_embeds, gallery_embeds, exclude_index, chunk_size):
-        least = scores[rows, -1]  # what an image has to exceed
-        if least.isinf().any():
-            least = torch.maximum(least, kth_at_least(cosines, k) - error)
-        row, column = above(cosines, least - error)
+        threshold = scores[rows, -1]
+        if threshold.isinf().any():
+            threshold = torch.maximum(threshold, kth_at_least(cosines, k) - error)
+        row, column = where_above(cosines, threshold - error)
         if not len(row):
             continue
-        found = score_pairs(query_embeds[rows], gallery_embeds[columns], row, column)
-        # Those of each query in a row, behind its best so far: a stable sort leaves ties in gallery order.
-        hit, group, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
-        place = k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
-        merged = scores.new_full((len(hit), k + int(counts.max())), -torch.inf)
+        candidates = score_pairs(query_embeds[rows], gallery_embeds[columns], row, column)
+        # Append each query's candidates to its best so far: a stable sort leaves ties in gallery order.
+        query, group, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
+        offset = k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
+        merged = scores.new_full((len(query), k + int(counts.max())), -torch.inf)
         merged_positions = torch.zeros_like(merged, dtype=torch.int64)
-        hit += rows.start
-        merged[:, :k], merged_positions[:, :k] = scores[hit], positions[hit]
-        merged[group, place], merged_positions[group, place] = found, column + columns.start
+        query += rows.start
+        merged[:, :k], merged_positions[:, :k] = scores[query], positions[query]
+        merged[group, offset], merged_positions[group, offset] = candidates, column + columns.start
         best = merged.sort(dim=1, descending=True, stable=True)
-        scores[hit] = best.values[:, :k]
-        positions[hit] = merged_positions.gather(1, best.indices[:, :k])
+        scores[query] = best.values[:, :k]
+        positions[query] = merged_positions.gather(1, best.indices[:, :k])
     return scores, positions
 
 
 def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
+    """Returns one gallery position a query as int64 (Q,) on the CPU; raises a `ValueError` for any other index."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.shape != (num_queries,):
         raise ValueError(f"{name} must have shape ({num_queries},), one a query, got {tuple(index.shape)}")
@@ -264,15 +267,19 @@ def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int)
 
 
 def first_true(bad: Tensor) -> int | None:
-    """Position of the first true entry of a vector."""
+    """Returns the index of the first true entry of a vector, None if there is none."""
     return int(bad.nonzero()[0]) if bad.any() else None
 
 
 __all__ = [
-    "above",
     "check_embeds",
+    "check_finite",
     "cosine_tiles",
     "error_bound",
+    "exact_unit_rows",
     "kth_at_least",
+    "pairwise_sum",
     "score_pairs",
+    "top_k",
+    "where_above",
 ]

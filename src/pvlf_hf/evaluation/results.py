@@ -1,10 +1,10 @@
-"""Results of an evaluation, with intervals, on disk and back."""
+"""The outcome of an evaluation: metrics, values of every query, intervals, and the files that hold them."""
 
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -13,17 +13,11 @@ from typing import Any
 import torch
 
 from ..atomic_files import whole
+from .metrics import metrics_named
 from .significance import bootstrap_interval
 
 RESAMPLES = 2000
-"""Draws of a bootstrap interval in `results.json` (ours): its ends then wander by about a twentieth of its width."""
-
-
-MEANS = {  # what `cirr_metrics` and `fashioniq_metrics` average
-    ("cirr", "mean"): ("recall@5", "recall_subset@1"),
-    ("cirr", "mean_of_seven"): (*(f"recall@{k}" for k in (1, 5, 10, 50)), *(f"recall_subset@{k}" for k in (1, 2, 3))),
-    ("fashioniq", "mean"): ("recall@10", "recall@50"),
-}
+"""Bootstrap resamples for an interval in `results.json` (our choice): its ends vary by about a 20th of its width."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +25,16 @@ class Evaluation:
     """The outcome of one evaluation.
 
     Args:
-        benchmark: name of the benchmark.
-        method: one of `QUERY_METHODS`.
-        metrics: fractions in [0, 1], by the protocol's metrics: `recall@k`, `recall_subset@k`, `map@k`,
-            `map@10/{semantic aspect}`, `mean`, `mean_of_seven`.
+        benchmark: name of the benchmark and split, e.g. `"cirr/val"`.
+        method: how queries were embedded, one of `QUERY_METHODS`.
+        metrics: fractions in [0, 1] by name, e.g. `recall@k`, `recall_subset@k`, `map@k`, `map@10/{semantic aspect}`,
+            `mean`, `mean_of_seven`; defined in `pvlf_hf.evaluation.metrics.METRICS`.
         counts: number of queries and of gallery images.
-        protocol: how to read the metrics, see [`~pvlf_hf.data.benchmark.Protocol`].
-        precision: what embeddings and cosines are computed in.
-        per_query: one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the target), and
-            where the benchmark has them `subset_rank`, `average_precision@k`, `semantic_aspects`; of an average over
-            benchmarks also the `benchmark`.
+        protocol: how the metrics were measured, see [`~pvlf_hf.data.benchmark.Protocol`].
+        dtype: dtypes in which embeddings and cosines were computed.
+        per_query: columns of one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the
+            target), and, if the benchmark has them, `subset_rank`, `average_precision@k`, `semantic_aspects`; an
+            average over benchmarks also has `benchmark`.
     """
 
     benchmark: str
@@ -48,51 +42,50 @@ class Evaluation:
     metrics: dict[str, float]
     counts: dict[str, int]
     protocol: dict[str, str]
-    precision: str
+    dtype: str
     per_query: dict[str, tuple[Any, ...]]
 
     def values(self, metric: str) -> list[float]:
-        """One number a query whose mean is the metric: what `pvlf_hf.evaluation.significance` takes.
+        """Returns one number a query, whose mean is the metric, as `pvlf_hf.evaluation.significance` takes them.
 
-        Of an average over benchmarks the metric is the mean of the means over each.
+        The metric of an average over benchmarks is not the mean of these numbers, but of the means over each.
+
+        Args:
+            metric: a key of `metrics`. For `map@10/{aspect}`, numbers cover the queries of that aspect only.
 
         Raises:
-            ValueError: if this evaluation has no such metric.
+            ValueError: if this evaluation has no such metric, or lacks the values of every query.
         """
         if metric not in self.metrics:
             raise ValueError(f"no metric {metric!r} of {self.benchmark}; there are {list(self.metrics)}")
-        if parts := MEANS.get((self.protocol["metrics"], metric)):
-            return [fmean(values) for values in zip(*map(self.values, parts), strict=True)]
-        name, _, k = metric.partition("@")
-        if name == "map":
-            k, _, aspect = k.partition("/")
-            precisions = self.per_query[f"average_precision@{k}"]
-            aspects = self.per_query["semantic_aspects"] if aspect else ((aspect,) for _ in precisions)
-            return [value for value, its in zip(precisions, aspects, strict=True) if aspect in its]
-        ranks = self.per_query["subset_rank" if name == "recall_subset" else "rank"]
-        return [float(rank < int(k)) for rank in ranks]
+        values = metrics_named(self.protocol["metrics"]).values(self.per_query)
+        if metric not in values:
+            raise ValueError(f"the values of every query for {metric!r} of {self.benchmark} were not kept")
+        return values[metric]
 
 
 def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Bootstrap interval of each metric over queries, see [`~pvlf_hf.evaluation.significance.bootstrap_interval`].
+    """Returns the bootstrap interval over queries of each metric.
 
-    Those of an average over benchmarks are joined from the intervals of each (MOVER: Zou and Donner, 2008), because
+    The intervals of an average over benchmarks combine those of each benchmark (MOVER: Zou and Donner, 2008), because
     every benchmark keeps its number of queries.
 
     Args:
         evaluation: from [`evaluate`] or [`average`].
-        confidence: how often such intervals hold the true mean.
+        confidence: probability that an interval covers the true mean.
+
+    Returns:
+        Lower and upper end by metric, see [`~pvlf_hf.evaluation.significance.bootstrap_interval`].
     """
-    groups = evaluation.per_query.get("benchmark", ())
-    names = tuple(dict.fromkeys(groups))
+    names = dict.fromkeys(evaluation.per_query.get("benchmark", ()))
+    parts = [_of_benchmark(evaluation, name) for name in names] or [evaluation]
 
     def interval(metric: str) -> tuple[float, float]:
-        values = evaluation.values(metric)
+        values = [part.values(metric) for part in parts]
+        ends = [bootstrap_interval(numbers, confidence, RESAMPLES) for numbers in values]
         if not names:
-            return bootstrap_interval(values, confidence, RESAMPLES)
-        parts = [[v for v, its in zip(values, groups, strict=True) if its == name] for name in names]
-        ends = [bootstrap_interval(part, confidence, RESAMPLES) for part in parts]
-        means = [fmean(part) for part in parts]
+            return ends[0]
+        means = [fmean(numbers) for numbers in values]
         below = sum((mean - low) ** 2 for mean, (low, _) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
         above = sum((high - mean) ** 2 for mean, (_, high) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
         return fmean(means) - below, fmean(means) + above
@@ -100,31 +93,38 @@ def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tup
     return {metric: interval(metric) for metric in evaluation.metrics}
 
 
-def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: Any) -> None:
-    """Writes evaluations and what is needed to repeat them as JSON (UTF-8).
+def _of_benchmark(average: Evaluation, name: str) -> Evaluation:
+    """Restricts an average over benchmarks to the queries of one of them."""
+    rows = [row for row, benchmark in enumerate(average.per_query["benchmark"]) if benchmark == name]
+    columns = {column: tuple(values[row] for row in rows) for column, values in average.per_query.items()}
+    return replace(average, per_query=columns)
 
-    Beside it, `{name}_per_query.json` keeps the value of every query for later comparisons, see [`read_results`].
+
+def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: Any) -> None:
+    """Writes evaluations as JSON (UTF-8), with versions, device and commit.
+
+    `{name}_per_query.json` beside it keeps the values of every query for later comparisons, see [`read_results`].
 
     Args:
         file: usually `results.json`.
-        evaluations: what [`evaluate`] returned; each is written with 95 % bootstrap intervals over its queries.
-        facts: anything else worth keeping: seeds, arguments.
+        evaluations: from [`evaluate`]; each is written with 95 % bootstrap intervals over its queries.
+        facts: other top-level entries that help to repeat the run, such as seeds and arguments.
     """
     file, evaluations = Path(file), list(evaluations)
     summaries = [{**asdict(e), "intervals": intervals(e)} for e in evaluations]
     per_query = [summary.pop("per_query") for summary in summaries]
     results = {**facts, "evaluations": summaries, "environment": environment()}
-    with whole(file) as partial, whole(_per_query_file(file)) as its_partial:
+    with whole(file) as partial, whole(_per_query_file(file)) as partial_per_query:
         partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        its_partial.write_text(json.dumps(per_query) + "\n", encoding="utf-8")
-        file.unlink(missing_ok=True)  # it comes last: a run that has it is finished, and both are of one run
+        partial_per_query.write_text(json.dumps(per_query) + "\n", encoding="utf-8")
+        file.unlink(missing_ok=True)  # renamed into place last: if it exists, both files are of one finished run
 
 
 def read_results(file: str | Path) -> list[Evaluation]:
-    """Evaluations that [`write_results`] wrote, values of every query included.
+    """Reads the evaluations that [`write_results`] wrote, with the values of every query.
 
     Raises:
-        ValueError: if the file with the values of every query is not beside it, or is of other results.
+        ValueError: if the file with the values of every query is missing or belongs to other results.
     """
     file = Path(file)
     summaries = json.loads(file.read_text(encoding="utf-8"))["evaluations"]
@@ -133,11 +133,20 @@ def read_results(file: str | Path) -> list[Evaluation]:
     per_query = json.loads(_per_query_file(file).read_text(encoding="utf-8"))
     if [e["counts"]["queries"] for e in summaries] != [len(columns["rank"]) for columns in per_query]:
         raise ValueError(f"{_per_query_file(file)} does not belong to {file}; evaluate again")
-    names = [field.name for field in fields(Evaluation) if field.name != "per_query"]
+    names = {field.name for field in fields(Evaluation)} - {"dtype", "per_query"}
     return [
-        Evaluation(**{n: e[n] for n in names}, per_query={name: _frozen(its) for name, its in columns.items()})
-        for e, columns in zip(summaries, per_query, strict=True)
+        Evaluation(
+            **{name: summary[name] for name in names},
+            dtype=recorded_dtype(summary),
+            per_query={name: _frozen(values) for name, values in columns.items()},
+        )
+        for summary, columns in zip(summaries, per_query, strict=True)
     ]
+
+
+def recorded_dtype(summary: Mapping[str, Any]) -> str:
+    """Returns the `dtype` of an evaluation in a results file, which earlier versions wrote as `precision`."""
+    return summary.get("dtype") or summary.get("precision") or "not recorded"
 
 
 def _per_query_file(file: Path) -> Path:
@@ -145,12 +154,12 @@ def _per_query_file(file: Path) -> Path:
 
 
 def _frozen(values: Any) -> Any:
-    """Lists of JSON as the tuples they were written from."""
+    """Turns the lists of JSON into the tuples that were written."""
     return tuple(map(_frozen, values)) if isinstance(values, list) else values
 
 
 def environment() -> dict[str, str | None]:
-    """Versions, device and commit of a result; commit is None where this file is not under git."""
+    """Returns versions, device and commit for a results file; the commit is None outside a git checkout."""
     packages = ("pvlf-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pillow")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
@@ -164,7 +173,7 @@ def _commit() -> str | None:
         )
 
     try:
-        # Installed into a virtual environment inside somebody's repository, that commit is not ours.
+        # Untracked in a virtual environment inside another repository, whose commit says nothing about this package.
         tracked = git("ls-files", "--error-unmatch", Path(__file__).name).returncode == 0
         return git("describe", "--always", "--dirty", "--abbrev=40").stdout.strip() or None if tracked else None
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Draws what was retrieved as one picture: a row a query, its reference and caption, then the best results.
+"""Draws queries and their results as one image: each row has a reference, a caption and the best results.
 
 Example:
     >>> red, blue = (Image.new("RGB", (72, 72), colour) for colour in ("red", "blue"))
     >>> row = SheetRow(reference=red, caption="make it blue", results=[blue, red], target=blue, rank=0)
-    >>> retrieval_sheet([row], title="one query").size  # sheet_rows makes rows of a benchmark
+    >>> retrieval_sheet([row], title="one query").size  # `sheet_rows` makes the rows of a benchmark
     (514, 226)
 """
 
@@ -21,10 +21,10 @@ from ..embeddings.similarity import top_k
 from ..models.image_processing_pvlf import opened, to_rgb
 from .metrics import target_ranks
 
-# Pixels. With five results a sheet is about 900 wide, as a README shows it.
+# Sizes in pixels. A sheet of five results is about 900 pixels wide, the width of a README on GitHub.
 MARGIN = 20
-PICTURE = 78
-CELL = PICTURE + 10
+IMAGE_SIDE = 78
+CELL = IMAGE_SIDE + 10
 GAP = 6
 GROUP_GAP = 18
 CAPTION_WIDTH = 168
@@ -39,15 +39,15 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One query and what it retrieved.
+    """One query and its results.
 
     Args:
         reference: the reference image.
-        caption: the relative caption; what is too long for its place is cut off with "...".
-        results: retrieved images, best first, the reference left out.
-        target: the image that should have come first.
+        caption: the relative caption; if it is too long for the column, it ends in "...".
+        results: retrieved images, best first, without the reference.
+        target: the target image.
         rank: 0-based rank of the target; the sheet counts from 1.
-        method: names what retrieved these results, where a sheet compares methods.
+        method: name of the retrieval method, for sheets that compare methods.
     """
 
     reference: Image.Image
@@ -59,7 +59,7 @@ class SheetRow:
 
     @property
     def hit(self) -> int | None:
-        """Position of the target among the results, None if it is not there."""
+        """Index of the target among the results, None if it is not among them."""
         return self.rank if self.rank < len(self.results) else None
 
 
@@ -71,25 +71,25 @@ def sheet_rows(
     k: int = 5,
     method: str = "",
 ) -> list[SheetRow]:
-    """Ranks the gallery for some queries of a benchmark, the reference left out.
+    """Ranks the gallery, without the reference, for some queries of a benchmark.
 
     Args:
         benchmark: queries and gallery.
         query_embeds: `(queries, d)` float, of all queries, from [`encode_queries`].
         gallery_embeds: `(gallery, d)` float, from [`encode_gallery`].
-        query_rows: which queries to show, by their row in the benchmark.
-        k: how many results to show.
+        query_rows: indices of the queries to show.
+        k: number of results to show.
         method: label of these rows.
 
     Raises:
-        ValueError: if the embeddings do not fit the benchmark, a row is outside it, or k is larger than the gallery
-            without the reference.
+        ValueError: if the embeddings do not fit the benchmark, an index is out of range, or k is larger than the
+            gallery without the reference.
     """
     queries, gallery = benchmark.queries, benchmark.gallery
-    for what, embeds, dataset in (("query", query_embeds, queries), ("gallery", gallery_embeds, gallery)):
+    for side, embeds, dataset in (("query", query_embeds, queries), ("gallery", gallery_embeds, gallery)):
         if len(embeds) != len(dataset):
             raise ValueError(
-                f"{len(embeds)} {what} embeddings for {len(dataset)} rows of {benchmark.name}; encode all of them"
+                f"{len(embeds)} {side} embeddings for {len(dataset)} rows of {benchmark.name}; encode all of them"
             )
     if outside := [row for row in query_rows if not 0 <= row < len(queries)]:
         raise ValueError(f"query_rows {outside[:3]} are outside the {len(queries)} queries of {benchmark.name}")
@@ -107,25 +107,25 @@ def sheet_rows(
         SheetRow(
             reference=query["reference"],
             caption=query["caption"],
-            results=images.select(found)[:]["image"],
-            target=images[wanted]["image"],
+            results=images.select(result_rows)[:]["image"],
+            target=images[target_row]["image"],
             rank=rank,
             method=method,
         )
-        for query, found, wanted, rank in zip(shown, best.tolist(), target.tolist(), ranks, strict=True)
+        for query, result_rows, target_row, rank in zip(shown, best.tolist(), target.tolist(), ranks, strict=True)
     ]
 
 
 def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str = "") -> Image.Image:
     """Draws queries and their results.
 
-    The target has a green frame: with a check mark among the results, or else in a column of its own, with its rank.
-    Text is drawn in Pillow's own font, without accents; letters other than Latin turn up as boxes.
+    The target has a green frame. It is among the results, with a check mark, or in a column of its own, with its
+    rank. Text is drawn in Pillow's default font without accents; letters other than Latin become boxes.
 
     Args:
         rows: the queries, top to bottom, from [`sheet_rows`].
         title: heading of the sheet.
-        attribution: whose pictures these are and their licence, in small print at the bottom.
+        attribution: creator and licence of the images, in small print at the bottom.
 
     Returns:
         RGB, on white; about 900 pixels wide with five results and a missed target.
@@ -148,8 +148,8 @@ def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str 
     draw = ImageDraw.Draw(sheet)
     _draw_lines(draw, (MARGIN, MARGIN), title_lines, title_font, INK, 28)
     for heading, left in lefts.items():
-        place, anchor = (left, "la") if heading == "caption" else (left + CELL // 2, "ma")
-        draw.text((place, headings_top), heading, GREY, small, anchor=anchor)
+        x, anchor = (left, "la") if heading == "caption" else (left + CELL // 2, "ma")
+        draw.text((x, headings_top), heading, GREY, small, anchor=anchor)
     for number, row in enumerate(rows):
         top = rows_top + number * ROW_HEIGHT
         draw.line((MARGIN, top - 5, width - MARGIN, top - 5), LINE)
@@ -159,11 +159,11 @@ def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str 
 
 
 def _column_lefts(rows: Sequence[SheetRow]) -> dict[str, int]:
-    """Headings and the left edges of their columns; the target has one only where a row missed it."""
+    """Returns the left edge of each column by heading; the target has a column only if a row missed it."""
     lefts = {"reference": MARGIN, "caption": MARGIN + CELL + GROUP_GAP}
     left = lefts["caption"] + CAPTION_WIDTH + GROUP_GAP
-    for place in range(max(len(row.results) for row in rows)):
-        lefts[str(place + 1)] = left
+    for index in range(max(len(row.results) for row in rows)):
+        lefts[str(index + 1)] = left
         left += CELL + GAP
     if any(row.hit is None for row in rows):
         lefts["target"] = left + GROUP_GAP - GAP
@@ -179,16 +179,16 @@ def _draw_row(
     small: Font,
 ) -> None:
     draw = ImageDraw.Draw(sheet)
-    _draw_picture(sheet, row.reference, (lefts["reference"], top))
+    _draw_image(sheet, row.reference, (lefts["reference"], top))
     lines = _wrap(row.caption, font, CAPTION_WIDTH, CAPTION_LINES - bool(row.method))
     label = _wrap(row.method, small, CAPTION_WIDTH, max_lines=1)
     caption_top = top + (CELL - 19 * (len(lines) + len(label))) // 2
     _draw_lines(draw, (lefts["caption"], caption_top), lines, font, INK, 19)
     _draw_lines(draw, (lefts["caption"], caption_top + 19 * len(lines) + 3), label, small, GREY, 19)
-    for place, picture in enumerate(row.results):
-        _draw_picture(sheet, picture, (lefts[str(place + 1)], top), is_target=place == row.hit)
+    for index, image in enumerate(row.results):
+        _draw_image(sheet, image, (lefts[str(index + 1)], top), is_target=index == row.hit)
     if row.hit is None:
-        _draw_picture(sheet, row.target, (lefts["target"], top), is_target=True)
+        _draw_image(sheet, row.target, (lefts["target"], top), is_target=True)
         draw.text((lefts["target"] + CELL // 2, top + CELL + 4), f"rank {row.rank + 1}", INK, small, anchor="ma")
     else:
         badge = _check_mark()
@@ -196,10 +196,10 @@ def _draw_row(
         sheet.paste(badge, corner, badge)
 
 
-def _draw_picture(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], is_target: bool = False) -> None:
-    """Fits a picture into a framed cell."""
-    rgb = to_rgb(picture)
-    scale = PICTURE / max(rgb.size)
+def _draw_image(sheet: Image.Image, image: Image.Image, corner: tuple[int, int], is_target: bool = False) -> None:
+    """Fits an image into a framed cell."""
+    rgb = to_rgb(image)
+    scale = IMAGE_SIDE / max(rgb.size)
     width, height = (max(1, round(side * scale)) for side in rgb.size)
     left, top = corner
     outline, line_width = (GREEN, 3) if is_target else (LINE, 1)
@@ -210,7 +210,7 @@ def _draw_picture(sheet: Image.Image, picture: Image.Image, corner: tuple[int, i
 
 
 def _check_mark() -> Image.Image:
-    """A white check on a green disc, RGBA; drawn large and shrunk, because Pillow's lines are jagged."""
+    """Draws a white check mark on a green disc, RGBA; large and then shrunk, because Pillow's lines are jagged."""
     size = 8 * BADGE
     badge = Image.new("RGBA", (size, size), "#ffffff00")
     draw = ImageDraw.Draw(badge)
@@ -222,8 +222,8 @@ def _check_mark() -> Image.Image:
 
 
 def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """Breaks text into lines of at most `width` pixels; what does not fit is cut off with "..."."""
-    # Pillow's own font has hardly more than ASCII: accents go, and so do control characters.
+    """Breaks text into lines of at most `width` pixels; a text that does not fit ends in "..."."""
+    # Pillow's default font has little more than ASCII: drop accents and control characters.
     text = "".join(c for c in normalize("NFKD", " ".join(text.split())) if category(c)[0] not in "CM")
     lines: list[str] = []
     for characters in range(width // 3, 3, -1):  # `textwrap` counts characters, so try until the pixels fit

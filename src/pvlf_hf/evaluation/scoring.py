@@ -1,29 +1,18 @@
-"""Ranks a benchmark's gallery for its queries: model, processor, data and metrics joined into numbers."""
+"""Evaluates a model, or embeddings, on a benchmark by the metrics of its protocol."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from statistics import fmean
-from typing import Any
 
 from torch import Tensor
 
-from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, query_ids
+from ..data.benchmark import CIRBenchmark, query_ids
 from ..embeddings.embedding_store import EmbeddingStore, dtype_of
 from ..embeddings.encoding import QueryMethod, check_method, embed, encode_gallery
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
-from .metrics import (
-    CIRCO_KS,
-    average_precision_at_k,
-    circo_metrics,
-    cirr_metrics,
-    fashioniq_metrics,
-    mean_by_aspect,
-    positive_ranks,
-    subset_ranks,
-    target_ranks,
-)
+from .metrics import metrics_named
 from .results import Evaluation
 
 
@@ -37,12 +26,12 @@ def evaluate(
     progress: bool = True,
     store: EmbeddingStore | None = None,
 ) -> Evaluation:
-    """Encodes gallery and queries, ranks them and measures the ranking, all by the benchmark's protocol.
+    """Encodes gallery and queries, ranks the gallery and computes the metrics, all by the benchmark's protocol.
 
-    Under several processes each encodes a share and all return the same result.
+    If several processes run, each encodes a share and all return the same result.
 
     Args:
-        model: the model; it is put in eval mode for the time being. None to score what is in the store.
+        model: the model; it is put in eval mode and back. None to score the embeddings in the store.
         processor: its processor.
         benchmark: queries and gallery.
         method: how a query is embedded, see `QUERY_METHODS`.
@@ -50,11 +39,11 @@ def evaluate(
         gallery_embeds: `(gallery, d)` from [`encode_gallery`] with the same model, to encode the gallery only once
             for several query sets.
         progress: show progress bars.
-        store: embeddings kept on disk: what is there is not encoded again, what is not is added.
+        store: embeddings on disk: those it holds are not encoded again, the others are added.
 
     Raises:
         ValueError: for an unknown method, a benchmark without targets, a gallery that does not fit the benchmark, a
-            store of another model, or one that lacks something and no model.
+            store of another model, or a store that lacks embeddings while `model` is None.
     """
     check_method(method)
     _check_targets(benchmark)
@@ -69,7 +58,7 @@ def evaluate_all(
     benchmarks: Sequence[CIRBenchmark],
     methods: Sequence[QueryMethod] = ("pvlf",),
 ) -> list[Evaluation]:
-    """Evaluates on benchmarks by one or several methods, encoding a gallery that they share only once."""
+    """Evaluates on several benchmarks by one or several methods; a gallery that they share is encoded only once."""
     galleries: dict[str, Tensor] = {}
     evaluations = []
     for method, benchmark in product(methods, benchmarks):
@@ -85,65 +74,54 @@ def score(
     query_embeds: Tensor,
     gallery_embeds: Tensor,
     method: str = "pvlf",
-    precision: str = "unknown",
+    dtype: str = "unknown",
 ) -> Evaluation:
-    """Ranks and measures embeddings, of whatever model, by the benchmark's protocol.
+    """Computes the metrics of embeddings, from any model, by the benchmark's protocol.
 
     Args:
         benchmark: queries with targets, and gallery.
-        query_embeds: `(queries, d)` in the order of the rows; need not be normalised.
+        query_embeds: `(queries, d)` in the order of the queries; need not be normalised.
         gallery_embeds: `(gallery, d)`, likewise.
-        method: names how the queries were embedded.
-        precision: likewise, in words.
+        method: how the queries were embedded, for the record.
+        dtype: dtypes in which embeddings and cosines were computed, for the record.
 
     Raises:
-        ValueError: if the benchmark has no targets, or embeddings do not fit it.
+        ValueError: if the benchmark has no targets or lacks a column, or embeddings do not fit it.
     """
     _check_targets(benchmark)
     if len(gallery_embeds) != len(benchmark.gallery):
         raise ValueError(f"{len(gallery_embeds)} gallery embeddings for {len(benchmark.gallery)} gallery images")
-    target, exclude = gallery_rows(benchmark, "target_id"), excluded_rows(benchmark)
-    ranks = target_ranks(query_embeds, gallery_embeds, target, exclude)
-    per_query: dict[str, tuple[Any, ...]] = {"query_id": tuple(query_ids(benchmark)), "rank": tuple(ranks.tolist())}
-    if benchmark.protocol.metrics == "fashioniq":
-        metrics = fashioniq_metrics(ranks)
-    elif benchmark.protocol.metrics == "circo":
-        positives = positive_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "target_ids"), exclude)
-        metrics = circo_metrics(positives, ranks)
-        precisions = average_precision_at_k(positives, CIRCO_KS)
-        per_query |= {f"average_precision@{k}": tuple(values.tolist()) for k, values in precisions.items()}
-        if "semantic_aspects" in benchmark.queries.column_names:
-            aspects = [tuple(its) for its in benchmark.queries["semantic_aspects"]]
-            metrics |= {f"map@10/{aspect}": mean for aspect, mean in mean_by_aspect(precisions[10], aspects).items()}
-            per_query["semantic_aspects"] = tuple(aspects)
-    elif "subset_ids" in benchmark.queries.column_names:
-        in_subset = subset_ranks(query_embeds, gallery_embeds, gallery_rows(benchmark, "subset_ids"), target, exclude)
-        metrics = cirr_metrics(ranks, in_subset)
-        per_query["subset_rank"] = tuple(in_subset.tolist())
-    else:
-        metrics = cirr_metrics(ranks)
-    counts = {"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)}
-    return Evaluation(benchmark.name, method, metrics, counts, asdict(benchmark.protocol), precision, per_query)
+    metrics = metrics_named(benchmark.protocol.metrics)
+    columns = metrics.measure(query_embeds, gallery_embeds, benchmark)
+    return Evaluation(
+        benchmark=benchmark.name,
+        method=method,
+        metrics=metrics.means(columns),
+        counts={"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)},
+        protocol=asdict(benchmark.protocol),
+        dtype=dtype,
+        per_query={"query_id": tuple(query_ids(benchmark)), **columns},
+    )
 
 
 def average(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The unweighted mean over benchmarks of one protocol, as FashionIQ reports its three categories.
+    """Averages evaluations of one protocol without weights, as FashionIQ reports its three categories.
 
     Args:
-        evaluations: of `"fashioniq/val/dress"` and so on, by the same method.
+        evaluations: one a category (`"fashioniq/val/dress"` and so on), all by the same method.
 
     Returns:
         An evaluation of `"fashioniq/val/average"`: metrics are means, counts are sums.
 
     Raises:
-        ValueError: if there is none, or they differ in method, protocol or metrics.
+        ValueError: if there is no evaluation, or they differ in method, protocol or metrics.
     """
     if not evaluations:
         raise ValueError("nothing to average: pass one evaluation for each category")
     first = evaluations[0]
-    kinds = {(e.benchmark.rpartition("/")[0], e.method, e.protocol["name"], tuple(e.metrics)) for e in evaluations}
-    if len(kinds) > 1:
-        raise ValueError(f"only evaluations of one protocol and method can be averaged, got {sorted(kinds)}")
+    settings = {(e.benchmark.rpartition("/")[0], e.method, e.protocol["name"], tuple(e.metrics)) for e in evaluations}
+    if len(settings) > 1:
+        raise ValueError(f"only evaluations of one protocol and method can be averaged, got {sorted(settings)}")
     columns = [{**e.per_query, "benchmark": (e.benchmark,) * e.counts["queries"]} for e in evaluations]
     return replace(
         first,
@@ -158,8 +136,8 @@ def average(evaluations: Sequence[Evaluation]) -> Evaluation:
 def _check_targets(benchmark: CIRBenchmark) -> None:
     if not benchmark.has_targets:
         raise ValueError(
-            f"{benchmark.name} has no target_id, its labels are on a server: rank it with `embed` and write the file "
-            "for the server with pvlf_hf.evaluation.submission"
+            f"{benchmark.name} has no target_id because a server keeps its labels: embed it with `embed` and write "
+            "the file for the server with pvlf_hf.evaluation.submission"
         )
 
 

@@ -1,8 +1,11 @@
-"""How far a mean over queries, or over seeds, can be trusted. Numbers in, numbers out; knows no metric.
+"""Confidence intervals and paired tests for means over queries, and intervals for means over seeds.
 
-Two sources of chance, measured apart: another draw of *queries* would give another mean (`bootstrap_interval`,
+Two sources of chance are measured separately: other *queries* would give another mean (`bootstrap_interval`,
 `paired_test`), and so would another *seed* of training (`seed_interval`). An interval over queries says nothing about
-seeds. The per-query values of recall@k are the hits `ranks < k`, those of mAP@k are `average_precision_at_k`.
+seeds. `Evaluation.values` returns the per-query values of a metric.
+
+Each function computes what the call of `scipy.stats` in its docstring computes, and the tests compare the two; scipy
+itself is not a dependency.
 
 Example:
     >>> hits = [True] * 60 + [False] * 40  # of 100 queries, such as evaluate(...).values("recall@10")
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_DRAWS_AT_ONCE = 4_000_000  # bounds the memory; results do not depend on it
+_VALUES_PER_BATCH = 4_000_000  # resampled values held at once: bounds the memory, does not change results
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,10 @@ class PairedTest:
 
     Args:
         difference: mean of the first run minus mean of the second.
-        low: lower end of the interval of the difference.
+        low: lower end of the confidence interval of the difference.
         high: upper end.
-        p_value: probability of a difference at least as large, in either direction, between runs that are equally
-            good.
-        confidence: of the interval.
+        p_value: two-sided; probability of a difference at least as large between runs that are equally good.
+        confidence: confidence level of the interval.
     """
 
     difference: float
@@ -44,22 +46,25 @@ class PairedTest:
 def bootstrap_interval(
     values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over queries (Efron, 1979).
+    """Returns the percentile bootstrap interval of a mean over queries (Efron, 1979).
 
-    Queries are drawn with replacement, as if independent. Several captions of one reference image are not; the
-    interval is then too narrow: pass the means of the groups instead.
+    Equals `scipy.stats.bootstrap((values,), np.mean, n_resamples=resamples, confidence_level=confidence,
+    method="percentile", rng=np.random.default_rng(seed)).confidence_interval`.
+
+    Queries are resampled as if they were independent. Several captions of one reference image are not, and the
+    interval becomes too narrow: pass the means of such groups instead.
 
     Args:
         values: (Q,) one number a query; hits may be booleans.
-        confidence: how often such intervals hold the true mean.
-        resamples: number of draws of Q queries.
-        seed: the interval is the same for the same seed.
+        confidence: probability that the interval covers the true mean.
+        resamples: number of resamples of Q queries.
+        seed: seed of the resampling.
 
     Returns:
         Lower and upper end, in the unit of `values`.
 
     Raises:
-        ValueError: if values are not a vector of finite numbers, or a setting is out of its range.
+        ValueError: if values are not a vector of finite numbers, or a setting is out of range.
     """
     values = _vector("values", values)
     _check(confidence, resamples)
@@ -67,7 +72,7 @@ def bootstrap_interval(
     means = np.concatenate(
         [
             values[generator.integers(len(values), size=(n, len(values)))].mean(axis=1)
-            for n in _shares(resamples, values)
+            for n in _batch_sizes(resamples, len(values))
         ]
     )
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -77,18 +82,22 @@ def bootstrap_interval(
 def paired_test(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> PairedTest:
-    """Compares two runs on the same queries: a sign-flip permutation test and a bootstrap interval of the difference.
+    """Compares two runs on the same queries by a sign-flip permutation test, with an interval of the difference.
 
-    If the runs were equally good, each query's difference could as well have had the other sign (Fisher, 1935). The
-    p-value counts the flips at least as extreme as what was seen, the latter among them (Phipson and Smyth, 2010), so
-    it is never below `1 / (resamples + 1)`.
+    If the runs are equally good, each query's difference is as likely to have the other sign (Fisher, 1935). The
+    p-value is the fraction of sign flips at least as extreme as the observed one, which is counted as well (Phipson
+    and Smyth, 2010); it is never below `1 / (resamples + 1)`.
+
+    The p-value estimates, as does `scipy.stats.permutation_test((a, b), lambda a, b: np.mean(a - b),
+    permutation_type="samples", n_resamples=resamples)`, the p-value over all sign flips, which scipy returns for
+    `n_resamples=np.inf`. The interval is that of `bootstrap_interval(a - b)`.
 
     Args:
         a: (Q,) one number a query, of the first run.
         b: (Q,) of the second, the same queries in the same order.
-        confidence: of the interval, see `bootstrap_interval`.
-        resamples: number of draws, of signs and of queries.
-        seed: the outcome is the same for the same seed.
+        confidence: confidence level of the interval, see `bootstrap_interval`.
+        resamples: number of sign flips, and of resamples of the queries.
+        seed: seed of both.
 
     Raises:
         ValueError: as `bootstrap_interval`, and if the runs have different numbers of queries.
@@ -97,40 +106,45 @@ def paired_test(
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} queries and b {len(b)}; pass the same queries in the same order")
     low, high = bootstrap_interval(a - b, confidence, resamples, seed)
-    differing = (a - b)[a != b]  # a sign changes nothing elsewhere
-    seen = abs(differing.sum()) - 1e-9 * abs(differing).sum()  # rounding must not tell equal sums apart
+    differing = (a - b)[a != b]  # flipping the sign of 0 changes nothing
+    observed = abs(differing.sum()) - 1e-9 * abs(differing).sum()  # sums that differ by rounding count as equal
     generator = np.random.default_rng(seed)
     extreme = 0
-    for n in _shares(resamples, differing):
+    for n in _batch_sizes(resamples, len(differing)):
         signs = generator.integers(2, size=(n, len(differing))) * 2.0 - 1
-        extreme += int((abs(signs @ differing) >= seen).sum())
+        extreme += int((abs(signs @ differing) >= observed).sum())
     return PairedTest(float((a - b).mean()), low, high, (extreme + 1) / (resamples + 1), confidence)
 
 
 def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of a mean over runs that differ in nothing but the seed.
+    """Returns Student's t interval of a mean over runs that differ only in their seed.
+
+    Equals `scipy.stats.t.interval(confidence, len(values) - 1, np.mean(values), scipy.stats.sem(values))`.
 
     Args:
         values: (runs,) one number a run, such as its recall@10; at least two.
-        confidence: how often such intervals hold the true mean, where runs scatter normally.
+        confidence: probability that the interval covers the true mean if runs are normally distributed.
 
     Returns:
         Lower and upper end. Three runs give a wide interval, of 2.5 standard deviations to either side.
 
     Raises:
-        ValueError: if values are not at least two finite numbers, or the confidence is out of its range.
+        ValueError: if values are not at least two finite numbers, or the confidence is out of range.
     """
     values = _vector("values", values)
     _check(confidence)
     if len(values) < 2:
-        raise ValueError("one run shows no scatter between seeds; pass the values of at least two")
+        raise ValueError("one run shows no variation between seeds; pass the values of at least two")
     mean, error = values.mean(), values.std(ddof=1) / math.sqrt(len(values))
     half = _student_quantile(confidence, len(values) - 1) * error
     return float(mean - half), float(mean + half)
 
 
 def _student_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| <= t) = confidence, by bisection of the angle arctan(t / sqrt(degrees))."""
+    """Returns t with P(|T| <= t) = confidence, as `scipy.stats.t.ppf((1 + confidence) / 2, degrees)`.
+
+    Bisects the angle arctan(t / sqrt(degrees)).
+    """
     low, high = 0.0, math.pi / 2
     for _ in range(100):
         middle = (low + high) / 2
@@ -139,7 +153,7 @@ def _student_quantile(confidence: float, degrees: int) -> float:
 
 
 def _student_central(theta: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) * tan(theta)), a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """Returns P(|T| <= sqrt(degrees) * tan(theta)) by a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     odd = degrees % 2
     total = term = 0.0 if degrees == 1 else math.cos(theta) ** odd
     for i in range(2 + odd, degrees, 2):
@@ -149,11 +163,11 @@ def _student_central(theta: float, degrees: int) -> float:
     return 2 / math.pi * (theta + total) if odd else total
 
 
-def _shares(resamples: int, values: NDArray[np.float64]) -> Iterator[int]:
-    """Splits resamples so that a share needs bounded memory."""
-    share = max(1, _DRAWS_AT_ONCE // max(1, len(values)))
-    for start in range(0, resamples, share):
-        yield min(share, resamples - start)
+def _batch_sizes(resamples: int, num_values: int) -> Iterator[int]:
+    """Splits resamples into batches of bounded memory."""
+    size = max(1, _VALUES_PER_BATCH // max(1, num_values))
+    for start in range(0, resamples, size):
+        yield min(size, resamples - start)
 
 
 def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:

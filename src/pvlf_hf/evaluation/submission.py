@@ -1,10 +1,10 @@
-"""Files for the servers of CIRR and CIRCO, which keep the labels of their test splits; and a check of such files.
+"""Writes, checks and scores submission files for the servers of CIRR and CIRCO, which keep the test labels.
 
     pvlf-hf submit lint cirr_test1_recall.json circo_test.json
 
-A file is a JSON object of ranked lists of image ids by query. CIRR takes two, `"metric": "recall"` (50 names) and
-`"recall_subset"` (3 of the query's group), <https://cirr.cecs.anu.edu.au>; CIRCO takes one (50 numbers),
-<https://circo.micc.unifi.it>.
+A file is a JSON object that maps each query to a ranked list of image ids. CIRR (<https://cirr.cecs.anu.edu.au>) takes
+two files, `"metric": "recall"` (50 names a query) and `"recall_subset"` (3 names from the query's subset). CIRCO
+(<https://circo.micc.unifi.it>) takes one (50 numbers a query).
 """
 
 import json
@@ -22,41 +22,45 @@ from ..data.benchmark import CIRBenchmark, excluded_rows, query_ids
 from ..data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from ..data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from ..embeddings.similarity import top_k
-from .metrics import CIRR_KS, CIRR_SUBSET_KS, circo_metrics, ranks_from_lists, recall_at_k
+from .metrics import METRICS, CircoMetrics, metrics_named
+from .ranking import ranks_from_lists
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
-"""Answers to a query in each kind of file."""
+"""Ids in each list, by type of file."""
 
 MAX_BYTES = 5 * 10**6
-"""CIRR's server refuses more."""
+"""Size in bytes beyond which CIRR's server refuses a file."""
 
 
 def cirr_submission(
     benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the files for CIRR's server hold: the first 50 of the ranking, and the first 3 of the group in it.
+    """Returns the two files for CIRR's server: the first 50 of the ranking, and the first 3 of the subset.
 
     Args:
         benchmark: usually `load_cirr(root, "test1")`; needs `query_id` and `subset_ids`.
         query_embeds: `(queries, d)`, from [`~pvlf_hf.embeddings.encoding.embed`].
         gallery_embeds: `(gallery, d)`.
 
+    Returns:
+        The contents of the `recall` and of the `recall_subset` file.
+
     Raises:
-        ValueError: if the benchmark lacks a column, or embeddings do not fit it.
+        ValueError: if the benchmark is not CIRR's or lacks a column, or embeddings do not fit it.
     """
     _check(benchmark, "cirr", "subset_ids")
     ranked = _ranked(benchmark, query_embeds, gallery_embeds, len(benchmark.gallery))
-    groups = map(set, benchmark.queries["subset_ids"])
-    in_group = [[i for i in ids if i in group] for ids, group in zip(ranked, groups, strict=True)]
+    subsets = map(set, benchmark.queries["subset_ids"])
+    in_subset = [[i for i in ids if i in subset] for ids, subset in zip(ranked, subsets, strict=True)]
     files = []
-    for metric, lists in (("recall", ranked), ("recall_subset", in_group)):
+    for metric, lists in (("recall", ranked), ("recall_subset", in_subset)):
         answers = {q: ids[: LENGTHS[metric]] for q, ids in zip(query_ids(benchmark), lists, strict=True)}
         files.append({"version": "rc2", "metric": metric, **answers})
     return files[0], files[1]
 
 
 def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor) -> dict[str, Any]:
-    """What the file for CIRCO's server holds: the first 50 of the ranking, as numbers.
+    """Returns the content of the file for CIRCO's server: the first 50 of the ranking, as numbers.
 
     Args:
         benchmark: usually `load_circo(root, "test")`; needs `query_id`.
@@ -74,7 +78,7 @@ def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embe
 def write_cirr_submission(
     folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> tuple[Path, Path]:
-    """Writes `cirr_test1_recall.json` and `cirr_test1_recall_subset.json`; arguments as [`cirr_submission`]."""
+    """Writes `cirr_test1_recall.json` and `cirr_test1_recall_subset.json`, see [`cirr_submission`]."""
     recall, subset = cirr_submission(benchmark, query_embeds, gallery_embeds)
     name = benchmark.name.replace("/", "_")
     return _write(Path(folder, f"{name}_recall.json"), recall), _write(
@@ -85,20 +89,35 @@ def write_cirr_submission(
 def write_circo_submission(
     folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> Path:
-    """Writes `circo_test.json`; arguments as [`circo_submission`]."""
+    """Writes `circo_test.json`, see [`circo_submission`]."""
     answers = circo_submission(benchmark, query_embeds, gallery_embeds)
     return _write(Path(folder, f"{benchmark.name.replace('/', '_')}.json"), answers)
 
 
+def write_submissions(
+    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+) -> tuple[Path, ...]:
+    """Writes the files for the server of a benchmark's metrics and returns their paths, none if it has no server.
+
+    Arguments are those of [`cirr_submission`].
+    """
+    server = metrics_named(benchmark.protocol.metrics).server
+    if server == "cirr":
+        return write_cirr_submission(folder, benchmark, query_embeds, gallery_embeds)
+    if server == "circo":
+        return (write_circo_submission(folder, benchmark, query_embeds, gallery_embeds),)
+    return ()
+
+
 def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, float]:
-    """Metrics of a file's ranked lists, where the labels are known.
+    """Computes the metrics of a submission file for a benchmark with known labels.
 
     Args:
-        file: ours or another's.
+        file: written by this package or any other.
         benchmark: with targets, such as `load_cirr(root, "val")`.
 
     Returns:
-        Fractions: `recall@k`; `recall_subset@k`; or CIRCO's `map@k` and `recall@k`; by what the file holds.
+        Fractions by metric: `recall@k` or `recall_subset@k` for CIRR's files, `map@k` and `recall@k` for CIRCO's.
 
     Raises:
         ValueError: if the benchmark has no targets, or the file has problems, see [`lint_submission`].
@@ -110,22 +129,23 @@ def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, flo
     content = json.loads(Path(file).read_bytes())
     lists = [list(map(str, content[q])) for q in query_ids(benchmark)]
     targets = ranks_from_lists(lists, [[i] for i in benchmark.queries["target_id"]])[:, 0]
-    kind = _kind(content, benchmark)
-    if kind == "circo":
-        return circo_metrics(ranks_from_lists(lists, list(benchmark.queries["target_ids"])), targets)
-    ks = CIRR_KS if kind == "recall" else CIRR_SUBSET_KS
-    return {f"{kind}@{k}": recall for k, recall in recall_at_k(targets, ks).items()}
+    file_type = _file_type(content, benchmark)
+    if file_type == "circo":
+        precisions = CircoMetrics.precisions(ranks_from_lists(lists, list(benchmark.queries["target_ids"])))
+        return METRICS["circo"].means({"rank": targets.tolist(), **precisions})
+    return METRICS["cirr"].means({"rank" if file_type == "recall" else "subset_rank": targets.tolist()})
 
 
 def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> list[str]:
-    """What a server would refuse or score wrongly, each with the first query it is in and the fix.
+    """Lists what a server would refuse or score wrongly, each problem with its first query and the fix.
 
     Args:
-        file: ours or another's.
-        benchmark: what it answers; without it, the test splits are assumed and ids are not looked up.
+        file: written by this package or any other.
+        benchmark: the benchmark that the file is for; without it, a test split is assumed and ids are not looked up.
 
     Returns:
-        Problems; those that begin with `"warning: "` occur in published files and may be accepted. None: fine.
+        Problems, an empty list if there are none. Those that begin with `"warning: "` occur in published files and
+        may be accepted.
     """
     try:
         raw = Path(file).read_bytes()
@@ -133,36 +153,36 @@ def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> 
     except OSError as error:
         return [f"cannot be opened: {error}"]
     except (ValueError, RecursionError) as error:
-        return [f"is not JSON that can be read ({error}): write it again, it may be cut off"]
+        return [f"is not JSON that can be read ({error}): write it again, it may be truncated"]
     if not isinstance(content, _Pairs):
         return [f"is {_show(content)}, not an object of ranked lists by query: write {{query: [ids]}}"]
     problems = [] if len(raw) <= MAX_BYTES else [f"has {len(raw):,} bytes, more than {MAX_BYTES:,}: write no indent"]
     if repeated := [key for key, count in Counter(key for key, _ in content).items() if count > 1]:
         problems.append(f"has {len(repeated)} keys twice, first {_show(repeated[0])}: only the last counts, keep one")
     answers = dict(content)
-    kind = _kind(answers, benchmark)
-    lists = {key: value for key, value in answers.items() if kind == "circo" or key not in ("version", "metric")}
-    if kind != "circo":
+    file_type = _file_type(answers, benchmark)
+    lists = {key: value for key, value in answers.items() if file_type == "circo" or key not in ("version", "metric")}
+    if file_type != "circo":
         problems += _head_problems(answers)
-    problems += _query_problems(lists, kind, benchmark)
-    found: dict[str, list[str]] = {}
-    for query, problem, shown in _answer_problems(lists, kind, benchmark):
-        found.setdefault(problem, []).append(f"in query {_show(query)}: {_show(shown)}")
-    return problems + [f"{problem} ({len(places)} times, first {places[0]})" for problem, places in found.items()]
+    problems += _query_problems(lists, file_type, benchmark)
+    occurrences: dict[str, list[str]] = {}
+    for query, problem, example in _list_problems(lists, file_type, benchmark):
+        occurrences.setdefault(problem, []).append(f"in query {_show(query)}: {_show(example)}")
+    return problems + [f"{problem} ({len(where)} times, first {where[0]})" for problem, where in occurrences.items()]
 
 
 class _Pairs(list):
-    """A JSON object with the keys that occur twice, which a dictionary would swallow."""
+    """Key-value pairs of a JSON object, in which repeated keys can be detected."""
 
 
-def _kind(answers: dict[str, Any], benchmark: CIRBenchmark | None) -> str:
-    """Which of `LENGTHS` a file is meant to be."""
+def _file_type(answers: dict[str, Any], benchmark: CIRBenchmark | None) -> str:
+    """Returns the type of file, a key of `LENGTHS`, from the benchmark or else from the content."""
     if benchmark is not None:
-        is_circo = benchmark.protocol.metrics == "circo"
+        is_circo = metrics_named(benchmark.protocol.metrics).server == "circo"
     else:
         firsts = [value[0] for value in answers.values() if isinstance(value, list) and value]
-        named = any(isinstance(first, str) and "-img" in first for first in firsts)
-        is_circo = not named and not {"version", "metric"} & answers.keys()
+        has_names = any(isinstance(first, str) and "-img" in first for first in firsts)
+        is_circo = not has_names and not {"version", "metric"} & answers.keys()
     if is_circo:
         return "circo"
     return "recall_subset" if answers.get("metric") == "recall_subset" else "recall"
@@ -175,112 +195,114 @@ def _head_problems(answers: dict[str, Any]) -> Iterator[str]:
         yield f'\'metric\' is {_show(answers.get("metric"))}: write "recall" or "recall_subset"'
 
 
-def _query_problems(lists: dict[str, Any], kind: str, benchmark: CIRBenchmark | None) -> Iterator[str]:
+def _query_problems(lists: dict[str, Any], file_type: str, benchmark: CIRBenchmark | None) -> Iterator[str]:
     if benchmark is not None:
         known = set(query_ids(benchmark))
         expected = len(known)
-    elif kind == "circo":
+    elif file_type == "circo":
         expected = CIRCO_COUNTS["test"]
         known = {str(number) for number in range(expected)}
     else:
         expected, _ = CIRR_COUNTS["test1"]
-        known = {key for key in lists if re.fullmatch("[0-9]+", key)}  # which numbers, only the annotations tell
+        known = {key for key in lists if re.fullmatch("[0-9]+", key)}  # only the annotations say which numbers
     if unknown := sorted(lists.keys() - known):
-        yield f"{len(unknown)} keys are no queries, first {_show(unknown[0])}: use the annotations' pairid or id"
+        yield f"{len(unknown)} keys are not queries, first {_show(unknown[0])}: use the annotations' pairid or id"
     if (answered := len(lists) - len(unknown)) != expected:
-        lacks = sorted(known - lists.keys())
-        first = f", first missing {_show(lacks[0])}" if lacks else ""
+        missing = sorted(known - lists.keys())
+        first = f", first missing {_show(missing[0])}" if missing else ""
         yield f"answers {answered} of {expected} queries{first}: answer each query of the split once"
 
 
-def _answer_problems(
-    lists: dict[str, Any], kind: str, benchmark: CIRBenchmark | None
+def _list_problems(
+    lists: dict[str, Any], file_type: str, benchmark: CIRBenchmark | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """Query, problem, and what is shown of it."""
-    length, rows, gallery = LENGTHS[kind], {}, set()
+    """Yields query, problem and example for every problem of a ranked list."""
+    length, rows, gallery = LENGTHS[file_type], {}, set()
     if benchmark is not None:
         gallery = set(benchmark.gallery["image_id"])
         columns = {"reference_id", "subset_ids"} & set(benchmark.queries.column_names)
         rows = dict(zip(query_ids(benchmark), benchmark.queries.select_columns(sorted(columns)), strict=True))
         removed = benchmark.protocol.reference == "removed"
         length = min(length, len(gallery) - removed)
-    for query, answers in lists.items():
-        if not isinstance(answers, list) or isinstance(answers, _Pairs):
-            yield query, "an answer is not a list: write the ranked ids in [ ]", answers
+    for query, ids in lists.items():
+        if not isinstance(ids, list) or isinstance(ids, _Pairs):
+            yield query, "an answer is not a list: write the ranked ids in [ ]", ids
             continue
-        if bad := [i for i in answers if not _is_id(i, kind)]:
-            what = "numbers" if kind == "circo" else "names in quotation marks"
-            yield query, f"ids must be {what}", bad[0]
+        if bad := [i for i in ids if not _is_id(i, file_type)]:
+            expected = "numbers" if file_type == "circo" else "names in quotation marks"
+            yield query, f"ids must be {expected}", bad[0]
             continue
-        if len(answers) != length:
-            yield query, f"lists must hold {length} ids", f"{len(answers)} ids"
-        if repeated := [i for i, count in Counter(answers).items() if count > 1]:
+        if len(ids) != length:
+            yield query, f"lists must hold {length} ids", f"{len(ids)} ids"
+        if repeated := [i for i, count in Counter(ids).items() if count > 1]:
             yield query, "a list repeats an id: list it once, and one more image", repeated[0]
-        check = _circo_id_problems if kind == "circo" else _cirr_id_problems
-        yield from ((query, problem, shown) for problem, shown in check(answers, benchmark is None))
+        check = _circo_id_problems if file_type == "circo" else _cirr_id_problems
+        yield from ((query, problem, example) for problem, example in check(ids, benchmark is None))
         if query in rows:
             yield from (
-                (query, problem, shown)
-                for problem, shown in _place_problems(list(map(str, answers)), kind, rows[query], gallery, removed)
+                (query, problem, example)
+                for problem, example in _query_id_problems(
+                    list(map(str, ids)), file_type, rows[query], gallery, removed
+                )
             )
 
 
-def _is_id(value: Any, kind: str) -> bool:
-    if kind != "circo":
+def _is_id(value: Any, file_type: str) -> bool:
+    if file_type != "circo":
         return isinstance(value, str)
     return type(value) is int or (isinstance(value, str) and bool(re.fullmatch("[0-9]+", value)))
 
 
 def _circo_id_problems(ids: list[Any], is_test: bool) -> Iterator[tuple[str, Any]]:
     if strings := [i for i in ids if isinstance(i, str)]:
-        yield "warning: ids are strings, published files have both: better write whole numbers", strings[0]
-    if filled := [i for i in strings if i != "0" and i.startswith("0")]:
-        yield "ids are filled with zeros as in file names: write the number", filled[0]
+        yield "warning: ids are strings; published files have strings or numbers, numbers are safer", strings[0]
+    if padded := [i for i in strings if i != "0" and i.startswith("0")]:
+        yield "ids are padded with zeros as in file names: write the number", padded[0]
 
 
 def _cirr_id_problems(ids: list[str], is_test: bool) -> Iterator[tuple[str, Any]]:
-    if endings := [i for i in ids if i.endswith((".png", ".jpg"))]:
-        yield 'names have an ending: write them without ".png"', endings[0]
+    if files := [i for i in ids if i.endswith((".png", ".jpg"))]:
+        yield 'names have a file extension: write them without ".png"', files[0]
     if is_test and (others := [i for i in ids if not i.startswith("test1-")]):
         yield "names are not of the test1 split: rank its gallery", others[0]
 
 
-def _place_problems(
-    ids: list[str], kind: str, row: dict[str, Any], gallery: set[str], removed: bool
+def _query_id_problems(
+    ids: list[str], file_type: str, row: dict[str, Any], gallery: set[str], removed: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Ids that are not what they should be for this query."""
-    if strangers := [i for i in ids if i not in gallery]:
-        yield "ids are not in the gallery: use the ids of the split file", strangers[0]
+    """Yields problem and example for ids that this query must not be answered with."""
+    if unknown := [i for i in ids if i not in gallery]:
+        yield "ids are not in the gallery: use the ids of the split file", unknown[0]
     if removed and row["reference_id"] in ids:
         yield "the reference is among the answers: take it out before ranking", row["reference_id"]
-    if kind == "recall_subset" and (outside := [i for i in ids if i not in row["subset_ids"]]):
-        yield "ids are not of the query's group: rank img_set.members alone", outside[0]
+    if file_type == "recall_subset" and (outside := [i for i in ids if i not in row["subset_ids"]]):
+        yield "ids are not in the query's subset: rank img_set.members alone", outside[0]
 
 
 def _show(value: Any) -> str:
-    """A short form of whatever JSON holds."""
+    """Abbreviates a JSON value for a message."""
     return reprlib.repr(value)
 
 
 def is_error(problem: str) -> bool:
-    """Whether a server would refuse the file, or the numbers would be wrong."""
+    """Tells a problem that makes a file refused or its scores wrong from a warning."""
     return not problem.startswith("warning: ")
 
 
-def _check(benchmark: CIRBenchmark, metrics: str, column: str) -> None:
-    if benchmark.protocol.metrics != metrics or column not in benchmark.queries.column_names:
-        raise ValueError(f"{benchmark.name} is not a benchmark for the {metrics} server, which needs {column}")
+def _check(benchmark: CIRBenchmark, server: str, column: str) -> None:
+    if metrics_named(benchmark.protocol.metrics).server != server or column not in benchmark.queries.column_names:
+        raise ValueError(f"{benchmark.name} is not a benchmark for the {server} server, which needs {column}")
 
 
-def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor, most: int) -> list[list[str]]:
-    """Gallery ids of each query, best first: the ranking that the metrics see."""
+def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor, length: int) -> list[list[str]]:
+    """Returns the first `length` gallery ids of each query's ranking, the same that the metrics are computed from."""
     exclude, names = excluded_rows(benchmark), list(benchmark.gallery["image_id"])
     if len(gallery_embeds) != len(names) or len(query_embeds) != len(benchmark.queries):
         raise ValueError(
             f"{len(query_embeds)} query and {len(gallery_embeds)} gallery embeddings for "
             f"{len(benchmark.queries)} queries and {len(names)} gallery images of {benchmark.name}"
         )
-    k = min(most, len(names) - (exclude is not None))
+    k = min(length, len(names) - (exclude is not None))
     return [[names[row] for row in rows] for rows in top_k(query_embeds, gallery_embeds, k, exclude)[1].tolist()]
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..embeddings.similarity import above, error_bound, kth_at_least
+from ..embeddings.similarity import error_bound, kth_at_least, where_above
 
 IndexName = Literal["exact", "faiss", "milvus"]
 
@@ -50,7 +50,7 @@ class ExactIndex:
     def candidates(self, query: Tensor, k: int) -> Tensor:
         """See [`VectorIndex`]; all that rounding could have kept out of the best k are among them."""
         cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
-        return above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
+        return where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
 
 
 def half_error_bound(width: int) -> float:

@@ -1,31 +1,32 @@
-"""CIRCO's mAP at k, as a module of Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
+"""CIRCO's mAP at k as a metric for Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Evaluate looks for what must be installed and reads one module a line.
+# Evaluate finds the packages that must be installed by these lines; it reads one module a line.
 import datasets
 import evaluate
 
-from pvlf_hf.evaluation.metrics import average_precision_at_k, ranks_from_lists
+from pvlf_hf.evaluation.metrics import average_precision_at_k
+from pvlf_hf.evaluation.ranking import ranks_from_lists
 
 _DESCRIPTION = """
-Mean average precision over the first k of a ranked list, for queries with several right answers, as CIRCO defines it:
-the sum of precision@j over the positions j <= k that hold a right answer, divided by min(right answers, k).
+Mean average precision over the first k of a ranked list, for queries with several positives, as CIRCO defines it: the
+sum of precision@j over the ranks j <= k that hold a positive, divided by min(positives, k).
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: for each query the ranked ids of gallery images (strings), best first. A list may end before the
-        gallery does; right answers that are not in it count as missed.
-    references: for each query the ids of all its right answers.
+    predictions: for each query the ranked ids of gallery images (strings), best first. A list may be shorter than the
+        gallery; positives that are not in it count as missed.
+    references: for each query the ids of all its positives.
     ks: cut-offs, by default CIRCO's 5, 10, 25 and 50.
-    exclude: for each query an id to take out of its list first, if it is there. CIRCO's server leaves nothing out.
+    exclude: for each query an id to take out of its list first, if it is in it. CIRCO's server leaves nothing out.
     per_query: also return the average precision of each query.
 Returns:
     `map@k` for each k, a fraction; with `per_query` also `average_precision@k`, one a query.
 Raises:
-    ValueError: naming the query, if a list or its right answers are empty or repeat an id, or one is excluded.
+    ValueError: naming the query, if a list or its positives are empty or repeat an id, or a positive is excluded.
 Examples:
     >>> metric = evaluate.load("src/pvlf_hf/evaluate_modules/map_at_k")
     >>> metric.compute(predictions=[["hat", "dress", "shirt"]], references=[["shirt", "hat"]], ks=[1, 2])
@@ -43,7 +44,7 @@ _CITATION = """
 
 
 class MapAtK(evaluate.Metric):
-    """See `_KWARGS_DESCRIPTION`."""
+    """Computes mean average precision at k, see `_KWARGS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         ids = datasets.List(datasets.Value("string"))

@@ -1,13 +1,14 @@
-"""Recall at k, as a module of Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
+"""Recall at k as a metric for Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Evaluate looks for what must be installed and reads one module a line.
+# Evaluate finds the packages that must be installed by these lines; it reads one module a line.
 import datasets
 import evaluate
 
-from pvlf_hf.evaluation.metrics import NOT_RETRIEVED, ranks_from_lists, recall_at_k
+from pvlf_hf.evaluation.metrics import recall_at_k
+from pvlf_hf.evaluation.ranking import NOT_RETRIEVED, ranks_from_lists
 
 _DESCRIPTION = """
 Fraction of queries whose target is among the first k of a ranked list: the recall of composed image retrieval, where
@@ -16,11 +17,11 @@ each query has one target (CIRR, FashionIQ).
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: for each query the ranked ids of gallery images (strings), best first. A list may end before the
-        gallery does; a target that is not in it counts as missed.
+    predictions: for each query the ranked ids of gallery images (strings), best first. A list may be shorter than the
+        gallery; a target that is not in it counts as missed.
     references: for each query the id of its target.
     ks: cut-offs, by default CIRR's 1, 5, 10 and 50. FashionIQ reports 10 and 50.
-    exclude: for each query an id to take out of its list first, if it is there: CIRR leaves out the reference image,
+    exclude: for each query an id to take out of its list first, if it is in it: CIRR leaves out the reference image,
         FashionIQ nothing.
     per_query: also return the ranks.
 Returns:
@@ -45,7 +46,7 @@ _CITATION = """
 
 
 class RecallAtK(evaluate.Metric):
-    """See `_KWARGS_DESCRIPTION`."""
+    """Computes recall at k, see `_KWARGS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.List(datasets.Value("string")), "references": datasets.Value("string")}

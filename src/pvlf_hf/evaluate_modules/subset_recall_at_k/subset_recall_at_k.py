@@ -1,27 +1,28 @@
-"""CIRR's subset recall at k, as a module of Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
+"""CIRR's subset recall at k as a metric for Hugging Face Evaluate: `evaluate.load("<this folder>").compute(...)`."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Evaluate looks for what must be installed and reads one module a line.
+# Evaluate finds the packages that must be installed by these lines; it reads one module a line.
 import datasets
 import evaluate
 
-from pvlf_hf.evaluation.metrics import NOT_RETRIEVED, ranks_from_lists, recall_at_k
+from pvlf_hf.evaluation.metrics import recall_at_k
+from pvlf_hf.evaluation.ranking import NOT_RETRIEVED, ranks_from_lists
 
 _DESCRIPTION = """
-Fraction of queries whose target is among the first k of a ranked list restricted to a few images: CIRR's Rsubset@k,
-among images that resemble the reference.
+Fraction of queries whose target is among the first k of a ranked list restricted to a subset of the gallery: CIRR's
+Rsubset@k, where the subset holds images similar to the reference.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions: for each query the ranked ids of gallery images (strings), best first: of the whole gallery or of the
-        subset. In a list that ends before all members have come, a target that is not in it counts as missed.
+    predictions: for each query the ranked ids of gallery images (strings), best first, of the whole gallery or of the
+        subset. A list may lack members; a target that is not in it counts as missed.
     references: for each query the id of its target.
     subsets: for each query the ids of its subset, target included (CIRR's `img_set.members`).
     ks: cut-offs, by default CIRR's 1, 2 and 3.
-    exclude: for each query an id to take out of its list first, if it is there: CIRR leaves out the reference image,
+    exclude: for each query an id to take out of its list first, if it is in it: CIRR leaves out the reference image,
         itself a member.
     per_query: also return the ranks.
 Returns:
@@ -46,7 +47,7 @@ _CITATION = """
 
 
 class SubsetRecallAtK(evaluate.Metric):
-    """See `_KWARGS_DESCRIPTION`."""
+    """Computes subset recall at k, see `_KWARGS_DESCRIPTION`."""
 
     def _info(self) -> evaluate.MetricInfo:
         ids = datasets.List(datasets.Value("string"))
