@@ -7,29 +7,14 @@ Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProce
 from importlib import import_module
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
-
-from .models.configuration_pvlf import PVLFConfig
-from .models.image_processing_pvlf import PVLFImageProcessor
-from .models.modeling_pvlf import PVLFModel
-from .models.pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
-from .models.processing_pvlf import PVLFProcessor
+from . import models as models  # registers them
 
 __version__ = "0.1.0"
 
-AutoConfig.register(PVLFConfig.model_type, PVLFConfig, exist_ok=True)
-AutoModel.register(PVLFConfig, PVLFModel, exist_ok=True)
-AutoImageProcessor.register(PVLFConfig, image_processor_classes={"pil": PVLFImageProcessor}, exist_ok=True)
-AutoProcessor.register(PVLFConfig, PVLFProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline(
-    TASK, pipeline_class=ComposedImageRetrievalPipeline, pt_model=AutoModel, type="multimodal"
-)
-
 _NAMES_OF = {
     "models": """
-        ComposedImageRetrievalPipeline PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput
-        PVLFProcessor PVLFQueryOutput focal_info_nce
+        ComposedImageRetrievalPipeline ComposedRetrievalModel ComposedRetrievalOutput ComposedRetrievalProcessor
+        PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput PVLFProcessor PVLFQueryOutput QueryOutput focal_info_nce
     """,
     "data": """
         CIRBenchmark Protocol benchmark_from_triplets load_circo load_cirr load_cirr_train

@@ -4,20 +4,56 @@ The files travel with checkpoints (`trust_remote_code`), so the folder is flat, 
 neighbours, as `from .name import x`. This folder imports no other of the package.
 """
 
+from typing import NamedTuple
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedConfig
+from transformers.pipelines import PIPELINE_REGISTRY
+
 from .configuration_pvlf import PVLFConfig
 from .image_processing_pvlf import PVLFImageProcessor
+from .interface_pvlf import (
+    ComposedRetrievalModel,
+    ComposedRetrievalOutput,
+    ComposedRetrievalProcessor,
+    QueryOutput,
+)
 from .loss_pvlf import focal_info_nce
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
-from .pipeline_pvlf import ComposedImageRetrievalPipeline
+from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
 from .processing_pvlf import PVLFProcessor
+
+
+class Family(NamedTuple):
+    """The classes of a model family, which `AutoConfig`, `AutoModel` and `AutoProcessor` find by its `model_type`."""
+
+    config: type[PreTrainedConfig]
+    model: type[ComposedRetrievalModel]
+    processor: type[ComposedRetrievalProcessor]
+
+
+FAMILIES = (Family(PVLFConfig, PVLFModel, PVLFProcessor),)
+"""Every model family of the package; a new one is one more entry."""
+
+for family in FAMILIES:
+    AutoConfig.register(family.config.model_type, family.config, exist_ok=True)
+    AutoModel.register(family.config, family.model, exist_ok=True)
+    AutoImageProcessor.register(family.config, image_processor_classes={"pil": PVLFImageProcessor}, exist_ok=True)
+    AutoProcessor.register(family.config, family.processor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ComposedImageRetrievalPipeline, pt_model=AutoModel, type="multimodal"
+)
 
 __all__ = [
     "ComposedImageRetrievalPipeline",
+    "ComposedRetrievalModel",
+    "ComposedRetrievalOutput",
+    "ComposedRetrievalProcessor",
     "PVLFConfig",
     "PVLFImageProcessor",
     "PVLFModel",
     "PVLFOutput",
     "PVLFProcessor",
     "PVLFQueryOutput",
+    "QueryOutput",
     "focal_info_nce",
 ]
