@@ -547,7 +547,7 @@ TEXTS = {
     4,
     "Captions of 100,000 characters, with control characters, bidirectional marks or half pairs become at most "
     "`max_text_length` tokens, are searched and drawn",
-    broken=("src/pvlf_hf/models/processing_pvlf.py", "            truncation=True,", "            truncation=False,"),
+    broken=("src/pvlf_hf/models/processing_pvlf.py", '"truncation": True', '"truncation": False'),
 )
 @pytest.mark.parametrize("checkpoint_name", ["pvlf-emoji-tiny", "tiny"])
 def test_any_text(checkpoint_name, photos, tiny_model, figure):

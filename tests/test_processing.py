@@ -137,7 +137,44 @@ def test_a_query_needs_both_parts_and_settings_are_checked():
         make_processor(max_text_length=2)
     with pytest.raises(ValueError, match="padding must be"):
         make_processor(padding="shortest")
-    with pytest.raises(TypeError, match="max_length"):
-        make_processor()(text="red", max_length=3)
+    with pytest.raises(TypeError, match="length"):
+        make_processor()(text="red", length=3)
     with pytest.raises(TypeError):
-        make_processor()(images=PICTURE, text="red", max_length=3)
+        make_processor()(images=PICTURE, text="red", length=3)
+
+
+def test_settings_are_taken_by_the_librarys_names():
+    """As the documentation of CLIP, BLIP and SigLIP calls a processor."""
+    processor = make_processor()
+    captions, images = ["red", "the same dress but red"], [PICTURE] * 2
+    whole = processor(text=captions, images=images)
+    for settings in ({"padding": True}, {"text_kwargs": {}}, {"images_kwargs": {}}, {"common_kwargs": {}}):
+        given = processor(text=captions, images=images, **settings)
+        assert given.keys() == whole.keys() and all(torch.equal(given[name], whole[name]) for name in whole)
+    for settings in ({"max_length": 4}, {"text_kwargs": {"max_length": 4}}):
+        assert processor(text=captions, images=images, **settings)["input_ids"].tolist() == [
+            [2, 9, 3, 0],
+            [2, 5, 6, 3],
+        ]
+    padded = processor(text=captions, padding="max_length", max_length=9)["input_ids"]
+    assert padded.shape == (2, 9) and processor(text=captions)["input_ids"].shape == (2, 7)
+    assert processor(images=PICTURE, images_kwargs={"size": {"shortest_edge": 16}, "crop_size": 16})[
+        "pixel_values"
+    ].shape == (1, 3, 16, 16)
+    arrays = processor(text="red", common_kwargs={"return_tensors": "np"})
+    assert type(arrays["input_ids"]).__name__ == "ndarray"
+    bare = processor(text="red", add_special_tokens=False)["input_ids"]
+    assert bare.tolist() == [[9]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"text": "red", "size": 4}, "'size'. are settings for images, but none are given"),
+        ({"images": PICTURE, "max_length": 4}, "'max_length'. are settings for captions, but none are given"),
+        ({"text": "red", "text_kwargs": {"padding_side": "left"}}, "'padding_side'. are no settings for captions"),
+    ],
+)
+def test_settings_without_their_input_are_refused(inputs, said):
+    with pytest.raises(TypeError, match=said):
+        make_processor()(**inputs)

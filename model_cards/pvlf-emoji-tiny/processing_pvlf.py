@@ -14,6 +14,10 @@ from .interface_pvlf import ComposedRetrievalProcessor
 Padding = Literal["longest", "max_length"]
 
 
+TEXT_SETTINGS = ("padding", "max_length", "truncation", "add_special_tokens")
+"""Settings of the tokenizer that a call may override."""
+
+
 class PVLFProcessor(ComposedRetrievalProcessor):
     """Bundles the image processor and the tokenizer of a PVLF model.
 
@@ -103,27 +107,34 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             text: one or a batch of relative captions.
             target_images: one or a batch of target images.
             return_tensors: "pt" or "np".
-            **kwargs: overrides for the image processor, e.g. `size`.
+            **kwargs: settings for this call, by the library's names: of the image processor (`size`), of the tokenizer
+                (`padding`, `max_length`, `truncation`, `add_special_tokens`), or grouped as `images_kwargs`,
+                `text_kwargs` and `common_kwargs`.
 
         Returns:
             `pixel_values` float32 (batch, 3, H, W), `input_ids` and `attention_mask` int64 (batch, length) and
             `target_pixel_values` float32 (batch, 3, H, W), each only where its input is given.
 
         Raises:
-            ValueError: if nothing is given, their numbers differ, a caption is empty, or a picture cannot be read.
-            TypeError: for an argument that the image processor does not know.
+            ValueError: if nothing is given, their numbers differ, a caption is empty, or an image cannot be read.
+            TypeError: for a setting that neither the image processor nor the tokenizer knows, or one of a part that is
+                not given.
         """
-        if kwargs and images is None and target_images is None:
-            raise TypeError(
-                f"{sorted(kwargs)} are for images, but none are given; caption settings belong to the processor"
-            )
+        return_tensors = (kwargs.pop("common_kwargs", None) or {}).get("return_tensors", return_tensors)
+        text_settings = {name: kwargs.pop(name) for name in TEXT_SETTINGS if name in kwargs}
+        text_settings = {**(kwargs.pop("text_kwargs", None) or {}), **text_settings}
+        image_settings = {**(kwargs.pop("images_kwargs", None) or {}), **kwargs}
+        if image_settings and images is None and target_images is None:
+            raise TypeError(f"{sorted(image_settings)} are settings for images, but none are given")
+        if text_settings and text is None:
+            raise TypeError(f"{sorted(text_settings)} are settings for captions, but none are given")
         data: dict[str, Any] = {}
         if images is not None:
-            data |= self.image_processor(images, return_tensors=return_tensors, **kwargs)
+            data |= self.image_processor(images, return_tensors=return_tensors, **image_settings)
         if text is not None:
-            data |= self._tokenize(text, return_tensors)
+            data |= self._tokenize(text, return_tensors, text_settings)
         if target_images is not None:
-            targets = self.image_processor(target_images, return_tensors=return_tensors, **kwargs)
+            targets = self.image_processor(target_images, return_tensors=return_tensors, **image_settings)
             data["target_pixel_values"] = targets["pixel_values"]
         _check_counts(data)
         return BatchFeature(data)
@@ -176,7 +187,13 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         self.tokenizer.backend_tokenizer.no_padding()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def _tokenize(self, text: str | Iterable[str], return_tensors: str) -> dict[str, Any]:
+    def _tokenize(
+        self, text: str | Iterable[str], return_tensors: str, settings: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        if unknown := {*(settings or {})} - {*TEXT_SETTINGS, "return_tensors"}:
+            raise TypeError(f"{sorted(unknown)} are no settings for captions: choose from {sorted(TEXT_SETTINGS)}")
+        if not isinstance(text, str | Iterable):
+            raise ValueError(f"text is {text!r}: pass a caption or a list of captions")
         captions = [text] if isinstance(text, str) else list(text)
         if not captions:
             raise ValueError("text is empty: pass at least one caption")
@@ -193,14 +210,14 @@ class PVLFProcessor(ComposedRetrievalProcessor):
                     f"caption {index} is empty: say what changes, or search by the image alone with "
                     "processor(images=...) and the model's get_image_features"
                 )
-        tokens = self.tokenizer(
-            captions,
-            padding=self.padding,
-            truncation=True,
-            max_length=self.max_text_length,
-            padding_side="right",  # BLIP's text embedding is the token at position 0
-            return_tensors=return_tensors,
-        )
+        defaults = {
+            "padding": self.padding,
+            "truncation": True,
+            "max_length": self.max_text_length,
+            "return_tensors": return_tensors,
+        }
+        # On the right whatever the tokenizer says: BLIP's text embedding is the token at position 0.
+        tokens = self.tokenizer(captions, **{**defaults, **(settings or {})}, padding_side="right")
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
