@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from squares import each_with_each, make_benchmark
-from tiny import make_inputs, make_model
+from tiny import BACKBONES, make_inputs, make_model
 from transformers import AutoModel
 
 from pvlf_hf import Gallery, PVLFModel, PVLFTrainer, PVLFTrainingArguments, evaluate
@@ -147,3 +147,23 @@ def test_features_are_cached_where_only_the_fusion_adapts(squares, tmp_path, tin
     assert list((tmp_path / "features").rglob("*.safetensors"))
     with pytest.raises(ValueError, match="the image encoder trains"):
         make_trainer(with_lora(make_model()), tmp_path / "run", squares, tiny_processor, **args).train()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_adapters_train_under_activation_checkpointing(backbone):
+    """As without it, whichever of the two is switched on first."""
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = make_model(backbone, dropout=0.0)
+        model.add_adapter(config)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        model(**make_inputs(backbone)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and any("lora_" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())

@@ -189,6 +189,13 @@ class PVLFModel(PVLFPreTrainedModel):
         """Replaces the text encoder's token embeddings."""
         getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
 
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients reach adapters through checkpointed layers, see the library."""
+        super().enable_input_require_grads()
+        # BLIP adds positions to the embeddings in place, which autograd forbids for the tensors marked by the library.
+        copies = self.get_input_embeddings().register_forward_hook(_copy_output)
+        self._require_grads_hooks.append(copies)
+
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
@@ -389,6 +396,10 @@ class PVLFModel(PVLFPreTrainedModel):
         """Computes [`focal_info_nce`] with this configuration's temperature, alpha and gamma."""
         c = self.config
         return focal_info_nce(query_embeds, target_embeds, c.temperature, c.alpha, c.gamma, **kwargs)
+
+
+def _copy_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 PVLFModel.register_for_auto_class("AutoModel")
