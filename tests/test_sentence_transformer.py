@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 from squares import draw
 from transformers import AutoModel, AutoProcessor
 
@@ -117,3 +118,27 @@ def test_loading_passes_settings_on():
 def test_bad_input_is_named(encoder, bad, message):
     with pytest.raises(ValueError, match=message):
         encoder.encode(bad)
+
+
+def test_cached_losses_cut_mixed_batches(encoder):
+    """The library cuts features row by row, so every feature has a row for every input."""
+    features = [encoder.preprocess(rows) for rows in (INPUTS[:4], INPUTS[3:7])]
+    assert {len(tensor) for batch in features for tensor in batch.values()} == {4}
+    encoder.eval()  # dropout off: the two losses embed in batches of different sizes
+    plain = losses.MultipleNegativesRankingLoss(encoder)([dict(batch) for batch in features], None)
+    for size in (1, 2, 3):
+        cached = losses.CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=size)
+        torch.testing.assert_close(cached([dict(batch) for batch in features], None), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_of_a_call_and_of_the_module(encoder):
+    long = {"text": "the same but red with glasses and hat"}
+    whole = encoder.preprocess([long])["input_ids"].shape[1]
+    cut = encoder.preprocess([long], processing_kwargs={"text": {"max_length": 5}})["input_ids"].shape[1]
+    assert (whole, cut) == (10, 5)
+    encoder.max_seq_length = 6
+    assert encoder.preprocess([long])["input_ids"].shape[1] == encoder.max_seq_length == 6
+    with pytest.raises(ValueError, match="the text encoder takes up to"):
+        encoder.max_seq_length = 10_000
+    with pytest.raises(ValueError, match="it takes 'text', 'image' and 'common'"):
+        encoder.preprocess([long], processing_kwargs={"audio": {}})

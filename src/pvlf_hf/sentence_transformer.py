@@ -1,4 +1,4 @@
-"""PVLF as a module of the library `sentence-transformers`: composed queries, pictures and texts in one `encode`.
+"""PVLF as a module of the library `sentence-transformers`: composed queries, images and texts in one `encode`.
 
 A folder that `SentenceTransformer.save` wrote stays a PVLF checkpoint, for `AutoModel` as before.
 
@@ -14,7 +14,7 @@ Example:
     ```
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -29,10 +29,10 @@ from .models.processing_pvlf import PVLFProcessor
 
 
 class PVLFSentenceModule(InputModule):
-    """Embeds what each input has: picture and text as a composed query, one of them alone in the same space.
+    """Embeds inputs by what they hold: image and text as a composed query, one of them alone in the same space.
 
-    Inputs are dictionaries with `image`, `text` or both, a picture (PIL, array, tensor, path or URL of one) or a
-    string; of one batch each may be another kind.
+    Inputs are dictionaries with `image`, `text` or both, an image (PIL, array, tensor, path or URL of one) or a
+    string; each input of a batch may be of another kind.
 
     Args:
         model: the model.
@@ -48,13 +48,20 @@ class PVLFSentenceModule(InputModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
-        """That of the processor."""
+        """Tokenizer of the processor."""
         return self.processor.tokenizer
 
     @property
     def max_seq_length(self) -> int:
-        """Longer texts are cut at so many tokens."""
+        """Number of tokens that texts are truncated to."""
         return self.processor.max_text_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        longest = self.model.config.get_text_config().max_position_embeddings
+        if not self.tokenizer.num_special_tokens_to_add() < tokens <= longest:
+            raise ValueError(f"max_seq_length={tokens}: the text encoder takes up to {longest} tokens")
+        self.processor.max_text_length = tokens
 
     @classmethod
     def load(  # type: ignore[override]  # where to look is in kwargs
@@ -86,34 +93,50 @@ class PVLFSentenceModule(InputModule):
         self.processor.save_pretrained(output_path)
 
     def get_embedding_dimension(self) -> int:
-        """The joint width `d`."""
+        """Returns the joint width `d`."""
         return self.model.embedding_width
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
         """Turns a batch into tensors.
 
         Args:
             inputs: see the class.
             prompt: put before every text.
+            processing_kwargs: settings of this call for `"text"`, `"image"` or both (`"common"`), as [`PVLFProcessor`]
+                takes them.
             **kwargs: `task` and others of the library, not used.
 
         Returns:
-            `has_image` and `has_text`, bool `(batch,)`; `pixel_values` of those that have an image; `input_ids` and
-            `attention_mask` of those that have a text; all in the order of the inputs.
+            `has_image` and `has_text`, bool `(batch,)`; `pixel_values`, if any input has an image; `input_ids` and
+            `attention_mask`, if any has a text. All have a row for each input, so that the library can cut a batch
+            into smaller ones; rows of inputs without an image or a text are zeros.
 
         Raises:
-            ValueError: for an input of another kind, an empty text, or a picture that cannot be read.
+            ValueError: for an input of another kind, an empty text, an image that cannot be read, or settings for
+                something else.
         """
+        settings = processing_kwargs or {}
+        if unknown := settings.keys() - {"text", "image", "common"}:
+            raise ValueError(f"processing_kwargs has {sorted(unknown)}: it takes 'text', 'image' and 'common'")
+        common = settings.get("common", {})
         parts = [self._parts(one) for one in inputs]
+        features: dict[str, Tensor] = {}
         images = [part["image"] for part in parts if "image" in part]
         texts = [(prompt or "") + part["text"] for part in parts if "text" in part]
-        features: dict[str, Tensor] = {}
-        if images:
-            features |= self.processor(images=images)
-        if texts:
-            features |= self.processor(text=texts)
         for name in ("image", "text"):
             features[f"has_{name}"] = torch.tensor([name in part for part in parts])
+        if images:
+            prepared = self.processor(images=images, images_kwargs=settings.get("image"), common_kwargs=common)
+            features |= _spread(prepared, features["has_image"])
+        if texts:
+            prepared = self.processor(text=texts, text_kwargs=settings.get("text"), common_kwargs=common)
+            features |= _spread(prepared, features["has_text"])
         return features
 
     def _parts(self, one: Any) -> dict[str, Any]:
@@ -126,7 +149,6 @@ class PVLFSentenceModule(InputModule):
         """Adds `sentence_embedding`, float32 `(batch, d)`, L2-normalised."""
         has_image, has_text = features["has_image"], features["has_text"]
         both = has_image & has_text
-        has = {"pixel_values": has_image, "input_ids": has_text, "attention_mask": has_text}
         kinds: tuple[tuple[Tensor, Any, list[str]], ...] = (
             (both, self.model.get_query_features, ["pixel_values", "input_ids", "attention_mask"]),
             (has_image & ~both, self.model.get_image_features, ["pixel_values"]),
@@ -135,9 +157,18 @@ class PVLFSentenceModule(InputModule):
         embeds = torch.empty(len(both), self.get_embedding_dimension(), device=both.device)
         for rows, embed, names in kinds:
             if rows.any():
-                embeds[rows] = embed(**{name: features[name][rows[has[name]]] for name in names}).pooler_output
+                embeds[rows] = embed(**{name: features[name][rows] for name in names}).pooler_output
         features["sentence_embedding"] = embeds
         return features
+
+
+def _spread(prepared: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Puts the rows of prepared inputs where `rows`, bool `(batch,)`, is true, and zeros elsewhere."""
+    spread = {}
+    for name, tensor in prepared.items():
+        spread[name] = tensor.new_zeros(len(rows), *tensor.shape[1:])
+        spread[name][rows] = tensor
+    return spread
 
 
 __all__ = ["PVLFSentenceModule"]
