@@ -348,7 +348,7 @@ def lint(
     """Check files before an upload.
 
     \b
-    pvlf-hf submit lint outputs/mine/evaluation/submissions/pvlf/*/*.json
+    pvlf-hf submit lint outputs/mine/evaluation/submissions/composed/*/*.json
 
     `pvlf-hf evaluate --protocols cirr-test1 circo-test` writes such files. Exits with 1 if one would be refused.
     """

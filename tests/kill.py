@@ -121,7 +121,7 @@ def evaluate(inputs, tell):
     embedding_store.SAVE_EVERY = ROWS
     count_pictures(tell)
     script = str(SCRIPTS / "evaluate_pvlf.py")
-    settings = f"""--model {inputs / "pvlf"} --protocols cirr-val fashioniq cirr-test1 --methods pvlf text
+    settings = f"""--model {inputs / "pvlf"} --protocols cirr-val fashioniq cirr-test1 --methods composed text
         --data_root {inputs / "data"} --output_dir run --no_check_counts --batch_size {ROWS}"""
     sys.argv = [script, *settings.split()]
     runpy.run_path(script, run_name="__main__")

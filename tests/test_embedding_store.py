@@ -123,3 +123,11 @@ def test_a_damaged_file_is_named(store):
     (store.folder / "x.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not ours .*: delete it"):
         EmbeddingStore(store.folder)
+
+
+def test_embeddings_kept_under_the_former_name_of_the_method_are_read(tiny_model, tiny_processor, tmp_path):
+    benchmark, store = make_benchmark(), EmbeddingStore(tmp_path)
+    expected = evaluate(tiny_model, tiny_processor, benchmark, store=store, progress=False)
+    (tmp_path / "squares%20composed.safetensors").rename(tmp_path / "squares%20pvlf.safetensors")
+    for method in ("composed", "pvlf"):
+        assert evaluate(None, None, benchmark, method, store=EmbeddingStore(tmp_path)) == expected

@@ -40,7 +40,7 @@ def test_baselines_embed_what_they_say(tiny_model, tiny_processor):
     queries = make_benchmark().queries
     image, text, both, pvlf = (
         encode_queries(tiny_model, tiny_processor, queries, method, progress=False)
-        for method in ("image", "text", "image+text", "pvlf")
+        for method in ("image", "text", "image+text", "composed")
     )
     references = encode_gallery(
         tiny_model, tiny_processor, queries.rename_column("reference", "image"), progress=False
@@ -97,7 +97,7 @@ def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp
 
 def test_what_is_missing_is_said(tiny_model, tiny_processor):
     with pytest.raises(
-        ValueError, match=r"method='caption': choose one of \('pvlf', 'image', 'text', 'image\+text'\)"
+        ValueError, match=r"method='caption': choose one of \('composed', 'image', 'text', 'image\+text'\)"
     ):
         embed(tiny_model, tiny_processor, make_benchmark(), method="caption")
     with pytest.raises(ValueError, match="pass a model and its processor, or a store"):

@@ -114,7 +114,7 @@ def test_subset_ranks_and_names(tiny_model, tiny_processor):
     assert outcome.per_query["query_id"] == ("0", "1", "2", "3", "4")
     ranks = {"rank": outcome.per_query["rank"], "subset_rank": in_subset}
     assert outcome.metrics == METRICS["cirr"].means(ranks)
-    assert (outcome.benchmark, outcome.method) == ("squares", "pvlf")
+    assert (outcome.benchmark, outcome.method) == ("squares", "composed")
     with pytest.raises(ValueError, match="no metric 'map@5' of squares; there are"):
         outcome.values("map@5")
 
@@ -219,15 +219,16 @@ def test_intervals():
 
 def test_results_file(tiny_model, tiny_processor, tmp_path):
     outcomes = [
-        evaluate(tiny_model, tiny_processor, make_benchmark(), method, progress=False) for method in ("pvlf", "text")
+        evaluate(tiny_model, tiny_processor, make_benchmark(), method, progress=False)
+        for method in ("composed", "text")
     ]
     write_results(tmp_path / "new/results.json", outcomes, seed=3, note="größer")
     results = json.loads((tmp_path / "new/results.json").read_text(encoding="utf-8"))
     assert (results["seed"], results["note"]) == (3, "größer")
-    assert [e["method"] for e in results["evaluations"]] == ["pvlf", "text"]
+    assert [e["method"] for e in results["evaluations"]] == ["composed", "text"]
     assert results["evaluations"][0] == {
         "benchmark": "squares",
-        "method": "pvlf",
+        "method": "composed",
         "metrics": outcomes[0].metrics,
         "intervals": {metric: list(ends) for metric, ends in intervals(outcomes[0]).items()},
         "counts": {"queries": 5, "gallery": 9},
@@ -314,6 +315,7 @@ def test_files_that_say_precision_are_read(tmp_path):
     assert circo.values("recall@50") == [1, 1] and circo.values("recall@25") == [1, 0]
     assert cirr.values("mean") == [1, 1, 0.5, 0]
     assert cirr.values("mean_of_seven") == pytest.approx([1, 6 / 7, 5 / 7, 3 / 7])
+    assert (circo.method, cirr.method) == ("composed", "text"), "the first was called pvlf"
     for evaluation in (circo, cirr):
         means = {metric: fmean(evaluation.values(metric)) for metric in evaluation.metrics}
         assert means == pytest.approx(evaluation.metrics)
@@ -322,7 +324,9 @@ def test_files_that_say_precision_are_read(tmp_path):
     assert read_results(tmp_path / "new.json") == [circo, cirr]
     written = json.loads((tmp_path / "new.json").read_text())["evaluations"]
     for new, old in zip(written, OLD_RESULTS["evaluations"], strict=True):
-        renamed = {"dtype" if key == "precision" else key: value for key, value in old.items()}
+        renamed = {"dtype" if key == "precision" else key: value for key, value in old.items()} | {
+            "method": "composed"
+        }
         assert new == {**renamed, "intervals": new["intervals"]} and new["intervals"].keys() == old["intervals"].keys()
 
 

@@ -235,10 +235,10 @@ class Evaluating:
         return read_results(self.folder / "results.json")
 
     def first(self):
-        self.run("pvlf")
+        self.run("composed")
 
     def rest(self):
-        return self.run("pvlf", "text")
+        return self.run("composed", "text")
 
 
 class Indexing:

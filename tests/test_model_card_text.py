@@ -30,7 +30,7 @@ def results_file(tmp_path_factory):
     """Nine squares ranked by two sets of embeddings, as a model's and as a baseline's."""
     file = tmp_path_factory.mktemp("run") / "results.json"
     embeds = torch.randn(5 + 9, 4, generator=torch.Generator().manual_seed(0))
-    measured = [score(make_benchmark(), e[:5], e[5:], m) for m, e in (("pvlf", embeds), ("image", embeds.flip(0)))]
+    measured = [score(make_benchmark(), e[:5], e[5:], m) for m, e in (("composed", embeds), ("image", embeds.flip(0)))]
     write_results(file, measured, **FACTS)
     return file
 
@@ -54,7 +54,7 @@ def by_hand(card):
 def test_figures_are_those_of_the_file(results):
     card = render_card(results, "you/mine")
     rows = [line.strip("| ").split(" | ") for line in section(card, "results").splitlines() if "squares" in line]
-    assert [row[2] for row in rows] == ["pvlf", "image"]
+    assert [row[2] for row in rows] == ["composed", "image"]
     for row, evaluation in zip(rows, results["evaluations"], strict=True):
         for cell, (metric, value) in zip(row[3:], evaluation["metrics"].items(), strict=True):
             low, high = evaluation["intervals"][metric]

@@ -100,14 +100,14 @@ def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_
     protocols = ["cirr-val", "fashioniq", "circo-test"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    command = [*launch, *flags(model_folder, data_root, tmp_path / "two", *protocols), "--methods", "pvlf", "text"]
+    command = [*launch, *flags(model_folder, data_root, tmp_path / "two", *protocols), "--methods", "composed", "text"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
     model, processor = AutoModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
     cirr, *fashion = (b for name in protocols[:2] for b in load_protocol(name, data_root, check_counts=False))
     expected = []
-    for method in ("pvlf", "text"):
+    for method in ("composed", "text"):
         measured = [evaluate(model, processor, b, method, progress=False) for b in (cirr, *fashion)]
         expected += [*measured, average(measured[1:])]
     assert read_results(tmp_path / "two" / "results.json") == expected
@@ -116,7 +116,7 @@ def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_
     assert f"{100 * expected[-1].metrics['recall@10']:.2f} (" in row
     assert table.count("| order of equal scores |") == 5  # cards: one for each benchmark and the average
     (circo,) = load_protocol("circo-test", data_root, check_counts=False)
-    for method in ("pvlf", "text"):
+    for method in ("composed", "text"):
         assert lint_submission(tmp_path / f"two/submissions/{method}/circo-test/circo_test.json", circo) == []
 
     rescored = flags(model_folder, data_root, tmp_path / "new", "fashioniq-removed", "cirr-val")
@@ -126,7 +126,7 @@ def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_
     assert before == {file: file.stat().st_mtime_ns for file in before}  # nothing was encoded
     again = read_results(tmp_path / "new" / "results.json")
     assert again[-1] == expected[0] and again[3].benchmark == "fashioniq/val/average"
-    recall = json.loads((tmp_path / "new/submissions/pvlf/cirr-val/cirr_val_recall.json").read_text())
+    recall = json.loads((tmp_path / "new/submissions/composed/cirr-val/cirr_val_recall.json").read_text())
     assert recall["metric"] == "recall" and len(recall) == 12
 
 

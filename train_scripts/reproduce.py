@@ -206,7 +206,7 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
         print(f"measuring {run.row.name}, {WEIGHTS[name]}, on {protocol}", flush=True)
         flags = {
             "model": source,
-            "methods": run.row.baseline or "pvlf",
+            "methods": run.row.baseline or "composed",
             "protocols": protocol,
             "output_dir": folder,
             "embeddings": run.folder / name / "embeddings",

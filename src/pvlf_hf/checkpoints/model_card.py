@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..atomic_files import whole
 from ..data.benchmark import Protocol
+from ..embeddings.encoding import FORMER_NAME
 from ..evaluation.results import Evaluation, environment, recorded_dtype
 
 PICTURE = "retrievals.png"
@@ -249,7 +250,7 @@ def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
             metric_value=value,
         )
         for e in results.get("evaluations", [])
-        if e["method"] == "pvlf"
+        if e["method"] in ("composed", FORMER_NAME)
         for metric, value in e["metrics"].items()
     ]
 

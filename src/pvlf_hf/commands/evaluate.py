@@ -31,7 +31,7 @@ from ..data.benchmark import CIRBenchmark
 from ..data.protocols import describe_protocols, load_protocol
 from ..dtypes import DTYPES, warn_if_slow
 from ..embeddings.embedding_store import EmbeddingStore
-from ..embeddings.encoding import QUERY_METHODS, embed
+from ..embeddings.encoding import FORMER_NAME, QUERY_METHODS, embed, method_named
 from ..evaluation.metrics import metrics_named
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import average, evaluate, evaluate_all
@@ -50,8 +50,11 @@ class EvaluationArguments:
     output_dir: str = field(metadata={"help": "Where results go; those of an earlier run are overwritten."})
     data_root: str = field(default="data", metadata={"help": "Has a folder for each data set."})
     methods: list[str] = field(
-        default_factory=lambda: ["pvlf"],
-        metadata={"help": "How queries are embedded: by the model, or a baseline.", "choices": [*QUERY_METHODS]},
+        default_factory=lambda: ["composed"],
+        metadata={
+            "help": "How queries are embedded: by the model, or a baseline.",
+            "choices": [*QUERY_METHODS, FORMER_NAME],
+        },
     )
     embeddings: str | None = field(
         default=None, metadata={"help": "Folder that keeps embeddings (default: embeddings in --output_dir)."}
@@ -84,14 +87,14 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
         ValueError: if there is no such model, protocol or data, or the model cannot do what is asked.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model, processor = load_model(args.model, baselines_only="pvlf" not in args.methods, dtype=args.dtype)
+    methods = list(dict.fromkeys(map(method_named, args.methods)))
+    model, processor = load_model(args.model, baselines_only="composed" not in methods, dtype=args.dtype)
     model.to(state.device)
     settings = {"allow_missing": args.allow_missing, "check_counts": args.check_counts}
     protocols = [load_protocol(name, args.data_root, **settings) for name in args.protocols]
     store = EmbeddingStore(args.embeddings or Path(args.output_dir) / "embeddings")
     evaluations: list[Evaluation] = []
     submissions: list[Path] = []
-    methods: list[Any] = args.methods
     for method in methods:
         for benchmarks in protocols:
             for benchmark in benchmarks:
@@ -145,7 +148,7 @@ def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> 
 
 
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
-    """Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    """Measures Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
     model, processor = load_model(name, baselines_only=True)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 

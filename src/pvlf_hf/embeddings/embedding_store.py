@@ -75,7 +75,13 @@ class EmbeddingStore:
         self.model = claimed
         return claimed
 
-    def fetch(self, name: str, keys: Sequence[Key], encode: Callable[[list[int]], Tensor] | None = None) -> Tensor:
+    def fetch(
+        self,
+        name: str,
+        keys: Sequence[Key],
+        encode: Callable[[list[int]], Tensor] | None = None,
+        former_name: str | None = None,
+    ) -> Tensor:
         """Embeddings in the order of the keys; what is missing is encoded and added.
 
         Under several processes all must call this with the same keys; the main one writes.
@@ -84,6 +90,7 @@ class EmbeddingStore:
             name: of the file: data set and what is embedded.
             keys: what is wanted; repeated ones are encoded once.
             encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is there.
+            former_name: name under which an earlier version kept these embeddings; read where there is none of `name`.
 
         Returns:
             float32 `(keys, d)`.
@@ -91,8 +98,9 @@ class EmbeddingStore:
         Raises:
             ValueError: if something is missing and there is no `encode`, or processes see different folders.
         """
-        file = self.folder / f"{quote(name, safe='')}.safetensors"
-        keys_there, embeds = read_rows(file) if file.exists() else ([], torch.empty(0))
+        file, former = (self.folder / f"{quote(n, safe='')}.safetensors" for n in (name, former_name or name))
+        written = file if file.exists() else former
+        keys_there, embeds = read_rows(written) if written.exists() else ([], torch.empty(0))
         row_of = {key: row for row, key in enumerate(keys_there)}
         first_place = {key: place for place, key in reversed(list(enumerate(keys))) if key not in row_of}
         missing = sorted(first_place.values())

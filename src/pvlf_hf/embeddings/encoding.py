@@ -22,11 +22,14 @@ from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .embedding_store import EmbeddingStore, Key
 
-QueryMethod = Literal["pvlf", "image", "text", "image+text"]
+QueryMethod = Literal["composed", "image", "text", "image+text"]
 
-QUERY_METHODS: tuple[QueryMethod, ...] = ("pvlf", "image", "text", "image+text")
-"""How a query becomes an embedding: by the model, or one of the paper's baselines (Tables 1-2): the reference image's
-embedding alone, the caption's alone, or the sum of the two, normalised."""
+QUERY_METHODS: tuple[QueryMethod, ...] = ("composed", "image", "text", "image+text")
+"""Ways to embed a query: as the model composes it, or as one of the paper's baselines (Tables 1-2): the reference
+image's embedding alone, the caption's alone, or the normalised sum of the two."""
+
+FORMER_NAME = "pvlf"
+"""Name of the method `"composed"` in results, stores and commands of versions before 0.2."""
 
 MOST_THREADS = 8
 """Batches prepared ahead in each process, where an accelerator encodes (ours); 64 pictures of 384 px take 110 MB."""
@@ -46,14 +49,14 @@ def embed(
     model: PVLFModel | None,
     processor: PVLFProcessor | None,
     benchmark: CIRBenchmark,
-    method: QueryMethod = "pvlf",
+    method: QueryMethod = "composed",
     batch_size: int = 64,
     gallery_embeds: Tensor | None = None,
     progress: bool = True,
     store: EmbeddingStore | None = None,
 ) -> Embeddings:
     """Embeds queries and gallery of a benchmark, with targets or without; arguments and errors as [`evaluate`]."""
-    check_method(method)
+    method = method_named(method)
     if store is None:
         if model is None or processor is None:
             raise ValueError("pass a model and its processor, or a store that holds the embeddings")
@@ -79,7 +82,8 @@ def embed(
     halves = {"image": lambda key: key[:1], "text": lambda key: key[1:]}  # the other half makes no difference
     keys: list[Key] = [(references[row], wording) for row, wording in wordings]
     keys = list(map(halves.get(method, tuple), keys))
-    embeds = store.fetch(f"{data_set} {method}", keys, encode_wordings if model else None)
+    former_name = f"{data_set} {FORMER_NAME}" if method == "composed" else None
+    embeds = store.fetch(f"{data_set} {method}", keys, encode_wordings if model else None, former_name)
     return Embeddings(_mean_over_wordings(embeds, wordings), gallery_embeds)
 
 
@@ -98,7 +102,7 @@ def encode_queries(
     model: PVLFModel,
     processor: PVLFProcessor,
     queries: Dataset,
-    method: QueryMethod = "pvlf",
+    method: QueryMethod = "composed",
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
@@ -110,16 +114,22 @@ def encode_queries(
     Raises:
         ValueError: for an unknown method.
     """
-    check_method(method)
+    method = method_named(method)
     wordings = _wordings(queries)
     embeds = _encode_wordings(model, processor, queries, wordings, method, batch_size, progress)
     return _mean_over_wordings(embeds, wordings)
 
 
-def check_method(method: str) -> None:
-    """Raises a `ValueError` unless the method is one of `QUERY_METHODS`."""
+def method_named(name: str) -> QueryMethod:
+    """Returns one of `QUERY_METHODS`; versions before 0.2 called `"composed"` `"pvlf"`, in results and stores too.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    method = "composed" if name == FORMER_NAME else name
     if method not in QUERY_METHODS:
-        raise ValueError(f"method={method!r}: choose one of {QUERY_METHODS}")
+        raise ValueError(f"method={name!r}: choose one of {QUERY_METHODS}")
+    return method
 
 
 def _wordings(queries: Dataset) -> list[tuple[int, str]]:
@@ -171,7 +181,7 @@ def _encode_wordings(
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
         texts = [text for _, text in batch]
         images = [] if method == "text" else _decode(pictures, [row for row, _ in batch])
-        if method == "pvlf":
+        if method == "composed":
             return {method: processor.process_queries(images, texts)}
         inputs = {}
         if "image" in method:
@@ -183,7 +193,7 @@ def _encode_wordings(
     def encode(inputs: dict[str, BatchFeature]) -> Tensor:
         features = {"image": model.get_image_features, "text": model.get_text_features}
         on_device = {kind: batch.to(device_of(model)) for kind, batch in inputs.items()}
-        if method == "pvlf":
+        if method == "composed":
             return model(**on_device[method]).query_embeds
         return F.normalize(sum(features[kind](**batch).pooler_output for kind, batch in on_device.items()), dim=-1)
 

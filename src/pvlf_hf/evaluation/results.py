@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..atomic_files import whole
+from ..embeddings.encoding import FORMER_NAME
 from .metrics import metrics_named
 from .significance import bootstrap_interval
 
@@ -133,10 +134,11 @@ def read_results(file: str | Path) -> list[Evaluation]:
     per_query = json.loads(_per_query_file(file).read_text(encoding="utf-8"))
     if [e["counts"]["queries"] for e in summaries] != [len(columns["rank"]) for columns in per_query]:
         raise ValueError(f"{_per_query_file(file)} does not belong to {file}; evaluate again")
-    names = {field.name for field in fields(Evaluation)} - {"dtype", "per_query"}
+    names = {field.name for field in fields(Evaluation)} - {"method", "dtype", "per_query"}
     return [
         Evaluation(
             **{name: summary[name] for name in names},
+            method="composed" if summary["method"] == FORMER_NAME else summary["method"],
             dtype=recorded_dtype(summary),
             per_query={name: _frozen(values) for name, values in columns.items()},
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark, query_ids
 from ..embeddings.embedding_store import EmbeddingStore, dtype_of
-from ..embeddings.encoding import QueryMethod, check_method, embed, encode_gallery
+from ..embeddings.encoding import QueryMethod, embed, encode_gallery, method_named
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .metrics import metrics_named
@@ -20,7 +20,7 @@ def evaluate(
     model: PVLFModel | None,
     processor: PVLFProcessor | None,
     benchmark: CIRBenchmark,
-    method: QueryMethod = "pvlf",
+    method: QueryMethod = "composed",
     batch_size: int = 64,
     gallery_embeds: Tensor | None = None,
     progress: bool = True,
@@ -45,7 +45,7 @@ def evaluate(
         ValueError: for an unknown method, a benchmark without targets, a gallery that does not fit the benchmark, a
             store of another model, or a store that lacks embeddings while `model` is None.
     """
-    check_method(method)
+    method = method_named(method)
     _check_targets(benchmark)
     embeds = embed(model, processor, benchmark, method, batch_size, gallery_embeds, progress, store)
     dtype = dtype_of(model) if model is not None else store.model["dtype"]  # type: ignore[union-attr,index]
@@ -56,7 +56,7 @@ def evaluate_all(
     model: PVLFModel,
     processor: PVLFProcessor,
     benchmarks: Sequence[CIRBenchmark],
-    methods: Sequence[QueryMethod] = ("pvlf",),
+    methods: Sequence[QueryMethod] = ("composed",),
 ) -> list[Evaluation]:
     """Evaluates on several benchmarks by one or several methods; a gallery that they share is encoded only once."""
     galleries: dict[str, Tensor] = {}
@@ -73,7 +73,7 @@ def score(
     benchmark: CIRBenchmark,
     query_embeds: Tensor,
     gallery_embeds: Tensor,
-    method: str = "pvlf",
+    method: str = "composed",
     dtype: str = "unknown",
 ) -> Evaluation:
     """Computes the metrics of embeddings, from any model, by the benchmark's protocol.
