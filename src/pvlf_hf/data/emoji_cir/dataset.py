@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 
 from ...models.image_processing_pvlf import open_picture
 from ..benchmark import CIRBenchmark, Protocol
+from ..checks import check_choice, check_list, naming_the_cache
 from .captions import TIERS, attribute_of, write_caption
 from .names import parse_name
 
@@ -85,8 +86,8 @@ def load_emoji_pictures(vendors: Sequence[str] = TRAINING_VENDORS, *, keep_leake
         RuntimeError: if the installed versions give another number of pictures.
         ValueError: if a vendor is unknown.
     """
-    unknown = sorted(set(vendors) - set(VENDORS))
-    if unknown:
+    check_list("vendors", vendors)
+    if unknown := sorted(set(vendors) - set(VENDORS)):
         raise ValueError(f"unknown vendor(s) {unknown}; choose from {list(VENDORS)}.")
     strings = {column: Value("string") for column in ("image_id", "name", "vendor", "picture_id")}
     pictures = _cached(_read_pictures, Features({"image": Image(mode="RGBA"), **strings}), "pictures")
@@ -135,8 +136,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
         RuntimeError: if the installed versions give another number of rows.
         ValueError: if the split or the tier is unknown.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose from {list(SPLITS)}.")
+    check_choice("split", split, SPLITS)
     tiers = TIERS if split == "test" else ("plain",)
     if tier not in tiers:
         raise ValueError(f"unknown tier {tier!r} of the {split} split; choose from {list(tiers)}.")
@@ -311,7 +311,8 @@ def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Da
     modules = ("dataset.py", "captions.py", "names.py")
     source = hashlib.sha1(b"".join(Path(__file__).with_name(module).read_bytes() for module in modules)).hexdigest()
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
-    dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
+    with naming_the_cache():
+        dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
     if len(dataset) != EXPECTED_COUNTS[name]:
         raise RuntimeError(
             f"EmojiCIR: {len(dataset)} rows of {name} from {_packages()}, but {EXPECTED_COUNTS[name]} are expected. "
