@@ -72,7 +72,7 @@ def train(dataset, folder):
         (lambda d: d.to_iterable_dataset(), "is a stream .IterableDataset., but it takes.*load it without streaming"),
         (
             lambda d: d.rename_column("caption", "Caption"),
-            r"missing column\(s\) \['caption'.*case-sensitive: rename with `dataset.rename_column`, \(.Caption., .capt",
+            r"missing column\(s\) \['caption'.*case-sensitive: rename with `dataset.rename_column`, \(.Caption., .cap",
         ),
         (lambda d: d.rename_column("caption", "text"), r"Rename with `dataset.rename_column\(old, new\)`"),
         (
