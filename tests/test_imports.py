@@ -38,7 +38,7 @@ FOLDERS = {
     ],
     "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
     "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
-    "checkpoints": ["model_card", "golden", "convert"],
+    "checkpoints": ["model_card", "golden", "weight_names", "convert"],
     "search": ["vector_index", "query", "indexing", "gallery", "results_page", "middleware", "web_demo"],
     "training": ["batches", "cpu_dropout", "gradient_cache", "feature_cache", "training_args", "trainer"],
     "commands": ["arguments", "evaluate", "train"],
