@@ -39,7 +39,7 @@ def check_image_files(
         raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
     files = find_files(folder, names)
     if not allow_links:
-        check_links(folder, [*(name for name in names if "\0" not in name), *files.values()])
+        check_links(folder, dict.fromkeys([*(name for name in names if "\0" not in name), *files.values()]))
     if missing := [name for name in names if name not in files]:
         raise ValueError(
             f"{len(missing)} of {len(names)} images are not in {folder}, first: {missing[:3]}. "
