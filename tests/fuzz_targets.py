@@ -6,7 +6,6 @@
 import io
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import datasets
@@ -57,12 +56,9 @@ def read_circo(file):
 
 def read_table(ending):
     def read_it(file):
-        datasets.disable_progress_bars()
         named = file.with_suffix(ending)
         shutil.copy(file, named)
-        with tempfile.TemporaryDirectory() as cache:
-            datasets.config.HF_DATASETS_CACHE = Path(cache)
-            read_triplet_table(named)
+        read_triplet_table(named)
 
     return read_it
 

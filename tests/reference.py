@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from pvlf_hf import PVLFConfig, PVLFModel
-from pvlf_hf.checkpoints.convert import LEFT_OUT_OF_PVLF, leave_out, to_pvlf
+from pvlf_hf.checkpoints.weight_names import LEFT_OUT_OF_PVLF, leave_out, to_pvlf
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -356,7 +356,7 @@ def edit(row, **changes):
         ("cirr/val", edit(2, img_set={"id": 3}), r"img_set of row 2 has no 'members'; it has \['id'\]"),
         ("cirr/val", edit(2, img_set={"members": [5]}), r"img_set of row 2: members is \[5\], expected list\[str\]"),
         ("fashioniq/val/shirt", edit(1, target=None), r"row 1 has no 'target'"),
-        ("fashioniq/val/shirt", edit(1, captions=["red"]), r"row 1: captions must be two, .* with words, not \['red'"),
+        ("fashioniq/val/shirt", edit(1, captions=["red"]), r"row 1: captions must be two, .* with text, not \['red'"),
         ("fashioniq/val/shirt", edit(1, captions=["red", 3]), r"row 1: captions must be two"),
         ("fashioniq/val/shirt", edit(1, captions=[" ", ".?"]), r"row 1: captions must be two"),
         ("circo/val", edit(4, gt_img_ids=None), r"row 4 has no 'gt_img_ids'"),
@@ -474,7 +474,7 @@ def test_missing_pictures_are_listed_or_left_out(data, name, caplog):
         missing = f"{len(gone)} gallery images, {len(rows) - len(kept)} queries"
         assert rows_of(loaded) == (kept, [row for row in plain(whole.gallery) if row["image_id"] not in gone])
         assert loaded.protocol.missing == missing
-        assert [r.getMessage() for r in caplog.records] == [f"{name}: left out for want of files: {missing}"]
+        assert [r.getMessage() for r in caplog.records] == [f"{name}: left out because files are missing: {missing}"]
     else:
         assert plain(loaded) == kept
         assert sum(r.args[1] for r in caplog.records) == len(rows) - len(kept)

@@ -228,7 +228,7 @@ def half(file):
         ("random.pt", lambda file: file.write_bytes(bytes(range(256)) * 9), "random.pt: cannot be read"),
         ("empty.pt", lambda file: file.touch(), "empty.pt: cannot be read"),
         ("tensor.pt", lambda file: torch.save(torch.zeros(3), file), "holds a Tensor, not a state dict"),
-        ("run.pt", lambda file: torch.save({"state_dict": {}, "epoch": 1}, file), "'state_dict', 'epoch'.* no named"),
+        ("run.pt", lambda file: torch.save({"state_dict": {}, "epoch": 1}, file), "'state_dict', 'epoch'.* not named"),
         ("other.pt", lambda file: torch.save({"fc.weight": torch.zeros(3)}, file), "other.pt: .*(lacks|not a TransA)"),
         ("none.pt", lambda file: None, "none.pt: no such file"),
     ],

@@ -161,7 +161,7 @@ def test_effects_are_what_the_loader_leaves_out(number, tmp_path):
     (finding,) = examine_cirr(root, check_counts=False).findings
     easier = "without 1 of the gallery's 14 images the ranking of the other queries is easier than published"
     limit = (
-        f"{lost} of 10 queries cannot be scored: counted as not found, recall can reach at most {100 - 10 * lost}.00 %"
+        f"{lost} of 10 queries cannot be scored: counted as misses, recall can reach at most {100 - 10 * lost}.00 %"
     )
     assert finding.effect == (f"{limit}; {easier}" if number == 2 else easier)
     assert (lost > 0) == (number == 2)

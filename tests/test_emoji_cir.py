@@ -175,7 +175,7 @@ def test_test_captions_are_not_training_captions(train, validation, tiers):
     trained_on = {caption.lower() for caption in train["caption"]} | {c.lower() for c in validation.queries["caption"]}
     for benchmark in tiers.values():
         assert not trained_on & {caption.lower() for caption in benchmark.queries["caption"]}
-    for attribute, styles in emoji_captions.TEMPLATES.items():
+    for attribute, styles in emoji_captions.phrasings()["templates"].items():
         templates = [template for style in styles.values() for template in style]
         assert len(templates) == len(set(templates)), attribute
         assert len(styles["train"]) >= 6, attribute

@@ -7,7 +7,7 @@ import torch
 from reference import FIXTURES, reference_inputs, reference_io, reference_model
 
 from pvlf_hf import PVLFModel
-from pvlf_hf.checkpoints.convert import to_pvlf
+from pvlf_hf.checkpoints.weight_names import to_pvlf
 
 BACKBONES = ["blip", "clip"]
 

@@ -110,7 +110,7 @@ def test_writing_refuses(triplets, tmp_path):
         with pytest.raises(ValueError, match="choose 'parquet' or 'tar', and at least one row"):
             write_shards(triplets, tmp_path / "b", **settings)
     (tmp_path / "blue.png").unlink()
-    with pytest.raises(ValueError, match="picture of row 1 cannot be read: .*blue.png"):
+    with pytest.raises(ValueError, match="image of row 1 cannot be read: .*blue.png"):
         write_shards(triplets, tmp_path / "c")
 
 
@@ -313,7 +313,7 @@ def test_triplets_of_the_hub(hub_folder, triplets, streaming):
         ({"reference": "picture"}, r"missing column\(s\) \['picture'\]"),
         ({"reference": "source", "target_id": "id"}, r"missing column\(s\) \['id'\]"),
         ({"source": "reference"}, r"columns=\['source'\]: keys are"),
-        ({"reference": "text"}, "column 'text' is Value.*but reference must be pictures"),
+        ({"reference": "text"}, "column 'text' is Value.*but reference must be images"),
         ({"reference": "source", "caption": "target"}, "column 'target' is Image.*but caption must be text"),
     ],
 )

@@ -1,8 +1,8 @@
 """Converts checkpoints of the original code bases: Salesforce's BLIP, and TransAgg on BLIP or on OpenAI's CLIP.
 
-A file is read as tensors only, prefixes go, what retrieval does not use is left out by name, names become ours or
-Transformers' (`*_NAMES`), and the configuration is read off the shapes. What comes out must then have exactly the
-names and shapes of the model, or nothing is written.
+A file is read as tensors only, weights that retrieval does not use are dropped, the rest is renamed
+(`weight_names.py`), and the configuration is inferred from the shapes. The result must have exactly the names and
+shapes of the model, or nothing is written.
 
 Example:
     ```python
@@ -12,8 +12,7 @@ Example:
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isqrt
 from os import PathLike
@@ -37,69 +36,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import logging
 
 from ..models.configuration_pvlf import PVLFConfig
 from ..models.image_processing_pvlf import PVLFImageProcessor
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
-
-logger = logging.get_logger(__name__)
+from .weight_names import BLIP_NAMES, LEFT_OUT, LEFT_OUT_OF_PVLF, Tensors, leave_out, to_pvlf, translate
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 File = str | PathLike[str]
-Tensors = Mapping[str, Tensor]
 
-# DataParallel's prefix, and TransAgg's for its dual encoder, which was `blip_model.` in its first releases.
-PREFIX = re.compile(r"^(module\.)?((pretrained|blip)_model\.)?")
-
-# What training alone uses, by the names it has without prefix.
-LEFT_OUT = {
-    "momentum copies": r"^(visual_encoder|vision_proj|text_encoder|text_proj)_m\.",
-    "queues and temperature of pre-training": r"^((image|text|idx|ptr)_queue|temp|logit_scale)$",
-    "position numbers": r"\.position_ids$",
-}
-# PVLF's text tower has no cross-attention.
-LEFT_OUT_OF_PVLF = {**LEFT_OUT, "image-text matching": r"^itm_head\.|\.crossattention\."}
-
-# (theirs, ours), applied in this order. BLIP's BERT and projections keep their names.
-BLIP_NAMES = (
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-)
-CLIP_NAMES = (
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # Transformers' own spelling
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.ln_(\d)\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-TRANSAGG_NAMES = (
-    (r"^(?!fusion\.|sep_token$|combiner_layer\.|output_layer\.|weighted_layer\.)", "backbone."),
-    (r"^sep_token$", "fusion.prompts"),
-    (r"^combiner_layer\.", "aggregation.combiner."),
-    (r"^output_layer\.", "aggregation.output."),
-    (r"^weighted_layer\.", "aggregation.weights."),
-)
-
-HEADS = {768: 12, 1024: 16}  # width -> attention heads: BERT base and ViT-B, ViT-L
+HEADS = {768: 12, 1024: 16}
+"""Attention heads by width: BERT base and ViT-B, ViT-L."""
 
 
 def convert_salesforce_blip(
@@ -115,17 +63,17 @@ def convert_salesforce_blip(
     [`PVLFModel.from_vl_pretrained`] and, with a tokenizer, [`PVLFProcessor.from_vl_pretrained`] load that folder.
 
     Args:
-        checkpoint: `model_base_retrieval_coco.pth` or its like, or its state dict as `.safetensors`.
+        checkpoint: `model_base_retrieval_coco.pth` or a similar file, or its state dict as `.safetensors`.
         output_dir: a new or empty folder.
         tokenizer: BERT's uncased tokenizer: `vocab.txt`, a folder or a Hub name. It and an image processor are written
             too.
         image_size: interpolate the position embeddings to this many pixels a side; by default they stay.
-        vision_heads: attention heads of the ViT, which no shape tells; needed for widths other than ViT-B and ViT-L.
+        vision_heads: attention heads of the ViT, which shapes do not show; needed for other widths than ViT-B, ViT-L.
         text_heads: attention heads of the text encoder; needed for a width other than BERT base's.
 
     Raises:
-        ValueError: if the file is no such checkpoint, lacks or has unknown weights, or holds more than tensors (it is
-            read without running anything in it), an argument does not fit it, or the folder is not empty.
+        ValueError: if the file is no such checkpoint, lacks weights or has unknown ones, or holds more than tensors
+            (nothing in it is run), an argument does not fit it, or the folder is not empty.
     """
     check_empty(output_dir)
     tensors = read_checkpoint(checkpoint)
@@ -157,9 +105,9 @@ def convert_transagg(
         output_dir: a new or empty folder.
         tokenizer: for BLIP BERT's uncased tokenizer (`vocab.txt`, a folder or a Hub name), for CLIP its own (a folder
             or a Hub name). A processor is then written too.
-        vision_heads: attention heads of the image encoder, which no shape tells; needed for BLIP on other widths than
-            ViT-B and ViT-L. CLIP's heads are 64 wide.
-        text_heads: likewise of the text encoder.
+        vision_heads: attention heads of the image encoder, which shapes do not show; needed for BLIP of other widths
+            than ViT-B and ViT-L. CLIP's heads are 64 wide.
+        text_heads: attention heads of the text encoder; see `vision_heads`.
 
     Raises:
         ValueError: as [`convert_salesforce_blip`].
@@ -182,8 +130,8 @@ def read_checkpoint(file: File) -> dict[str, Tensor]:
     """Reads a state dict without running anything in the file.
 
     Args:
-        file: `.safetensors`, or what `torch.save` wrote: the state dict, or a dict that has it as `"model"`, of which
-            nothing else is taken.
+        file: `.safetensors`, or a file of `torch.save`: the state dict, or a dict that has it as `"model"`, of which
+            other entries are ignored.
 
     Raises:
         ValueError: if there is no such file, it is damaged, or it holds anything but tensors.
@@ -206,7 +154,7 @@ def read_checkpoint(file: File) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict (names and tensors)")
     if others := [n for n, tensor in state.items() if not (isinstance(n, str) and isinstance(tensor, Tensor))]:
-        raise ValueError(f"{file}: {others[:3]} are no named tensors; store its state dict alone")
+        raise ValueError(f"{file}: {others[:3]} are not named tensors; store its state dict alone")
     return state
 
 
@@ -216,7 +164,7 @@ def blip_from_salesforce(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> BlipForImageTextRetrieval:
-    """Salesforce's tensors as a model to save; its buffers that are not saved have no values.
+    """Makes a model of Salesforce's tensors, to be saved; buffers that are not saved have no values.
 
     Args:
         tensors: the whole state dict; tensors on the meta device give a model there.
@@ -225,7 +173,7 @@ def blip_from_salesforce(
         text_heads: see there.
 
     Raises:
-        ValueError: if they are not exactly those of a BLIP retrieval model.
+        ValueError: if the tensors are not exactly those of a BLIP retrieval model.
     """
     weights = translate(leave_out(tensors, LEFT_OUT), BLIP_NAMES)
     config = blip_config(weights, vision_heads, text_heads)
@@ -241,7 +189,7 @@ def blip_from_salesforce(
 
 
 def pvlf_from_transagg(tensors: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> PVLFModel:
-    """TransAgg's tensors as a model to save; its buffers that are not saved have no values.
+    """Makes a model of TransAgg's tensors, to be saved; buffers that are not saved have no values.
 
     Args:
         tensors: the whole state dict; tensors on the meta device give a model there.
@@ -249,7 +197,7 @@ def pvlf_from_transagg(tensors: Tensors, vision_heads: int | None = None, text_h
         text_heads: see there.
 
     Raises:
-        ValueError: if they are not exactly those of a TransAgg model.
+        ValueError: if the tensors are not exactly those of a TransAgg model.
     """
     tensors = leave_out(tensors, LEFT_OUT_OF_PVLF)
     markers = {"blip": "visual_encoder.cls_token", "clip": "visual.class_embedding"}
@@ -269,61 +217,8 @@ def pvlf_from_transagg(tensors: Tensors, vision_heads: int | None = None, text_h
     return fill(PVLFModel, config, weights)
 
 
-def to_pvlf(tensors: Tensors, backbone: str) -> dict[str, Tensor]:
-    """TransAgg's tensors, or their gradients, under the names and in the layout of [`PVLFModel`].
-
-    Args:
-        tensors: all or some of its state dict, with or without prefixes; unknown names become `backbone.*`.
-        backbone: `"blip"` or `"clip"`.
-
-    Returns:
-        float32.
-    """
-    return translate(tensors, (*(BLIP_NAMES if backbone == "blip" else CLIP_NAMES), *TRANSAGG_NAMES))
-
-
-def translate(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Renames tensors by a table above and brings them to our layout, in float32."""
-    weights: dict[str, Tensor] = {}
-    for name, tensor in rename(tensors, names).items():
-        tensor = tensor.float()  # OpenAI's CLIP is float16
-        if name.endswith(("visual_projection.weight", "text_projection.weight")):
-            weights[name] = tensor.T.contiguous()  # x @ W there
-        elif name.startswith("aggregation.weights."):
-            weights[name] = tensor.flip(0)  # rows there: text, fused, image
-        elif ".in_proj_" in name:
-            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                weights[name.replace("in_proj_", f"{letter}_proj.")] = third
-        else:
-            weights[name] = tensor
-    return weights
-
-
-def rename(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Takes prefixes off and applies a table of names."""
-    renamed: dict[str, Tensor] = {}
-    for theirs, tensor in tensors.items():
-        ours = PREFIX.sub("", theirs)
-        for pattern, replacement in names:
-            ours = re.sub(pattern, replacement, ours)
-        if ours in renamed:
-            raise ValueError(f"{theirs} and another weight both become {ours}; keep one of them")
-        renamed[ours] = tensor
-    return renamed
-
-
-def leave_out(tensors: Tensors, kinds: Mapping[str, str]) -> dict[str, Tensor]:
-    """Takes prefixes off and drops what is known to be of no use, saying so."""
-    tensors = rename(tensors, ())
-    kind_of = {name: next((k for k, p in kinds.items() if re.search(p, name)), None) for name in tensors}
-    counts = Counter(kind for kind in kind_of.values() if kind)
-    if counts:
-        logger.warning(f"left out: {', '.join(f'{kind} ({count} tensors)' for kind, count in counts.items())}")
-    return {name: tensor for name, tensor in tensors.items() if kind_of[name] is None}
-
-
 def blip_config(weights: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> BlipConfig:
-    """Reads BLIP's configuration off weights in Transformers' names; LayerNorm's eps is Salesforce's for all sizes."""
+    """Infers BLIP's configuration from weights in Transformers' names; LayerNorm's eps is Salesforce's."""
     vision_width = size(weights, "vision_model.embeddings.class_embedding", -1)
     patch = size(weights, "vision_model.embeddings.patch_embedding.weight", -1)
     vocab_size = size(weights, "text_encoder.embeddings.word_embeddings.weight")
@@ -347,13 +242,13 @@ def blip_config(weights: Tensors, vision_heads: int | None = None, text_heads: i
             "num_attention_heads": heads("text_heads", text_width, text_heads, HEADS.get(text_width)),
             "intermediate_size": size(weights, "text_encoder.encoder.layer.0.intermediate.dense.weight"),
             "max_position_embeddings": size(weights, "text_encoder.embeddings.position_embeddings.weight"),
-            "bos_token_id": vocab_size - 2,  # [DEC], after BERT's words; [ENC] is the last
+            "bos_token_id": vocab_size - 2,  # [DEC], after BERT's tokens; [ENC] is the last
         },
     )
 
 
 def clip_config(weights: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> CLIPConfig:
-    """Reads CLIP's configuration off weights in Transformers' names; OpenAI's heads are 64 wide at every size."""
+    """Infers CLIP's configuration from weights in Transformers' names; OpenAI's heads are 64 wide at every size."""
     vision_width = size(weights, "vision_model.embeddings.class_embedding")
     patch = size(weights, "vision_model.embeddings.patch_embedding.weight", -1)
     vocab_size = size(weights, "text_model.embeddings.token_embedding.weight")
@@ -386,7 +281,7 @@ def clip_config(weights: Tensors, vision_heads: int | None = None, text_heads: i
 
 
 def size(weights: Tensors, name: str, axis: int = 0) -> int:
-    """One side of a weight that the configuration is read off."""
+    """Returns one side of a weight; raises a `ValueError` if it is absent."""
     if name not in weights or not weights[name].ndim:
         raise ValueError(
             f"it lacks {name} (in Transformers' names): not a checkpoint of this kind. BLIP must be a retrieval "
@@ -396,13 +291,17 @@ def size(weights: Tensors, name: str, axis: int = 0) -> int:
 
 
 def count_layers(weights: Tensors, prefix: str) -> int:
-    """Number of layers `prefix0.`, `prefix1.`, ...; a gap is found when the weights are filled in."""
+    """Returns the number of layers `prefix0.`, `prefix1.`, ...; [`fill`] detects gaps."""
     numbered = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
     return 1 + max((int(match[1]) for match in numbered if match), default=0)
 
 
 def heads(flag: str, width: int, given: int | None, usual: int | None) -> int:
-    """Attention heads. No shape tells them, and a wrong number would load and give wrong embeddings."""
+    """Returns the number of attention heads; a wrong number would load and give wrong embeddings.
+
+    Raises:
+        ValueError: if it is not known, or does not divide the width.
+    """
     number = usual if given is None else given
     if not number:
         raise ValueError(f"its width {width} is not one of the released models': pass {flag}")
@@ -412,7 +311,7 @@ def heads(flag: str, width: int, given: int | None, usual: int | None) -> int:
 
 
 def grid_side(positions: int) -> int:
-    """Patches a side of a square picture, from the number of positions, [CLS] included."""
+    """Returns the patches a side of a square image, from the number of positions, [CLS] included."""
     side = isqrt(max(positions - 1, 0))
     if side * side + 1 != positions:
         raise ValueError(f"{positions} image positions are not [CLS] and a square of patches")
@@ -424,7 +323,7 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
     Args:
         positions: float `(1, 1 + n * n, width)`.
-        side: patches a side wanted.
+        side: patches a side of the result.
 
     Returns:
         `(1, 1 + side * side, width)`.
@@ -436,7 +335,11 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def fill(model_class: type[ModelT], config: PreTrainedConfig, weights: Tensors) -> ModelT:
-    """The model with these weights, which must be exactly its own."""
+    """Makes a model of weights.
+
+    Raises:
+        ValueError: if they are not exactly the model's: the same names and shapes.
+    """
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
@@ -445,7 +348,7 @@ def fill(model_class: type[ModelT], config: PreTrainedConfig, weights: Tensors) 
         if names:
             raise ValueError(
                 f"it {what} {len(names)} weights, first {names[:3]} (in names of {model_class.__name__}): not a "
-                "checkpoint of this kind, or not a whole one"
+                "checkpoint of this kind, or an incomplete one"
             )
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
@@ -462,7 +365,7 @@ def load_tokenizer(name_or_path: File, config: PreTrainedConfig) -> PreTrainedTo
     tokenizer_class: type[BertTokenizer] | type[CLIPTokenizer]
     if config.model_type == "blip":
         tokenizer_class, usual = BertTokenizer, "bert-base-uncased"
-        fewest = vocab_size - 2  # Salesforce adds [DEC] and [ENC] to BERT's words; queries do not use them
+        fewest = vocab_size - 2  # Salesforce adds [DEC] and [ENC] to BERT's tokens; queries do not use them
     else:
         tokenizer_class, usual, fewest = CLIPTokenizer, "openai/clip-vit-base-patch32", vocab_size
     try:
@@ -478,7 +381,7 @@ def load_tokenizer(name_or_path: File, config: PreTrainedConfig) -> PreTrainedTo
 
 
 def check_empty(output_dir: File) -> None:
-    """Refuses a folder that holds something: files of two checkpoints would mix."""
+    """Raises a `ValueError` unless the folder is new or empty: files of two checkpoints would mix."""
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another output_dir")
@@ -493,7 +396,7 @@ def write(output_dir: File, model: PreTrainedModel, processor: ProcessorMixin | 
 
 @contextmanager
 def naming(checkpoint: File) -> Iterator[None]:
-    """Errors from in here name the file."""
+    """Adds the file's name to errors."""
     try:
         yield
     except ValueError as error:

@@ -1,11 +1,11 @@
-"""Reading published data sets: their JSON annotations, and their images wherever people put them."""
+"""Reads published data sets: their JSON annotations, and their images in any of the usual folder layouts."""
 
 import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,14 +14,15 @@ from typing import Any, get_args, get_origin
 from datasets import Dataset, Image
 
 from .benchmark import CIRBenchmark, Protocol
-from .image_files import leaves
+from .image_files import escapes_folder
+from .tables import object_of
 
 logger = logging.getLogger(__name__)
 
 
-def find_file(root: Path, places: Sequence[str]) -> Path:
-    """The first of the places below `root` that is a file; a `ValueError` lists them if none is."""
-    tried = [root / place for place in places]
+def find_file(root: Path, paths: Sequence[str]) -> Path:
+    """Returns the first of the paths below `root` that is a file; raises a `ValueError` that lists them if none is."""
+    tried = [root / path for path in paths]
     for file in tried:
         if file.is_file():
             return file
@@ -29,27 +30,22 @@ def find_file(root: Path, places: Sequence[str]) -> Path:
 
 
 def read_json(file: Path, kind: type | Any) -> Any:
-    """Reads JSON (UTF-8) that must be of a kind, such as `dict` or `list[str]`.
+    """Reads JSON (UTF-8) that must be of a type, such as `dict` or `list[str]`.
 
     Raises:
         ValueError: names the file, and the position where it is not JSON, or a key that is given twice.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):  # the parser alone would keep the last and say nothing
-            check_unique(file, "keys", [key for key, _ in pairs])
-        return content
-
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_of)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error}); download it again") from error
     except json.JSONDecodeError as error:
         near = error.doc[max(error.pos - 30, 0) : error.pos + 30]
         raise ValueError(f"{file}: not JSON, or cut off: {error}, near {near!r}; download it again") from error
+    except (ValueError, RecursionError) as error:  # a repeated key, a number or nesting beyond the parser's limits
+        raise ValueError(f"{file}: {error}") from error
     if not _fits(content, kind):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, expected {_in_words(kind)}")
+        raise ValueError(f"{file}: holds a {type(content).__name__}, expected {_describe(kind)}")
     return content
 
 
@@ -61,7 +57,7 @@ def read_records(file: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def numbered(records: Sequence[Any], what: str = "row") -> dict[str, Any]:
-    """Objects by what errors call them: `"row 0"`, `"row 1"`."""
+    """Returns objects by their names in errors: `"row 0"`, `"row 1"`."""
     return {f"{what} {number}": record for number, record in enumerate(records)}
 
 
@@ -70,8 +66,8 @@ def check_records(file: Path, records: Mapping[str, Any], fields: Mapping[str, A
 
     Args:
         file: named in errors.
-        records: the objects by what errors call them, `"row 3"`.
-        fields: the keys they must have and the kinds of their values, such as `str` (not blank) or `list[int]`.
+        records: the objects by their names in errors, such as `"row 3"`.
+        fields: the keys they must have and the types of their values, such as `str` (not blank) or `list[int]`.
 
     Raises:
         ValueError: names file, row and key.
@@ -85,7 +81,7 @@ def check_records(file: Path, records: Mapping[str, Any], fields: Mapping[str, A
             if key not in record:
                 raise ValueError(f"{file}: {where} has no {key!r}; it has {list(record)}")
             if not _fits(record[key], kind):
-                raise ValueError(f"{file}: {where}: {key} is {record[key]!r:.80}, expected {_in_words(kind)}")
+                raise ValueError(f"{file}: {where}: {key} is {record[key]!r:.80}, expected {_describe(kind)}")
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -94,7 +90,7 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind) and (not isinstance(value, str) or bool(value.strip()))
 
 
-def _in_words(kind: Any) -> str:
+def _describe(kind: Any) -> str:
     return "text that is not blank" if kind is str else kind.__name__ if isinstance(kind, type) else str(kind)
 
 
@@ -104,24 +100,18 @@ def check_unique(file: Path, what: str, ids: Iterable[Any]) -> None:
         raise ValueError(f"{file}: {len(repeated)} {what} are given more than once, first: {repeated[:3]}")
 
 
-def check_counts_of(name: str, **found_and_expected: tuple[int, int]) -> None:
-    """Raises a `ValueError` unless found and expected counts, such as `queries=(220, 220)`, are equal."""
-    for what, (found, expected) in found_and_expected.items():
-        if found != expected:
+def check_counts_of(name: str, **actual_and_expected: tuple[int, int]) -> None:
+    """Raises a `ValueError` unless actual and expected counts, such as `queries=(220, 220)`, are equal."""
+    for what, (actual, expected) in actual_and_expected.items():
+        if actual != expected:
             raise ValueError(
-                f"{name}: {found} {what}, but the published annotations have {expected}. "
+                f"{name}: {actual} {what}, but the published annotations have {expected}. "
                 "Pass check_counts=False if the data is meant to be partial."
             )
 
 
-def check_choice(what: str, choice: str, choices: Collection[str]) -> None:
-    """Raises a `ValueError` unless the choice is one of the choices."""
-    if choice not in choices:
-        raise ValueError(f"unknown {what} {choice!r}; choose from {list(choices)}")
-
-
 def digest(*files: Path) -> str:
-    """Identifies the contents of annotation files: `"sha256:"` and 12 hexadecimal digits."""
+    """Returns a digest of annotation files: `"sha256:"` and 12 hexadecimal digits."""
     return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -136,11 +126,11 @@ def make_benchmark(
     """Joins annotated queries and the image files of a gallery.
 
     Args:
-        name: of the benchmark.
-        rows: the columns of the queries but `reference`.
+        name: name of the benchmark.
+        rows: the columns of the queries except `reference`.
         gallery: by image id, the file names it may have, relative to one of the folders.
-        folders: where the images may be; the one that has most of them is taken.
-        protocol: of the benchmark; `missing` is filled in here.
+        folders: folders that may hold the images; the one that has most of them is taken.
+        protocol: the benchmark's protocol; `missing` is filled in here.
         allow_missing: leave out images without a file, and the queries that name one anywhere: as reference, as a
             target or as a member of the subset.
 
@@ -151,7 +141,7 @@ def make_benchmark(
     kept, paths = _with_files(name, rows, gallery, folders, allow_missing)
     if len(paths) < len(gallery):
         missing = f"{len(gallery) - len(paths)} gallery images, {len(rows) - len(kept)} queries"
-        logger.warning("%s: left out for want of files: %s", name, missing)
+        logger.warning("%s: left out because files are missing: %s", name, missing)
         protocol = replace(protocol, missing=missing)
     columns = {"reference": [paths[row["reference_id"]] for row in kept], **_columns(kept)}
     images = {"image": list(paths.values()), "image_id": list(paths)}
@@ -168,9 +158,9 @@ def make_triplets(
     """Joins annotated triplets and their image files.
 
     Args:
-        name: of the data set, for errors.
+        name: name of the data set in errors.
         rows: `reference_id`, `caption` and `target_id` of each triplet.
-        images: by image id, the file names it may have; those of no triplet are not looked for.
+        images: by image id, the file names it may have; images of no triplet are not looked for.
         folders: see [`make_benchmark`].
         allow_missing: leave out triplets without their files.
 
@@ -183,7 +173,8 @@ def make_triplets(
     named = {i: images[i] for row in rows for i in named_images(row) if i in images}
     kept, paths = _with_files(name, rows, named, folders, allow_missing)
     if len(kept) < len(rows):
-        logger.warning("%s: %d of %d triplets left out for want of files", name, len(rows) - len(kept), len(rows))
+        lost = len(rows) - len(kept)
+        logger.warning("%s: %d of %d triplets left out because files are missing", name, lost, len(rows))
     files = {column: [paths[row[f"{column}_id"]] for row in kept] for column in ("reference", "target")}
     return _dataset({**files, **_columns(kept)}, "reference", "target")
 
@@ -195,15 +186,15 @@ def _with_files(
     folders: Sequence[Path],
     allow_missing: bool,
 ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
-    """The rows whose images all have a file, and the paths by image id of those that have one."""
+    """Returns the rows whose images all have a file, and by image id the paths of images that have one."""
     if unknown := list(dict.fromkeys(i for row in rows for i in named_images(row) if i not in images)):
         raise ValueError(
             f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
             "Do the two annotation files belong together?"
         )
-    if outside := [n for names in images.values() for n in names if leaves(folders[0], n)]:
+    if outside := [n for names in images.values() for n in names if escapes_folder(folders[0], n)]:
         raise ValueError(f"{name}: {len(outside)} image names leave their folder, first: {outside[:3]}")
-    folder, paths = max(((f, paths_in(f, images)) for f in folders), key=lambda found: len(found[1]))
+    folder, paths = max(((f, paths_in(f, images)) for f in folders), key=lambda candidate: len(candidate[1]))
     missing = [i for i in images if i not in paths]
     if missing and paths and not allow_missing:
         raise ValueError(
@@ -220,28 +211,29 @@ def _with_files(
 
 
 def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Paths of the images that are in a folder, which is listed once: 123,403 questions to a file server take long.
+    """Returns by image id the paths of images that are in a folder.
 
-    Links are followed: people keep pictures on other disks. Names that lead out of the folder are none of its images.
+    Each folder is listed once, because 123,403 requests to a file server take long. Links are followed, because people
+    keep images on other disks. Names that lead out of the folder are left out.
     """
 
     @cache
     def names_in(below: str) -> set[str]:
-        place = folder / below
-        return {entry.name for entry in os.scandir(place)} if place.is_dir() else set()
+        subfolder = folder / below
+        return {entry.name for entry in os.scandir(subfolder)} if subfolder.is_dir() else set()
 
     paths = {}
     for image_id, names in images.items():
         for name in names:
             below, _, own_name = name.rpartition("/")
-            if not leaves(folder, name) and own_name in names_in(below):
+            if not escapes_folder(folder, name) and own_name in names_in(below):
                 paths[image_id] = f"{folder}/{name}"
                 break
     return paths
 
 
 def named_images(row: Mapping[str, Any]) -> Iterable[str]:
-    """Ids of all images that a query or triplet names, with repetitions."""
+    """Yields the ids of all images that a query or triplet names, with repetitions."""
     yield from (row[column] for column in ("reference_id", "target_id") if column in row)
     yield from (i for column in ("target_ids", "subset_ids") for i in row.get(column, ()))
 

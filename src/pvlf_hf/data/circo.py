@@ -1,13 +1,12 @@
-"""CIRCO: queries on the 123,403 unlabelled pictures of COCO 2017, with all their right answers marked.
+"""CIRCO: queries on the 123,403 unlabelled images of COCO 2017, with all their positives marked.
 
-Annotations: <https://github.com/miccunifi/CIRCO>; pictures and their list: "unlabeled2017" of COCO.
+Annotations: <https://github.com/miccunifi/CIRCO>; images and their list: "unlabeled2017" of COCO.
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
 from .annotations import (
-    check_choice,
     check_counts_of,
     check_records,
     check_unique,
@@ -19,12 +18,13 @@ from .annotations import (
     read_records,
 )
 from .benchmark import CIRBenchmark, Protocol
+from .checks import as_path, check_choice
 
 EXPECTED_COUNTS = {"val": 220, "test": 800}
 """Queries of every split."""
 
 EXPECTED_IMAGES = 123403
-"""Pictures of the gallery, which is the same for both splits."""
+"""Images of the gallery, which is the same for both splits."""
 
 SPLITS = tuple(EXPECTED_COUNTS)
 
@@ -46,25 +46,25 @@ def load_circo(
     """Loads a split for evaluation.
 
     Args:
-        root: has `annotations/<split>.json` (also directly) and `COCO2017_unlabeled/` with the pictures in
+        root: has `annotations/<split>.json` (also directly) and `COCO2017_unlabeled/` with the images in
             `unlabeled2017/` and their list, `annotations/image_info_unlabeled2017.json` (both also a level higher).
-        split: `"val"` or `"test"`, whose targets are kept by a server, so it has no `target_id`.
+        split: `"val"` or `"test"`; a server keeps the targets of `"test"`, so it has no `target_id`.
         reference: whether a query's reference is `"kept"` in its ranking, as on the official server, or `"removed"`.
-        allow_missing: leave out pictures without a file and the queries that name them as reference or as one of the
-            answers, say so, and record it in the protocol, instead of raising.
-        check_counts: raise unless split and gallery have their published numbers of queries and pictures.
+        allow_missing: leave out images without a file and the queries that name them as reference or as one of the
+            positives, with a warning and a note in the protocol, instead of raising.
+        check_counts: raise unless split and gallery have their published numbers of queries and images.
 
     Returns:
         The benchmark. Ids are COCO's numbers in digits (`"271520"`). `caption` is the relative caption alone, without
-        the `shared_concept`; `target_id` the first answer, `target_ids` all (`gt_img_ids`); `query_id` the
-        annotation's `id`; `semantic_aspects`, a list of words, where the file has them.
+        the `shared_concept`; `target_id` the first positive, `target_ids` all (`gt_img_ids`); `query_id` the
+        annotation's `id`; `semantic_aspects`, a list of strings, where the file has them.
 
     Raises:
-        ValueError: if a choice is unknown, a file is absent or not as published, or pictures are absent.
+        ValueError: if a choice is unknown, a file is absent or not as published, or images are absent.
     """
     check_choice("split", split, SPLITS)
     check_choice("reference", reference, ("kept", "removed"))
-    root = Path(root)
+    root = as_path("root", root)
     annotations = find_file(root, [f"annotations/{split}.json", f"{split}.json"])
     listing = find_file(root, IMAGE_LISTS)
     rows, images = read_queries(annotations, has_targets=split == "val"), read_images(listing)
@@ -84,7 +84,7 @@ def load_circo(
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
-    """Columns of the queries but the pictures, checked row by row."""
+    """Returns the columns of the queries except the images, checked row by row."""
     fields: dict[str, Any] = {"id": int, "reference_img_id": int, "relative_caption": str}
     if has_targets:
         fields |= {"target_img_id": int, "gt_img_ids": list[int]}
@@ -110,7 +110,7 @@ def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
 
 
 def read_images(file: Path) -> dict[str, list[str]]:
-    """File names by image id."""
+    """Returns file names by image id."""
     content = read_json(file, dict)
     check_records(file, {"the object": content}, {"images": list})
     check_records(file, numbered(content["images"], "image"), {"id": int, "file_name": str})

@@ -1,6 +1,6 @@
 """CIRR: 36,554 queries on natural photographs of NLVR2, in groups of six look-alikes.
 
-Annotations: branch `cirr_dataset` of <https://github.com/Cuberick-Orion/CIRR>. The pictures are requested from NLVR2.
+Annotations: branch `cirr_dataset` of <https://github.com/Cuberick-Orion/CIRR>. The images are requested from NLVR2.
 """
 
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 
 from .annotations import (
-    check_choice,
     check_counts_of,
     check_records,
     check_unique,
@@ -22,6 +21,7 @@ from .annotations import (
     read_records,
 )
 from .benchmark import CIRBenchmark, Protocol
+from .checks import as_path, check_choice
 
 EXPECTED_COUNTS = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148, 2315)}
 """Queries and gallery images of every split."""
@@ -37,23 +37,23 @@ def load_cirr(
     """Loads a split for evaluation.
 
     Args:
-        root: has `cirr/captions/` and `cirr/image_splits/` (also without `cirr/`), and the pictures, `dev/`, `test1/`
+        root: has `cirr/captions/` and `cirr/image_splits/` (also without `cirr/`), and the images, `dev/`, `test1/`
             and `train/<number>/` (also in `img_raw/`, `images/` or `NLVR2/images/`).
-        split: `"val"`, `"test1"` (its targets are kept by a server, so it has no `target_id`) or `"train"`.
-        allow_missing: leave out pictures without a file and the queries that name them as reference, target or member
-            of the subset, say so, and record it in the protocol, instead of raising.
-        check_counts: raise unless the split has its published numbers of queries and pictures.
+        split: `"val"`, `"test1"` (a server keeps its targets, so it has no `target_id`) or `"train"`.
+        allow_missing: leave out images without a file and the queries that name them as reference, target or member
+            of the subset, with a warning and a note in the protocol, instead of raising.
+        check_counts: raise unless the split has its published numbers of queries and images.
 
     Returns:
-        The benchmark. The gallery is every picture of the split, whether a query names it or not. `target_id` is the
+        The benchmark. The gallery is every image of the split, whether a query names it or not. `target_id` is the
         annotation's `target_hard`; `subset_ids` its six `members`; `query_id` its `pairid`. Captions are as annotated;
         TransAgg lower-cases them, which makes no difference to the uncased tokenizers of BLIP and CLIP.
 
     Raises:
-        ValueError: if the split is unknown, a file is absent or not as published, or pictures are absent.
+        ValueError: if the split is unknown, a file is absent or not as published, or images are absent.
     """
     check_choice("split", split, SPLITS)
-    root = Path(root)
+    root = as_path("root", root)
     rows, images, revision = read_annotations(root, split, check_counts)
     _check_subsets(f"cirr/{split}", rows)
     protocol = Protocol(
@@ -70,16 +70,16 @@ def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts:
 
     Args:
         root: see [`load_cirr`].
-        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        allow_missing: leave out triplets whose images are absent, with a warning, instead of raising.
         check_counts: see [`load_cirr`].
 
     Returns:
         Columns `reference`, `target` (`datasets.Image`, decoded lazily), `reference_id`, `target_id`, `caption`.
 
     Raises:
-        ValueError: if a file is absent or not as published, or pictures are absent.
+        ValueError: if a file is absent or not as published, or images are absent.
     """
-    root = Path(root)
+    root = as_path("root", root)
     rows, images, _ = read_annotations(root, "train", check_counts)
     triplets = [{column: row[column] for column in ("reference_id", "caption", "target_id")} for row in rows]
     return make_triplets("cirr/train", triplets, images, [root / f for f in IMAGE_FOLDERS], allow_missing)
@@ -88,7 +88,7 @@ def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts:
 def read_annotations(
     root: Path, split: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
-    """Queries, file names by image id, and the revision of a split."""
+    """Returns queries, file names by image id, and the revision of a split."""
     captions, gallery = (
         find_file(root, [f"cirr/{name}", name])
         for name in (f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json")
@@ -103,8 +103,8 @@ def read_annotations(
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
-    """Columns of the queries but the pictures, checked row by row."""
-    # target_soft is left alone: 37 of the hard targets of val are not in it.
+    """Returns the columns of the queries except the images, checked row by row."""
+    # target_soft is not used: 37 of the hard targets of val are not in it.
     target = {"target_hard": str} if has_targets else {}
     records = read_records(file, {"pairid": int, "reference": str, "caption": str, "img_set": dict, **target})
     check_unique(file, "pairid", (record["pairid"] for record in records))
@@ -122,7 +122,10 @@ def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
 
 
 def _check_subsets(name: str, rows: list[dict[str, Any]]) -> None:
-    """That the target is a member too is checked for every benchmark."""
+    """Raises a `ValueError` unless subsets are six images, the reference among them.
+
+    Every benchmark checks that the target is one of them too.
+    """
     if bad := [
         r["query_id"] for r in rows if len({*r["subset_ids"]}) != 6 or r["reference_id"] not in r["subset_ids"]
     ]:

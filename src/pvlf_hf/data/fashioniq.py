@@ -1,6 +1,6 @@
-"""FashionIQ: 30,134 pairs of fashion products in three categories, each told apart by two captions.
+"""FashionIQ: 30,134 pairs of fashion products in three categories, with two relative captions for each pair.
 
-Annotations: <https://github.com/XiaoxiaoGuo/fashion-iq>. The pictures are Amazon's; not all of them can still be had.
+Annotations: <https://github.com/XiaoxiaoGuo/fashion-iq>. The images are Amazon's; some are no longer online.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from datasets import Dataset, concatenate_datasets
 
 from .annotations import (
-    check_choice,
     check_counts_of,
     check_unique,
     digest,
@@ -21,14 +20,15 @@ from .annotations import (
     read_records,
 )
 from .benchmark import CIRBenchmark, Protocol
+from .checks import as_path, check_choice, check_list
 
 CATEGORIES = ("dress", "shirt", "toptee")
 
 SPLITS = ("train", "val", "test")
 
 GALLERIES = ("original", "union")
-"""What is ranked: the pictures that the split lists, as the field reports; or only those that a query names as
-reference or target (the "VAL split"), which are fewer, so that numbers come out higher."""
+"""Choices of gallery: `"original"` ranks the images that the split lists, as the field reports; `"union"` only those
+that a query names as reference or target (the "VAL split"), which are fewer, so that numbers come out higher."""
 
 CAPTION_STYLES = {
     "and": "the two joined as TransAgg does, 'First and second'",
@@ -37,7 +37,8 @@ CAPTION_STYLES = {
     "first": "the first of the two",
     "separate": "each of the two by itself, embeddings averaged",
 }
-"""How a query's two captions become its text, and that in words. Those that average have lists as captions."""
+"""Ways to make a query's text of its two captions, with their descriptions. Those that average give lists. Of a pair
+with one blank caption `"first"` and `"separate"` take the other one alone."""
 
 EXPECTED_COUNTS = {
     "train": {"dress": (5985, 11452), "shirt": (5988, 19036), "toptee": (6027, 16121)},
@@ -50,7 +51,7 @@ EXPECTED_UNION = {"dress": 2628, "shirt": 3089, "toptee": 2902}
 """Gallery images of the validation split with `gallery="union"`."""
 
 _USUAL = ("val", "original", "and", "kept")
-"""Choices that a protocol's name does not mention."""
+"""Default choices, which the name of a protocol leaves out."""
 
 _ENDINGS = ("png", "jpg", "jpeg")
 
@@ -70,29 +71,29 @@ def load_fashioniq(
     """Loads a split of one category for evaluation; results are averaged over the three.
 
     Args:
-        root: has `captions/` (or `json/`), `image_splits/`, and the pictures in `images/`, in folders by category in
+        root: has `captions/` (or `json/`), `image_splits/`, and the images in `images/`, in folders by category in
             there, or directly; PNG or JPEG, each as it is found.
         category: from `CATEGORIES`.
-        split: from `SPLITS`; of `"test"` the targets are not published, so it has no `target_id`.
+        split: from `SPLITS`; the targets of `"test"` are not published, so it has no `target_id`.
         gallery: from `GALLERIES`.
         captions: from `CAPTION_STYLES`.
         reference: whether a query's reference is `"kept"` in its ranking, as in most papers, or `"removed"` (CoVR).
-        allow_missing: leave out pictures without a file and the queries that name them, say so, and record it in the
-            protocol, instead of raising.
-        check_counts: raise unless the split has its published numbers of queries and pictures.
+        allow_missing: leave out images without a file and the queries that name them, with a warning and a note in
+            the protocol, instead of raising.
+        check_counts: raise unless the split has its published numbers of queries and images.
 
     Returns:
         The benchmark; ids are the products' ASINs.
 
     Raises:
-        ValueError: if a choice is unknown, a file is absent or not as published, or pictures are absent.
+        ValueError: if a choice is unknown, a file is absent or not as published, or images are absent.
     """
     check_choice("gallery", gallery, GALLERIES)
     check_choice("captions", captions, tuple(CAPTION_STYLES))
     check_choice("reference", reference, ("kept", "removed"))
     if gallery == "union" and split == "test":
         raise ValueError("gallery='union' is made of references and targets, and test has no targets; use 'original'")
-    root = Path(root)
+    root = as_path("root", root)
     rows, images, revision = read_annotations(root, category, split, captions, check_counts)
     if gallery == "union":
         named = {row[column] for row in rows for column in ("reference_id", "target_id")}
@@ -125,7 +126,7 @@ def load_fashioniq_train(
         root: see [`load_fashioniq`].
         categories: from `CATEGORIES`, one after the other.
         captions: from `CAPTION_STYLES`, one that makes a single text.
-        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        allow_missing: leave out triplets whose images are absent, with a warning, instead of raising.
         check_counts: see [`load_fashioniq`].
 
     Returns:
@@ -136,37 +137,48 @@ def load_fashioniq_train(
         ValueError: as [`load_fashioniq`], or if the captions are not a single text.
     """
     check_choice("captions of training", captions, ("and", "and-reversed", "first"))
-    folders = [Path(root) / folder for folder in IMAGE_FOLDERS]
+    check_list("categories", categories)
+    root = as_path("root", root)
+    folders = [root / folder for folder in IMAGE_FOLDERS]
     parts = []
     for category in categories:
-        rows, images, _ = read_annotations(Path(root), category, "train", captions, check_counts)
+        rows, images, _ = read_annotations(root, category, "train", captions, check_counts)
         parts.append(make_triplets(f"fashioniq/train/{category}", rows, images, folders, allow_missing))
     return concatenate_datasets(parts)
 
 
 def compose_captions(captions: Sequence[str], style: str = "and") -> str | list[str]:
-    """Makes the text of a query of its two captions, by one of `CAPTION_STYLES`."""
+    """Makes the text of a query of its two captions, by one of `CAPTION_STYLES`; one caption may be blank."""
     first, second = captions
     forward, backward = _join(first, second), _join(second, first)
+    with_text = [caption for caption in captions if has_text(caption)]
     texts: dict[str, str | list[str]] = {
         "and": forward,
         "and-reversed": backward,
         "both-mean": [forward, backward],
-        "first": first,
-        "separate": [first, second],
+        "first": with_text[0],
+        "separate": with_text,
     }
     return texts[style]
 
 
+def has_text(caption: str) -> bool:
+    """Returns whether a caption holds more than punctuation."""
+    return bool(caption.strip(".?, "))
+
+
 def _join(first: str, second: str) -> str:
-    """As TransAgg and CLIP4Cir do: `capitalize` also lower-cases all but the first letter of the first caption."""
+    """Joins two captions as TransAgg and CLIP4Cir do.
+
+    `capitalize` also lower-cases all but the first letter of the first caption.
+    """
     return f"{first.strip('.?, ').capitalize()} and {second.strip('.?, ')}"
 
 
 def read_annotations(
     root: Path, category: str, split: str, style: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
-    """Queries, possible file names by ASIN, and the revision of a split."""
+    """Returns queries, possible file names by ASIN, and the revision of a split."""
     check_choice("category", category, CATEGORIES)
     check_choice("split", split, SPLITS)
     captions = find_file(root, [f"{folder}/cap.{category}.{split}.json" for folder in ("captions", "json")])
@@ -176,8 +188,8 @@ def read_annotations(
     rows = []
     for number, record in enumerate(records):
         pair = record["captions"]
-        if len(pair) != 2 or not all(isinstance(c, str) for c in pair) or not any(c.strip(".?, ") for c in pair):
-            raise ValueError(f"{captions}: row {number}: captions must be two, one at least with words, not {pair}")
+        if len(pair) != 2 or not all(isinstance(c, str) for c in pair) or not any(map(has_text, pair)):
+            raise ValueError(f"{captions}: row {number}: captions must be two, one at least with text, not {pair}")
         row = {"reference_id": record["candidate"], "caption": compose_captions(pair, style)}
         rows.append({**row, "target_id": record["target"]} if target else row)
     asins = read_json(listing, list[str])

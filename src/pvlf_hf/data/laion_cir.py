@@ -1,6 +1,6 @@
-"""Laion-CIR: the training triplets that TransAgg made of LAION-COCO pictures, by templates and by a language model.
+"""Laion-CIR: training triplets that TransAgg made of LAION-COCO images, by templates and by a language model.
 
-Annotations and pictures are on the authors' drive, see <https://github.com/Code-kunkun/ZS-CIR>.
+Annotations and images are on the authors' drive, see <https://github.com/Code-kunkun/ZS-CIR>.
 """
 
 from pathlib import Path
@@ -8,14 +8,15 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from .annotations import check_choice, check_counts_of, check_records, find_file, make_triplets, numbered, read_json
+from .annotations import check_counts_of, check_records, find_file, make_triplets, numbered, read_json
+from .checks import as_path, check_choice
 
 SUBSETS = ("template", "llm", "combined")
 
 EXPECTED_COUNTS = {"template": 16000, "llm": 16000}
-"""Triplets; how many the published `combined` has is not known exactly (about 32,000)."""
+"""Number of triplets; that of the published `combined` is not known exactly (about 32,000)."""
 
-FILE_PLACES = ("{}", "files/{}", "data/files/{}")
+FILE_PATHS = ("{}", "files/{}", "data/files/{}")
 
 IMAGE_FOLDERS = (".", "images", "laion_cir_{}")
 
@@ -26,10 +27,10 @@ def load_laion_cir(
     """Loads the training triplets.
 
     Args:
-        root: has `laion_<subset>_info.json` (also in `files/` or `data/files/`) and the pictures, `0000042.png` (also
+        root: has `laion_<subset>_info.json` (also in `files/` or `data/files/`) and the images, `0000042.png` (also
             in `images/` or `laion_cir_<subset>/`).
         subset: from `SUBSETS`. Where the file of `"combined"` is absent, it is `template` followed by `llm`.
-        allow_missing: leave out triplets whose pictures are absent, and say so, instead of raising.
+        allow_missing: leave out triplets whose images are absent, with a warning, instead of raising.
         check_counts: raise unless `template` and `llm` have 16,000 triplets each.
 
     Returns:
@@ -37,15 +38,15 @@ def load_laion_cir(
         with zeros to seven digits), `caption` (as annotated; TransAgg does not lower-case them either).
 
     Raises:
-        ValueError: if the subset is unknown, a file is absent or not as published, or pictures are absent.
+        ValueError: if the subset is unknown, a file is absent or not as published, or images are absent.
     """
     check_choice("subset", subset, SUBSETS)
-    root = Path(root)
-    places = [place.format(f"laion_{subset}_info.json") for place in FILE_PLACES]
-    if subset == "combined" and not any((root / place).is_file() for place in places):
+    root = as_path("root", root)
+    paths = [path.format(f"laion_{subset}_info.json") for path in FILE_PATHS]
+    if subset == "combined" and not any((root / path).is_file() for path in paths):
         parts = [load_laion_cir(root, part, allow_missing, check_counts) for part in ("template", "llm")]
         return concatenate_datasets(parts)
-    rows = read_triplets(find_file(root, places))
+    rows = read_triplets(find_file(root, paths))
     name = f"laion-cir/{subset}"
     if check_counts and subset in EXPECTED_COUNTS:
         check_counts_of(name, triplets=(len(rows), EXPECTED_COUNTS[subset]))
@@ -55,7 +56,7 @@ def load_laion_cir(
 
 
 def read_triplets(file: Path) -> list[dict[str, str]]:
-    """Reads either form: a list, or an object whose keys are the references."""
+    """Reads triplets in either published form: a list, or an object whose keys are the references."""
     content: Any = read_json(file, list | dict)
     fields: dict[str, Any] = {"tgt_image_id": str | int, "relative_cap": str}
     if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""Protocols by name: which benchmarks, loaded how, a table of results is measured on; and the card that says so.
+"""Protocols by name: the benchmarks that a table of results is measured on, and how they are loaded.
 
 pvlf-hf evaluate --model MODEL --data_root DATA --output_dir OUT --protocols cirr-val fashioniq circo-val
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .benchmark import CIRBenchmark
+from .checks import as_path
 from .circo import load_circo
 from .cirr import load_cirr
 from .emoji_cir.captions import TIERS
@@ -17,12 +18,12 @@ from .fashioniq import CATEGORIES, load_fashioniq
 
 
 class NamedProtocol(NamedTuple):
-    """One row of `PROTOCOLS`.
+    """Entry of `PROTOCOLS`.
 
     Args:
-        summary: what it is, in a line.
+        summary: a line that describes it.
         folder: the data set's folder in the data root; empty where the data is a package.
-        load: takes the folder, `allow_missing` and `check_counts`; returns the benchmarks.
+        load: function of the folder, `allow_missing` and `check_counts` that returns the benchmarks.
     """
 
     summary: str
@@ -52,7 +53,7 @@ PROTOCOLS = {
     "cirr-test1": NamedProtocol("CIRR test, for its server", "cirr", partial(_cirr, split="test1")),
     "fashioniq": NamedProtocol("FashionIQ validation as TransAgg and most papers", "fashioniq", _fashioniq),
     "fashioniq-union": NamedProtocol(
-        "... gallery of the queries' pictures alone (VAL split)", "fashioniq", partial(_fashioniq, gallery="union")
+        "... gallery of the queries' images alone (VAL split)", "fashioniq", partial(_fashioniq, gallery="union")
     ),
     "fashioniq-removed": NamedProtocol(
         "... reference removed, as CoVR", "fashioniq", partial(_fashioniq, reference="removed")
@@ -75,7 +76,7 @@ PROTOCOLS = {
     ),
     "circo-test": NamedProtocol("CIRCO test, for its server", "circo", partial(_circo, split="test")),
 }
-"""What [`load_protocol`] knows."""
+"""Protocols that [`load_protocol`] loads, by name."""
 
 
 def load_protocol(
@@ -86,23 +87,23 @@ def load_protocol(
     Args:
         name: from `PROTOCOLS`.
         data_root: has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`, laid out as their loaders say.
-        allow_missing: leave out pictures without a file and their queries, and record it, instead of raising.
-        check_counts: raise unless splits have their published numbers of queries and pictures.
+        allow_missing: leave out images without a file and their queries, and record it, instead of raising.
+        check_counts: raise unless splits have their published numbers of queries and images.
 
     Raises:
-        ValueError: if the name is unknown, the data set's folder is not there, or as its loader.
+        ValueError: if the name is unknown, the data set's folder does not exist, or as its loader.
     """
-    if name not in PROTOCOLS:
+    if name not in list(PROTOCOLS):
         raise ValueError(f"unknown protocol {name!r}; choose from\n{describe_protocols()}")
     protocol = PROTOCOLS[name]
-    root = Path(data_root) / protocol.folder
+    root = as_path("data_root", data_root) / protocol.folder
     if protocol.folder and not root.is_dir():
         raise ValueError(f"{root} is not a folder; protocol {name} looks for its data there, link or move it")
     return protocol.load(root, allow_missing=allow_missing, check_counts=check_counts)
 
 
 def describe_protocols() -> str:
-    """A line for each protocol."""
+    """Returns a line for each protocol."""
     width = max(map(len, PROTOCOLS))
     return "\n".join(f"{name:{width}}  {protocol.summary}" for name, protocol in PROTOCOLS.items())
 

@@ -1,11 +1,11 @@
-"""Training sets that do not fit one machine: shards of triplets, and reading them in a stream.
+"""Training sets that do not fit one machine: writes shards of triplets, and streams them.
 
-A shard is a Parquet or a tar file (WebDataset's layout) that holds the encoded pictures themselves. Streams are
+A shard is a Parquet or a tar file (WebDataset's layout) that holds the encoded images themselves. Streams are
 `datasets.IterableDataset` with the columns of `TRIPLET_COLUMNS`, and the Trainer counts their steps (`max_steps`).
 
 Under several processes a stream is one process's share of the rows from the start. It must not go through
 `Accelerator.prepare`, which splits whatever it is given: with its defaults only the share of the first process would
-be trained on. [`PVLFTrainer`] reads streams through [`triplet_batches`], which is also what a loop of one's own needs.
+be trained on. [`PVLFTrainer`] reads streams through [`triplet_batches`]; custom training loops need it too.
 """
 
 import hashlib
@@ -33,13 +33,13 @@ from torch.utils.data import DataLoader
 
 from ..atomic_files import whole
 from ..models.image_processing_pvlf import open_picture, opened
-from .benchmark import check_columns
-from .triplets import TRIPLET_COLUMNS, triplets_digest
+from .checks import as_path, check_integer, check_rows, naming_the_cache, row_problem
+from .triplets import TRIPLET_COLUMNS, check_triplets, triplets_digest
 
 logger = logging.getLogger(__name__)
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-"""File ending of a shard and the builder of `datasets` that reads it."""
+"""Builder of `datasets` that reads shards, by their file ending."""
 
 _FEATURES = Features(
     {"reference": Image(), "caption": Value("string"), "target": Image(), "target_id": Value("string")}
@@ -49,25 +49,28 @@ _FEATURES = Features(
 def write_shards(
     triplets: Dataset, folder: str | Path, rows_per_shard: int = 1000, format: Literal["parquet", "tar"] = "parquet"
 ) -> list[Path]:
-    """Writes triplets as shards with the encoded pictures inside, byte for byte as they are.
+    """Writes triplets as shards with the encoded images inside, byte for byte as they are.
 
-    A run that was interrupted goes on after the last finished shard.
+    An interrupted call resumes after the last finished shard.
 
     Args:
         triplets: with the columns of `TRIPLET_COLUMNS`; other columns are left out.
-        folder: made if it is not there.
-        rows_per_shard: a few hundred MB a file read well. For training make it at least as many shards as there will
-            be processes times data loader workers.
+        folder: output folder, created if it does not exist.
+        rows_per_shard: rows of a shard; files of a few hundred MB read well. For training there should be at least as
+            many shards as processes times data loader workers.
         format: `"parquet"`, or `"tar"` with the members `{key}.reference.png`, `{key}.target.png` (so called whatever
-            their encoding: readers look at the content) and `{key}.json` (`caption` and `target_id`) of each row.
+            their encoding: readers look at the content), and `{key}.json` (`caption` and `target_id`) of each row.
 
     Returns:
-        the files, `triplets-00000-of-00012.parquet` and so on.
+        The files, `triplets-00000-of-00012.parquet` and so on.
 
     Raises:
-        ValueError: if a column is missing, a picture cannot be read, or the folder holds shards of other triplets.
+        ValueError: if a column is missing, a caption or target id is not usable, an image cannot be read, or the
+            folder holds shards of other triplets.
     """
-    check_columns(triplets, TRIPLET_COLUMNS, "triplets")
+    folder = as_path("folder", folder)
+    check_triplets(triplets)
+    check_integer("rows_per_shard", rows_per_shard)
     if format not in ("parquet", "tar") or rows_per_shard < 1 or not len(triplets):
         raise ValueError(
             f"cannot write {len(triplets)} triplets in {format!r} shards of {rows_per_shard}: "
@@ -76,7 +79,6 @@ def write_shards(
     rows = triplets.select_columns(list(TRIPLET_COLUMNS)).with_format(None)
     for column in ("reference", "target"):
         rows = rows.cast_column(column, Image(decode=False))
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(
         folder,
@@ -93,7 +95,7 @@ def write_shards(
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Notes what the folder's shards are of, so that another run does not mix others in."""
+    """Records the settings of a folder's shards; raises a `ValueError` if it holds shards of other triplets."""
     note = folder / "shards.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
@@ -102,22 +104,22 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and columns of each row, pictures as encoded bytes."""
+    """Yields number and columns of each row, images as encoded bytes."""
     for number, row in enumerate(rows, first):
         try:
-            pictures = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
-            for content in pictures.values():
+            images = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
+            for content in images.values():
                 open_picture(content).close()  # not decoded: readers would refuse what is in no format that is read
-            yield number, {**row, **pictures}
+            yield number, {**row, **images}
         except (OSError, ValueError) as error:
-            raise ValueError(f"a picture of row {number} cannot be read: {error}") from error
+            raise ValueError(f"an image of row {number} cannot be read: {error}") from error
 
 
-def encoded_bytes(picture: dict[str, Any]) -> bytes:
-    """The content of a cell of an `Image(decode=False)` column: its bytes, or those of the file or URL it names."""
-    if picture["bytes"] is not None:
-        return picture["bytes"]
-    with fsspec.open(picture["path"], "rb") as stream:
+def encoded_bytes(image: dict[str, Any]) -> bytes:
+    """Returns the bytes of a cell of an `Image(decode=False)` column, or those of the file or URL that it names."""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    with fsspec.open(image["path"], "rb") as stream:
         return stream.read()
 
 
@@ -147,14 +149,17 @@ def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, 
             a list of these.
         shuffle_buffer: the order of the shards is shuffled, and rows within a buffer of this many encoded rows; 0
             leaves both as they are (in the first pass: later ones begin with another shard).
-        seed: of the order, the same in every process.
+        seed: seed of the order, the same in every process.
 
     Returns:
-        a stream with `TRIPLET_COLUMNS`, pictures decoded as they are read; this process's share, see [`own_share`].
+        A stream with `TRIPLET_COLUMNS`, images decoded as they are read; this process's share, see [`own_share`].
 
     Raises:
-        ValueError: if there is no shard; here or while reading, if a shard cannot be read or lacks a column.
+        ValueError: if there is no shard; here or while reading, if a shard cannot be read, lacks a column, or has a
+            row whose caption or target id is not usable.
     """
+    check_integer("shuffle_buffer", shuffle_buffer)
+    check_integer("seed", seed)
     files = find_shards(shards)
     _open_shard(files[0])  # a wrong column is reported now, not by a worker
     stream = IterableDataset.from_generator(_rows_of, features=_FEATURES, gen_kwargs={"shards": files})
@@ -164,13 +169,19 @@ def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, 
 
 
 def find_shards(shards: str | Path | list[str]) -> list[str]:
-    """Files and URLs of the shards that a file, URL, pattern, folder or list of these names, each once.
+    """Returns the files and URLs of the shards that a file, URL, pattern, folder or list of these names, each once.
 
     Raises:
+        TypeError: if something is neither a path nor a URL.
         ValueError: if something names no shard, or a folder holds both Parquet and tar.
     """
-    found: list[str] = []
-    for name in map(str, shards if isinstance(shards, list) else [shards]):
+    files: list[str] = []
+    for name in shards if isinstance(shards, list | tuple) else [shards]:
+        if not isinstance(name, str | Path):
+            raise TypeError(
+                f"shards: {name!r:.80} ({type(name).__name__}), but it takes paths, URLs or patterns, one or a list"
+            )
+        name = str(name)
         filesystem, path = fsspec.core.url_to_fs(name)
         if "*" in name:
             matches = [match for match in filesystem.glob(path) if _ending(match) in BUILDERS]
@@ -185,9 +196,9 @@ def find_shards(shards: str | Path | list[str]) -> list[str]:
             raise ValueError(f"no shards: {name!r} names no {' or '.join(BUILDERS)} file, folder or pattern of them")
         local = isinstance(filesystem, LocalFileSystem)
         # Old versions of fsspec put https:// before http:// too.
-        whole = [match if local or "://" in match else filesystem.unstrip_protocol(match) for match in matches]
-        found += sorted(whole)
-    return list(dict.fromkeys(found))
+        full = [match if local or "://" in match else filesystem.unstrip_protocol(match) for match in matches]
+        files += sorted(full)
+    return list(dict.fromkeys(files))
 
 
 def _ending(name: str) -> str:
@@ -196,26 +207,28 @@ def _ending(name: str) -> str:
 
 def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        stream, place = _open_shard(shard)
+        stream, name_of = _open_shard(shard)
         try:
             # `iter` leaves it to the outer stream to split the shards among data loader workers.
             for number, batch in enumerate(stream.iter(batch_size=1)):
-                row = {column: batch[member][0] for column, member in place.items()}
+                row = {column: batch[member][0] for column, member in name_of.items()}
                 text = row.pop("text", {})
                 row |= {column: text.get(column) for column in TRIPLET_COLUMNS if column not in row}
                 if lacking := [column for column, cell in row.items() if cell is None]:
                     raise ValueError(f"row {number} has no {' and no '.join(lacking)}")
+                if problem := row_problem(row):
+                    raise ValueError(f"row {number}: {problem}")
                 for column in ("reference", "target"):
-                    if row[column]["bytes"] is None:  # a file of this machine, or an address
-                        raise ValueError(f"the {column} of row {number} is a name, not the picture itself")
+                    if row[column]["bytes"] is None:  # a file of this machine, or a URL
+                        raise ValueError(f"the {column} of row {number} is a name, not the image itself")
                     open_picture(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
                 yield {**row, "target_id": str(row["target_id"])}
-        except Exception as error:  # pyarrow, tarfile and networks raise what they like and do not name the file
+        except Exception as error:  # pyarrow, tarfile and networks raise many errors, none of which names the file
             raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error
 
 
 def _open_shard(shard: str) -> tuple[IterableDataset, dict[str, str]]:
-    """A shard with pictures still encoded, and the name in it of each column, `text` for a tar's JSON members."""
+    """Returns a shard with images still encoded, and its names of the columns, `text` for a tar's JSON members."""
     try:
         stream = load_dataset(BUILDERS[_ending(shard)], data_files=shard, split="train", streaming=True)
     except Exception as error:  # see `_rows_of`
@@ -223,7 +236,7 @@ def _open_shard(shard: str) -> tuple[IterableDataset, dict[str, str]]:
     names, wanted = {name: name for name in stream.column_names}, [*TRIPLET_COLUMNS]
     if _ending(shard) == ".tar":
         wanted = ["reference", "target", "json"]
-        names = {name.split(".")[0]: name for name in names}  # pictures may end in .png, .jpg ...
+        names = {name.split(".")[0]: name for name in names}  # images may end in .png, .jpg ...
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"shard {shard} has no {missing}; it has {sorted(names.values())}, see `write_shards`")
     for column in ("reference", "target"):
@@ -238,22 +251,30 @@ def load_hub_triplets(
 
     Args:
         name: `"user/dataset"`, or a folder.
-        split: the split.
-        columns: what the dataset calls `reference`, `caption`, `target` or `target_id` where it has another name for
-            it, e.g. `{"reference": "source_image", "caption": "instruction"}`.
-        streaming: read it as training goes on instead of downloading it first; see [`stream_triplets`].
+        split: name of the split.
+        columns: the dataset's names of `reference`, `caption`, `target` or `target_id` where they differ, e.g.
+            `{"reference": "source_image", "caption": "instruction"}`.
+        streaming: read it during training instead of downloading it first; see [`stream_triplets`].
 
     Returns:
-        `TRIPLET_COLUMNS`. Without a `target_id` column it is a digest of the encoded target picture, so that the same
+        `TRIPLET_COLUMNS`. Without a `target_id` column it is a digest of the encoded target image, so that the same
         file is the same target.
 
     Raises:
-        ValueError: if a column is missing, or is not of pictures or text.
+        OSError: if the cache of `datasets` cannot be written.
+        ValueError: if a column is missing or is not of images or text, or (without `streaming`) a caption or target id
+            is not usable.
     """
+    name = str(as_path("name", name)) if not isinstance(name, str) else name
+    if not isinstance(split, str):
+        raise TypeError(f"split is {split!r:.80} ({type(split).__name__}), but it takes the name of one, e.g. 'train'")
+    if not isinstance(columns or {}, dict):
+        raise TypeError(f"columns is {columns!r:.80} ({type(columns).__name__}), but it takes a dict of names")
     columns = {column: column for column in TRIPLET_COLUMNS} | (columns or {})
     if unknown := sorted(columns.keys() - set(TRIPLET_COLUMNS)):
         raise ValueError(f"columns={unknown}: keys are {TRIPLET_COLUMNS}, values the names in the dataset")
-    dataset: Any = load_dataset(name, split=split, streaming=streaming)
+    with naming_the_cache():
+        dataset: Any = load_dataset(name, split=split, streaming=streaming)
     features = dataset.features or Features()
     if columns["target_id"] == "target_id" and "target_id" not in features:
         del columns["target_id"]
@@ -265,18 +286,20 @@ def load_hub_triplets(
     for column, their in columns.items():
         is_right = isinstance(features[their], Image) == (column in ("reference", "target"))
         if not is_right or (column == "caption" and features[their] != Value("string")):
-            kind = "pictures (datasets.Image)" if column in ("reference", "target") else "text"
+            kind = "images (datasets.Image)" if column in ("reference", "target") else "text"
             raise ValueError(f"{name}: column {their!r} is {features[their]}, but {column} must be {kind}")
-    pictures = {column: features[columns[column]] for column in ("reference", "target")}
-    for column, feature in pictures.items():  # a stream decodes what it renames
+    images = {column: features[columns[column]] for column in ("reference", "target")}
+    for column, feature in images.items():  # a stream decodes what it renames
         dataset = dataset.cast_column(columns[column], Image(mode=feature.mode, decode=False))
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({their: our for our, their in columns.items() if our != their})
+    if not streaming:
+        check_rows(dataset, name)
     if "target_id" in columns:
         dataset = dataset.cast_column("target_id", Value("string"))
     else:
         dataset = _with_target_ids(dataset)
-    for column, feature in pictures.items():
+    for column, feature in images.items():
         dataset = dataset.cast_column(column, feature)
     return own_share(dataset) if streaming else dataset
 
@@ -288,20 +311,20 @@ def _with_target_ids(dataset: Any) -> Any:
         return {"target_id": hashlib.blake2b(encoded_bytes(row["target"]), digest_size=16).hexdigest()}
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep pictures from being decoded
-    # Not `map`, which would write all pictures once more.
+        return dataset.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep images from being decoded
+    # Not `map`, which would write all images once more.
     targets = tqdm(dataset.select_columns("target"), desc="naming targets", unit="image")
     return dataset.add_column("target_id", [target_id(row)["target_id"] for row in targets])
 
 
 def own_share(stream: IterableDataset) -> IterableDataset:
-    """This process's part of a stream: no row is in two processes' parts, and none is left out.
+    """Returns this process's share of a stream: no row is in two processes' shares, and none is left out.
 
     Whole shards if their number is a multiple of the number of processes. Otherwise every process reads all shards
-    and keeps each n-th row, of which it is warned. A stream that is a share already stays as it is.
+    and keeps each n-th row, with a warning. A stream that is a share already stays as it is.
     """
     rank, processes = _process()
-    # Public functions do not tell, and splitting a share again would lose rows.
+    # No public function says so, and splitting a share again would lose rows.
     if processes == 1 or stream._distributed is not None:
         return stream
     if rank == 0 and stream.num_shards % processes:
@@ -314,15 +337,15 @@ def own_share(stream: IterableDataset) -> IterableDataset:
 
 
 def _process() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun and `accelerate launch` set them."""
-    # Not accelerate's `PartialState`: before the Trainer's arguments say that the CPU is used, it sees one process.
+    """Returns rank and number of processes, as torchrun and `accelerate launch` set them."""
+    # Not accelerate's `PartialState`: until the Trainer's arguments select the CPU, it reports one process.
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class EndlessTriplets(torch.utils.data.IterableDataset):
-    """A stream over and over, shuffled anew each time.
+    """Stream that repeats without end, shuffled again in each pass.
 
     Shares differ in length: if passes ended, one process would start the next while another still waits for its
     targets in the last batch. And the Trainer resumes by counting batches from the very first pass.
@@ -336,7 +359,9 @@ class EndlessTriplets(torch.utils.data.IterableDataset):
         for number in count():
             stream.set_epoch(number)
             row = None
-            for row in stream:
+            for index, row in enumerate(stream):
+                if problem := row_problem(row):
+                    raise ValueError(f"row {index} of the stream in pass {number}: {problem}. Fix it or drop it.")
                 yield row
             if row is None:  # more workers than shards with rows, or nothing at all
                 if torch.utils.data.get_worker_info() is None:
@@ -347,10 +372,10 @@ class EndlessTriplets(torch.utils.data.IterableDataset):
 def triplet_batches(
     stream: IterableDataset, batch_size: int, collate: Callable[[list[dict[str, Any]]], Any], **settings: Any
 ) -> DataLoader:
-    """Full batches of this process's share of a stream, without end; not to be prepared by Accelerate.
+    """Returns full batches of this process's share of a stream, without end; not to be prepared by Accelerate.
 
     Args:
-        stream: with `TRIPLET_COLUMNS`, such as [`stream_triplets`] gives; another becomes [`own_share`] of it.
+        stream: with `TRIPLET_COLUMNS`, e.g. of [`stream_triplets`]; [`own_share`] of it is taken.
         batch_size: rows of a batch.
         collate: usually a [`PVLFCollator`].
         settings: further arguments of `DataLoader`, e.g. `num_workers`.

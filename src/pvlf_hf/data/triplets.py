@@ -1,4 +1,4 @@
-"""Training triplets: a user's own, and how rows become batches.
+"""Training triplets of a user's own: a table beside a folder of images.
 
 Triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; every training set of this package, and a
 user's own folder of images, is brought to this shape.
@@ -6,12 +6,19 @@ user's own folder of images, is brought to this shape.
 
 import hashlib
 import json
+import logging
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from datasets import Dataset, Image, concatenate_datasets
 
-from .benchmark import CIRBenchmark, Protocol, check_columns
+from .benchmark import CIRBenchmark, Protocol, first_rows
+from .checks import as_path, check_columns, check_rows
 from .image_files import check_image_files
+from .tables import read_table
+
+logger = logging.getLogger(__name__)
 
 TRIPLET_COLUMNS = ("reference", "caption", "target", "target_id")
 """`reference` and `target`: `datasets.Image`; `caption`: the relative caption; `target_id`: str, equal for targets
@@ -27,89 +34,101 @@ def load_triplets(
         file: CSV, JSON Lines or Parquet with columns `reference`, `caption`, `target` (file names inside
             `image_folder`), and optionally `target_id`, equal for targets that must not be each other's negatives (by
             default the target's file name).
-        image_folder: where the images are.
+        image_folder: the folder of the images.
         check_images: open every image once, so that a broken one is named now and not hours into training.
         allow_links: follow links that lead out of `image_folder`. Those of the Hub's cache are always followed.
 
     Returns:
-        A dataset with `TRIPLET_COLUMNS`, `reference_id` and `target_image_id` (the file names), images decoded lazily.
+        A dataset with `TRIPLET_COLUMNS`, `reference_id` and `target_image_id`, images decoded lazily. Those two are
+        the names of the files, one for each file however the table spells it.
 
     Raises:
-        ValueError: if the file type or a column is wrong, a cell is empty, a file name or a link leaves the
-            folder, or images are missing or broken; nothing is dropped silently.
+        ValueError: if the file type or a column is wrong, a cell is empty or neither text nor a number, a file name or
+            a link leaves the folder, or images are missing or broken; nothing is dropped silently.
     """
-    file, image_folder = Path(file), Path(image_folder).resolve()
+    file, image_folder = as_path("file", file), as_path("image_folder", image_folder)
     cells = read_triplet_table(file)
-    for column, values in cells.items():
-        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
-            raise ValueError(
-                f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
-            )
-    references, targets = cells["reference"], cells["target"]
-    check_image_files(image_folder, sorted({*references, *targets}), check_images, allow_links)
+    names = sorted({*cells["reference"], *cells["target"]})
+    file_of = check_image_files(image_folder, names, check_images, allow_links)
+    references, targets = ([file_of[name] for name in cells[column]] for column in ("reference", "target"))
+    target_ids = cells.get("target_id", targets)
+    _warn_of_own_negatives(file, targets, target_ids)
+    folder = image_folder.resolve()
     columns = {
-        "reference": [str(image_folder / name) for name in references],
+        "reference": [str(folder / name) for name in references],
         "reference_id": references,
         "caption": cells["caption"],
-        "target": [str(image_folder / name) for name in targets],
-        "target_id": cells.get("target_id", targets),
+        "target": [str(folder / name) for name in targets],
+        "target_id": target_ids,
         "target_image_id": targets,
     }
     return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
 
 
+def _warn_of_own_negatives(file: Path, targets: list[str], target_ids: list[str]) -> None:
+    """Warns of images that are targets under several ids, and so negatives of themselves."""
+    ids_of = defaultdict(set)
+    for target, target_id in zip(targets, target_ids, strict=True):
+        ids_of[target].add(target_id)
+    if several := [target for target, ids in ids_of.items() if len(ids) > 1]:
+        logger.warning(
+            "%s: %d images are targets under more than one target_id, so that they are negatives of themselves, "
+            "first: %s; give each image one target_id",
+            *(file, len(several), several[:3]),
+        )
+
+
 def read_triplet_table(file: Path) -> dict[str, list[str]]:
-    """Reads the cells of a table of triplets as they are, blank ones too.
+    """Reads a table of triplets; images are not looked for.
 
     Args:
         file: see [`load_triplets`].
 
     Returns:
-        The columns `reference`, `caption`, `target` and, if there, `target_id`; what is no text is turned into it.
+        The columns `reference`, `caption`, `target` and, where the table has it, `target_id`, as text.
 
     Raises:
-        ValueError: if the file cannot be read or lacks a column.
+        ValueError: if the file cannot be read or lacks a column, or a cell is empty or neither text nor a number.
     """
-    readers = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if file.suffix not in readers:
-        raise ValueError(f"{file}: cannot read {file.suffix or 'a file without ending'}; use one of {list(readers)}")
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; it should list reference, caption and target of each triplet")
-    # Left alone, pandas reads names made of digits as numbers, and the caption "None" as no caption.
-    as_text = {"converters": dict.fromkeys(TRIPLET_COLUMNS, str), "keep_default_na": False, "index_col": False}
-    options = as_text if file.suffix == ".csv" else {}
-    try:
-        table = load_dataset(readers[file.suffix], data_files=str(file), split="train", **options)
-    except Exception as error:  # the readers wrap whatever they meet in an error that does not say what
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{file}: cannot be read ({reason}). It must be UTF-8, have a header and at least one row, and captions "
-            "with commas must be quoted."
-        ) from error
-    check_columns(table, ("reference", "caption", "target"), str(file))
-    if images := [name for name in TRIPLET_COLUMNS if isinstance(table.features.get(name), Image)]:
-        raise ValueError(f"{file}: {images} hold images, not file names: pass its folder to load_hub_triplets")
-    return {
-        column: ["" if cell is None else str(cell) for cell in table[column]]
-        for column in TRIPLET_COLUMNS
-        if column in table.column_names
-    }
+    cells = read_table(file, ("reference", "caption", "target"), optional=("target_id",))
+    for column, values in cells.items():
+        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
+            raise ValueError(
+                f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
+            )
+    return cells
+
+
+def check_triplets(triplets: Any, what: str = "triplets", streams: bool = False) -> None:
+    """Checks triplets before work begins: the columns and, except in a stream, every caption and target id.
+
+    Args:
+        triplets: a `datasets.Dataset`.
+        what: names it in errors.
+        streams: take a `datasets.IterableDataset` too.
+
+    Raises:
+        ValueError: if it is no data set, a column is missing, a caption is empty or no text, or a target id is
+            missing; names row and target id.
+    """
+    check_columns(triplets, TRIPLET_COLUMNS, what, streams)
+    if isinstance(triplets, Dataset):
+        check_rows(triplets, what)
 
 
 def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
-    """A benchmark whose gallery is every picture that occurs in the triplets, references included.
+    """Makes a benchmark whose gallery is every image that occurs in the triplets, references included.
 
     Args:
         name: names the benchmark in results.
         triplets: as [`load_triplets`] returns them.
     """
     check_columns(triplets, (*TRIPLET_COLUMNS, "reference_id", "target_image_id"), name)
-    ids = [*triplets["reference_id"], *triplets["target_image_id"]]
-    first_row = {image_id: row for row, image_id in reversed(list(enumerate(ids)))}
-    pictures = concatenate_datasets(
+    row_of = first_rows([*triplets["reference_id"], *triplets["target_image_id"]])
+    images = concatenate_datasets(
         [triplets.select_columns(c).rename_column(c, "image") for c in ("reference", "target")]
     )
-    gallery = pictures.select(first_row.values()).add_column("image_id", list(first_row))
+    gallery = images.select(row_of.values()).add_column("image_id", list(row_of))
     queries = triplets.select_columns(["reference", "reference_id", "caption", "target_image_id"])
     return CIRBenchmark(
         name=name,
@@ -120,7 +139,7 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
 
 
 def triplets_digest(triplets: Dataset) -> str:
-    """Which triplets, by their captions and target ids; pictures are not read."""
+    """Returns a digest that identifies triplets by their captions and target ids; images are not read."""
     digest = hashlib.blake2b(digest_size=16)
     for column in ("caption", "target_id"):
         digest.update(json.dumps(list(triplets[column])).encode())
@@ -128,5 +147,5 @@ def triplets_digest(triplets: Dataset) -> str:
 
 
 def id_number(name: str) -> int:
-    """The same int64 for the same id in every process, unlike `hash`."""
+    """Returns an int64 for an id, the same in every process, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)

@@ -26,7 +26,7 @@ from ..atomic_files import cannot_write
 from ..checkpoints.model_card import write_card
 from ..data.benchmark import CIRBenchmark, check_columns
 from ..data.streaming import triplet_batches
-from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..data.triplets import TRIPLET_COLUMNS, check_triplets, id_number
 from ..evaluation.results import environment
 from ..evaluation.scoring import evaluate
 from ..models.image_processing_pvlf import opened
@@ -81,7 +81,7 @@ class PVLFTrainer(Trainer):
                 "pass processing_class=processor: it makes batches of triplets and is saved with the model"
             )
         if getattr(train_dataset, "column_names", None) is not None:
-            check_columns(train_dataset, TRIPLET_COLUMNS, "train_dataset")
+            check_triplets(train_dataset, "train_dataset", streams=True)
             rows = args.train_batch_size * args.world_size
             is_stream = isinstance(train_dataset, IterableDataset)
             if is_stream and args.batch_by is not None:

@@ -1,4 +1,4 @@
-"""EmojiCIR: composed retrieval on emoji by several artists, built from installed packages: names, captions, images."""
+"""EmojiCIR: composed retrieval on emoji of several vendors, built from installed packages: names, captions, images."""
 
 from .dataset import load_emoji_cir, load_emoji_cir_train, load_emoji_pictures
 

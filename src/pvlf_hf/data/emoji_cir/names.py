@@ -1,7 +1,7 @@
 """Attributes of an emoji, read from its CLDR short name: "woman running dark skin tone" is a woman, running, dark.
 
-Names are regular, so a table of the attributes of every toneless name is written down family by family, and
-`parse_name` only takes the skin tones off before looking it up. A name that is not in the table has no attributes.
+Names are regular, so the attributes of every name without skin tone are tabulated by family, and `parse_name` removes
+the skin tones and looks the rest up. A name that is not in the table has no attributes.
 """
 
 import re
@@ -9,7 +9,7 @@ from functools import cache
 from itertools import product
 
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-"""From light to dark; the emoji without a tone is `"default"` (yellow)."""
+"""Skin tones from light to dark; the emoji without a tone is `"default"` (yellow)."""
 
 GENDERS = ("person", "man", "woman")
 
@@ -20,7 +20,7 @@ OCCUPATIONS = (
     "health worker,judge,mage,mechanic,office worker,pilot,police officer,scientist,singer,student,superhero,"
     "supervillain,teacher,technologist,vampire,zombie"
 ).split(",")
-"""Roles that name the person ("firefighter", "man firefighter")."""
+"""Roles that are nouns ("firefighter", "man firefighter")."""
 
 ACTIVITIES = (
     "biking,bouncing ball,bowing,cartwheeling,climbing,dancing,facepalming,feeding baby,fencing,frowning,"
@@ -30,7 +30,7 @@ ACTIVITIES = (
     "surfing,swimming,taking bath,tipping hand,walking,wearing turban,with headscarf,with skullcap,with veil,"
     "with white cane"
 ).split(",")
-"""Roles that follow the person ("man running", "person with veil")."""
+"""Roles that follow the noun ("man running", "person with veil")."""
 
 HAIR = ("red hair", "curly hair", "white hair", "bald", "blond hair", "beard")
 
@@ -138,11 +138,11 @@ ANIMALS_WHOLE = (
     "spouting whale,squid,swan,T-Rex,tiger,tropical fish,turkey,turtle,two-hump camel,water buffalo,whale,worm"
 ).split(",")
 ANIMAL_FACES = "cat,cow,dog,dragon,horse,monkey,mouse,pig,rabbit,tiger".split(",")
-"""Their name says so ("cat face")."""
+"""Animals with an emoji of the face alone whose name says so ("cat face")."""
 ANIMALS_DRAWN_AS_FACES = (
     "bear,boar,chicken,fox,frog,hamster,koala,lion,panda,polar bear,raccoon,unicorn,wolf,zebra".split(",")
 )
-"""Their name does not say so, but Google draws the face."""
+"""Animals whose name does not mention the face, but of which Google draws only the face."""
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 _SIZES = {"large": "large", "medium": "medium", "medium-small": "fairly small", "small": "small"}
@@ -196,10 +196,10 @@ OBJECTS = {
     "tool": "axe,carpentry saw,clamp,crossed swords,dagger,hammer,hammer and pick,hammer and wrench,hook,ladder,"
     "nut and bolt,pick,plunger,razor,scissors,screwdriver,toolbox,wrench",
 }
-"""Class of thing: names; swapping one for another of its class is the attribute `"object"`."""
+"""Names of things by class; swapping one for another of its class is the attribute `"object"`."""
 
 _STATES = {
-    # name: attributes in full, for small families
+    # name: all attributes, for small families
     "locked": {"class": "padlock", "state": "closed"},
     "unlocked": {"class": "padlock", "state": "open"},
     "file folder": {"class": "folder", "state": "closed"},
@@ -267,21 +267,21 @@ def parse_name(name: str) -> dict[str, str]:
 
     Returns:
         `"class"` (things of one class have the same attributes) and its attributes, e.g. `{"class": "person",
-        "gender": "man", "age": "adult", "hair": "default", "role": "running", "skin": "dark"}`; empty for names that
-        are not understood.
+        "gender": "man", "age": "adult", "hair": "default", "role": "running", "skin": "dark"}`; empty for unknown
+        names.
     """
     tones = _TONE.findall(name)
     attributes = dict(_attribute_table().get(" ".join(_TONE.sub(" ", name).split()), {}))
     if tones and "skin" in attributes:
         attributes["skin"] = tones[0]
-    elif tones and "left skin" in attributes:  # one tone stands for both people
+    elif tones and "left skin" in attributes:  # one tone applies to both people
         attributes["left skin"], attributes["right skin"] = tones[0], tones[-1]
     return attributes
 
 
 @cache
 def _attribute_table() -> dict[str, dict[str, str]]:
-    """Attributes of every understood name without skin tones; some of the combinations are not emoji."""
+    """Returns the attributes of every known name without skin tones; some of the combinations are not emoji."""
     return _person_table() | _hand_table() | _couple_table() | _animal_table() | _shape_table() | _thing_table()
 
 
@@ -360,7 +360,7 @@ def _thing_table() -> dict[str, dict[str, str]]:
 
 
 def _countries() -> list[str]:
-    """Names of the flags made of two regional indicator letters."""
+    """Returns the names of flags that are made of two regional indicator letters."""
     from emoji import EMOJI_DATA
 
     flags = (data["en"] for sequence, data in EMOJI_DATA.items() if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff")
