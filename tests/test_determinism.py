@@ -32,8 +32,8 @@ def weights_of(folder, seed, **settings):
     "The same seed gives the same run, in one process and in two; another seed another run",
     broken=(
         "src/pvlf_hf/training/trainer.py",
-        "        return super().train(*args, **kwargs)\n",
-        "        torch.seed()\n        return super().train(*args, **kwargs)\n",
+        "        return super().train(checkpoint, *args, **kwargs)\n",
+        "        torch.seed()\n        return super().train(checkpoint, *args, **kwargs)\n",
     ),
 )
 @pytest.mark.parametrize("processes", [1, 2])

@@ -42,7 +42,7 @@ def kill(*arguments):
     1,
     "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "
     "work done again, the same bits in weights, index and metrics",
-    broken=("src/pvlf_hf/training/trainer.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
+    broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
 def test_kills(figure):
     said = kill("--kills=4", "--seed=1", "--kinds", "train", "evaluate", "gallery", "cache")
@@ -52,7 +52,11 @@ def test_kills(figure):
 @pytest.mark.reliability(
     1,
     "A complete run that is started again makes no step more",
-    broken=("src/pvlf_hf/training/trainer.py", "if self.state.global_step < self.state.max_steps:", "if True:"),
+    broken=(
+        "src/pvlf_hf/training/atomic_checkpoints.py",
+        "if self.state.global_step < self.state.max_steps:",
+        "if True:",
+    ),
 )
 def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
     whole = train(squares, tiny_processor, tmp_path / "run", 3)
@@ -86,7 +90,7 @@ class FirstIsBest(TrainerCallback):
 @pytest.mark.reliability(
     1,
     "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half stays",
-    broken=("src/pvlf_hf/training/trainer.py", "def _finalize_training(", "def _not_finalize_training("),
+    broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monkeypatch, figure):
     with pytest.raises(Killed):
@@ -320,9 +324,9 @@ def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure
     1,
     "A folder that may not be written to: the same",
     broken=(
-        "src/pvlf_hf/training/trainer.py",
-        "        except (OSError, SafetensorError, RuntimeError) as error:",
-        "        except RuntimeError as error:",
+        "src/pvlf_hf/training/atomic_checkpoints.py",
+        "    except (OSError, SafetensorError, RuntimeError) as error:",
+        "    except RuntimeError as error:",
     ),
 )
 def test_a_read_only_folder(disk, tmp_path, squares, tiny_model, tiny_processor, figure):

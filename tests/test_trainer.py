@@ -250,8 +250,8 @@ def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
         arguments(tmp_path, finetuning="image")
     with pytest.raises(ValueError, match="remove_unused_columns"):
         arguments(tmp_path, remove_unused_columns=True)
-    with pytest.raises(ValueError, match="has only 'cosine'"):
-        arguments(tmp_path, lr_scheduler_type="linear")
+    with pytest.raises(ValueError, match="'linear' cannot be made with lr_scheduler_kwargs=.*'steepness'"):
+        arguments(tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs={"steepness": 2})
     for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             arguments(tmp_path, **{name: 0})

@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 from ..dtypes import warn_if_slow
+from .argument_contract import check_arguments, refuse_unsupported
 
 
 @dataclass
@@ -102,32 +103,15 @@ class PVLFTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_unsupported(self)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise bf16 on a machine without accelerator is refused until one says so
+            self.use_cpu = True  # the library refuses bf16 on a machine without accelerator until use_cpu is set
         super().__post_init__(*args, **kwargs)
-        if self.use_cpu and dist.is_initialized():  # the library passes it on for GPUs only
+        if self.use_cpu and dist.is_initialized():  # the library passes the timeout on for GPUs only
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
-        if self.use_cpu and (self.bf16 or self.fp16):
-            warn_if_slow(torch.bfloat16 if self.bf16 else torch.float16)
-        if self.finetuning not in ("frozen", "text", "both"):
-            raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
-        if self.lr_scheduler_type != "cosine":
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: PVLFTrainer has only 'cosine'")
-        if self.learning_rate <= 0 or self.encoder_learning_rate <= 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} and encoder_learning_rate={self.encoder_learning_rate} must be "
-                "positive; to leave encoders as they are, set finetuning='frozen' or 'text'"
-            )
-        if self.feature_cache and self.finetuning == "both":
-            raise ValueError(
-                "feature_cache keeps what encoders that do not train give, but finetuning='both' trains them: choose "
-                "'frozen' or 'text', or leave feature_cache out"
-            )
-        for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name}={size} must be at least 1; leave it out to take a batch in one piece")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
+        check_arguments(self)
+        if self.use_cpu and self.mixed_precision == "bf16":
+            warn_if_slow(torch.bfloat16)
 
     def settings(self) -> dict[str, Any]:
         """What matters for the outcome of a run, as `results.json` and the model card have it.
