@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_model, make_processor
 
-from pvlf_hf.model_card import render_card, write_card
+from pvlf_hf.checkpoints.model_card import render_card, write_card
 
 folder = Path(sys.argv[1])
 picture, results = Image.open(folder / "picture.png"), json.loads((folder / "results.json").read_text())

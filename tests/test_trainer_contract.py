@@ -499,7 +499,9 @@ def test_precision_needs_a_device(tmp_path, monkeypatch):
     else:
         with pytest.raises(ValueError, match="--tf32 requires"):
             make_args(tmp_path, tf32=True)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # accelerate launch --mixed_precision fp16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # accelerate launch --mixed_precision bf16
+    assert make_args(tmp_path).settings()["bf16"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="fp16 has no effect on a CPU"):
         make_args(tmp_path)
 
