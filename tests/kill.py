@@ -174,7 +174,14 @@ def read(file):
         return bits(torch.load(file, weights_only=False))
     if file.suffix == ".parquet":
         return pq.read_table(file).to_pylist()
-    return json.loads(file.read_text()) if file.suffix == ".json" else file.read_bytes()
+    return without_speed(json.loads(file.read_text())) if file.suffix == ".json" else file.read_bytes()
+
+
+def without_speed(value):
+    """Returns JSON content without the seconds that an evaluation took."""
+    if isinstance(value, dict):
+        return {k: without_speed(v) for k, v in value.items() if not k.endswith(("_runtime", "_per_second"))}
+    return [without_speed(v) for v in value] if isinstance(value, list) else value
 
 
 def bits(value):

@@ -7,7 +7,7 @@ from test_interruption import kill
 @pytest.mark.reliability(
     1,
     "30 kills (`python tests/kill.py --kills 30`) over training, pushing, evaluating, indexing and caching: the same",
-    broken=("src/pvlf_hf/training/trainer.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
+    broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
 def test_thirty_kills(figure):
     figure(kill("--kills=30"))

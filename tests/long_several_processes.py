@@ -15,7 +15,7 @@ __all__ = ["alone"]
     3,
     "4 processes (FSDP 2): the same as one",
     broken=(
-        "src/pvlf_hf/training/trainer.py",
+        "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
         "return gradient.chunk(dist.get_world_size())[0]",
     ),

@@ -1,4 +1,4 @@
-"""The same seed gives the same run; what `results.json` says is enough to repeat one."""
+"""The same seed gives the same run, and `results.json` holds all that repeats one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ __all__ = ["files"]
 
 
 def weights_of(folder, seed, **settings):
-    """All weights after three steps with dropout, in one row, and whether PyTorch was to be deterministic."""
+    """Returns all weights after three steps with dropout as one vector, and PyTorch's deterministic settings."""
     trainer = trainer_of(folder, Rows(), dropout=0.5, seed=seed, use_cpu=not torch.cuda.is_available(), **settings)
     trainer.train()
     weights = np.concatenate([p.detach().cpu().numpy().ravel() for p in trainer.model.parameters()])
@@ -32,8 +32,8 @@ def weights_of(folder, seed, **settings):
     "The same seed gives the same run, in one process and in two; another seed another run",
     broken=(
         "src/pvlf_hf/training/trainer.py",
-        "        return super().train(*args, **kwargs)\n",
-        "        torch.seed()\n        return super().train(*args, **kwargs)\n",
+        "        return super().train(checkpoint, *args, **kwargs)\n",
+        "        torch.seed()\n        return super().train(checkpoint, *args, **kwargs)\n",
     ),
 )
 @pytest.mark.parametrize("processes", [1, 2])
@@ -77,22 +77,22 @@ def test_results_say_how_to_repeat_them(files, tmp_path, figure):
     results = json.loads((tmp_path / "first" / "results.json").read_text())
     assert results["triplets"]["rows"] == 56 and len(results["triplets"]["digest"]) == 32
     assert results["environment"]["torch"] == torch.__version__ and results["environment"]["device"]
-    said = results["model"] | results["data"] | results["training"]
-    assert said.pop("processes") == 1
+    settings = results["model"] | results["data"] | results["training"]
+    assert settings.pop("processes") == 1
     train(
-        [f"--{name}={value}" for name, value in said.items() if value is not None]
+        [f"--{name}={value}" for name, value in settings.items() if value is not None]
         + [f"--output_dir={tmp_path / 'again'}"]
     )
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again == results
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again"))
     assert first == second
-    figure(f"{len(said)} settings, {len(again['evaluations'][0]['metrics'])} metrics, weights bit-equal")
+    figure(f"{len(settings)} settings, {len(again['evaluations'][0]['metrics'])} metrics, weights bit-equal")
 
 
 def train(arguments):
-    (said,) = run_in_processes(1, run_script, arguments)
-    assert said is None, said
+    (error,) = run_in_processes(1, run_script, arguments)
+    assert error is None, error
 
 
 def run_script(arguments):

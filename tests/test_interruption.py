@@ -1,4 +1,4 @@
-"""Kills, full disks, folders that may not be written to: nothing that was finished is lost, nothing torn is read."""
+"""Kills, full disks and read-only folders: no finished work is lost, and no torn file is read."""
 
 import os
 import resource
@@ -31,7 +31,7 @@ COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange
 
 
 def kill(*arguments):
-    """The last line of `kill.py`; started as people start it."""
+    """Runs `kill.py` as a script and returns the last line of its output."""
     command = [sys.executable, str(Path(__file__).with_name("kill.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line][-1]
@@ -42,17 +42,21 @@ def kill(*arguments):
     1,
     "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "
     "work done again, the same bits in weights, index and metrics",
-    broken=("src/pvlf_hf/training/trainer.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
+    broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
 def test_kills(figure):
-    said = kill("--kills=4", "--seed=1", "--kinds", "train", "evaluate", "gallery", "cache")
-    figure(f"{said.split(',')[0]}, all results bit-equal to runs left alone, no unreadable file")
+    summary = kill("--kills=4", "--seed=1", "--kinds", "train", "evaluate", "gallery", "cache")
+    figure(f"{summary.split(',')[0]}, all results bit-equal to runs left alone, no unreadable file")
 
 
 @pytest.mark.reliability(
     1,
     "A complete run that is started again makes no step more",
-    broken=("src/pvlf_hf/training/trainer.py", "if self.state.global_step < self.state.max_steps:", "if True:"),
+    broken=(
+        "src/pvlf_hf/training/atomic_checkpoints.py",
+        "if self.state.global_step < self.state.max_steps:",
+        "if True:",
+    ),
 )
 def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
     whole = train(squares, tiny_processor, tmp_path / "run", 3)
@@ -63,11 +67,11 @@ def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
 
 
 class Killed(BaseException):
-    """Nobody catches it."""
+    """Stands for a kill: no code catches it."""
 
 
 class FirstIsBest(TrainerCallback):
-    """Takes the first checkpoint for the best; what deletes a folder after the last is killed after one file."""
+    """Records the first checkpoint as the best; kills the deletion of a folder after its first file."""
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
@@ -86,7 +90,7 @@ class FirstIsBest(TrainerCallback):
 @pytest.mark.reliability(
     1,
     "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half stays",
-    broken=("src/pvlf_hf/training/trainer.py", "def _finalize_training(", "def _not_finalize_training("),
+    broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monkeypatch, figure):
     with pytest.raises(Killed):
@@ -133,7 +137,7 @@ def mount(folder, *options):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of its own, of 16 MiB; an ordinary folder where mounting is not allowed."""
+    """A file system of 16 MiB, or an ordinary folder where mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = sys.platform == "linux" and mount(folder, "-o", "size=16m")
@@ -144,7 +148,7 @@ def disk(tmp_path):
 
 @contextmanager
 def full(disk, spare):
-    """Room for so many bytes, or for none; what it is."""
+    """Leaves room for `spare` bytes, or for none; yields what hinders writing."""
     if disk.is_mount():
         filler = disk / "filler"
         with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
@@ -164,7 +168,7 @@ def full(disk, spare):
 
 @contextmanager
 def read_only(disk, spare):
-    """Nobody may write; root may not only where a file system can be mounted."""
+    """Takes away the right to write; root loses it only where a file system can be mounted."""
     if os.geteuid() == 0:
         if not disk.is_mount():
             pytest.skip("root may write everywhere, and nothing can be mounted here")
@@ -200,13 +204,13 @@ def assert_same_weights(model, other):
 
 
 def contents(folder):
-    """Bytes of every file; a lock is none of anybody's work."""
+    """Returns the bytes of every file but locks and the filler."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("lock", "filler")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 class Training:
-    """Three steps, of which two are done; the third checkpoint finds room for a part of it."""
+    """Training of three steps: two are done, the third checkpoint finds room for a part of it."""
 
     spare = 400 * 1024
 
@@ -221,7 +225,7 @@ class Training:
 
 
 class Evaluating:
-    """Queries by the text alone, after queries by the model."""
+    """Evaluation of queries by the text alone, after queries by the model."""
 
     spare = 0
 
@@ -242,7 +246,7 @@ class Evaluating:
 
 
 class Indexing:
-    """A gallery of four pictures that gets four more."""
+    """Indexing of four images more in a gallery of four."""
 
     spare = 0
 
@@ -259,7 +263,7 @@ class Indexing:
 
 
 class Caching:
-    """Half of the pictures, then all."""
+    """Caching of all images after a part of them."""
 
     spare = 0
 
@@ -284,8 +288,8 @@ WORK = [Training, Evaluating, Indexing, Caching]
 
 
 def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
-    """Each work stopped half-way by the hindrance; what the hindrances were."""
-    said = set()
+    """Stops each kind of work half-way by a hindrance, then finishes it; returns what hindered."""
+    hindrances = set()
     for kind in WORK:
         alone, work = (kind(squares, tiny_model, tiny_processor, place / kind.__name__) for place in (tmp_path, disk))
         alone.first()
@@ -298,8 +302,8 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
         assert {name: after.get(name) for name in before} == before, f"{kind.__name__}: not as it was"
         assert not [name for name in after if "partial" in name or "_unfinished" in name], kind.__name__
         assert work.rest() == expected, kind.__name__
-        said.add(how)
-    return f"{len(WORK)} kinds of work; " + ", ".join(said)
+        hindrances.add(how)
+    return f"{len(WORK)} kinds of work; " + ", ".join(hindrances)
 
 
 @pytest.mark.reliability(
@@ -320,9 +324,9 @@ def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure
     1,
     "A folder that may not be written to: the same",
     broken=(
-        "src/pvlf_hf/training/trainer.py",
-        "        except (OSError, SafetensorError, RuntimeError) as error:",
-        "        except RuntimeError as error:",
+        "src/pvlf_hf/training/atomic_checkpoints.py",
+        "    except (OSError, SafetensorError, RuntimeError) as error:",
+        "    except RuntimeError as error:",
     ),
 )
 def test_a_read_only_folder(disk, tmp_path, squares, tiny_model, tiny_processor, figure):

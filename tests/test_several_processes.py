@@ -113,7 +113,7 @@ def check(alone, number, sharded, folder, **settings):
     "2 and 4 processes (DDP), 2 (FSDP 2) over three steps: losses and gradients of one process with the whole batch, "
     "and after them an evaluation of 5 queries and 9 pictures with each once, at the same rank",
     broken=(
-        "src/pvlf_hf/training/trainer.py",
+        "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
         "return gradient.chunk(dist.get_world_size())[0]",
     ),

@@ -1,4 +1,4 @@
-"""The scripts, as people run them: in their own process, with files on disk."""
+"""Training scripts and commands, each run in a process of its own with files on disk."""
 
 import json
 import os
@@ -28,8 +28,8 @@ COMMAND = "pvlf-hf train"
 
 def run(script, *arguments, fails=False, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    what = ["-m", "pvlf_hf_cli", "train"] if script == COMMAND else [SCRIPTS / script]
-    command = [sys.executable, *map(str, (*what, *arguments))]
+    program = ["-m", "pvlf_hf_cli", "train"] if script == COMMAND else [SCRIPTS / script]
+    command = [sys.executable, *map(str, (*program, *arguments))]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -37,7 +37,7 @@ def run(script, *arguments, fails=False, **environment):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny BLIP checkpoint, eight squares, and a table of triplets."""
+    """A folder with a tiny BLIP checkpoint, eight squares and a table of triplets."""
     folder = tmp_path_factory.mktemp("files")
     model = make_model()
     blip = BlipForImageTextRetrieval(model.config.vl_config)
@@ -124,24 +124,24 @@ def test_every_topology_is_known_to_accelerate():
     assert topologies["multi_node"].num_machines == 2
 
 
-def test_wrong_data_is_said_before_a_model_is_fetched(files, tmp_path):
-    for given, said in (
+def test_wrong_data_raises_before_a_model_is_downloaded(files, tmp_path):
+    for given, error in (
         ([], "pass --train_file and --image_folder, or --dataset emoji-cir"),
         (["--train_file=a.csv", "--train_shards=b"], "--train_file and --train_shards exclude each other"),
     ):
         done = CliRunner().invoke(app, ["train", "--model=you/nothing", f"--output_dir={tmp_path}", *given])
-        assert done.exit_code == 1 and done.stderr.splitlines()[-1].startswith(f"error: {said}")
+        assert done.exit_code == 1 and done.stderr.splitlines()[-1].startswith(f"error: {error}")
 
 
-def test_a_token_that_only_reads_is_said_before_the_first_step(files, tmp_path):
+def test_a_read_only_token_raises_before_the_first_step(files, tmp_path):
     with serving({"hf_reader": ("you", False)}) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_reader", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         push = ["--push_to_hub", "--hub_model_id=you/mine"]
-        said = run(COMMAND, *flags(files, tmp_path / "run"), *push, fails=True, **online)
-    assert "\nerror: this token may not write to you/mine on the Hub: log in with one that may" in said
-    assert "Traceback" not in said and not (tmp_path / "run").exists()
+        output = run(COMMAND, *flags(files, tmp_path / "run"), *push, fails=True, **online)
+    assert "\nerror: this token may not write to you/mine on the Hub: log in with one that may" in output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py"])
-def test_help_teaches(script):
+def test_help_shows_usage(script):
     assert "usage" in run(script, "--help")

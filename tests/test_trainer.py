@@ -1,4 +1,4 @@
-"""Training on one process: what moves, at which rate, resume, selection, errors."""
+"""Training in one process: weights that move, learning rates, resuming, selection of checkpoints, errors."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.models.modeling_pvlf import PVLFFusionLayer
 
-# Colours and words of the tiny tokenizer that stand for them.
+# Colours, and the tokens of the tiny tokenizer that stand for them.
 WORDS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}
 WORDS |= {"yellow": "hat", "purple": "dog", "orange": "cat"}
 COLOURS = list(WORDS)
@@ -23,7 +23,7 @@ COLOURS = list(WORDS)
 
 @pytest.fixture
 def squares(tmp_path):
-    """Coloured squares; "make it c" from any colour wants square c."""
+    """Triplets of coloured squares: "make it c" from any colour has square c as target."""
     return each_with_each(tmp_path, COLOURS, lambda _, target: f"make it {WORDS[target]}")
 
 
@@ -66,7 +66,7 @@ def test_exactly_the_chosen_weights_move(tiny_model, tiny_processor, squares, tm
             or finetuning == "both"
             or (finetuning == "text" and name.startswith("backbone.text_"))
         )
-        # A row of an embedding that no caption uses only decays, a matrix entry moves: compare whole tensors.
+        # An embedding of a token that no caption has only decays, other weights move: compare whole tensors.
         assert torch.equal(before[name], parameter) != trains, name
 
 
@@ -181,13 +181,13 @@ def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares
 
 
 def trained(settings, squares, tiny_processor, folder, dropout):
-    """Losses and weights after two steps."""
+    """Returns losses and weights after two steps."""
     model = make_model(dropout=dropout, temperature=1.0)
     if dropout == 0:
-        for module in model.modules():  # BERT has its own, and chunks draw it in another order
+        for module in model.modules():  # BERT has dropout of its own, and chunks draw it in another order
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    # SGD: Adam makes full steps of rounding noise where a gradient is nothing else.
+    # SGD: where a gradient is only rounding noise, Adam makes full steps of it.
     args = arguments(folder, max_steps=2, optim="sgd", encoder_learning_rate=1e-3, **settings)
     trainer = PVLFTrainer(model, args, squares, processing_class=tiny_processor)
     trainer.train()
@@ -214,7 +214,7 @@ def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_i
 
 
 def test_activation_checkpointing_does_not_change_training(tiny_processor, squares, tmp_path, monkeypatch):
-    """The argument reaches both towers and the fusion; dropout draws the same when a layer is computed again."""
+    """The argument reaches both encoders and the fusion; a layer that is computed again draws the same dropout."""
     inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer
     calls = Counter()
 
@@ -239,7 +239,7 @@ def test_activation_checkpointing_does_not_change_training(tiny_processor, squar
         torch.testing.assert_close(runs[1][name], wanted, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
+def test_invalid_arguments_raise(tiny_model, tiny_processor, squares, tmp_path):
     with pytest.raises(ValueError, match="processing_class"):
         PVLFTrainer(tiny_model, arguments(tmp_path), squares)
     with pytest.raises(ValueError, match=r"missing column\(s\) \['caption'\]"):
@@ -250,8 +250,8 @@ def test_bad_input_is_named(tiny_model, tiny_processor, squares, tmp_path):
         arguments(tmp_path, finetuning="image")
     with pytest.raises(ValueError, match="remove_unused_columns"):
         arguments(tmp_path, remove_unused_columns=True)
-    with pytest.raises(ValueError, match="has only 'cosine'"):
-        arguments(tmp_path, lr_scheduler_type="linear")
+    with pytest.raises(ValueError, match="'linear' cannot be made with lr_scheduler_kwargs=.*'steepness'"):
+        arguments(tmp_path, lr_scheduler_type="linear", lr_scheduler_kwargs={"steepness": 2})
     for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
         with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
             arguments(tmp_path, **{name: 0})

@@ -1,4 +1,4 @@
-"""Commands: what `pvlf-hf train` and `pvlf-hf evaluate` run, and how they read their command line.
+"""Commands: `pvlf-hf train` and `pvlf-hf evaluate`, and the parser of their command lines.
 
 Imports every other folder; no other folder imports it.
 """

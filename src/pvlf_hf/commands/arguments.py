@@ -1,4 +1,4 @@
-"""Parses the command line of `pvlf-hf train` and `pvlf-hf evaluate`, and ends a run of several processes."""
+"""Command lines of `pvlf-hf train` and `pvlf-hf evaluate`, and the end of a run in several processes."""
 
 import time
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -10,14 +10,18 @@ from transformers import HfArgumentParser
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the lines of descriptions, and names defaults where there are."""
+    """Help formatter that keeps the lines of descriptions and states defaults, except for None."""
 
     def _get_help_string(self, action: Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse(parser: HfArgumentParser, command_line: Sequence[str] | None) -> tuple[Any, ...]:
-    """An instance of each of the parser's dataclasses.
+    """Parses a command line into an instance of each of the parser's dataclasses.
+
+    Args:
+        parser: the parser.
+        command_line: the arguments; None for those of this process.
 
     Raises:
         ValueError: if an argument is unknown.
@@ -29,13 +33,13 @@ def parse(parser: HfArgumentParser, command_line: Sequence[str] | None) -> tuple
 
 
 def leave() -> None:
-    """What a process of several does at its end: waits for the others, and for the threads that they talked through.
+    """Waits for all processes and destroys the process group, so that the launcher ends none that still writes.
 
-    Otherwise the launcher, told that one has failed, would end those that still write. On CPUs (gloo) a process can
-    fail so late: a thread lets go of the last message when Python is already taken down, which aborts (until 3.14).
+    On CPUs (gloo) a process can fail as late as at its exit: a thread of gloo that frees the last message while Python
+    shuts down aborts the process (until Python 3.14), and the launcher then ends the others.
     """
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
         state.destroy_process_group()
-        time.sleep(0.5)  # those threads cannot be waited for
+        time.sleep(0.5)  # gloo's threads cannot be joined

@@ -1,4 +1,4 @@
-r"""One measurement of a model on named protocols: numbers with intervals, how each was measured, files for servers.
+r"""Evaluates a model on named protocols: metrics with intervals, how each was measured, files for test servers.
 
     pvlf-hf evaluate --model outputs/mine --output_dir outputs/mine/evaluation \
         --data_root data --protocols cirr-val fashioniq circo-val
@@ -10,8 +10,8 @@ r"""One measurement of a model on named protocols: numbers with intervals, how e
     torchrun --nproc_per_node 4 -m pvlf_hf.commands.evaluate ...
 
 Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`. Embeddings are kept:
-with `--embeddings` of an earlier run, another protocol over the same pictures and captions takes seconds. The data
-root has a folder for each data set, `cirr/`, `fashioniq/`, `circo/`.
+with `--embeddings` of an earlier run, another protocol over the same images and captions takes seconds. The data
+root has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`.
 """
 
 import json
@@ -43,16 +43,18 @@ from .arguments import HelpFormatter, leave, parse
 
 @dataclass
 class EvaluationArguments:
-    """What is measured on what."""
+    """Arguments of `pvlf-hf evaluate`."""
 
-    model: str = field(metadata={"help": "PVLF checkpoint, or BLIP or CLIP for baselines; Hub name or folder."})
-    protocols: list[str] = field(metadata={"help": "One or several of the names below."})
-    output_dir: str = field(metadata={"help": "Where results go; those of an earlier run are overwritten."})
-    data_root: str = field(default="data", metadata={"help": "Has a folder for each data set."})
+    model: str = field(
+        metadata={"help": "PVLF checkpoint, or BLIP or CLIP for baselines: a name on the Hub or a folder."}
+    )
+    protocols: list[str] = field(metadata={"help": "One or more of the protocols below."})
+    output_dir: str = field(metadata={"help": "Folder for results; overwrites those of an earlier run."})
+    data_root: str = field(default="data", metadata={"help": "Folder that holds a folder for each data set."})
     methods: list[str] = field(
         default_factory=lambda: ["composed"],
         metadata={
-            "help": "How queries are embedded: by the model, or a baseline.",
+            "help": "How queries are embedded: by the model, or by a baseline.",
             "choices": [*QUERY_METHODS, FORMER_NAME],
         },
     )
@@ -63,28 +65,30 @@ class EvaluationArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Precision of the model: that of the checkpoint, or bfloat16, which takes about half the time.",
+            "help": "dtype of the model: auto is the checkpoint's; bfloat16 takes about half the time.",
             "choices": [*DTYPES],
         },
     )
     allow_missing: bool = field(
-        default=False, metadata={"help": "Leave out pictures without a file, and say so in the results."}
+        default=False, metadata={"help": "Leave out images without a file, and state it in the results."}
     )
-    check_counts: bool = field(default=True, metadata={"help": "Insist on the published numbers of queries."})
+    check_counts: bool = field(
+        default=True, metadata={"help": "Stop if a data set does not have its published number of queries."}
+    )
     submissions: bool = field(
-        default=False, metadata={"help": "Write files as for the servers for validation splits, too."}
+        default=False, metadata={"help": "Write the servers' files for validation splits as well."}
     )
-    json: bool = field(default=False, metadata={"help": "Print what results.json holds, and files for servers."})
+    json: bool = field(default=False, metadata={"help": "Print the content of results.json and the servers' files."})
 
 
 def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
-    """Loads, encodes, ranks and writes; several processes each encode a share.
+    """Encodes the data of the protocols, ranks it and writes the results; several processes each encode a share.
 
     Returns:
-        What was measured, and the files written for test servers.
+        The evaluations, and the files written for test servers.
 
     Raises:
-        ValueError: if there is no such model, protocol or data, or the model cannot do what is asked.
+        ValueError: if there is no such model, protocol or data, or the model does not support a method.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     methods = list(dict.fromkeys(map(method_named, args.methods)))
@@ -111,21 +115,21 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
             evaluations += measured
             if len(measured) > 1 and metrics_named(measured[0].protocol["metrics"]).reports_average:
                 evaluations.append(average(measured))
-    if state.is_main_process:  # also without labels: files for a server are of these arguments and this environment
+    if state.is_main_process:  # also without evaluations: states how the servers' files were made
         write(Path(args.output_dir), evaluations, args)
     return evaluations, submissions
 
 
 def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> tuple[PVLFModel, PVLFProcessor]:
-    """A PVLF model with its processor.
+    """Loads a PVLF model with its processor.
 
     Args:
-        name: Hub name or folder.
-        baselines_only: take a BLIP or CLIP, too: dressed as PVLF it embeds pictures and words, but composes nothing.
+        name: a name on the Hub or a folder.
+        baselines_only: accept a BLIP or CLIP, too. Wrapped as PVLF it embeds images and text, but no composed queries.
         dtype: one of `DTYPES`.
 
     Raises:
-        ValueError: if there is no such model, or it is no PVLF.
+        ValueError: if there is no such model, or it is not a PVLF.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -140,7 +144,7 @@ def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> 
             "image text image+text"
         )
     else:
-        set_seed(0)  # kept embeddings are of one model: its fusion, random and unused here, must always be the same
+        set_seed(0)  # the random fusion, unused here, is part of the fingerprint by which kept embeddings are found
         model, processor = PVLFModel.from_vl_pretrained(name, dtype=dtype), PVLFProcessor.from_vl_pretrained(name)
     if not torch.accelerator.is_available():
         warn_if_slow(model.dtype)
@@ -154,7 +158,7 @@ def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]
 
 
 def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments) -> None:
-    """`results.json`, the values of every query beside it, and `results.md`."""
+    """Writes `results.json`, the values of every query beside it, and `results.md`."""
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
     write_results(folder / "results.json", evaluations, arguments=arguments)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -165,7 +169,7 @@ def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments
 
 
 def summary(args: EvaluationArguments, evaluations: list[Evaluation], submissions: list[Path]) -> str:
-    """What the command prints: tables, or all of `results.json`."""
+    """Returns the output of the command: tables, or the content of `results.json`."""
     folder = Path(args.output_dir)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if args.json:
@@ -180,7 +184,7 @@ def summary(args: EvaluationArguments, evaluations: list[Evaluation], submission
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line of `pvlf-hf evaluate`."""
     kind: Any = EvaluationArguments
     parser = HfArgumentParser(
         kind,

@@ -1,4 +1,4 @@
-r"""One training run, from flags or a recipe: PVLF or its baseline TransAgg, trained, saved, measured.
+r"""Trains PVLF or its baseline TransAgg from flags or a recipe, saves the model and evaluates it.
 
     # your own folder of images, a table of triplets, and the BLIP checkpoint that the paper uses
     pvlf-hf train --model Salesforce/blip-itm-base-coco --output_dir outputs/mine \
@@ -14,10 +14,10 @@ r"""One training run, from flags or a recipe: PVLF or its baseline TransAgg, tra
     # several GPUs
     accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml -m pvlf_hf.commands.train RECIPE
 
-The table (CSV, JSON Lines or Parquet) has columns `reference`, `caption`, `target`. Interrupted, the same command
-resumes from the last checkpoint in `--output_dir`. The folder then holds model, processor and `results.json`, of the
-last step; where `--metric_for_best_model` is given, `results.json` also names the checkpoint that is best by it.
-Defaults are the paper's, or name whose they are.
+The table (CSV, JSON Lines or Parquet) has the columns `reference`, `caption`, `target`. After an interruption the same
+command resumes from the last checkpoint in `--output_dir`. At the end this folder holds model, processor and
+`results.json`, all of the last step. With `--metric_for_best_model`, `results.json` also names the checkpoint that is
+best by this metric. Defaults are the paper's, or name their source.
 """
 
 import json
@@ -44,6 +44,7 @@ from ..evaluation.scoring import evaluate_all
 from ..models.configuration_pvlf import TRANSAGG
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
+from ..training.atomic_checkpoints import last_checkpoint
 from ..training.trainer import PVLFTrainer
 from ..training.training_args import PVLFTrainingArguments
 from .arguments import HelpFormatter, leave, parse
@@ -53,84 +54,109 @@ LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 
 @dataclass
 class ModelArguments:
-    """What is trained. Settings of the model that are not given keep PVLFConfig's defaults (the paper's)."""
+    """Arguments of the model. Settings that are not given keep the defaults of PVLFConfig, which are the paper's."""
 
     model: str = field(
         default="Salesforce/blip-itm-base-coco",
-        metadata={"help": "BLIP or CLIP checkpoint to build on, Hub name or folder."},
+        metadata={"help": "BLIP or CLIP checkpoint to build on: a name on the Hub or a folder."},
     )
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, or the baseline transagg (one shallow prompt, cross-entropy).",
+            "help": "pvlf, or its baseline transagg (one shallow prompt, cross-entropy).",
             "choices": ["pvlf", "transagg"],
         },
     )
-    num_prompts: int | None = field(default=None, metadata={"help": "Prompts a layer (paper: 25)."})
-    prompt_depth: int | None = field(default=None, metadata={"help": "Layers with own prompts; 1 is PVLF-Shallow."})
-    prompt_init_std: float | None = field(default=None, metadata={"help": "Spread of the prompts at the start."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts per layer (paper: 25)."})
+    prompt_depth: int | None = field(
+        default=None, metadata={"help": "Layers with prompts of their own; 1 is PVLF-Shallow."}
+    )
+    prompt_init_std: float | None = field(
+        default=None, metadata={"help": "Standard deviation of the initial prompts."}
+    )
     fusion_layers: int | None = field(default=None, metadata={"help": "Fusion Transformer layers (paper: 2)."})
-    fusion_heads: int | None = field(default=None, metadata={"help": "Heads of a fusion layer (TransAgg: 8)."})
-    fusion_ffn_size: int | None = field(default=None, metadata={"help": "Feed-forward width (TransAgg: 2048)."})
-    dropout: float | None = field(default=None, metadata={"help": "In fusion and aggregation (TransAgg: 0.5)."})
-    residual: str | None = field(default=None, metadata={"help": "pre_norm, or paper for equations 10-11 literally."})
-    gamma: float | None = field(default=None, metadata={"help": "Focusing exponent (paper: 2; 0: cross-entropy)."})
-    temperature: float | None = field(default=None, metadata={"help": "Softmax temperature (paper: 0.01)."})
+    fusion_heads: int | None = field(
+        default=None, metadata={"help": "Attention heads of a fusion layer (TransAgg: 8)."}
+    )
+    fusion_ffn_size: int | None = field(
+        default=None, metadata={"help": "Feed-forward width of a fusion layer (TransAgg: 2048)."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in fusion and aggregation (TransAgg: 0.5)."}
+    )
+    residual: str | None = field(
+        default=None, metadata={"help": "pre_norm, or paper for equations 10-11 to the letter."}
+    )
+    gamma: float | None = field(
+        default=None, metadata={"help": "Focusing exponent of the loss (paper: 2; 0: cross-entropy)."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Softmax temperature of the loss (paper: 0.01)."}
+    )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Of the fusion: sdpa, eager (trains faster on CPUs), flash_attention_2."}
+        default=None, metadata={"help": "Attention of the fusion: sdpa, eager or flash_attention_2."}
     )
 
     def settings(self) -> dict[str, Any]:
-        """What differs from PVLFConfig's defaults."""
+        """Returns the settings that differ from the defaults of PVLFConfig."""
         baseline = TRANSAGG if self.method == "transagg" else {}
         given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
         return {**baseline, **given}
 
     def build(self) -> PVLFModel:
-        """The model on its pretrained dual encoder, fusion and aggregation fresh."""
+        """Builds the model on its pretrained dual encoder, with new weights in fusion and aggregation."""
         return PVLFModel.from_vl_pretrained(self.model, **self.settings())
 
 
 @dataclass
 class DataArguments:
-    """What it is trained and evaluated on."""
+    """Arguments of the data that the model is trained and evaluated on."""
 
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "emoji-cir, or laion-cir-... in --data_root; leave out to train on your own files.",
+            "help": "emoji-cir, or laion-cir-... in --data_root; leave it out to train on your own files.",
             "choices": ["emoji-cir", *LAION_CIR],
         },
     )
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSONL or Parquet of your triplets."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Table of your triplets: CSV, JSON Lines or Parquet."}
+    )
     train_shards: str | None = field(
         default=None, metadata={"help": "Parquet or tar shards to stream: folder, pattern or URL (write_shards)."}
     )
     hub_dataset: str | None = field(
-        default=None, metadata={"help": "Hub dataset with the columns reference, caption and target."}
+        default=None, metadata={"help": "Dataset on the Hub with the columns reference, caption and target."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Likewise; evaluated while training."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where the images named in the files are."})
-    allow_links: bool = field(default=False, metadata={"help": "Follow links that lead out of image_folder."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Table of held-out triplets, evaluated during training."}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that the tables name."})
+    allow_links: bool = field(default=False, metadata={"help": "Follow links that lead out of --image_folder."})
     data_root: str | None = field(
-        default=None, metadata={"help": "Holds the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
+        default=None, metadata={"help": "Folder of the published data sets: laion-cir/, cirr/, fashioniq/, circo/."}
     )
     validation: str | None = field(
         default=None,
-        metadata={"help": "Protocol evaluated while training, such as cirr-val (pvlf_hf.data.protocols)."},
+        metadata={"help": "Protocol evaluated during training, such as cirr-val (pvlf_hf.data.protocols)."},
     )
     evaluate_on: list[str] | None = field(
-        default=None, metadata={"help": "Protocols that the trained model is measured on; by default --validation."}
+        default=None, metadata={"help": "Protocols of the final evaluation (default: --validation)."}
     )
     allow_missing: bool = field(
-        default=False, metadata={"help": "Leave out rows whose pictures are absent, and say so, instead of stopping."}
+        default=False,
+        metadata={"help": "Leave out rows whose images are missing, with a message, instead of stopping."},
     )
     check_counts: bool = field(
-        default=True, metadata={"help": "Stop where a data set does not have its published number of rows."}
+        default=True, metadata={"help": "Stop if a data set does not have its published number of rows."}
     )
 
     def load(self) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
-        """Training triplets and validation benchmark, or benchmarks by name where the protocol has several."""
+        """Loads training triplets, and the validation benchmark, or benchmarks by name if the protocol has several.
+
+        Raises:
+            ValueError: if arguments exclude each other, or none names triplets.
+        """
         sources = [n for n in ("dataset", "train_file", "train_shards", "hub_dataset") if getattr(self, n)]
         if len(sources) > 1:
             raise ValueError(" and ".join(f"--{name}" for name in sources) + " exclude each other")
@@ -169,7 +195,7 @@ class DataArguments:
         return None
 
     def load_protocols(self, names: Sequence[str]) -> list[CIRBenchmark]:
-        """The benchmarks of protocols, from `data_root`."""
+        """Loads the benchmarks of protocols from `data_root`."""
         return [
             benchmark
             for name in names
@@ -179,7 +205,7 @@ class DataArguments:
         ]
 
     def final_benchmarks(self, validation: CIRBenchmark | dict[str, CIRBenchmark] | None) -> list[CIRBenchmark]:
-        """What the trained model is measured on: `evaluate_on`, EmojiCIR's three test tiers, or the validation."""
+        """Returns the benchmarks of the final evaluation: `evaluate_on`, EmojiCIR's test tiers, or validation."""
         if self.evaluate_on:
             return self.load_protocols(self.evaluate_on)
         if self.dataset == "emoji-cir":
@@ -195,16 +221,19 @@ def train(
     args: PVLFTrainingArguments,
     benchmarks: list[CIRBenchmark] | None = None,
 ) -> list[Evaluation]:
-    """Trains (resuming where a checkpoint is found), saves model and processor, evaluates, writes `results.json`.
+    """Trains from the last checkpoint or from the start, saves model and processor, evaluates, writes `results.json`.
 
     Args:
-        model_args: what is trained.
-        data_args: on what.
-        args: how.
-        benchmarks: what the result is measured on; by default `data_args.final_benchmarks()`.
+        model_args: arguments of the model.
+        data_args: arguments of the data.
+        args: arguments of the training.
+        benchmarks: benchmarks of the final evaluation; by default `data_args.final_benchmarks()`.
+
+    Returns:
+        The final evaluations.
     """
     folder = Path(str(args.output_dir))
-    triplets, validation = data_args.load()  # first: what is wrong with the data is said before a model is fetched
+    triplets, validation = data_args.load()  # first: an error in the data is raised before a model is downloaded
     set_seed(args.seed)
     processor = PVLFProcessor.from_vl_pretrained(model_args.model)
     model = model_args.build()
@@ -222,30 +251,23 @@ def train(
             name, value = args.metric_for_best_model, trainer.state.best_metric
             facts["best"] = {"checkpoint": Path(best).name, "metric": name, "value": value}
         write_golden(folder)
-        write_results(folder / "results.json", evaluations, **facts)  # last: a run that has it is finished
+        write_results(folder / "results.json", evaluations, **facts)  # last: it marks a finished run
     if args.push_to_hub:
         trainer.push_to_hub(results=folder / "results.json")
     return evaluations
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: its state is what the Trainer writes last, so a torn one has none."""
-    states = folder.glob("checkpoint-*/trainer_state.json")
-    steps = {int(state.parent.name.removeprefix("checkpoint-")): state.parent for state in states}
-    return str(steps[max(steps)]) if steps else None
-
-
 def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:
-    """Flags, or a YAML recipe followed by flags that override it.
+    """Parses flags, or a YAML recipe and the flags after it, which override it.
 
     Raises:
-        ValueError: if a flag is unknown, or the recipe has a line that is no argument; names file, line and key.
+        ValueError: if a flag or a line of the recipe is unknown; names file, line and key.
     """
     kinds: list[Any] = [ModelArguments, DataArguments, PVLFTrainingArguments]
     if command_line and command_line[0].endswith((".yaml", ".yml")):
         recipe = read_recipe(Path(command_line[0]), {f.name for kind in kinds for f in fields(kind) if f.init})
         command_line = [*recipe, *command_line[1:]]
-    usage = "pvlf-hf train [RECIPE.yaml] [--FLAG VALUE ...]"  # all flags would fill two screens
+    usage = "pvlf-hf train [RECIPE.yaml] [--FLAG VALUE ...]"  # all flags fill two screens
     parser = HfArgumentParser(
         kinds, prog="pvlf-hf train", usage=usage, description=__doc__, formatter_class=HelpFormatter
     )
@@ -254,7 +276,17 @@ def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArgume
 
 
 def read_recipe(file: Path, known: set[str]) -> list[str]:
-    """The lines of a YAML recipe as flags; a model's folder may be relative to any folder above the recipe's own."""
+    """Returns the lines of a YAML recipe as flags.
+
+    A relative folder as `model` may be relative to any folder above the recipe.
+
+    Args:
+        file: the recipe.
+        known: names of all flags.
+
+    Raises:
+        ValueError: if the file is no mapping, or a key is unknown.
+    """
     text = file.read_text(encoding="utf-8")
     node = yaml.compose(text)
     if node is not None and not isinstance(node, yaml.MappingNode):
@@ -266,8 +298,8 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
             raise ValueError(f"{file}, line {key.start_mark.line + 1}: unknown setting {key.value!r}{hint}")
     settings = yaml.safe_load(text) or {}
     if (model := settings.get("model")) and not Path(model).exists():
-        places = [folder / model for folder in file.resolve().parents if (folder / model).is_dir()]
-        settings["model"] = str(places[0]) if places else model
+        folders = [folder / model for folder in file.resolve().parents if (folder / model).is_dir()]
+        settings["model"] = str(folders[0]) if folders else model
     flags = []
     for name, value in settings.items():
         if isinstance(value, list):
@@ -278,7 +310,7 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line of `pvlf-hf train`."""
     train(*parse_arguments(sys.argv[1:] if command_line is None else command_line))
     leave()
 

@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
+from ..data.checks import caption_problem
 from ..data.triplets import TRIPLET_COLUMNS, id_number
 
 
 class OneValueBatchSampler(Sampler[int]):
-    """Row numbers in random order, in blocks that agree in a column; give it a column whose values are frequent.
+    """Sampler of row numbers in random order, in blocks whose rows have the same value in a column.
 
     Args:
-        values: the column.
-        batch_size: rows of a block. Rows that do not fill one are left out of the epoch, others in each.
-        seed: of the order, together with the epoch.
+        values: the column. Its values should be frequent.
+        batch_size: rows of a block. Rows that do not fill a block are left out of the epoch, different ones in each.
+        seed: seeds the order, together with the epoch.
 
     Raises:
         ValueError: if no value has enough rows for a batch.
@@ -39,7 +40,7 @@ class OneValueBatchSampler(Sampler[int]):
         return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows_of.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer, so that every epoch differs and a resumed one is the same."""
+        """Sets the epoch; the Trainer calls it, so that every epoch differs and a resumed one is the same."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -53,24 +54,31 @@ class OneValueBatchSampler(Sampler[int]):
 
 
 class PVLFCollator:
-    """Makes a training batch of triplets: what [`PVLFModel.forward`] takes.
+    """Collator that makes the model's training inputs of a list of triplets with the columns `TRIPLET_COLUMNS`.
 
     Args:
         processor: the [`PVLFProcessor`] of the model.
-
-    Returns (when called with a list of rows with `TRIPLET_COLUMNS`):
-        `pixel_values`, `target_pixel_values` `(batch, 3, height, width)`; `input_ids`, `attention_mask`
-        `(batch, n)`; `target_ids` int64 `(batch,)`, equal where the `target_id` strings are.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """See the class."""
+        """Makes a batch of triplets.
+
+        Returns:
+            `pixel_values`, `target_pixel_values` float `(batch, 3, height, width)`; `input_ids`, `attention_mask`
+            int64 `(batch, n)`; `target_ids` int64 `(batch,)`, equal where the `target_id` strings are.
+
+        Raises:
+            ValueError: if a column is missing, or a caption is none; names the row's `target_id`.
+        """
         missing = [c for c in TRIPLET_COLUMNS if c not in rows[0]]
         if missing:
             raise ValueError(f"triplets lack column(s) {missing}; they have {list(rows[0])}")
+        for row in rows:
+            if problem := caption_problem(row["caption"]):
+                raise ValueError(f"triplet with target_id {row['target_id']!r}: caption {problem}; drop the row")
         batch = self.processor(
             images=[row["reference"] for row in rows],
             text=[row["caption"] for row in rows],

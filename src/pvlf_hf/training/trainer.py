@@ -1,62 +1,66 @@
-"""HF Trainer for PVLF: focal InfoNCE over the batch of all processes, the paper's optimiser, retrieval metrics."""
+"""Trainer of PVLF: focal InfoNCE over the targets of all processes, the paper's optimiser, retrieval metrics."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from math import cos, pi
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from huggingface_hub import auth_check
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
 
-from ..atomic_files import cannot_write
-from ..checkpoints.model_card import write_card
 from ..data.benchmark import CIRBenchmark, check_columns
 from ..data.streaming import triplet_batches
-from ..data.triplets import TRIPLET_COLUMNS, check_triplets, id_number
-from ..evaluation.results import environment
+from ..data.triplets import TRIPLET_COLUMNS
 from ..evaluation.scoring import evaluate
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput
+from .argument_contract import check_arguments, check_trainer_arguments
+from .atomic_checkpoints import AtomicCheckpointsMixin, checkpoint_to_resume, holds_optimizer
 from .batches import OneValueBatchSampler, PVLFCollator
 from .cpu_dropout import fast_cpu_dropout
+from .data_checks import check_batch_size, check_eval_dataset, check_train_dataset, describe_nonfinite_loss
 from .feature_cache import FeatureCollator, cache_features
+from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
+from .hub import HubMixin, has_adapter
+from .optimization import METRIC_SCHEDULES, advance, check_optimizers, make_schedule, parameter_groups
 from .training_args import PVLFTrainingArguments
 
-UNFINISHED = "_unfinished"
-"""What is being written to a run's folder; the Trainer pushes no file whose name begins so."""
+logger = logging.get_logger(__name__)
 
 
-class PVLFTrainer(Trainer):
-    """Trains a [`ComposedRetrievalModel`] on triplets.
+class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
+    """Trainer of a [`ComposedRetrievalModel`] on triplets.
 
     Args:
         model: the model; `args.finetuning` decides which of its encoders train. With an adapter (PEFT's
             `get_peft_model`) the adapter's configuration decides instead, and checkpoints hold the adapter alone.
         args: [`PVLFTrainingArguments`].
         train_dataset: rows with the columns of `pvlf_hf.data.triplets.TRIPLET_COLUMNS`, a `datasets.Dataset` or,
-            for sets that do not fit, what [`stream_triplets`] returns (set `max_steps`).
+            for sets that do not fit on a disk, what [`stream_triplets`] returns (set `max_steps`).
         eval_dataset: a [`CIRBenchmark`], or a dictionary of them by name. Each evaluation ranks the real gallery; its
             metrics (`eval_recall@1`, ..., `eval_mean`) can select the best checkpoint (`metric_for_best_model`).
         processing_class: the [`PVLFProcessor`]; saved with every checkpoint.
-        kwargs: passed to [`~transformers.Trainer`].
+        data_collator: makes a batch of rows; by default a [`PVLFCollator`].
+        model_init: makes the model, in place of `model`: at every [`~PVLFTrainer.train`], from the seed, and for every
+            trial of [`~PVLFTrainer.hyperparameter_search`].
+        optimizers: an optimiser of the model's weights, and a schedule of it; either replaces the paper's.
+        optimizer_cls_and_kwargs: class and further arguments of the optimiser, in place of `args.optim`; learning
+            rates and weight decay come from `args`.
+        kwargs: passed to [`~transformers.Trainer`]. `compute_loss_func`, `compute_metrics` and
+            `preprocess_logits_for_metrics` are refused, see `pvlf_hf.training.argument_contract`.
 
     Raises:
-        ValueError: if the processor or a column is missing.
+        ValueError: if an argument is missing, of the wrong type, or would have no effect, or a row of the training
+            set has no caption or image.
 
     Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives;
     `args.gradient_cache_chunk_size` lets a batch be as large as it should.
@@ -64,35 +68,36 @@ class PVLFTrainer(Trainer):
 
     args: PVLFTrainingArguments
     loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides it under accumulation
-    _is_saving_checkpoint = False
 
     def __init__(
         self,
-        model: ComposedRetrievalModel,
-        args: PVLFTrainingArguments,
+        model: ComposedRetrievalModel | None = None,
+        args: PVLFTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
         processing_class: Any = None,
         data_collator: Callable | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, PVLFTrainingArguments):
+            raise ValueError(
+                f"args is {type(args).__name__}: pass PVLFTrainingArguments, which has the paper's settings as "
+                "defaults, such as learning_rate 1e-4 and 100 epochs"
+            )
         if processing_class is None:
             raise ValueError(
                 "pass processing_class=processor: it makes batches of triplets and is saved with the model"
             )
-        if getattr(train_dataset, "column_names", None) is not None:
-            check_triplets(train_dataset, "train_dataset", streams=True)
-            rows = args.train_batch_size * args.world_size
-            is_stream = isinstance(train_dataset, IterableDataset)
-            if is_stream and args.batch_by is not None:
-                raise ValueError(f"batch_by={args.batch_by!r} needs all rows at once, but train_dataset is a stream")
-            if not is_stream and args.dataloader_drop_last and len(train_dataset) < rows:
-                raise ValueError(
-                    f"train_dataset has {len(train_dataset)} rows, a step takes {rows} and shorter batches are "
-                    "dropped: lower per_device_train_batch_size"
-                )
-        if not has_adapter(model):
-            model.set_finetuning(args.finetuning)
+        check_arguments(args)
+        check_trainer_arguments(kwargs)
+        check_train_dataset(train_dataset, args)
+        if eval_dataset is not None:
+            check_eval_dataset(eval_dataset, args.metric_for_best_model)
+        if model is not None:
+            set_finetuning(model, args)
+        self._rate_names: list[str] = []
+        self._rates: dict[str, float] = {}
+        self._lacks_optimizer = False
         super().__init__(
             model=model,
             args=args,
@@ -102,53 +107,139 @@ class PVLFTrainer(Trainer):
             data_collator=data_collator or PVLFCollator(processing_class),
             **kwargs,
         )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
-            # Every layer is a unit. Embeddings, which a device map must not cut either, Accelerate wraps by itself.
-            layers = {
-                type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-            }
-            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
+        if self.is_fsdp_enabled:
+            self._shard_by_layer()
+        check_optimizers(self.model, args, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def _shard_by_layer(self) -> None:
+        """Makes every layer a unit of FSDP, unless the configuration names units; Accelerate adds embeddings."""
+        plugin, model = self.accelerator.state.fsdp_plugin, self.model
+        if plugin.transformer_cls_names_to_wrap is None and model is not None:
+            layers = {type(m).__name__ for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+            plugin.transformer_cls_names_to_wrap = sorted(layers)
+
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains, see the base class; first fills `args.feature_cache` where one is named.
 
+        A checkpoint of `save_only_model=True` has no optimiser: a run resumed from it warns, starts the optimiser
+        again and takes the schedule up at the checkpoint's step.
+
         Raises:
-            OSError: if checkpoints or features cannot be written; those that were are whole, and the next run goes on.
+            OSError: if checkpoints or features cannot be written. Those written before are whole; the next run
+                resumes from them.
         """
         if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
-            if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
-                raise ValueError(
-                    "feature_cache makes batches of a datasets.Dataset by itself: pass no data_collator and no other "
-                    "kind of dataset, or train without it"
-                )
-            model: Any = self.model
-            processor: Any = self.processing_class
-            with self.compute_loss_context_manager():  # features as this run's own forward would give them
-                self.train_dataset, self.data_collator = cache_features(
-                    model,
-                    processor,
-                    self.train_dataset,
-                    self.args.feature_cache,
-                    self.args.per_device_eval_batch_size,
-                    progress=not self.args.disable_tqdm,
-                )
-        if self.args.save_strategy != "no":
-            with self._unfinished(Path(str(self.args.output_dir))):
-                pass  # a folder that cannot be written to is said now, not at the first checkpoint
-        on_cpu = self.args.device.type == "cpu"
-        trained: Any = self.model
-        with fast_cpu_dropout(trained) if on_cpu else nullcontext():
-            return super().train(*args, **kwargs)
+            self._cache_features()
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(str(self.args.output_dir)))
+        self._lacks_optimizer = checkpoint is not None and not holds_optimizer(Path(checkpoint))
+        if self._lacks_optimizer and self.args.lr_scheduler_type in METRIC_SCHEDULES:
+            raise ValueError(
+                f"{checkpoint} holds no schedule (save_only_model), and one that follows a metric cannot be taken up "
+                "without its history: train without resume_from_checkpoint"
+            )
+        if self._lacks_optimizer:
+            logger.warning(
+                f"{checkpoint} holds no optimiser (save_only_model): its moments start at zero again, so that the "
+                "run differs from one that was not interrupted; the learning rate goes on at the checkpoint's step"
+            )
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains the final model, which `model_init` has made by now, on a CPU with faster dropout."""
+        model: Any = self.model
+        with fast_cpu_dropout(model) if self.args.device.type == "cpu" else nullcontext():
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _cache_features(self) -> None:
+        """Replaces images and captions by the features of the encoders that do not train."""
+        if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                "feature_cache makes batches of a datasets.Dataset by itself: pass no data_collator and no other "
+                "kind of dataset, or train without it"
+            )
+        model: Any = self.model
+        processor: Any = self.processing_class
+        folder: Any = self.args.feature_cache
+        with self.compute_loss_context_manager():  # features as this run's own forward would give them
+            self.train_dataset, self.data_collator = cache_features(
+                model,
+                processor,
+                self.train_dataset,
+                folder,
+                self.args.per_device_eval_batch_size,
+                progress=not self.args.disable_tqdm,
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Makes a model by `model_init` and chooses which of its weights train."""
+        model = super().call_model_init(trial)
+        set_finetuning(model, self.args)
+        return model
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Searches for the arguments that give the best metric, see the base class; needs `model_init`.
+
+        Args:
+            hp_space: see the base class. Without it the library's, whose rates and epochs are not the paper's.
+            compute_objective: the objective of a trial's metrics; by default `args.metric_for_best_model`.
+            n_trials: number of trials.
+            direction: `"maximize"` or `"minimize"`; by default as `args.greater_is_better` says.
+            args: see the base class.
+            kwargs: see the base class.
+
+        Raises:
+            ValueError: if there is neither `compute_objective` nor a metric, or no direction for an own objective.
+        """
+        metric = self.args.metric_for_best_model
+        if compute_objective is None and metric is None:
+            raise ValueError(
+                "hyperparameter_search has no objective: name a metric in the arguments (metric_for_best_model="
+                "'eval_recall@1') or pass compute_objective"
+            )
+        if compute_objective is None:
+            name = f"eval_{str(metric).removeprefix('eval_')}"
+
+            def compute_objective(metrics: dict[str, float]) -> float:
+                return metrics[name]
+
+            direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
+        if direction is None:
+            raise ValueError("direction is missing: say whether compute_objective is to 'maximize' or 'minimize'")
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
+
+    # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Streams (`datasets.IterableDataset`) are read without Accelerate, which would split the shares once more."""
+        """Returns the batches; a stream is read without Accelerate, which would split its shares once more."""
+        check_arguments(self.args)  # again: a trial of hyperparameter_search changes them after __init__
+        check_batch_size(self.train_dataset, self.args)
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
-        return triplet_batches(self.train_dataset, self._train_batch_size, self.data_collator, num_workers=workers)
+        args = self.args
+        return triplet_batches(
+            self.train_dataset,
+            self._train_batch_size,
+            self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+        )
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """Opens images by this package's own opener, see [`opened`]; only those that a collator of ours reads."""
+        """Opens images by this package's own opener, see [`opened`]; only the columns that our collator reads."""
         if type(self.data_collator) is PVLFCollator and isinstance(dataset, Dataset):
             dataset = dataset.select_columns(list(TRIPLET_COLUMNS)) if dataset.format["type"] != "custom" else dataset
         return super()._get_dataloader(opened(dataset), *args, **kwargs)
@@ -156,11 +247,13 @@ class PVLFTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.batch_by is None:
             return super()._get_train_sampler(train_dataset)
-        dataset: Any = self.train_dataset  # not the one with opened images: all of them would be opened for a column
+        dataset: Any = self.train_dataset  # not the one whose images are opened: reading a column would open them all
         check_columns(dataset, (self.args.batch_by,), "train_dataset (batch_by)")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows_of_all_processes = self._train_batch_size * self.args.world_size
         return OneValueBatchSampler(list(dataset[self.args.batch_by]), rows_of_all_processes, seed)
+
+    # ---- loss ----
 
     def compute_loss(
         self,
@@ -169,285 +262,139 @@ class PVLFTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ComposedRetrievalOutput]:
-        """Focal InfoNCE of this process's queries against the targets of all processes.
+        """Returns the focal InfoNCE of this process's queries against the targets of all processes.
 
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
-        target_ids = inputs.get("target_ids")
         embedded = {k: v for k, v in inputs.items() if k != "target_ids"}
         if (size := self.args.gradient_cache_chunk_size) and model.training:
             outputs = embed_in_chunks(model, embedded, size, partial(self.accelerator.no_sync, model))
         else:
             outputs = model(**embedded, return_loss=False)
-        queries: Any = outputs.query_embeds
         targets: Any = outputs.target_embeds
-        positives = None
-        if self.args.gather_negatives and self.accelerator.num_processes > 1:
-            positives = (
-                torch.arange(len(queries), device=queries.device) + len(queries) * self.accelerator.process_index
-            )
-            targets = GatherWithGradient.apply(targets)
-            target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
+        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        loss = unwrapped.loss(
-            queries, targets, positives=positives, target_ids=target_ids, chunk_size=self.args.loss_chunk_size
-        )
+        loss = unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
         if model.training and not loss.isfinite():
-            self._refuse(loss, outputs, inputs.get("target_ids"))
+            said = describe_nonfinite_loss(loss, outputs, inputs.get("target_ids"), self.train_dataset)
+            raise ValueError(f"the loss of step {self.state.global_step + 1} is {said}")
         return (loss, outputs) if return_outputs else loss
 
-    def _refuse(self, loss: Tensor, outputs: ComposedRetrievalOutput, target_ids: Tensor | None) -> None:
-        """Raises a `ValueError` with the triplets that a loss that is not finite comes from."""
-        embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
-        bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
-        names: dict[int, str] = {}
-        if isinstance(self.train_dataset, Dataset):  # a stream cannot be asked for its ids again
-            names = {id_number(str(name)): str(name) for name in self.train_dataset["target_id"][:]}
-        numbers = [] if target_ids is None else target_ids[bad].tolist()
-        ids = [names.get(number, number) for number in numbers]
-        found = int(bad.sum())
-        if found == len(bad):
-            advice = (
-                "all of them, so the weights are to blame: go on from the last checkpoint, with a lower learning rate"
-            )
-        elif found:
-            advice = "look at their pictures and captions"
-        else:
-            advice = "they come from another process, which names them, or from the temperature"
-        raise ValueError(
-            f"the loss of step {self.state.global_step + 1} is {loss.item()}: {found} of {len(bad)} triplets of the "
-            f"batch have embeddings that are not finite, with target_id {ids}; {advice}"
-        )
+    def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Returns the targets that queries are ranked against, their ids, and the positions of the positives.
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing where all steps are done: the library makes one more when a complete run is started again."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, UNFINISHED)) if self._is_saving_checkpoint else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Writes `checkpoint-N` elsewhere and renames it when all processes have written their part of it.
-
-        The library writes it in place: killed on the way, it leaves a checkpoint that lacks something, and takes it
-        for the last one when it resumes.
+        Args:
+            targets: float32 `(batch, d)`, this process's.
+            target_ids: int64 `(batch,)`, or None.
         """
-        run, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._is_saving_checkpoint = True
-        try:
-            with self._unfinished(run) as folder:
-                self.accelerator.wait_for_everyone()  # now it is empty
-                super()._save_checkpoint(model, trial)
-                best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                if best.name == name or best.exists():
-                    self.state.best_model_checkpoint = str(best)  # where it will be, not where it is being written
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
-                    if (run / name).exists():
-                        (run / name).replace(folder / "replaced")
-                    (folder / name).replace(run / name)
-                    for old in self._superfluous_checkpoints(run):
-                        old.replace(folder / old.name)  # deleted with it: a kill leaves no half of one either
-                self.accelerator.wait_for_everyone()
-        finally:
-            self._is_saving_checkpoint = False
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / name))
+        if not self.args.gather_negatives or self.accelerator.num_processes == 1:
+            return targets, {"target_ids": target_ids, "positives": None}
+        first = len(targets) * self.accelerator.process_index
+        positives = torch.arange(first, first + len(targets), device=targets.device)
+        target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
+        return GatherWithGradient.apply(targets), {"target_ids": target_ids, "positives": positives}
 
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Deletes what the library would, all checkpoints but the best if one may stay; a kill leaves no half."""
-        best, run = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
-        if best is not None and self.args.save_total_limit == 1:
-            with self._unfinished(run) as folder:
-                for old in map(Path, sort_checkpoints(str(run)) if self.args.should_save else []):
-                    if not old.samefile(best):
-                        old.replace(folder / old.name)
-        return super()._finalize_training(trial, *args, **kwargs)
-
-    def _superfluous_checkpoints(self, run: Path) -> list[Path]:
-        """All but the last `save_total_limit`, the best and the last."""
-        limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
-        if limit <= 0:
-            return []
-        oldest_first = sort_checkpoints(str(run), use_mtime=True, best_model_checkpoint=best)
-        protected = {oldest_first[-1], best or oldest_first[-1]}
-        return list(map(Path, oldest_first[: -max(limit, len(protected))]))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._is_saving_checkpoint:  # only what is whole is pushed
-            return
-        if self.args.hub_always_push:  # a push that is under way reads the files that this one is about to replace
-            self._finish_current_push()
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes elsewhere and moves file by file, weights last: a folder with weights is a whole model."""
-        if self._is_saving_checkpoint or not self.args.should_save:
-            super()._save(output_dir, state_dict)
-            return
-        final = Path(output_dir or str(self.args.output_dir))
-        with self._unfinished(final) as folder:
-            super()._save(str(folder), state_dict)
-            for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-                if file.name != "README.md" or not (final / file.name).exists():  # PEFT's; ours is its author's
-                    file.replace(final / file.name)
-
-    @contextmanager
-    def _unfinished(self, folder: Path) -> Iterator[Path]:
-        """A folder inside `folder` to write in, empty at first and gone at the end."""
-        place = folder / UNFINISHED
-        try:
-            if self.args.should_save:
-                shutil.rmtree(place, ignore_errors=True)  # what a kill left
-                place.mkdir(parents=True)
-            yield place
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            raise cannot_write(f"in {folder}", error) from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(place, ignore_errors=True)
+    # ---- optimisation ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Groups: the encoders' own weights at `encoder_learning_rate`, all that is new at `learning_rate`."""
+        """Makes the optimiser: encoders at `encoder_learning_rate`, all that is new at `learning_rate`."""
+        if self.model_init is not None:  # a trial of hyperparameter_search may have changed args.finetuning
+            set_finetuning(self.model, self.args)
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(opt_model))
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in opt_model.named_parameters():
-                if parameter.requires_grad:
-                    decays = self.args.decay_norms_and_biases or (name in decayed and not name.endswith("prompts"))
-                    is_encoder = "backbone." in name and "lora_" not in name  # LoRA starts from nothing, as the fusion
-                    groups.setdefault((is_encoder, decays), []).append(parameter)
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.args.encoder_learning_rate if encoder else self.args.learning_rate,
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for (encoder, decays), parameters in groups.items()
-                ],
-                **settings,
-            )
+            groups, self._rate_names = parameter_groups(opt_model, self.args, decayed)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            if self.optimizer_cls_and_kwargs is not None:
+                kind, settings = self.optimizer_cls_and_kwargs
+            self.optimizer = kind(groups, **{"lr": self.args.learning_rate, **settings})
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """A cosine for every group, down to `min_lr_ratio * learning_rate` or its own rate if that is lower."""
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Makes the schedule of `lr_scheduler_type`, see [`~pvlf_hf.training.optimization.make_schedule`]."""
         if self.lr_scheduler is None:
             its_optimizer: Any = optimizer or self.optimizer
-            floor = self.args.min_lr_ratio * self.args.learning_rate
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            factors: list[Callable[[int], float]] = [
-                partial(_cosine_factor, warmup=warmup, total=num_training_steps, floor=min(1.0, floor / group["lr"]))
-                for group in its_optimizer.param_groups
-            ]
-            self.lr_scheduler = LambdaLR(its_optimizer, factors)
+            self.lr_scheduler = make_schedule(its_optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True
+            if self._lacks_optimizer:
+                advance(self.lr_scheduler, self.state.global_step)
         return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Takes one training step, see the base class, and remembers its learning rates for the log."""
+        groups: Any = getattr(self.optimizer, "param_groups", [])
+        self._rates = {name: group["lr"] for name, group in zip(self._rate_names, groups, strict=False)}
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs values; the library's `learning_rate` is any group's, here the fusion's, the encoders' beside it."""
+        if "learning_rate" in logs and self._rates:
+            del logs["learning_rate"]
+            logs |= self._rates
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
 
     def evaluate(  # type: ignore[override]  # ranks a benchmark, which is no Dataset
         self,
-        eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | None = None,
+        eval_dataset: CIRBenchmark | dict[str, CIRBenchmark] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Ranks the gallery of a benchmark for its queries.
 
+        Args:
+            eval_dataset: a benchmark, a dictionary of them, or the name of one of the trainer's own.
+            ignore_keys: None; there are no outputs to ignore.
+            metric_key_prefix: first part of the metrics' names.
+
         Returns:
-            fractions, `{prefix}_recall@1` and so on; several benchmarks give `{prefix}_{name}_recall@1`.
+            Fractions `{prefix}_recall@1` and so on, `{prefix}_runtime` in seconds and `{prefix}_samples_per_second`
+            in queries; several benchmarks give `{prefix}_{name}_recall@1`.
+
+        Raises:
+            ValueError: if there is no such benchmark, or it has no targets.
         """
+        if ignore_keys is not None:
+            raise ValueError("ignore_keys names outputs of a prediction loop, and evaluate() has none: leave it out")
+        if isinstance(eval_dataset, str):
+            own: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in own:
+                raise ValueError(f"eval_dataset={eval_dataset!r} is none of this trainer's benchmarks {list(own)}")
+            eval_dataset = own[eval_dataset]
         benchmark: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_eval_dataset(benchmark)
         if isinstance(benchmark, dict):
-            metrics: dict[str, float] = {}
-            for name, one in benchmark.items():
-                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if not isinstance(benchmark, CIRBenchmark):
-            raise ValueError(f"eval_dataset must be a CIRBenchmark or a dict of them, got {type(benchmark).__name__}")
+            by_name = (self.evaluate(one, None, f"{metric_key_prefix}_{name}") for name, one in benchmark.items())
+            return {name: value for metrics in by_name for name, value in metrics.items()}
+        self._memory_tracker.start()
+        metrics = self._evaluate_benchmark(benchmark, metric_key_prefix)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def _evaluate_benchmark(self, benchmark: CIRBenchmark, prefix: str) -> dict[str, float]:
+        start = time.time()
         model: Any = self.model_wrapped if self.is_fsdp_enabled else self.model
         processor: Any = self.processing_class
         batch_size = self.args.per_device_eval_batch_size
         outcome = evaluate(model, processor, benchmark, batch_size=batch_size, progress=not self.args.disable_tqdm)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in outcome.metrics.items()}
+        metrics = {f"{prefix}_{name}": value for name, value in outcome.metrics.items()}
+        metrics |= speed_metrics(prefix, start, num_samples=len(benchmark.queries))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes sure of the Hub repository before the first step; pushes in training would fail unseen.
-
-        Raises:
-            ValueError: if the token may not write there.
-        """
-        try:
-            super().init_hf_repo(token, private)
-            if self.is_world_process_zero():
-                repository: Any = self.hub_model_id
-                auth_check(repository, token=token or self.args.hub_token, write=True)
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (401, 403):
-                raise
-            name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).name
-            raise ValueError(
-                f"this token may not write to {name} on the Hub: log in with one that may (`hf auth login`) or name a "
-                f"repository of yours as hub_model_id. The Hub says: {error.server_message}"
-            ) from error
-
-    def create_model_card(  # type: ignore[override]  # of the library's arguments, those that are metadata
-        self, results: str | Path | Mapping[str, Any] | None = None, model_name: str | None = None, **metadata: Any
-    ) -> None:
-        """Writes `README.md` in the output folder, see [`~pvlf_hf.checkpoints.model_card.write_card`].
-
-        [`~transformers.Trainer.push_to_hub`] calls it with its own further arguments:
-        `trainer.push_to_hub(results="results.json", license="apache-2.0")`.
-
-        Args:
-            results: what was measured, a file of [`write_results`] or its content. Nothing is looked for elsewhere: a
-                file of an earlier run is not about these weights. Without it the card says that nothing was measured.
-            model_name: name of the model where it has none on the Hub.
-            metadata: more of [`~huggingface_hub.ModelCardData`].
-        """
-        if self.is_world_process_zero():
-            training = self.args.settings() | ({"finetuning": "adapter"} if has_adapter(self.model) else {})
-            run = {"training": training, "environment": environment()}
-            write_card(str(self.args.output_dir), self.hub_model_id or model_name, results or run, **metadata)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises a `NotImplementedError`: a triplet has no label to predict."""
+        raise NotImplementedError(
+            "predict() has nothing to predict for triplets: rank a benchmark with evaluate(), or search with a Gallery"
+        )
 
 
-class GatherWithGradient(torch.autograd.Function):
-    """All processes' rows in rank order; the gradient of a row returns to the process it came from."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """`(rows, d)` to `(processes * rows, d)`."""
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Sums the gradients that all processes have for this one's rows."""
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+def set_finetuning(model: Any, args: PVLFTrainingArguments) -> None:
+    """Chooses which encoders of a model train, unless an adapter has chosen."""
+    if not has_adapter(model):
+        model.set_finetuning(args.finetuning)
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether PEFT has put adapters into a model and chosen which weights train."""
-    return bool(getattr(model, "peft_config", None))
-
-
-def _cosine_factor(step: int, warmup: int, total: int, floor: float) -> float:
-    """Learning rate at a step as a share of the group's own, from 1 down to `floor`."""
-    if step < warmup:
-        return step / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * (1 + cos(pi * progress)) / 2
-
-
-__all__ = ["GatherWithGradient", "PVLFTrainer"]
+__all__ = ["PVLFTrainer"]

@@ -1,4 +1,4 @@
-"""The arguments of a PVLF training run, with the paper's settings as defaults."""
+"""Arguments of a training run, with the paper's settings as defaults."""
 
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -10,46 +10,49 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainingArguments
 
 from ..dtypes import warn_if_slow
+from .argument_contract import check_arguments, refuse_unsupported
 
 
 @dataclass
 class PVLFTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] for [`PVLFTrainer`].
+    """Arguments of [`PVLFTrainer`]: [`~transformers.TrainingArguments`] with the paper's settings as defaults.
 
-    Sources: "paper" is PVLF (ACML 2024), "TransAgg" the released code of its baseline, which the paper follows where
-    it is silent.
+    "Paper" is PVLF (ACML 2024). "TransAgg" is the released code of its baseline, which the paper follows where it is
+    silent. `pvlf_hf.training.argument_contract` says of every argument of the library whether it is honoured; one that
+    would have no effect is refused.
 
-    > New here
+    > New arguments
 
     Args:
         finetuning (`str`, *optional*, defaults to `"both"`):
-            Which encoders train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
-            encoder, `"both"`. The paper's headline row is `"both"`. Of a model with a PEFT adapter only that trains.
+            Encoders that train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
+            encoder, `"both"`. The paper's headline row is `"both"`. With a PEFT adapter only the adapter trains.
         encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which start anew.
+            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which start from nothing.
         min_lr_ratio (`float`, *optional*, defaults to 0.01):
             The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`), but never
-            above the group's own rate. With the defaults that floor is the encoders' rate, which stays constant.
+            above the group's own rate. With the defaults this floor is the encoders' rate, which stays constant.
         gather_negatives (`bool`, *optional*, defaults to `True`):
-            With several processes, rank every query against the targets of all of them.
+            Rank every query against the targets of all processes, not only of its own.
         batch_by (`str`, *optional*):
-            A column of the training set, such as the category of a garment. Every batch then holds rows of one value
-            of it, so that negatives are as alike as in a gallery of that kind (ours; the paper shuffles all rows).
+            Column of the training set, such as the category of a garment. Every batch then holds rows of one value
+            of it, so that negatives are as alike as in a gallery of that category (our choice; the paper shuffles all
+            rows).
         decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
             Apply weight decay to every weight (TransAgg), instead of sparing norms, biases and prompts.
         feature_cache (`str`, *optional*):
-            Folder where the outputs of encoders that do not train are computed once and kept, in float16, for all
-            epochs and runs. Needs `finetuning` `"frozen"` or `"text"`; pictures must not be augmented.
+            Folder for the outputs of encoders that do not train: computed once, kept in float16 for all epochs and
+            runs. Needs `finetuning` `"frozen"` or `"text"` and images that are not augmented.
         gradient_cache_chunk_size (`int`, *optional*):
-            Rows encoded at once with what backward needs (gradient caching, ours): a batch of any size, with all its
-            negatives and exact gradients, trains in about the memory of so many rows, for one more forward.
+            Rows encoded at once with the activations for backward (gradient caching, our choice). A batch of any size
+            then trains with all its negatives and exact gradients in the memory of so many rows, for one more forward.
         loss_chunk_size (`int`, *optional*):
-            Queries compared with all targets at once, where even the similarities of a batch are too many (ours).
+            Queries compared with all targets at once, where the similarities of a whole batch do not fit (our choice).
 
-    > Of the library's, for several processes and for repeating a run
+    > Arguments of the library for several processes and repeatable runs
 
-    `ddp_timeout` (1800 s): a process that hangs ends the job after so long; one that dies ends it at once.
-    `full_determinism` (False): the same bits again on the same GPUs, where they otherwise differ in rounding; slower.
+    `ddp_timeout` (1800 s): a process that hangs ends the job after this time; one that dies ends it at once.
+    `full_determinism` (False): the same bits again on the same GPUs, which otherwise differ in rounding; slower.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -57,38 +60,41 @@ class PVLFTrainingArguments(TrainingArguments):
     (TransAgg; was 1), `per_device_train_batch_size` 64 (paper; was 8), `num_train_epochs` 100 (TransAgg; was 3),
     `dataloader_drop_last` True (TransAgg: a short batch has fewer negatives), `remove_unused_columns` False (the
     collator makes the model's inputs from the dataset's columns), `per_device_eval_batch_size` 64,
-    `lr_scheduler_type` cosine, the only one (TransAgg; was linear), `logging_steps` 10.
+    `lr_scheduler_type` cosine with the floor `min_lr_ratio` (TransAgg; was linear), `logging_steps` 10.
+
+    Raises:
+        ValueError: if an argument, or a combination of them, is wrong or would have no effect.
     """
 
     finetuning: str = field(
         default="both",
         metadata={
-            "help": "Which encoders train: frozen, text or both (Table 3).",
+            "help": "Encoders that train: frozen (none), text or both (Table 3).",
             "choices": ["frozen", "text", "both"],
         },
     )
     encoder_learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate of the encoders (TransAgg)."})
     min_lr_ratio: float = field(
-        default=0.01, metadata={"help": "Floor of the cosine schedule, as a share of learning_rate (TransAgg)."}
+        default=0.01, metadata={"help": "Floor of the cosine schedule, a share of learning_rate (TransAgg)."}
     )
-    gather_negatives: bool = field(default=True, metadata={"help": "Use the targets of all processes as negatives."})
+    gather_negatives: bool = field(
+        default=True, metadata={"help": "Rank queries against the targets of all processes."}
+    )
     batch_by: str | None = field(
-        default=None, metadata={"help": "Column of which a batch holds one value, so that negatives are alike."}
+        default=None, metadata={"help": "Column: each batch holds rows of one of its values."}
     )
     decay_norms_and_biases: bool = field(
-        default=True, metadata={"help": "Weight decay on every weight, as TransAgg, instead of matrices only."}
+        default=True, metadata={"help": "Weight decay on every weight (TransAgg), not on matrices only."}
     )
     feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder to keep the outputs of frozen encoders in, shared between runs."}
+        default=None, metadata={"help": "Folder for the outputs of frozen encoders, shared between runs."}
     )
     gradient_cache_chunk_size: int | None = field(
-        default=None, metadata={"help": "Rows encoded at once; the batch, its negatives and gradients stay whole."}
+        default=None, metadata={"help": "Rows encoded at once; negatives and gradients stay those of the batch."}
     )
-    loss_chunk_size: int | None = field(
-        default=None, metadata={"help": "Queries whose similarities with all targets are held at once."}
-    )
+    loss_chunk_size: int | None = field(default=None, metadata={"help": "Queries compared with all targets at once."})
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of fusion and aggregation (paper)."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of fusion and aggregation (paper)."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (paper)."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradient clipping (TransAgg)."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Triplets a step and device (paper)."})
@@ -98,53 +104,41 @@ class PVLFTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: the collator reads the columns."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Only cosine, which ends at min_lr_ratio."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "cosine ends at min_lr_ratio (TransAgg); others are the library's."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_unsupported(self)
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise bf16 on a machine without accelerator is refused until one says so
+            self.use_cpu = True  # the library refuses bf16 on a machine without accelerator until use_cpu is set
         super().__post_init__(*args, **kwargs)
-        if self.use_cpu and dist.is_initialized():  # the library passes it on for GPUs only
+        if self.use_cpu and dist.is_initialized():  # the library passes the timeout on for GPUs only
             _set_pg_timeout(timedelta(seconds=self.ddp_timeout))
-        if self.use_cpu and (self.bf16 or self.fp16):
-            warn_if_slow(torch.bfloat16 if self.bf16 else torch.float16)
-        if self.finetuning not in ("frozen", "text", "both"):
-            raise ValueError(f"finetuning={self.finetuning!r}: choose 'frozen', 'text' or 'both'")
-        if self.lr_scheduler_type != "cosine":
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: PVLFTrainer has only 'cosine'")
-        if self.learning_rate <= 0 or self.encoder_learning_rate <= 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate} and encoder_learning_rate={self.encoder_learning_rate} must be "
-                "positive; to leave encoders as they are, set finetuning='frozen' or 'text'"
-            )
-        if self.feature_cache and self.finetuning == "both":
-            raise ValueError(
-                "feature_cache keeps what encoders that do not train give, but finetuning='both' trains them: choose "
-                "'frozen' or 'text', or leave feature_cache out"
-            )
-        for name in ("gradient_cache_chunk_size", "loss_chunk_size"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name}={size} must be at least 1; leave it out to take a batch in one piece")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the pictures before the collator sees them")
+        if self.mixed_precision in ("bf16", "fp16"):  # also set by `accelerate launch --mixed_precision`
+            setattr(self, self.mixed_precision, True)
+        check_arguments(self)
+        if self.use_cpu and self.mixed_precision == "bf16":
+            warn_if_slow(torch.bfloat16)
 
     def settings(self) -> dict[str, Any]:
-        """What matters for the outcome of a run, as `results.json` and the model card have it.
+        """Returns the settings that a run's outcome depends on, as `results.json` and the model card state them.
 
-        The names are flags, all but `processes`; what is not among them had its default.
+        All names but `processes` are flags of `pvlf-hf train`. A setting that is missing had its default.
         """
         names = (
             "seed finetuning learning_rate encoder_learning_rate min_lr_ratio weight_decay max_grad_norm "
             "num_train_epochs max_steps batch_by per_device_train_batch_size gradient_accumulation_steps warmup_steps "
             "bf16 fp16 gather_negatives"
         )
-        seldom = (
+        if_changed = (
             "data_seed full_determinism decay_norms_and_biases dataloader_drop_last train_sampling_strategy "
-            "feature_cache optim optim_args adam_beta1 adam_beta2 adam_epsilon tf32 torch_compile neftune_noise_alpha"
+            "feature_cache lr_scheduler_type lr_scheduler_kwargs optim optim_args adam_beta1 adam_beta2 adam_epsilon "
+            "tf32 torch_compile neftune_noise_alpha"
         )
         defaults = {f.name: f.default for f in fields(self)}
-        changed = [name for name in seldom.split() if getattr(self, name) != defaults[name]]
+        changed = [name for name in if_changed.split() if getattr(self, name) != defaults[name]]
         return {**{name: getattr(self, name) for name in (*names.split(), *changed)}, "processes": self.world_size}
 
 
