@@ -11,7 +11,7 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A folder imports only folders that stand before it, and a module inside its folder only modules that do.
 FOLDERS = {
-    "": ["atomic_files", "dtypes"],
+    "": ["digests", "atomic_files", "dtypes"],
     "models": [
         "image_processing_pvlf",
         "pipeline_pvlf",

@@ -1,6 +1,5 @@
 """Reading published data sets: their JSON annotations, and their images wherever people put them."""
 
-import hashlib
 import json
 import logging
 import os
@@ -118,11 +117,6 @@ def check_choice(what: str, choice: str, choices: Collection[str]) -> None:
     """Raises a `ValueError` unless the choice is one of the choices."""
     if choice not in choices:
         raise ValueError(f"unknown {what} {choice!r}; choose from {list(choices)}")
-
-
-def digest(*files: Path) -> str:
-    """Identifies the contents of annotation files: `"sha256:"` and 12 hexadecimal digits."""
-    return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def make_benchmark(

@@ -6,7 +6,6 @@ Which files are missing, damaged, misnamed or double, which captions are cut off
     pvlf-hf doctor triplets my/triplets.csv --images my/images --json
 """
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data import annotations, circo, cirr, fashioniq, laion_cir
+from ..digests import content_digest
 from .image_files import check_image_files, unreadable
 from .triplets import read_triplet_table
 
@@ -353,13 +353,13 @@ def _examine_files(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
     return findings + _examine_duplicates(tree, [ids for ids in same.values() if len(ids) > 1])
 
 
-def _look_at(file: str) -> tuple[bytes, str | None]:
+def _look_at(file: str) -> tuple[str, str | None]:
     """Digest of a file, and what is wrong with the picture if anything is."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        return b"", str(error)
-    return hashlib.blake2b(content, digest_size=16).digest(), unreadable(Path(file)) if content else "empty"
+        return "", str(error)
+    return content_digest([content]), unreadable(Path(file)) if content else "empty"
 
 
 def _examine_duplicates(tree: Tree, groups: list[list[str]]) -> list[Finding]:

@@ -4,12 +4,12 @@ Triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; every t
 user's own folder of images, is brought to this shape.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
 
+from ..digests import content_digest
 from .benchmark import CIRBenchmark, Protocol, check_columns
 from .image_files import check_image_files
 
@@ -121,12 +121,4 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
 
 def triplets_digest(triplets: Dataset) -> str:
     """Which triplets, by their captions and target ids; pictures are not read."""
-    digest = hashlib.blake2b(digest_size=16)
-    for column in ("caption", "target_id"):
-        digest.update(json.dumps(list(triplets[column])).encode())
-    return digest.hexdigest()
-
-
-def id_number(name: str) -> int:
-    """The same int64 for the same id in every process, unlike `hash`."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
+    return content_digest(json.dumps(list(triplets[column])).encode() for column in ("caption", "target_id"))

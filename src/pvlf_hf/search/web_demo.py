@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+from ..digests import sequence_digest
 from ..models.image_processing_pvlf import open_picture, to_rgb
 from .gallery import Gallery
 from .middleware import MAX_UPLOAD, Guard
@@ -208,7 +208,7 @@ class Searcher:
         if isinstance(reference, str):
             name = str(self.row_of[reference])
         else:
-            name = sha256(str(reference.size).encode() + reference.tobytes()).hexdigest()
+            name = sequence_digest(str(reference.size), reference.tobytes())
         file = self.folder / f"{name}.webp"
         if not file.exists():
             picture = self.gallery.picture(reference) if isinstance(reference, str) else reference

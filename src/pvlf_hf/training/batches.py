@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
-from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..data.triplets import TRIPLET_COLUMNS
+from ..digests import id_number
 
 
 class OneValueBatchSampler(Sampler[int]):

@@ -26,7 +26,8 @@ from ..atomic_files import cannot_write
 from ..checkpoints.model_card import write_card
 from ..data.benchmark import CIRBenchmark, check_columns
 from ..data.streaming import triplet_batches
-from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..data.triplets import TRIPLET_COLUMNS
+from ..digests import id_number
 from ..evaluation.results import environment
 from ..evaluation.scoring import evaluate
 from ..models.image_processing_pvlf import opened

@@ -6,10 +6,10 @@ language has them, other words; `"brief"` is as short and careless as many capti
 verb, a typo, or a vague "darker" that leaves out how much.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from ...digests import sha1_digest
 from .names import ACTIVITIES, OCCUPATIONS, SKIN_TONES
 
 TIERS = ("plain", "paraphrased", "brief")
@@ -643,7 +643,7 @@ _JOINERS = {
 
 def pick(choices: Sequence[T], key: str) -> T:
     """Chooses one by the hash of `key`: the same on every machine and Python, whatever was chosen before."""
-    return choices[int(hashlib.sha1(key.encode()).hexdigest(), 16) % len(choices)]
+    return choices[int(sha1_digest(key.encode()), 16) % len(choices)]
 
 
 def attribute_of(slot: str, new: str) -> str:

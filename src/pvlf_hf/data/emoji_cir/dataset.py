@@ -6,7 +6,6 @@ trained on. Pairs are held out, and the phrasings of the test captions are not t
 `model_cards/emoji-cir/README.md` for the protocol.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from ...digests import sha1_digest
 from ...models.image_processing_pvlf import open_picture
 from ..benchmark import CIRBenchmark, Protocol
 from .captions import TIERS, attribute_of, write_caption
@@ -209,7 +209,7 @@ def _directions(pair: EmojiPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def _lottery(item: object) -> str:
     """Sort key of a random order that is the same on every machine and does not change when items are added."""
-    return hashlib.sha1(f"emoji-cir/{item}".encode()).hexdigest()
+    return sha1_digest(f"emoji-cir/{item}".encode())
 
 
 def _attribute(slots: tuple[str, ...], target: dict[str, str]) -> str:
@@ -309,7 +309,7 @@ def _undecoded(pictures: Dataset) -> Dataset:
 def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Dataset:
     """Runs a generator once; `datasets` keeps the rows until the packages or the code that makes them change."""
     modules = ("dataset.py", "captions.py", "names.py")
-    source = hashlib.sha1(b"".join(Path(__file__).with_name(module).read_bytes() for module in modules)).hexdigest()
+    source = sha1_digest(b"".join(Path(__file__).with_name(module).read_bytes() for module in modules))
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
     dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
     if len(dataset) != EXPECTED_COUNTS[name]:
@@ -354,4 +354,4 @@ def _picture_id(file: Path) -> str:
     with open_picture(file) as picture:
         rgba = picture.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return hashlib.sha1(f"{seen.size}".encode() + seen.tobytes()).hexdigest()
+    return sha1_digest(f"{seen.size}".encode() + seen.tobytes())
