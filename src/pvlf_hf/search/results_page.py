@@ -12,8 +12,8 @@ from io import BytesIO
 
 from PIL import Image
 
-from .gallery import SearchResult
 from .query import Explanation
+from .result import SearchResult
 
 THUMBNAIL = 256
 """Pixels of a picture's longer side (ours): a page of fifty stays below a megabyte."""
