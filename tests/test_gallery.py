@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -497,6 +498,14 @@ def test_what_looks_like_an_image_and_is_not_indexed_is_named_with_the_remedy(bu
         "shot.tmp": "it is a WebP image without the ending of one: name it shot.tmp.webp",
     }
     assert "skipped 6 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
+
+
+def test_a_name_that_is_no_text_costs_only_its_own_image(build, photos, tmp_path):
+    ids = build().ids
+    draw(0).save(photos / "odd.png")
+    (photos / "odd.png").rename(photos / os.fsdecode(b"odd\xff.png"))
+    gallery = build(path=tmp_path / "kept")
+    assert gallery.ids == ids and gallery.skipped == {"odd\\xff.png": "its name is not valid UTF-8: rename it"}
 
 
 def test_a_folder_of_other_formats_says_how_to_read_them(tmp_path, tiny_model, tiny_processor):

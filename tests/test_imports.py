@@ -40,6 +40,8 @@ FOLDERS = {
         "gallery",
         "results_page",
         "middleware",
+        "demo_session",
+        "demo_page",
         "web_demo",
     ],
     "training": ["batches", "cpu_dropout", "gradient_cache", "feature_cache", "training_args", "trainer"],

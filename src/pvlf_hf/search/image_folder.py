@@ -1,5 +1,6 @@
 """Finds the images of a folder, and names what looks like an image but is not indexed."""
 
+import os
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -80,14 +81,24 @@ def find_images(folder: Path, allow_links: bool = False, include_hidden: bool = 
         raise ValueError(f"{folder}: no such folder; pass the one that holds the images")
     found = files_below(folder, allow_links)  # broken links too, which are reported
     names = {file: file.relative_to(folder) for file in found}
-    hidden = [] if include_hidden else [file for file in found if any(map(_is_hidden, names[file].parts[:-1]))]
-    visible = [file for file in found if file not in set(hidden)]
+    hidden = {file for file in found if not include_hidden and any(map(_is_hidden, names[file].parts[:-1]))}
     PILImage.init()
     readable = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    images = [file for file in visible if file.suffix.lower() in readable]
-    reasons = {file: not_indexed(file) for file in visible if file.suffix.lower() not in readable}
-    skipped = {names[file].as_posix(): reason for file, reason in reasons.items() if reason}
-    left_out = [names[file].as_posix() for file in hidden if file.suffix.lower() in readable]
+    images: list[Path] = []
+    skipped: dict[str, str] = {}
+    for file in found:
+        if file in hidden:
+            continue
+        name = names[file].as_posix()
+        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
+        if file.suffix.lower() not in readable:
+            reason = not_indexed(file)
+        else:
+            reason = "its name is not valid UTF-8: rename it" if printable != name else None
+            images += [] if reason else [file]
+        if reason:
+            skipped[printable] = reason
+    left_out = [names[file].as_posix() for file in found if file in hidden and file.suffix.lower() in readable]
     if not images and not skipped:
         if left_out:
             raise ValueError(
