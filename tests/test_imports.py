@@ -45,7 +45,7 @@ FOLDERS = {
         "web_demo",
     ],
     "training": ["batches", "cpu_dropout", "gradient_cache", "feature_cache", "training_args", "trainer"],
-    "commands": ["arguments", "evaluate", "train"],
+    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert"],
     " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
 }
 ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]

@@ -1,4 +1,4 @@
-"""Commands: what `pvlf-hf train` and `pvlf-hf evaluate` run, and how they read their command line.
+"""Commands: what the commands of `pvlf-hf` do, and how `train` and `evaluate` read their command line.
 
 Imports every other folder; no other folder imports it.
 """
