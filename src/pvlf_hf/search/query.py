@@ -1,6 +1,5 @@
 """Queries of a gallery: encoded once, weighed as often as wanted, and explained."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -164,7 +163,7 @@ def encode_query(
     if image is not None and not images:
         raise ValueError("image is an empty list: pass at least one image, or leave it out")
     with torch.inference_mode():
-        return _encode(inference_view(model, explain), processor, made_by, images, text, explain)
+        return _encode(inference_view(model), processor, made_by, images, text, explain)
 
 
 def _encode(
@@ -176,55 +175,45 @@ def _encode(
     explain: bool,
 ) -> Query:
     device = device_of(model)
-    image_embeds = text_embeds = None
-    if images:
-        features = model.get_image_features(**processor(images=list(images)).to(device))
-        image_embeds = fused = mean_embedding(features.pooler_output)
-    if text is not None:
-        inputs = processor(text=text).to(device)
-        tokens, position = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
-        text_embeds = fused = mean_embedding(tokens[0, position])
-    if not images or text is None:
-        return Query(images, text, fused, image_embeds, text_embeds, made_by)
-    n = len(images)
-    output = model.compose(
-        features.last_hidden_state,
-        tokens.expand(n, -1, -1),
-        position.expand(n),
-        inputs["attention_mask"].expand(n, -1),
-        output_attentions=explain,
-    )
-    token_texts = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-    why = [explanation(output, row, token_texts, model.config.num_prompts) for row in range(n if explain else 0)]
-    fused = mean_embedding(output.pooler_output)  # type: ignore[arg-type]  # composed, so it has one
+    if text is None:
+        inputs = processor(images=list(images)).to(device)
+        image_embeds = mean_embedding(model.get_image_features(**inputs).pooler_output)
+        return Query(images, None, image_embeds, image_embeds, None, made_by)
+    if not images:
+        text_embeds = mean_embedding(model.get_text_features(**processor(text=text).to(device)).pooler_output)
+        return Query((), text, text_embeds, None, text_embeds, made_by)
+    inputs = processor.process_queries(list(images), [text] * len(images)).to(device)
+    output = model.get_query_features(**inputs, **({"output_attentions": True} if explain else {}))
+    of_images, of_text = output.image_embeds, output.text_embeds
+    if of_images is None:  # not computed on the way
+        of_images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    if of_text is None:
+        of_text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    why: list[Explanation] = []
+    if explain:
+        tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        why = [explanation(output, row, tokens, model.config.num_prompts) for row in range(len(images))]
+    fused, image_embeds, text_embeds = map(mean_embedding, (output.pooler_output, of_images, of_text))
     return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why))
 
 
-def inference_view(model: PVLFModel, with_attentions: bool = False) -> PVLFModel:
-    """Returns a copy of the modules that shares all weights, in eval mode and, if asked, with eager attention.
+def inference_view(model: PVLFModel) -> PVLFModel:
+    """Returns the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
 
-    A model is used by several threads at a time; nothing of it is switched. Eager attention, the only one that returns
-    its weights, is set for the model's own layers; the encoders, whose padding it could change, keep theirs.
+    Several threads may use a model at a time, one of them for training: it is not switched.
     """
-    config: Any = model.config
-    if with_attentions:
-        config = copy.deepcopy(config)
-        config._attn_implementation = {"": "eager", "vl_config": {}}  # without vl_config, theirs would become None
-    return _view(model, {}, model.config, config)
+    return _view(model, {}) if any(module.training for module in model.modules()) else model
 
 
-def _view(module: Any, views: dict[nn.Module, Any], old_config: Any, config: Any) -> Any:
+def _view(module: Any, views: dict[nn.Module, Any]) -> Any:
     if module in views:
         return views[module]
     view = views[module] = module.__class__.__new__(module.__class__)
     attributes = vars(module).copy()  # weights, buffers and hooks are shared
     attributes["training"] = False
     attributes["_modules"] = {
-        name: child if child is None else _view(child, views, old_config, config)
-        for name, child in module._modules.items()
+        name: child if child is None else _view(child, views) for name, child in module._modules.items()
     }
-    if attributes.get("config") is old_config:
-        attributes["config"] = config
     for name, value in attributes.items():  # Accelerate's hooks keep the module's own methods
         if isinstance(value, MethodType) and value.__self__ is module:
             attributes[name] = MethodType(value.__func__, view)
@@ -236,8 +225,14 @@ def _view(module: Any, views: dict[nn.Module, Any], old_config: Any, config: Any
 
 
 def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompts: int) -> Explanation:
-    """Explains one row of a composed batch whose attentions were asked for; `tokens` are the caption's."""
-    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # composed with attentions
+    """Explains one row of a composed batch whose attentions were asked for; `tokens` are the caption's.
+
+    Raises:
+        ValueError: if the model returns neither weights nor attentions.
+    """
+    if getattr(output, "aggregation_weights", None) is None or getattr(output, "attentions", None) is None:
+        raise ValueError("explain=True: this model does not return what it weighed and attended to; leave it out")
+    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # checked above
     attention = torch.stack([layer[row].float().mean(dim=0) for layer in output.attentions]).cpu()  # type: ignore[union-attr]
     return Explanation((image, fused, text), tokens, attention, num_prompts)
 
