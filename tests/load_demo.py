@@ -29,8 +29,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
+from pvlf_hf.search.demo_session import SHOWN, weights_of
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
-from pvlf_hf.search.web_demo import SHOWN, weights_of
 
 CARD = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 CHROMIUM = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -12,7 +12,7 @@ from pvlf_hf import Gallery, load_emoji_pictures
     "50 clients for a minute (`python tests/load_demo.py`), good and bad requests mixed, the demo a process: "
     "every answer right, every refusal a sentence",
     broken=(
-        "src/pvlf_hf/search/web_demo.py",
+        "src/pvlf_hf/search/demo_session.py",
         "name = str(self.row_of[reference])",
         "name = str(max(self.row_of[reference] - 1, 0))",
     ),

@@ -20,7 +20,9 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from pvlf_hf import Gallery
-from pvlf_hf_cli import app, open_gallery
+from pvlf_hf.commands.gallery import open_gallery
+from pvlf_hf.search.gallery_files import TABLE
+from pvlf_hf_cli import INDEX, app
 
 TEXT = "the same but green"
 ODD = "white <script>\"&'.png"
@@ -163,6 +165,24 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     assert [its["score"] for its in json.loads(fast.stdout)["results"]] == pytest.approx(expected.scores, abs=0.01)
 
 
+def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
+    assert INDEX == TABLE  # what the command line looks for before it imports the package
+    (tmp_path / "photos").mkdir()
+    for row, name in enumerate(["日本.png", "b.png", "c.png"]):
+        draw(row).save(tmp_path / "photos" / name)
+    environment = {"PVLF_MODEL": str(models[0]), "PYTHONIOENCODING": "cp1252"}
+    (tmp_path / "photos" / "красный.jpg").write_text("no picture")
+    made = process("index", tmp_path / "photos", "--path", tmp_path / "kept", **environment)
+    assert made.returncode == 0 and r"skipped \u043a\u0440" in made.stdout
+    (tmp_path / "photos" / "b.png").unlink()
+    wanted = ["search", tmp_path / "kept", "--text", TEXT, "--sheet", tmp_path / "sheet.png"]
+    done = process(*wanted, **environment)
+    names = [line.split()[-1] for line in done.stdout.splitlines()[:3]]
+    assert done.returncode == 0 and sorted(names) == [r"\u65e5\u672c.png", "b.png", "c.png"]
+    assert "a blank is shown instead: the image 'b.png' cannot be opened" in done.stderr
+    assert Image.open(tmp_path / "sheet.png").height > 100
+
+
 def test_only_what_is_new_is_counted(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
@@ -235,7 +255,7 @@ def test_a_contact_sheet_for_people(search, gallery, photos, tmp_path):
 def test_what_is_wrong_with_pictures_and_models_is_said(search, index, photos, models, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no picture")
     said = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
-    assert "holds no pictures, its files end in ['.txt']" in said
+    assert "holds no images, its files end in ['.txt']" in said
     said = error(call("search", index, "--model", models[1], "--text", TEXT))
     assert f"{index} holds embeddings of another model or processor" in said
     assert "cannot read picture" in error(search("--image", photos / "cut.jpg"))

@@ -10,7 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from pvlf_hf.data.benchmark import CIRBenchmark
-from pvlf_hf.data.triplets import benchmark_from_triplets, id_number, load_triplets
+from pvlf_hf.data.triplets import benchmark_from_triplets, load_triplets
+from pvlf_hf.digests import id_number
 from pvlf_hf.training.batches import PVLFCollator
 
 ROWS = [

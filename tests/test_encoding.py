@@ -13,7 +13,14 @@ from squares import draw, make_benchmark
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf.embeddings.encoding import QUERY_METHODS, embed, encode_gallery, encode_queries, work_ahead
+from pvlf_hf.embeddings.encoding import (
+    QUERY_METHODS,
+    embed,
+    encode_gallery,
+    encode_queries,
+    encode_stream,
+    prefetch_map,
+)
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
@@ -90,7 +97,7 @@ def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
     gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
-    with pytest.raises(ValueError, match="gallery: the picture of row 2 cannot be read, replace it or drop the row"):
+    with pytest.raises(ValueError, match="gallery: the image of row 2 cannot be read, replace it or drop the row"):
         encode_gallery(tiny_model.train(), tiny_processor, gallery, batch_size=2, progress=False)
     assert tiny_model.training  # given back as it came, also then
 
@@ -104,6 +111,30 @@ def test_what_is_missing_is_said(tiny_model, tiny_processor):
         embed(None, None, make_benchmark())
 
 
+def test_a_stream_skips_what_cannot_be_prepared_and_fills_its_batches(tiny_model):
+    """Even samples are encoded, odd ones need no encoding, every fifth raises an error."""
+    batches, failed = [], {}
+
+    def prepare(sample):
+        if sample % 5 == 0:
+            raise OSError(f"sample {sample}")
+        return torch.full((1, 2), float(sample)) if sample % 2 == 0 else None
+
+    def encode(inputs):
+        assert not tiny_model.training and torch.is_inference_mode_enabled()
+        batches.append(inputs[:, 0].tolist())
+        return inputs.half()
+
+    tiny_model.train()
+    stream = encode_stream(tiny_model, prepare, encode, range(24), 4, torch.zeros(1, 2), failed.__setitem__)
+    embedded = [(samples, embeds) for samples, embeds in stream]
+    assert batches == [[2, 4, 6, 8], [12, 14, 16, 18], [22]]
+    assert [samples for samples, _ in embedded] == batches
+    assert all(embeds.dtype == torch.float32 and embeds[:, 1].tolist() == samples for samples, embeds in embedded)
+    assert [(sample, str(error)) for sample, error in failed.items()] == [(n, f"sample {n}") for n in range(0, 24, 5)]
+    assert tiny_model.training
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_work_is_done_ahead_in_order_and_no_further_than_asked(threads):
     started = []
@@ -114,7 +145,7 @@ def test_work_is_done_ahead_in_order_and_no_further_than_asked(threads):
             raise ValueError("task 7")
         return -task
 
-    found = work_ahead(work, range(10), threads)
+    found = prefetch_map(work, range(10), threads)
     assert next(found) == 0
     time.sleep(0.05)  # for threads that would run away
     assert len(started) == threads + 1

@@ -15,7 +15,8 @@ from tiny import make_model, make_processor
 from transformers import AutoModel
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
-from pvlf_hf.embeddings.fingerprints import digest, fingerprint
+from pvlf_hf.digests import sequence_digest
+from pvlf_hf.embeddings.fingerprints import fingerprint
 from pvlf_hf.training import feature_cache
 from pvlf_hf.training.feature_cache import FeatureCache, cache_features
 
@@ -135,7 +136,7 @@ def numbered(places):
 
 def test_interrupted_builds_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
-    digests = [digest(str(n)) for n in range(30)]
+    digests = [sequence_digest(str(n)) for n in range(30)]
     encoded = []
 
     def encode(places, broken=True):
@@ -157,7 +158,7 @@ def test_interrupted_builds_go_on(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
-    digests = [digest(str(n)) for n in range(8)]
+    digests = [sequence_digest(str(n)) for n in range(8)]
     cache = FeatureCache(tmp_path, "model")
     cache.fill(digests[:4], numbered, 4, "samples", progress=False)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -173,7 +174,7 @@ def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_named(tmp_path):
-    FeatureCache(tmp_path, "model").fill([digest("a")], numbered, 1, "samples", progress=False)
+    FeatureCache(tmp_path, "model").fill([sequence_digest("a")], numbered, 1, "samples", progress=False)
     (file,) = (tmp_path / "model").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=f"{file.name} is damaged .*delete it"):
@@ -192,7 +193,7 @@ def test_infinite_features_are_refused(tmp_path):
         return [torch.full((1, 4), 1e6) for _ in places], [0 for _ in places]
 
     with pytest.raises(ValueError, match="not finite in float16"):
-        FeatureCache(tmp_path, "model").fill([digest("a")], encode, 1, "samples", progress=False)
+        FeatureCache(tmp_path, "model").fill([sequence_digest("a")], encode, 1, "samples", progress=False)
 
 
 def test_what_cannot_be_cached_is_refused(tiny_model, tiny_processor, squares, tmp_path):
@@ -213,7 +214,7 @@ def test_what_cannot_be_cached_is_refused(tiny_model, tiny_processor, squares, t
 
 def test_a_second_run_waits_for_the_first(tmp_path):
     """Two independent runs at once: everything is encoded once between them."""
-    digests, encoded = [digest(str(n)) for n in range(12)], []
+    digests, encoded = [sequence_digest(str(n)) for n in range(12)], []
 
     def fill():
         def encode(places):
@@ -239,4 +240,4 @@ def test_two_processes_share_the_work(tmp_path):
     shares = [set(map(int, (tmp_path / f"rank{rank}.txt").read_text().split())) for rank in (0, 1)]
     assert shares[0] | shares[1] == set(range(21)) and not shares[0] & shares[1]
     cache = FeatureCache(tmp_path, "model")
-    assert all(torch.equal(cache[digest(str(n))], numbered([n])[0][0].half()) for n in range(21))
+    assert all(torch.equal(cache[sequence_digest(str(n))], numbered([n])[0][0].half()) for n in range(21))

@@ -2,9 +2,12 @@
 
 import base64
 import logging
+import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -12,21 +15,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, List
+from datasets import Image as DatasetImage
 from PIL import Image
+from processes import run_in_processes
 from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark
-from tiny import BACKBONES, make_inputs, make_model
+from tiny import BACKBONES, make_inputs, make_model, make_processor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_pictures
+from pvlf_hf.embeddings.embedding_store import made_by
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.models.image_processing_pvlf import to_rgb
 from pvlf_hf.search import indexing as module
 from pvlf_hf.search.gallery import Gallery
-from pvlf_hf.search.vector_index import ExactIndex, half_error_bound, make_index
+from pvlf_hf.search.vector_index import ExactIndex, connect, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"
@@ -98,7 +105,8 @@ def test_indices_find_the_nearest_neighbours(name, tmp_path):
     embeds[300:310] = embeds[0]  # ties
     options = index_options(name, tmp_path)
     digests = [f"{max(row, 0):04d}" if not 300 <= row < 310 else "0000" for row in range(600)]
-    index = make_index(name, options.get("uri"), embeds, digests, "model")
+    client = connect(options["uri"], "model") if name == "milvus" else None
+    index = make_index(name, embeds, digests, client, "pvlf_model_gallery")
     _, best = top_k(torch.cat([queries, embeds[:1]]), embeds, 10)
     found = [set(index.candidates(q, 10).tolist()) for q in (*queries, embeds[0])]
     recall = np.mean([len(rows & set(b.tolist())) / 10 for rows, b in zip(found[:20], best, strict=False)])
@@ -311,13 +319,13 @@ def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_p
     (photos / "same.png").symlink_to(photos / "no.jpg")
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     monkeypatch.setattr(module.logger, "propagate", True)
-    with counting(tiny_model, fail_at=9), pytest.raises(KeyboardInterrupt):
-        build(path=tmp_path / "kept")
+    with counting(tiny_model, fail_at=5), pytest.raises(KeyboardInterrupt):
+        build(path=tmp_path / "kept", batch_size=2)
     with caplog.at_level(logging.WARNING), counting(tiny_model):
         gallery = build(path=tmp_path / "kept")
     assert list(gallery.skipped) == ["a_half.png", "gone.png", "no.jpg", "same.png"]
     assert "cannot identify" in gallery.skipped["no.jpg"] and "No such file" in gallery.skipped["gone.png"]
-    assert "skipped 4 of 13 pictures, which cannot be read, first: ['a_half.png" in caplog.text
+    assert "skipped 4 of 13 images, which cannot be read, first: ['a_half.png" in caplog.text
     assert gallery.ids == clean.ids
     torch.testing.assert_close(gallery.embeds, clean.embeds)
 
@@ -359,7 +367,7 @@ def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, ti
     loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
     with pytest.raises(
         ValueError,
-        match=r"the picture 'red' cannot be opened \(the gallery knows no file of it\): make the gallery again",
+        match=r"the image 'red' cannot be opened \(the gallery knows no file of it\): make the gallery again",
     ):
         loaded.picture("red")
     data = "data:image/png;base64," + base64.b64encode((photos / "red.png").read_bytes()).decode()
@@ -378,11 +386,11 @@ def test_what_is_wrong_is_said(build, photos, tiny_model, tiny_processor, tmp_pa
     (broken / "a.png").write_text("")
     rows = Dataset.from_dict({"image": [str(photos / "red.png")] * 2, "image_id": ["a", "a"]})
     wrong = {
-        r"empty holds no pictures, its files end in \['\.txt'\]": lambda: Gallery.from_folder(empty, *both),
+        r"empty holds no images, its files end in \['\.txt'\]": lambda: Gallery.from_folder(empty, *both),
         "no such folder": lambda: Gallery.from_folder(tmp_path / "absent", *both),
-        "none of the 1 pictures can be read": lambda: Gallery.from_folder(broken, *both, progress=False),
-        "none of the 0 pictures": lambda: Gallery.from_images([], *both, progress=False),
-        r"image_id must be unique, repeated: \['a'\]": lambda: Gallery.from_dataset(rows, *both),
+        "none of the 1 images can be read": lambda: Gallery.from_folder(broken, *both, progress=False),
+        "none of the 0 images": lambda: Gallery.from_images([], *both, progress=False),
+        r"image ids must be unique, repeated: \['a'\]": lambda: Gallery.from_dataset(rows, *both),
         r"missing column\(s\) \['name'\]": lambda: Gallery.from_dataset(rows, *both, id_column="name"),
         r"empty lacks \['embeddings.safetensors'": lambda: Gallery.load(empty, *both),
         "index='annoy': choose one of": lambda: build(index="annoy"),
@@ -392,7 +400,7 @@ def test_what_is_wrong_is_said(build, photos, tiny_model, tiny_processor, tmp_pa
         "nothing to search by": lambda: gallery.search(),
         "image is an empty list": lambda: gallery.search([], TEXT),
         "cannot read picture 'absent.png'": lambda: gallery.search("absent.png"),
-        "k=0: ask for at least one": lambda: gallery.search(text=TEXT, k=0),
+        "k=0: pass a whole number of at least 1": lambda: gallery.search(text=TEXT, k=0),
         "explain=True needs an image and a text": lambda: gallery.search(text=TEXT, explain=True),
         "a query is encoded already": lambda: gallery.search(text=TEXT, query=gallery.query(text=TEXT)),
         r"exclude names \['nobody'\]": lambda: gallery.search(text=TEXT, exclude=["nobody"]),
@@ -416,3 +424,315 @@ def test_files_of_two_times_are_not_read_as_one(build, photos, tiny_model, tiny_
     with counting(tiny_model) as counts:
         assert build(path=path).ids == Gallery.load(path, tiny_model, tiny_processor).ids
     assert counts == [0]
+
+
+# ---- each file is read once ----
+
+OPENED = None
+
+
+def note_opened(event, args):
+    if event == "open" and OPENED is not None:
+        OPENED.append(str(args[0]))
+
+
+sys.addaudithook(note_opened)  # for the life of the process
+
+
+def test_each_file_is_read_once(photos, build, tmp_path, monkeypatch):
+    """Digest and pixels come from the same bytes, of new, known and broken files alike."""
+    (photos / "broken.png").write_bytes(b"no picture")
+    for path in (tmp_path / "kept", tmp_path / "kept", None):
+        monkeypatch.setitem(globals(), "OPENED", opened := [])
+        gallery = build(path=path)
+        monkeypatch.setitem(globals(), "OPENED", None)
+        read = sorted(Path(name).relative_to(photos).as_posix() for name in opened if name.endswith(".png"))
+        assert read == sorted([*gallery.ids, "broken.png"]) and len(read) == 10
+
+
+def index_with_others(folder, kept):
+    """What one of several processes embeds of a folder whose new images are all in the first one's share."""
+    PartialState(cpu=True)
+    model, processor = make_model(), make_processor()
+    with counting(model) as counts:
+        gallery = Gallery.from_folder(folder, model, processor, path=kept, batch_size=1, progress=False)
+    return gallery.ids, gallery.skipped, gallery.embeds.numpy(), counts[0]
+
+
+def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_path):
+    (photos / "a_broken.png").write_bytes(b"no picture")
+    draw(0).save(photos / "z_copy.png")
+    alone = build()
+    for forwards in (range(10, 13), range(0, 1)):  # at least one an image and equally many in both; then none
+        outcomes = run_in_processes(2, index_with_others, photos, tmp_path / "kept")
+        for ids, skipped, embeds, count in outcomes:
+            assert (ids, skipped.keys()) == (alone.ids, {"a_broken.png"})
+            torch.testing.assert_close(torch.from_numpy(embeds), alone.embeds)
+            assert count == outcomes[0][3]
+        assert sum(outcome[3] for outcome in outcomes) in forwards
+
+
+# ---- what is an image, and what was left out ----
+
+
+def test_what_looks_like_an_image_and_is_not_indexed_is_named_with_the_remedy(build, photos, caplog, monkeypatch):
+    ids = build().ids
+    draw(0).save(photos / "download", "JPEG")
+    draw(0).save(photos / "shot.tmp", "WEBP")
+    heic = b"\0\0\0\x18ftypheic" + bytes(64)
+    (photos / "IMG_0001.HEIC").write_bytes(heic)
+    (photos / "from_phone.jpg").write_bytes(heic)
+    (photos / "new.jxl").write_bytes(b"anything")
+    (photos / "raw.DNG").write_bytes(b"II*\0" + bytes(64))
+    (photos / "empty").write_bytes(b"")
+    monkeypatch.setattr(module.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        gallery = build()
+    convert = "image, which is not decoded: convert it to JPEG or PNG"
+    assert gallery.ids == ids and gallery.skipped == {
+        "IMG_0001.HEIC": f"it is a HEIC {convert}",
+        "download": "it is a JPEG image without the ending of one: name it download.jpg",
+        "from_phone.jpg": f"it is a HEIC {convert}",
+        "new.jxl": f"it is a JPEG XL {convert}",
+        "raw.DNG": f"it is a camera raw {convert}",
+        "shot.tmp": "it is a WebP image without the ending of one: name it shot.tmp.webp",
+    }
+    assert "skipped 6 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
+
+
+def test_a_name_that_is_no_text_costs_only_its_own_image(build, photos, tmp_path):
+    ids = build().ids
+    draw(0).save(photos / "odd.png")
+    (photos / "odd.png").rename(photos / os.fsdecode(b"odd\xff.png"))
+    gallery = build(path=tmp_path / "kept")
+    assert gallery.ids == ids and gallery.skipped == {"odd\\xff.png": "its name is not valid UTF-8: rename it"}
+
+
+def test_a_folder_of_other_formats_says_how_to_read_them(tmp_path, tiny_model, tiny_processor):
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 1 images .*it is a HEIC image, .*: convert it to JPEG"):
+        Gallery.from_folder(tmp_path, tiny_model, tiny_processor, progress=False)
+
+
+def test_hidden_and_system_folders_are_left_out_and_counted(build, photos, caplog, monkeypatch):
+    ids = build().ids
+    left_out = ["#recycle/old.png", ".thumbnails/a.png", "sub/$RECYCLE.BIN/b.png", "sub/@eaDir/red.png/THUMB_M.jpg"]
+    for name in left_out:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(3).save(photos / name)
+    monkeypatch.setattr("pvlf_hf.search.gallery.logger.propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert build().ids == ids
+    assert "left out 4 images in hidden or system folders, first: ['#recycle/old.png', '.thumb" in caplog.text
+    caplog.clear()
+    assert build(include_hidden=True).ids == sorted([*ids, *left_out])
+    assert "left out" not in caplog.text
+
+
+def test_a_gallery_may_itself_be_in_a_hidden_folder(tmp_path, tiny_model, tiny_processor):
+    folder = tmp_path / ".cache/photos"
+    (folder / ".git").mkdir(parents=True)
+    draw(0).save(folder / ".git/red.png")
+    with pytest.raises(ValueError, match="images in hidden or system folders only, first: .*pass include_hidden=True"):
+        Gallery.from_folder(folder, tiny_model, tiny_processor, progress=False)
+    draw(0).save(folder / "red.png")
+    assert Gallery.from_folder(folder, tiny_model, tiny_processor, progress=False).ids == ["red.png"]
+
+
+# ---- shared models and databases ----
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_threads_search_a_model_in_training_without_a_trace(photos, tiny_processor, backbone):
+    """Explained and plain searches at once, on a model in train mode, are those of a model in eval mode."""
+    model = make_model(backbone, dropout=0.5)
+    gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
+    expected = gallery.search(draw(0), TEXT, explain=True)
+    model.train()
+    seen = set()
+    for layer in model.fusion.layers:
+        layer.register_forward_hook(lambda *_: seen.add((model.training, model.config._attn_implementation)))
+
+    def search(number):
+        return gallery.search(draw(0), TEXT, explain=number % 2 == 0)
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(search, range(40)))
+    for number, result in enumerate(results):
+        assert result.ids == expected.ids
+        assert result.scores == pytest.approx(expected.scores, abs=1e-6)
+        assert len(result.why) == (number % 2 == 0)
+        for why in result.why:
+            torch.testing.assert_close(why.attention, expected.why[0].attention)
+    assert seen == {(True, "sdpa")}  # at no time was anything switched
+    assert model.training and all(layer.training for layer in model.fusion.layers)
+
+
+def test_threads_that_index_with_one_model_restore_its_mode(photos, tiny_processor):
+    model = make_model(dropout=0.5).train()
+    modes = set()
+    slow = model.backbone.vision_model.register_forward_pre_hook(
+        lambda *_: modes.add(model.training) or time.sleep(0.05)
+    )
+
+    def build_one(batch_size):
+        return Gallery.from_folder(photos, model, tiny_processor, batch_size=batch_size, progress=False)
+
+    with ThreadPoolExecutor(3) as threads:
+        galleries = list(threads.map(build_one, (1, 9, 4)))
+    slow.remove()
+    assert model.training and modes == {False}
+    for gallery in galleries[1:]:
+        torch.testing.assert_close(gallery.embeds, galleries[0].embeds)
+
+
+def test_two_galleries_share_a_milvus_database(photos, build, tiny_model, tiny_processor, tmp_path):
+    options = index_options("milvus", tmp_path)
+    first = build(**options)
+    assert len(first.search(text=TEXT, k=9).ids) == 9
+    other = tmp_path / "other"
+    other.mkdir()
+    draw(0).save(other / "red.png")
+    Image.new("RGB", (32, 32), "pink").save(other / "pink.png")
+    kept = tmp_path / "kept"
+    second = Gallery.from_folder(other, tiny_model, tiny_processor, kept, progress=False, **options)
+    assert sorted(second.search(text=TEXT, k=9).ids) == ["pink.png", "red.png"]
+    assert len(first.search(text=TEXT, k=9).ids) == 9
+    collections = second.index.client.list_collections()
+    (other / "pink.png").unlink()
+    third = Gallery.from_folder(other, tiny_model, tiny_processor, kept, progress=False, **options)
+    assert third.search(text=TEXT, k=9).ids == ["red.png"]
+    assert third.index.client.list_collections() == collections and len(collections) == 2  # a kept one's is updated
+    with pytest.raises(ValueError, match="was changed since this gallery was opened: load the gallery again"):
+        draw(5).save(other / "blue.png")
+        Gallery.from_folder(other, tiny_model, tiny_processor, kept, progress=False, **options).search(text=TEXT)
+        third.search(text=TEXT)
+    moved = kept.rename(tmp_path / "moved")
+    Gallery.load(moved, tiny_model, tiny_processor, **options).search(text=TEXT)
+    assert third.index.client.list_collections() == collections
+
+
+def hold(uri, ready, done):
+    from pymilvus import MilvusClient
+
+    client = MilvusClient(uri=uri)
+    ready.touch()
+    while not done.exists():
+        time.sleep(0.05)
+    client.close()
+
+
+def test_a_milvus_database_that_cannot_be_used_is_named_before_encoding(build, tiny_model, tmp_path):
+    index_options("milvus", tmp_path)
+    (tmp_path / "folder.db").mkdir()
+    (tmp_path / "folder.db" / "stray").write_text("")
+    wrong = {
+        f"{tmp_path}/not/there/p.db": "there is no folder .*/not/there; make it first",
+        f"{tmp_path}/p.sqlite": r"p.sqlite': name a file that ends in .db, or a cluster's URL",
+        "http://root:secret@127.0.0.1:9": r"database 127.0.0.1 cannot be opened .*: check the URL, the login",
+    }
+    for uri, message in wrong.items():
+        with counting(tiny_model) as counts, pytest.raises(ValueError, match=message) as raised:
+            build(index="milvus", uri=uri)
+        assert counts == [0] and "secret" not in str(raised.value)
+
+
+def test_a_milvus_file_of_another_process_is_named_before_encoding(build, tiny_model, tmp_path):
+    index_options("milvus", tmp_path)
+    uri, ready, done = str(tmp_path / "all.db"), tmp_path / "ready", tmp_path / "done"
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(run_in_processes, 1, hold, uri, ready, done)
+        while not ready.exists():
+            time.sleep(0.05)
+        try:
+            with (
+                counting(tiny_model) as counts,
+                pytest.raises(ValueError, match="one process at a time can"),
+            ):
+                build(index="milvus", uri=uri)
+        finally:
+            done.touch()
+        assert counts == [0] and other.result() == [None]
+
+
+# ---- one missing image, wrong types, quantised models ----
+
+
+def test_a_missing_image_costs_only_its_own_cell(build, photos, caplog, monkeypatch):
+    gallery = build()
+    whole = gallery.search(text=TEXT, k=9)
+    sheets = [np.asarray(whole.sheet(k=9))]
+    (photos / whole.ids[2]).unlink()
+    monkeypatch.setattr("pvlf_hf.search.gallery.logger.propagate", True)
+    with caplog.at_level(logging.WARNING):
+        sheets.append(np.asarray(whole.sheet(k=9)))
+    assert f"a blank is shown instead: the image '{whole.ids[2]}' cannot be opened" in caplog.text
+    columns = np.flatnonzero((sheets[0] != sheets[1]).any(axis=(0, 2)))
+    assert 0 < len(columns) <= 78 and columns[-1] - columns[0] < 78  # one cell of the sheet
+    assert gallery.preview(whole.ids[2]).getextrema() != ((228, 228), (231, 231), (235, 235))  # the name is on it
+    with pytest.raises(ValueError, match="cannot be opened"):
+        whole.refine(TEXT, pick=2)
+    with pytest.raises(ValueError, match="not in the gallery"):
+        gallery.preview("nobody")
+
+
+def test_arguments_of_wrong_types_are_named(build, photos, tiny_model, tiny_processor):
+    gallery, red, both = build(), photos / "red.png", (tiny_model, tiny_processor)
+    rows = Dataset.from_dict({"image": [str(red)], "image_id": ["a"]}).cast_column("image", DatasetImage())
+    lists = Dataset.from_dict({"image": [[str(red)]], "image_id": ["a"]}).cast_column("image", List(DatasetImage()))
+    stream = rows.to_iterable_dataset()
+    wrong = {
+        r"text=nan: pass one string": lambda: gallery.search(text=float("nan")),
+        r"text=\['red'\]: pass one string": lambda: gallery.search(red, ["red"]),
+        r"k='5': pass a whole number of at least 1": lambda: gallery.search(red, k="5"),
+        r"k=5.0: pass a whole number": lambda: gallery.search(red, k=5.0),
+        r"k=True: pass a whole number": lambda: gallery.search(red, k=True),
+        r"weights=\(0, 1\): pass three numbers": lambda: gallery.search(red, TEXT, weights=(0, 1)),
+        r"weights=\(0, nan, 1\): pass three": lambda: gallery.search(red, TEXT, weights=(0, float("nan"), 1)),
+        r"weights='0,1,0': pass three": lambda: gallery.search(red, TEXT, weights="0,1,0"),
+        r"weights=None: pass three": lambda: gallery.search(red, TEXT, weights=None),
+        r"exclude='a': pass a list of ids": lambda: gallery.search(red, exclude="a"),
+        r"pick='0': there are 9 results": lambda: gallery.search(red).refine(pick="0"),
+        r"batch_size=0: pass a whole number": lambda: build(batch_size=0),
+        r"type IterableDataset: pass a datasets.Dataset": lambda: Gallery.from_dataset(stream, *both),
+        r"type DatasetDict: pass .* its splits \['t'\]": lambda: Gallery.from_dataset(DatasetDict(t=rows), *both),
+        r"'image' is List\(Image.*: it must hold one image a row": lambda: Gallery.from_dataset(lists, *both),
+        r"'image_id' is Value": lambda: Gallery.from_dataset(
+            Dataset.from_dict({"image_id": [1], "id": [1]}), *both, image_column="image_id", id_column="id"
+        ),
+        r"image_id is missing in rows \[0\]": lambda: Gallery.from_dataset(
+            Dataset.from_dict({"image": [str(red)], "image_id": [None]}), *both
+        ),
+        r"images='photos/': pass a list of files": lambda: Gallery.from_images("photos/", *both),
+        r"images holds <PIL.*, neither a file nor a URL": lambda: Gallery.from_images([draw(0)], *both),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    for taken in (rows.with_format("pandas"), rows.with_format("torch")):
+        assert Gallery.from_dataset(taken, *both, progress=False).search(red, k=np.int64(3)).ids == ["a"]
+    weights = np.array([0.5, 1, 0])
+    assert gallery.search(red, TEXT, weights=weights).ids == gallery.search(red, TEXT, weights=(0.5, 1, 0)).ids
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch announces another way to quantise
+def test_a_quantised_model_has_a_gallery_of_its_own(photos, tiny_model, tiny_processor, tmp_path):
+    def quantise(model):
+        return torch.ao.quantization.quantize_dynamic(deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
+
+    small, other = quantise(tiny_model), quantise(make_model(seed=1))
+    gallery = Gallery.from_folder(photos, small, tiny_processor, tmp_path / "kept", progress=False)
+    assert len(gallery) == 9 and gallery.search(draw(0), TEXT, explain=True).why
+    assert made_by(quantise(tiny_model), tiny_processor) == gallery.made_by  # the same in every process
+    scaled = deepcopy(tiny_model)
+    for layer in scaled.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight.data *= 2  # quantised to the same integers, by another scale
+    models = small, other, tiny_model, quantise(scaled)
+    assert len({made_by(model, tiny_processor)["fingerprint"] for model in models}) == 4
+    with pytest.raises(ValueError, match="holds embeddings of another model"):
+        Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
+    small.get_extra_state = lambda: object()
+    small.backbone.__class__ = type("Odd", (small.backbone.__class__,), {"get_extra_state": lambda self: object()})
+    with pytest.raises(ValueError, match=r"the model's state 'backbone._extra_state' is a object, whose content"):
+        made_by(small, tiny_processor)

@@ -309,7 +309,7 @@ def triplets_features():
 @pytest.mark.reliability(
     4,
     "A gallery from the Hub that names files of this machine is refused",
-    broken=("src/pvlf_hf/search/gallery.py", "if files := [path for", "if 0 and [path for"),
+    broken=("src/pvlf_hf/search/gallery_files.py", "if local := [path for", "if 0 and [path for"),
 )
 def test_a_gallery_of_the_hub_names_no_files(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     cache = tmp_path / "hub"

@@ -11,7 +11,7 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A folder imports only folders that stand before it, and a module inside its folder only modules that do.
 FOLDERS = {
-    "": ["atomic_files", "dtypes"],
+    "": ["digests", "atomic_files", "dtypes"],
     "models": [
         "image_processing_pvlf",
         "pipeline_pvlf",
@@ -39,7 +39,21 @@ FOLDERS = {
     "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
     "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
     "checkpoints": ["model_card", "golden", "weight_names", "convert"],
-    "search": ["vector_index", "query", "indexing", "gallery", "results_page", "middleware", "web_demo"],
+    "search": [
+        "vector_index",
+        "query",
+        "image_folder",
+        "indexing",
+        "gallery_files",
+        "previews",
+        "result",
+        "gallery",
+        "results_page",
+        "middleware",
+        "demo_session",
+        "demo_page",
+        "web_demo",
+    ],
     "training": [
         "batches",
         "cpu_dropout",
@@ -54,7 +68,7 @@ FOLDERS = {
         "hub",
         "trainer",
     ],
-    "commands": ["arguments", "evaluate", "train"],
+    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert"],
     " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
 }
 ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]
@@ -122,7 +136,7 @@ def test_importing_the_package_imports_only_the_models():
 
 def test_no_module_is_longer_than_a_reader_keeps_in_mind():
     lengths = {module: len(path_of(module).read_text().splitlines()) for module in ORDER}
-    assert {module: length for module, length in lengths.items() if length > 720} == {}
+    assert {module: length for module, length in lengths.items() if length > 450} == {}
 
 
 def test_a_folder_says_what_lives_there_and_hands_it_on():

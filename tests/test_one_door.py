@@ -40,7 +40,7 @@ from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.retrieval_sheet import SheetRow
 from pvlf_hf.models import image_processing_pvlf as door
 from pvlf_hf.mteb_model import PVLFEncoder
-from pvlf_hf.search import web_demo
+from pvlf_hf.search import demo_session
 from pvlf_hf.sentence_transformer import PVLFSentenceModule
 from pvlf_hf.training.batches import PVLFCollator
 from pvlf_hf.training.feature_cache import cache_features
@@ -214,7 +214,7 @@ def question(scene, image):
 LOADER = dict(batch_size=2, progress=False)
 
 DOORS = {
-    "web demo": (lambda s: web_demo.open_upload(s.eps), "not a picture that can be read"),
+    "web demo": (lambda s: demo_session.open_upload(s.eps), "not a picture that can be read"),
     "gallery of a folder": (lambda s: said_by_skipping(Gallery.from_folder(s.folder, s.model, s.processor)), UNREAD),
     "gallery of files": (
         lambda s: said_by_skipping(Gallery.from_images([s.good, s.eps], s.model, s.processor)),
@@ -344,7 +344,7 @@ def test_an_upload_is_a_file_never_an_address(tmp_path, monkeypatch):
     (tmp_path / "data:image").mkdir()
     Image.new("RGB", (9, 7)).save(tmp_path / "data:image/mine.png")
     monkeypatch.chdir(tmp_path)
-    assert web_demo.open_upload("data:image/mine.png").size == (9, 7)
+    assert demo_session.open_upload("data:image/mine.png").size == (9, 7)
 
 
 # ---- nothing else opens images ----
@@ -378,7 +378,7 @@ def test_both_openers_read_the_same():
 
 def test_gradio_does_not_look_at_uploads():
     """Gradio opens what an event gives to a function unless it is told not to."""
-    tree = ast.parse((PACKAGE / "search" / "web_demo.py").read_text())
+    tree = ast.parse((PACKAGE / "search" / "demo_page.py").read_text())
     listening = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "_listen"]
     taking = [n for n in listening if len(n.args) > 3 and "reference" in ast.unparse(n.args[3])]
     assert len(listening) > 5 and len(taking) == 1

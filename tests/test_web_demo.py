@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
-from pvlf_hf.search import web_demo
+from pvlf_hf.search import demo_session, web_demo
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
@@ -90,7 +90,7 @@ def browse(browser, url):
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: failed.append(str(error)))
         page.goto(url)
-        page.locator("#grid img").nth(web_demo.SHOWN - 1).wait_for()
+        page.locator("#grid img").nth(demo_session.SHOWN - 1).wait_for()
         return page
 
     yield open_page
@@ -180,7 +180,7 @@ def test_a_session_clicked_through(browse, other_gallery, encoded):
     page.get_by_text("pick a picture to start from").wait_for()
     assert not page.locator("#trail").is_visible()
     assert page.locator("#reference img").count() == 0
-    assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == web_demo.SHOWN
+    assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == demo_session.SHOWN
 
 
 def test_starting_from_a_picture_of_the_gallery_from_an_example_and_from_words(browse, other_gallery):
@@ -232,7 +232,7 @@ def test_a_phone_has_room_for_it(browse):
     5,
     "What is shown, of the gallery or uploaded, is pixels: no place, no description",
     broken=(
-        "src/pvlf_hf/search/web_demo.py",
+        "src/pvlf_hf/search/demo_session.py",
         '"WEBP", quality=90)',
         '"WEBP", quality=90, exif=PILImage.open(self.gallery.paths[-1]).getexif())',
     ),
@@ -332,12 +332,12 @@ def test_odd_requests_are_refused(url, content, code):
 @pytest.mark.reliability(
     5,
     "An upload of more than 64 million pixels is refused before it is decoded",
-    broken=("src/pvlf_hf/search/web_demo.py", "if picture.width * picture.height <= MAX_PIXELS:", "if True:"),
+    broken=("src/pvlf_hf/search/demo_session.py", "if image.width * image.height <= MAX_PIXELS:", "if True:"),
 )
 def test_huge_pictures_are_not_decoded(tmp_path, figure):
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"9000 x 9000 pixels, more than 64,000,000: make it smaller"):
-        web_demo.open_upload(tmp_path / "huge.png")
+        demo_session.open_upload(tmp_path / "huge.png")
     figure("9,000 x 9,000")
 
 
@@ -359,6 +359,22 @@ def test_only_this_machine_is_served(url, figure):
     figure("another address: no connection; another name: refused")
 
 
+def test_a_missing_image_is_a_blank_among_the_results(gallery, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for path in gallery.paths[:6]:
+        shutil.copy(path, tmp_path / "photos")
+    few = Gallery.from_folder(tmp_path / "photos", gallery.model, gallery.processor, progress=False)
+    Path(few.paths[3]).unlink()
+    searcher = demo_session.Searcher(few, tmp_path)
+    session = searcher.search(demo_session.Session(), "a flag", 0)
+    assert sorted(session.shown) == sorted(few.ids)
+    files = {image_id: searcher.file(image_id) for image_id in session.shown}
+    with Image.open(files[few.ids[3]]) as shown:
+        assert shown.size == (256, 256) and shown.getpixel((1, 1)) == pytest.approx((228, 231, 235), abs=4)
+    with pytest.raises(ValueError, match="cannot be opened"):  # nothing can be searched by it
+        searcher.search(searcher.pick(session, session.shown.index(few.ids[3])), "more", 0)
+
+
 def test_a_port_in_use_is_named(url, gallery):
     port = httpx.URL(url).port
     with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1, port {port} .*choose another port"):
@@ -371,7 +387,7 @@ def test_a_port_in_use_is_named(url, gallery):
     5,
     "12 clients for four seconds, good and bad requests mixed: every answer right, every refusal a sentence",
     broken=(
-        "src/pvlf_hf/search/web_demo.py",
+        "src/pvlf_hf/search/demo_session.py",
         "temporary.replace(file)",
         'temporary.rename(file.with_suffix(".lost"))',
     ),

@@ -39,11 +39,11 @@ from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino
 from pvlf_hf.embeddings import encoding
-from pvlf_hf.embeddings.encoding import work_ahead
+from pvlf_hf.embeddings.encoding import prefetch_map
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.ranking import subset_ranks, target_ranks
 from pvlf_hf.models.image_processing_pvlf import open_rgb
-from pvlf_hf.search.indexing import Decoding, least_side, open_cell
+from pvlf_hf.search.indexing import DecodeOptions, least_side, open_cell
 from pvlf_hf.search.vector_index import ExactIndex, FaissIndex, VectorIndex
 
 HERE = Path(__file__).parent
@@ -179,18 +179,18 @@ def ahead(model: PVLFModel, options: Options) -> Table:
     gallery = Dataset.from_dict({"image": [cell] * 16}, Features({"image": Image()}))
 
     def encode(way: Callable[..., Generator[Any]]) -> Tensor:
-        encoding.work_ahead = way
+        encoding.prefetch_map = way
         return encoding.encode_gallery(model, processor, gallery, batch_size=4, progress=False)
 
     ways = {
         "in turn": lambda work, tasks, _: (work(task) for task in tasks),
-        "1 thread ahead": lambda work, tasks, _: work_ahead(work, tasks, 1),
-        "2 threads ahead": lambda work, tasks, _: work_ahead(work, tasks, 2),
+        "1 thread ahead": lambda work, tasks, _: prefetch_map(work, tasks, 1),
+        "2 threads ahead": lambda work, tasks, _: prefetch_map(work, tasks, 2),
     }
     try:
         timings = side_by_side({n: partial(encode, way) for n, way in ways.items()}, options.rounds, warmup=0)
     finally:
-        encoding.work_ahead = work_ahead
+        encoding.prefetch_map = prefetch_map
     return Table("`encode_gallery`, bfloat16, 16 JPEGs of 1200 x 900", timings, {})
 
 
@@ -199,14 +199,14 @@ def decoding(options: Options) -> list[Table]:
     processor, tables = make_processor(make_model(options.size)), []
     for width, height in [(640, 480), (1600, 1200), (4000, 3000)]:
         cell = {"bytes": make_jpeg(width, height), "path": None}
-        ways = {"in full": Decoding(None), "`draft`": Decoding(None, least_side(processor))}
+        ways = {"in full": DecodeOptions(None), "`draft`": DecodeOptions(None, least_side(processor))}
         calls = {name: partial(prepared, processor, cell, how) for name, how in ways.items()}
         timings = side_by_side(calls, options.rounds)
         tables.append(Table(f"Decoding and preparing a JPEG of {width} x {height}, one thread", timings, {}))
     return tables
 
 
-def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: Decoding) -> Any:
+def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: DecodeOptions) -> Any:
     """Inputs of one undecoded picture."""
     return processor.process_targets(open_cell(cell, how))
 

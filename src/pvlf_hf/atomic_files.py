@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all: written under another name, renamed when they are complete.
+"""Atomic files: written under another name, and renamed when they are complete.
 
-A rename replaces a file in one step, so that a killed process or a full disk leaves what was there before. Nothing is
-flushed to the platter: what a power cut leaves is the file system's business.
+A rename replaces a file in one step, so that a killed process or a full disk leaves the previous content. Nothing is
+flushed to the disk: the file system decides what a power cut leaves.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 PARTIAL = ".partial"
-"""Ending of a file that is being written. What a kill leaves of it the next writing of the same file replaces."""
+"""Ending of a file that is being written. The next writing of the same file replaces what a kill left of it."""
 
 
 @contextmanager
 def whole(file: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the file's place when the block ends; folders are made.
+    """Yields a path to write to, which replaces the file when the block ends; folders are made.
 
     Raises:
-        OSError: if it cannot be written; what was there before is as it was.
+        OSError: if it cannot be written; the previous content is unchanged.
 
     Example:
         >>> with whole("outputs/results.json") as partial:
@@ -38,13 +38,13 @@ def whole(file: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise cannot_write(f"{file.name} in {file.parent}", error) from error
     finally:
-        with suppress(OSError):  # usually gone: it has taken the file's place
+        with suppress(OSError):  # usually gone: it was renamed to the file
             partial.unlink()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process has the folder; files that killed ones were writing in it are removed.
+    """Locks a folder within the block, after waiting for others, and removes files that killed processes left half.
 
     Raises:
         OSError: if nothing can be written there.
@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def cannot_write(what: str, error: Exception) -> OSError:
-    """The error to raise from one that writing met."""
+    """Returns the error to raise from one that occurred while writing."""
     reason = str(error).partition("\n")[0]
     return OSError(
         f"cannot write {what} ({reason}): make room there, get the right to write, or choose another folder, and run "

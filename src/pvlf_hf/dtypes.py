@@ -1,4 +1,4 @@
-"""The precisions a model computes in, and a warning where the processor has none of that kind."""
+"""Dtypes that a model computes in, and a warning where the processor only emulates one."""
 
 import torch
 from transformers.utils import logging
@@ -6,14 +6,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Precisions to load a model in; `auto` is the checkpoint's."""
+"""Dtypes to load a model in; `auto` is the checkpoint's."""
 
 KERNELS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-"""What says whether oneDNN, which multiplies PyTorch's matrices on the CPU, has kernels of them for the processor."""
+"""Functions of `torch.ops.mkldnn` that tell whether oneDNN, which multiplies matrices on the CPU, has native kernels
+of a dtype for this processor."""
 
 
 def warn_if_slow(dtype: torch.dtype) -> None:
-    """Warns once if PyTorch emulates matrix products on the CPU in it (measured: six times as long as float32)."""
+    """Warns once if PyTorch emulates a dtype's matrix products on the CPU (measured: 6 times slower than float32)."""
     if dtype not in KERNELS or is_native(dtype):
         return
     name = str(dtype).removeprefix("torch.")
@@ -24,5 +25,5 @@ def warn_if_slow(dtype: torch.dtype) -> None:
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Whether the processor computes in bfloat16 or float16."""
+    """Returns whether the processor computes in bfloat16 or float16."""
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, KERNELS[dtype])()

@@ -1,4 +1,4 @@
-"""Commands: `pvlf-hf train` and `pvlf-hf evaluate`, and the parser of their command lines.
+"""Commands: what the commands of `pvlf-hf` do, and how `train` and `evaluate` read their command line.
 
 Imports every other folder; no other folder imports it.
 """

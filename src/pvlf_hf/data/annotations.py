@@ -1,6 +1,5 @@
 """Reads published data sets: their JSON annotations, and their images in any of the usual folder layouts."""
 
-import hashlib
 import json
 import logging
 import os
@@ -108,11 +107,6 @@ def check_counts_of(name: str, **actual_and_expected: tuple[int, int]) -> None:
                 f"{name}: {actual} {what}, but the published annotations have {expected}. "
                 "Pass check_counts=False if the data is meant to be partial."
             )
-
-
-def digest(*files: Path) -> str:
-    """Returns a digest of annotation files: `"sha256:"` and 12 hexadecimal digits."""
-    return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def make_benchmark(

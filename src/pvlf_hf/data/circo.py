@@ -6,11 +6,11 @@ Annotations: <https://github.com/miccunifi/CIRCO>; images and their list: "unlab
 from pathlib import Path
 from typing import Any, Literal
 
+from ..digests import annotations_digest
 from .annotations import (
     check_counts_of,
     check_records,
     check_unique,
-    digest,
     find_file,
     make_benchmark,
     numbered,
@@ -78,7 +78,7 @@ def load_circo(
         reference=reference,
         captions="relative caption alone",
         metrics="circo",
-        revision=digest(annotations, listing),
+        revision=annotations_digest(annotations, listing),
     )
     return make_benchmark(f"circo/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..digests import annotations_digest
 from .annotations import (
     check_counts_of,
     check_records,
     check_unique,
-    digest,
     find_file,
     make_benchmark,
     make_triplets,
@@ -99,7 +99,11 @@ def read_annotations(
     if check_counts:
         queries, images = EXPECTED_COUNTS[split]
         check_counts_of(f"cirr/{split}", queries=(len(rows), queries), images=(len(files), images))
-    return rows, {name: [file.removeprefix("./")] for name, file in files.items()}, digest(captions, gallery)
+    return (
+        rows,
+        {name: [file.removeprefix("./")] for name, file in files.items()},
+        annotations_digest(captions, gallery),
+    )
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 A data set is examined as [`Tree`]s, see `doctor.py`; what is wrong becomes the [`Finding`]s of a [`Report`].
 """
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..digests import content_digest
 from .annotations import named_images, paths_in
 from .image_files import similar_files, unreadable
 
@@ -202,13 +202,13 @@ def _examine_files(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
     return findings + _examine_duplicates(tree, [ids for ids in same.values() if len(ids) > 1])
 
 
-def _look_at(file: str) -> tuple[bytes, str | None]:
+def _look_at(file: str) -> tuple[str, str | None]:
     """Returns the digest of a file, and what is wrong with the image, or None."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        return b"", str(error)
-    return hashlib.blake2b(content, digest_size=16).digest(), unreadable(Path(file)) if content else "empty"
+        return "", str(error)
+    return content_digest([content]), unreadable(Path(file)) if content else "empty"
 
 
 def _examine_duplicates(tree: Tree, groups: list[list[str]]) -> list[Finding]:

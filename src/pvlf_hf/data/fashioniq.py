@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
+from ..digests import annotations_digest
 from .annotations import (
     check_counts_of,
     check_unique,
-    digest,
     find_file,
     make_benchmark,
     make_triplets,
@@ -199,4 +199,4 @@ def read_annotations(
         check_counts_of(f"fashioniq/{split}/{category}", queries=(len(rows), queries), images=(len(asins), images))
     stems = {asin: (asin, f"{category}/{asin}") for asin in asins}
     names = {asin: [f"{stem}.{ending}" for stem in stems[asin] for ending in _ENDINGS] for asin in asins}
-    return rows, names, digest(captions, listing)
+    return rows, names, annotations_digest(captions, listing)

@@ -8,7 +8,6 @@ Under several processes a stream is one process's share of the rows from the sta
 be trained on. [`PVLFTrainer`] reads streams through [`triplet_batches`]; custom training loops need it too.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -32,6 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from ..atomic_files import whole
+from ..digests import content_digest
 from ..models.image_processing_pvlf import open_picture, opened
 from .checks import as_path, check_integer, check_rows, naming_the_cache, row_problem
 from .triplets import TRIPLET_COLUMNS, check_triplets, triplets_digest
@@ -308,7 +308,7 @@ def _with_target_ids(dataset: Any) -> Any:
     """Adds digests of undecoded targets."""
 
     def target_id(row: dict[str, Any]) -> dict[str, str]:
-        return {"target_id": hashlib.blake2b(encoded_bytes(row["target"]), digest_size=16).hexdigest()}
+        return {"target_id": content_digest([encoded_bytes(row["target"])])}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(target_id).cast(_FEATURES)  # with `features=`, `map` would keep images from being decoded

@@ -4,7 +4,6 @@ Triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; every t
 user's own folder of images, is brought to this shape.
 """
 
-import hashlib
 import json
 import logging
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Image, concatenate_datasets
 
+from ..digests import content_digest
 from .benchmark import CIRBenchmark, Protocol, first_rows
 from .checks import as_path, check_columns, check_rows
 from .image_files import check_image_files
@@ -140,12 +140,4 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
 
 def triplets_digest(triplets: Dataset) -> str:
     """Returns a digest that identifies triplets by their captions and target ids; images are not read."""
-    digest = hashlib.blake2b(digest_size=16)
-    for column in ("caption", "target_id"):
-        digest.update(json.dumps(list(triplets[column])).encode())
-    return digest.hexdigest()
-
-
-def id_number(name: str) -> int:
-    """Returns an int64 for an id, the same in every process, unlike `hash`."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
+    return content_digest(json.dumps(list(triplets[column])).encode() for column in ("caption", "target_id"))

@@ -1,7 +1,7 @@
-"""Embeddings of gallery images and queries on disk, so that another protocol over them is scored without a model.
+"""Keeps embeddings of gallery images and queries on disk, so that another protocol over them needs no model.
 
-One safetensors file holds the gallery of a data set, and one its queries for each way to embed them; rows are found by
-what they embed. An image id must therefore name the same picture in all benchmarks of a data set.
+One safetensors file holds the gallery of a dataset, and one its queries for each method to embed them; rows are found
+by what they embed. An image id must therefore name the same image in all benchmarks of a dataset.
 """
 
 import json
@@ -24,14 +24,14 @@ from ..models.processing_pvlf import PVLFProcessor
 from .fingerprints import fingerprint, image_settings, text_settings
 
 Key = tuple[Any, ...]
-"""What a row embeds: `(image_id,)`, or of a query `(reference_id, wording)`, without the half that is not used."""
+"""Key of a row: `(image_id,)` or `(reference_id, caption)`; what the method ignores is dropped."""
 
 SAVE_EVERY = 20_000
-"""Rows encoded between two writes (ours): what an interruption can lose."""
+"""Rows encoded between two writes (our choice): the most that an interruption loses."""
 
 
 class EmbeddingStore:
-    """A folder of embeddings, all of one model.
+    """Embeddings of one model, kept in a folder.
 
     Args:
         folder: made when first written to; every process must see the same one.
@@ -59,15 +59,15 @@ class EmbeddingStore:
             )
 
     def claim(self, model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
-        """States whose embeddings are about to be added, and returns it as [`made_by`] does.
+        """Checks that embeddings of a model may be added, and returns their provenance, see [`made_by`].
 
         Raises:
             ValueError: if the folder holds those of other weights, another processor or another precision.
         """
         claimed = made_by(model, processor)
         if self.model and self.model != claimed:
-            theirs, ours = self.model["dtype"], claimed["dtype"]
-            same = "" if theirs == ours else f" or of it in {theirs} (it is in {ours} now: try --dtype {theirs}),"
+            kept, new = self.model["dtype"], claimed["dtype"]
+            same = "" if kept == new else f" or of it in {kept} (it is in {new} now: try --dtype {kept}),"
             raise ValueError(
                 f"{self.folder} holds embeddings of another model or processor,{same} which must not be mixed: choose "
                 "another folder, or delete this one"
@@ -82,14 +82,14 @@ class EmbeddingStore:
         encode: Callable[[list[int]], Tensor] | None = None,
         former_name: str | None = None,
     ) -> Tensor:
-        """Embeddings in the order of the keys; what is missing is encoded and added.
+        """Returns embeddings in the order of the keys; what is missing is encoded and added.
 
         Under several processes all must call this with the same keys; the main one writes.
 
         Args:
-            name: of the file: data set and what is embedded.
-            keys: what is wanted; repeated ones are encoded once.
-            encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is there.
+            name: of the file: dataset and what is embedded.
+            keys: of the rows to return; repeated ones are encoded once.
+            encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is kept.
             former_name: name under which an earlier version kept these embeddings; read where there is none of `name`.
 
         Returns:
@@ -100,12 +100,12 @@ class EmbeddingStore:
         """
         file, former = (self.folder / f"{quote(n, safe='')}.safetensors" for n in (name, former_name or name))
         written = file if file.exists() else former
-        keys_there, embeds = read_rows(written) if written.exists() else ([], torch.empty(0))
-        row_of = {key: row for row, key in enumerate(keys_there)}
-        first_place = {key: place for place, key in reversed(list(enumerate(keys))) if key not in row_of}
-        missing = sorted(first_place.values())
+        kept, embeds = read_rows(written) if written.exists() else ([], torch.empty(0))
+        row_of = {key: row for row, key in enumerate(kept)}
+        first_position = {key: position for position, key in reversed(list(enumerate(keys))) if key not in row_of}
+        missing = sorted(first_position.values())
         if missing and encode is None:
-            names = [keys[place] for place in missing[:3]]
+            names = [keys[position] for position in missing[:3]]
             raise ValueError(
                 f"{file} lacks {len(missing)} of {len(set(keys))} embeddings, first: {names}; "
                 "pass the model and processor that made the others, to have them added"
@@ -114,9 +114,9 @@ class EmbeddingStore:
             raise ValueError(f"processes see different files in {self.folder}; use a folder that they share")
         state = PartialState()
         for start in range(0, len(missing), SAVE_EVERY):
-            places = missing[start : start + SAVE_EVERY]
-            embeds = torch.cat([embeds, encode(places)])  # type: ignore[misc]  # not None
-            row_of |= {keys[place]: row for row, place in enumerate(places, len(row_of))}
+            positions = missing[start : start + SAVE_EVERY]
+            embeds = torch.cat([embeds, encode(positions)])  # type: ignore[misc]  # not None
+            row_of |= {keys[position]: row for row, position in enumerate(positions, len(row_of))}
             if state.is_main_process:
                 self._write(file, list(row_of), embeds)
             state.wait_for_everyone()
@@ -125,31 +125,31 @@ class EmbeddingStore:
     def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
         if self.model is None:
             raise ValueError("say whose embeddings these are: call claim(model, processor) first")
-        with locked(self.folder):  # two runs over one data set may write the same file
+        with locked(self.folder):  # two runs over one dataset may write the same file
             write_rows(file, keys, embeds, self.model)
 
 
 def write_rows(file: Path, keys: Sequence[Key], embeds: Tensor, model: dict[str, str]) -> None:
-    """Writes embeddings, what each embeds, and whose they are ([`made_by`])."""
+    """Writes embeddings, their keys and their provenance ([`made_by`])."""
     with whole(file) as partial:
         save_file({"embeddings": embeds}, partial, {**model, "keys": json.dumps(keys)})
 
 
 def read_rows(file: Path) -> tuple[list[Key], Tensor]:
-    """What each row embeds, and the rows float32 `(keys, d)`, a view of the file."""
+    """Reads the keys of all rows, and the rows float32 `(keys, d)`, a view of the file."""
     with safe_open(file, framework="pt") as opened:
         return list(map(tuple, json.loads(opened.metadata()["keys"]))), opened.get_tensor("embeddings")
 
 
 def made_by(model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
-    """Whose embeddings: `fingerprint` of everything but the inputs that they depend on, and `dtype`."""
+    """Returns the provenance of embeddings: `fingerprint` of weights, config and preprocessing, and `dtype`."""
     config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
     settings = image_settings(processor) + text_settings(processor) + json.dumps(config)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 
 def dtype_of(model: PVLFModel) -> str:
-    """What the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
+    """Returns the dtype that the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
     weight = next(model.parameters())
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -157,12 +157,12 @@ def dtype_of(model: PVLFModel) -> str:
 
 
 def _read_header(file: Path) -> dict[str, str]:
-    """Whose embeddings a file holds."""
+    """Reads the provenance of a file's embeddings."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.metadata()[name] for name in ("fingerprint", "dtype")}
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged or not ours ({error}): delete it, its part is encoded anew") from error
+        raise ValueError(f"{file} is damaged or not ours ({error}): delete it, its part is encoded again") from error
 
 
 __all__ = ["EmbeddingStore", "made_by"]

@@ -5,13 +5,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
@@ -32,14 +35,15 @@ FORMER_NAME = "pvlf"
 """Name of the method `"composed"` in results, stores and commands of versions before 0.2."""
 
 MOST_THREADS = 8
-"""Batches prepared ahead in each process, where an accelerator encodes (ours); 64 pictures of 384 px take 110 MB."""
+"""Most batches prepared ahead in each process where an accelerator encodes (our choice); 64 images of 384 px take
+110 MB."""
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 class Embeddings(NamedTuple):
-    """What is ranked: float32 `(queries, d)` and `(gallery, d)`, L2-normalised, on the CPU, in the order of rows."""
+    """Embeddings of a benchmark: float32 `(queries, d)` and `(gallery, d)`, L2-normalised, on the CPU, row by row."""
 
     queries: Tensor
     gallery: Tensor
@@ -66,25 +70,25 @@ def embed(
         return Embeddings(queries, gallery_embeds)
     if model is not None and processor is not None:
         store.claim(model, processor)
-    data_set, wordings = benchmark.name.partition("/")[0], _wordings(benchmark.queries)
+    data_set, captions = benchmark.name.partition("/")[0], _captions(benchmark.queries)
 
     def encode_images(rows: list[int]) -> Tensor:
         return _encode_images(model, processor, benchmark.gallery, rows, batch_size, progress)  # type: ignore[arg-type]
 
-    def encode_wordings(places: list[int]) -> Tensor:
-        chosen = [wordings[p] for p in places]
-        return _encode_wordings(model, processor, benchmark.queries, chosen, method, batch_size, progress)  # type: ignore[arg-type]
+    def encode_captions(positions: list[int]) -> Tensor:
+        chosen = [captions[position] for position in positions]
+        return _encode_captions(model, processor, benchmark.queries, chosen, method, batch_size, progress)  # type: ignore[arg-type]
 
     if gallery_embeds is None:
         images = [(image_id,) for image_id in benchmark.gallery["image_id"]]
         gallery_embeds = store.fetch(f"{data_set} gallery", images, encode_images if model else None)
     references = list(benchmark.queries["reference_id"])
     halves = {"image": lambda key: key[:1], "text": lambda key: key[1:]}  # the other half makes no difference
-    keys: list[Key] = [(references[row], wording) for row, wording in wordings]
+    keys: list[Key] = [(references[row], caption) for row, caption in captions]
     keys = list(map(halves.get(method, tuple), keys))
     former_name = f"{data_set} {FORMER_NAME}" if method == "composed" else None
-    embeds = store.fetch(f"{data_set} {method}", keys, encode_wordings if model else None, former_name)
-    return Embeddings(_mean_over_wordings(embeds, wordings), gallery_embeds)
+    embeds = store.fetch(f"{data_set} {method}", keys, encode_captions if model else None, former_name)
+    return Embeddings(_mean_over_captions(embeds, captions), gallery_embeds)
 
 
 def encode_gallery(
@@ -106,7 +110,7 @@ def encode_queries(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Embeds queries by one of `QUERY_METHODS`; of a caption in several wordings the mean, normalised.
+    """Embeds queries by one of `QUERY_METHODS`; a query with several captions by their normalised mean.
 
     Returns:
         float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
@@ -115,9 +119,9 @@ def encode_queries(
         ValueError: for an unknown method.
     """
     method = method_named(method)
-    wordings = _wordings(queries)
-    embeds = _encode_wordings(model, processor, queries, wordings, method, batch_size, progress)
-    return _mean_over_wordings(embeds, wordings)
+    captions = _captions(queries)
+    embeds = _encode_captions(model, processor, queries, captions, method, batch_size, progress)
+    return _mean_over_captions(embeds, captions)
 
 
 def method_named(name: str) -> QueryMethod:
@@ -132,15 +136,15 @@ def method_named(name: str) -> QueryMethod:
     return method
 
 
-def _wordings(queries: Dataset) -> list[tuple[int, str]]:
-    """Row and text of every wording of every caption."""
-    captions = [[c] if isinstance(c, str) else c for c in queries["caption"]]
-    return [(row, wording) for row, wordings in enumerate(captions) for wording in wordings]
+def _captions(queries: Dataset) -> list[tuple[int, str]]:
+    """Returns row and text of every caption; a query may have several."""
+    captions_of = [[c] if isinstance(c, str) else c for c in queries["caption"]]
+    return [(row, caption) for row, captions in enumerate(captions_of) for caption in captions]
 
 
-def _mean_over_wordings(embeds: Tensor, wordings: list[tuple[int, str]]) -> Tensor:
-    """`(wordings, d)` -> `(queries, d)`."""
-    rows = torch.tensor([row for row, _ in wordings])
+def _mean_over_captions(embeds: Tensor, captions: list[tuple[int, str]]) -> Tensor:
+    """Averages `(captions, d)` over the captions of each query: `(queries, d)`."""
+    rows = torch.tensor([row for row, _ in captions])
     if len(rows) == rows[-1] + 1:
         return embeds
     sums = torch.zeros(int(rows[-1]) + 1, embeds.shape[1]).index_add(0, rows, embeds)
@@ -155,32 +159,38 @@ def _encode_images(
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    pictures = opened(gallery.select_columns("image"))
+    images = opened(gallery.select_columns("image"))
 
     def prepare(batch: list[int]) -> Tensor:
-        return processor.process_targets(_decode(pictures, batch))["pixel_values"]
+        return processor.process_targets(_decode(images, batch))["pixel_values"]
 
-    def encode(pixels: Tensor) -> Tensor:
-        return model(target_pixel_values=pixels.to(device_of(model))).target_embeds
-
-    return _encode(model, prepare, encode, rows, batch_size, "gallery", progress)
+    return _encode(model, prepare, image_encoder(model), rows, batch_size, "gallery", progress)
 
 
-def _encode_wordings(
+def image_encoder(model: PVLFModel) -> Callable[[Tensor], Tensor]:
+    """Returns what embeds pixel values `(batch, 3, height, width)`: float32 `(batch, d)`, L2-normalised."""
+
+    def encode(pixel_values: Tensor) -> Tensor:
+        return model(target_pixel_values=pixel_values.to(device_of(model))).target_embeds
+
+    return encode
+
+
+def _encode_captions(
     model: PVLFModel,
     processor: PVLFProcessor,
     queries: Dataset,
-    wordings: list[tuple[int, str]],
+    captions: list[tuple[int, str]],
     method: QueryMethod,
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    """float32 `(wordings, d)`: queries with one wording each."""
-    pictures = opened(queries.select_columns("reference"))
+    """Embeds queries with one caption each: float32 `(captions, d)`."""
+    references = opened(queries.select_columns("reference"))
 
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
         texts = [text for _, text in batch]
-        images = [] if method == "text" else _decode(pictures, [row for row, _ in batch])
+        images = [] if method == "text" else _decode(references, [row for row, _ in batch])
         if method == "composed":
             return {method: processor.process_queries(images, texts)}
         inputs = {}
@@ -197,7 +207,7 @@ def _encode_wordings(
             return model(**on_device[method]).query_embeds
         return F.normalize(sum(features[kind](**batch).pooler_output for kind, batch in on_device.items()), dim=-1)
 
-    return _encode(model, prepare, encode, wordings, batch_size, "queries", progress)
+    return _encode(model, prepare, encode, captions, batch_size, "queries", progress)
 
 
 @torch.inference_mode()
@@ -210,28 +220,96 @@ def _encode(
     what: str,
     progress: bool,
 ) -> Tensor:
-    """Embeds samples in batches, each process a share; all return float32 `(samples, d)`."""
+    """Embeds samples in batches, each process a share; returns float32 `(samples, d)` in every process."""
     state = PartialState()
     everything = list(range(len(samples)))
     # Padded to equal shares: a sharded model needs every process in every forward.
     with _as_saved(model), state.split_between_processes(everything, apply_padding=True) as share:
         batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-        tasks = ([samples[place] for place in batch] for batch in batches)
+        tasks = ([samples[position] for position in batch] for batch in batches)
         show = progress and state.is_main_process
         try:
-            with closing(work_ahead(prepare, tasks, _threads(device_of(model)))) as inputs:
+            with closing(prefetch_map(prepare, tasks, _threads(device_of(model)))) as inputs:
                 bar = tqdm(inputs, desc=f"encoding {what}", total=len(batches), disable=not show)
                 embeds = torch.cat([encode(batch).float().cpu() for batch in bar])
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
     if state.num_processes == 1:
         return embeds
-    by_place = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
-    return torch.stack([by_place[place] for place in range(len(samples))])
+    row_at = dict(zip(gather_object(list(share)), torch.cat(gather_object([embeds])), strict=True))
+    return torch.stack([row_at[position] for position in range(len(samples))])
 
 
-def work_ahead(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Generator[U]:
-    """What work makes of each task, in their order, while threads are at most one task each ahead.
+@torch.inference_mode()
+def encode_stream(
+    model: PVLFModel,
+    prepare: Callable[[T], Tensor | None],
+    encode: Callable[[Tensor], Tensor],
+    samples: Sequence[T],
+    batch_size: int,
+    stand_in: Tensor,
+    on_error: Callable[[T, Exception], None],
+) -> Generator[tuple[list[T], Tensor]]:
+    """Embeds this process's samples as they are prepared; one that cannot be prepared does not stop the others.
+
+    Several processes take their batches in step, because a sharded model needs every process in every forward.
+
+    Args:
+        model: computes the embeddings.
+        prepare: makes the encoder's input `(1, ...)` of one sample, in a thread; None for nothing to encode.
+        encode: embeds joined inputs `(batch, ...)`.
+        samples: in any number, other processes have their own.
+        batch_size: inputs encoded at once.
+        stand_in: an input `(1, ...)` for a process that has run out of samples when another has not.
+        on_error: is called, in a thread, with a sample that `prepare` raised an error for, and the error.
+
+    Yields:
+        the samples of a batch, none where the stand-in was encoded, and float32 `(samples, d)` on the CPU.
+    """
+
+    def prepare_all(batch: Sequence[T]) -> list[tuple[T, Tensor]]:
+        prepared = []
+        for sample in batch:
+            try:
+                inputs = prepare(sample)
+            except (
+                Exception
+            ) as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+                on_error(sample, error)
+            else:
+                prepared += [] if inputs is None else [(sample, inputs)]
+        return prepared
+
+    tasks = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
+    with _as_saved(model), closing(prefetch_map(prepare_all, tasks, _threads(device_of(model)))) as prepared:
+        for batch in _in_step(_regroup(prepared, batch_size)):
+            embeds = encode(torch.cat([inputs for _, inputs in batch] or [stand_in])).float().cpu()
+            yield [sample for sample, _ in batch], embeds[: len(batch)]
+
+
+def _regroup(groups: Iterable[list[T]], size: int) -> Iterator[list[T]]:
+    """Yields the items of all groups in lists of one size, the last of what is left."""
+    items: list[T] = []
+    for group in groups:
+        items += group
+        while len(items) >= size:
+            yield items[:size]
+            items = items[size:]
+    if items:
+        yield items
+
+
+def _in_step(batches: Iterator[list[T]]) -> Iterator[list[T]]:
+    """Yields this process's batches, then empty ones until every process has run out of its own."""
+    while True:
+        batch = next(batches, [])
+        if not any(gather_object([bool(batch)])):
+            return
+        yield batch
+
+
+def prefetch_map(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Generator[U]:
+    """Yields `work(task)` in the order of the tasks, computed ahead by as many threads, one task each.
 
     Threads suit decoding and resizing, which release Python's lock, and start at once, whatever they work on.
     """
@@ -250,48 +328,68 @@ def work_ahead(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Gene
 
 
 def _threads(device: torch.device) -> int:
-    """How many prepare batches while others are encoded: on a CPU, which is needed for that too, one."""
+    """Returns how many threads prepare batches: one where the CPU encodes, which is needed for that too."""
     if device.type == "cpu":
         return 1
     return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // PartialState().num_processes))
 
 
-@contextmanager
-def _as_saved(model: PVLFModel) -> Iterator[None]:
-    """For the time being, the model as it will be reloaded: in eval mode and in the precision of its weights.
+@dataclass
+class _Use:
+    """How a model was before the first of the threads that encode with it at this moment."""
 
-    Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16.
+    was_training: bool
+    forward: Any
+    threads: int = 0
+
+
+_IN_USE: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+_IN_USE_LOCK = Lock()
+
+
+@contextmanager
+def _as_saved(model: nn.Module) -> Iterator[None]:
+    """Puts the model, within the block, in the state it will be reloaded in: eval mode, the precision of its weights.
+
+    Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16. Where
+    several threads encode with one model, the last to leave restores what the first met.
     """
-    was_training, prepared = model.training, model.__dict__.get("forward")
-    model.eval()
-    if "_original_forward" in model.__dict__:
-        model.__dict__["forward"] = model.__dict__["_original_forward"]
+    with _IN_USE_LOCK:
+        use = _IN_USE.setdefault(model, _Use(model.training, model.__dict__.get("forward")))
+        use.threads += 1
+        model.eval()
+        if "_original_forward" in model.__dict__:
+            model.__dict__["forward"] = model.__dict__["_original_forward"]
     try:
         yield
     finally:
-        model.train(was_training)
-        if prepared is not None:
-            model.__dict__["forward"] = prepared
+        with _IN_USE_LOCK:
+            use.threads -= 1
+            if not use.threads:
+                del _IN_USE[model]
+                model.train(use.was_training)
+                if use.forward is not None:
+                    model.__dict__["forward"] = use.forward
 
 
-def _decode(pictures: Dataset, rows: list[int]) -> list[Any]:
-    """Pictures of some rows; names the first that does not decode, which the error of a whole batch does not."""
-    (column,) = pictures.column_names
+def _decode(images: Dataset, rows: list[int]) -> list[Any]:
+    """Decodes the images of some rows; names the first that does not decode, unlike the error of a whole batch."""
+    (column,) = images.column_names
     try:
-        return pictures[rows][column]
+        return images[rows][column]
     except ValueError:
         for row in rows:
             try:
-                pictures[row]
+                images[row]
             except ValueError as error:
                 raise ValueError(
-                    f"the picture of row {row} cannot be read, replace it or drop the row: {error}"
+                    f"the image of row {row} cannot be read, replace it or drop the row: {error}"
                 ) from error
         raise
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """The device that a model's inputs belong on."""
+    """Returns the device that a model's inputs belong on."""
     return next(model.parameters()).device
 
 

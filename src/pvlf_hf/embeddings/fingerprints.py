@@ -1,8 +1,7 @@
-"""Digests of images, texts, models and processors, by which kept embeddings are found again."""
+"""Fingerprints of images, processors and models, by which kept embeddings and features are found again."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,39 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor, nn
 
+from ..digests import sequence_digest
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 
+PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+"""Types whose `repr` is the same in every process."""
+
 
 def picture_digests(dataset: Dataset, column: str) -> list[str]:
-    """Digests of a column's picture files, undecoded, and of how the column decodes them."""
+    """Returns a digest of each row's undecoded image file and of the mode that the column decodes it to."""
     mode = str(getattr(dataset.features[column], "mode", None))
-    known: dict[str, str] = {}  # a picture occurs in several triplets
+    known: dict[str, str] = {}  # an image occurs in several triplets
 
-    def of(cell: dict[str, Any]) -> str:
+    def digest_of(cell: dict[str, Any]) -> str:
         if cell["bytes"] is not None:
-            return digest(mode, cell["bytes"])
+            return sequence_digest(mode, cell["bytes"])
         if cell["path"] not in known:
-            known[cell["path"]] = digest(mode, Path(cell["path"]).read_bytes())
+            known[cell["path"]] = sequence_digest(mode, Path(cell["path"]).read_bytes())
         return known[cell["path"]]
 
-    return [of(cell) for cell in dataset.cast_column(column, Image(decode=False))[column]]
+    return [digest_of(cell) for cell in dataset.cast_column(column, Image(decode=False))[column]]
 
 
 def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: str) -> str:
-    """Digest of everything but the sample that tokens depend on.
+    """Returns a digest of everything but the sample that tokens depend on.
 
     Args:
         modules: the encoder and its projection.
         model: gives the encoder's configuration, its dtype and whether autocast is on.
         preprocessing: the settings of the image processor or tokenizer, as text.
+
+    Raises:
+        ValueError: if a module's state holds an object of an unknown type.
     """
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -46,33 +52,52 @@ def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: s
             part.pop(name, None)
     parts: list[bytes | str] = [json.dumps(config, sort_keys=True), str(autocast), preprocessing]
     for module in modules:
-        for name, tensor in module.state_dict().items():
-            parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", _raw_bytes(tensor)]
-    return digest(*parts)
+        for name, value in module.state_dict().items():
+            parts += _state_parts(name, value)
+    return sequence_digest(*parts)
 
 
 def image_settings(processor: PVLFProcessor) -> str:
-    """Everything of the processor that pixels depend on."""
+    """Returns every setting of the processor that pixels depend on, as JSON."""
     settings = processor.image_processor.to_dict()
-    settings.pop("auto_map", None)  # where its code is found; saving adds it
+    settings.pop("auto_map", None)  # names the file of the processor's code; saving adds it
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def text_settings(processor: PVLFProcessor) -> str:
-    """Everything of the processor that token ids depend on."""
+    """Returns every setting of the processor that token ids depend on, as JSON."""
     # The tokenizer keeps truncation and padding of its last call.
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return json.dumps([tokenizer, processor.max_text_length, processor.padding])
+
+
+def _state_parts(name: str, value: Any) -> Iterator[bytes | str]:
+    """Yields what identifies one entry of a `state_dict`; quantised modules keep more than tensors in it."""
+    if isinstance(value, Tensor) and value.is_quantized:
+        # Dequantised values alone would not tell the scale that later inputs are quantised by.
+        yield f"{name} {value.dtype} {value.qscheme()} {tuple(value.shape)}"
+        yield _raw_bytes(value.int_repr())
+        yield _raw_bytes(value.dequantize())
+    elif isinstance(value, Tensor):
+        yield f"{name} {value.dtype} {tuple(value.shape)}"
+        yield _raw_bytes(value)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _state_parts(f"{name}.{index}", item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _state_parts(f"{name}.{key}", item)
+    elif isinstance(value, PLAIN_STATE):
+        yield f"{name} {value!r}"
+    else:
+        raise ValueError(
+            f"the model's state {name!r} is a {type(value).__name__}, whose content cannot be compared: embeddings "
+            "cannot be kept with this model; use the model as it was before it was quantised or wrapped"
+        )
 
 
 def _raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def digest(*parts: bytes | str) -> str:
-    """Hexadecimal digest of a sequence of parts."""
-    hasher = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
-        hasher.update(len(raw).to_bytes(8, "big") + raw)
-    return hasher.hexdigest()
+__all__ = ["fingerprint", "image_settings", "picture_digests", "text_settings"]

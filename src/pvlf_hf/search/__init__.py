@@ -3,7 +3,8 @@
 Imports `models`, `data`, `embeddings`, `evaluation` and `checkpoints`.
 """
 
-from .gallery import Gallery, SearchResult
+from .gallery import Gallery
 from .query import Explanation, Query
+from .result import SearchResult
 
 __all__ = ["Explanation", "Gallery", "Query", "SearchResult"]

@@ -1,178 +1,220 @@
-"""What a gallery is made of: picture files known by their digests, encoded once, kept in parts, damage set aside."""
+"""Incremental indexing: images are identified by digest and embedded once; unreadable ones are skipped and reported.
+
+Each file is read once: its digest and its pixels come from the same bytes. Embeddings are saved in parts while the
+others are computed, so that an interruption loses little.
+"""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchFeature
 from transformers.utils import logging
 
+from ..digests import sequence_digest
 from ..embeddings.embedding_store import read_rows, write_rows
-from ..embeddings.encoding import encode_gallery
-from ..embeddings.fingerprints import digest
+from ..embeddings.encoding import encode_stream, image_encoder
 from ..models.image_processing_pvlf import check_file, open_picture, to_rgb
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
+from .image_folder import explain_unidentified
 
 logger = logging.get_logger(__name__)
 
 EMBEDDINGS, PART = "embeddings.safetensors", ".part.safetensors"
 
 SAVE_EVERY = 1024
-"""Pictures encoded between two writes (ours): what an interruption can lose."""
+"""Images encoded between two writes (our choice): the most that an interruption loses."""
 
 
-class Decoding(NamedTuple):
-    """How the pictures of a gallery are decoded."""
+class DecodeOptions(NamedTuple):
+    """Settings by which the images of a gallery are decoded."""
 
     mode: str | None
-    """Of their column (`datasets.Image`)."""
+    """Pillow mode of the image column (`datasets.Image`), e.g. "RGB"; None keeps the file's own."""
     draft: int | None = None
-    """The least width and height at which a larger JPEG may be decoded, several times faster than in full."""
+    """Smallest side, in pixels, to decode a larger JPEG at, several times faster; None decodes in full."""
 
 
-class Encoding:
-    """Embeds what is not embedded yet, and keeps it in parts, so that an interruption loses little."""
+class IncrementalIndexer:
+    """Embeds the images that are not embedded yet, and keeps the embeddings in parts.
 
-    def __init__(
-        self, sources: Dataset, how: Decoding, digests: list[str], path: Path | None, made_by: dict[str, str]
-    ) -> None:
-        self.sources, self.how, self.digests, self.path, self.made_by = sources, how, digests, path, made_by
+    Args:
+        sources: column `image` of undecoded images.
+        options: how they are decoded.
+        path: folder that keeps the embeddings, or None.
+        made_by: provenance of the embeddings, as [`EmbeddingStore`] states it.
+
+    Attributes:
+        digests: of every row, after [`~IncrementalIndexer.run`].
+        bad: reason by digest of every image that cannot be read.
+    """
+
+    def __init__(self, sources: Dataset, options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
+        self.sources, self.options, self.path, self.made_by = sources, options, path, made_by
+        self.digests: list[str] = []
+        self.bad: dict[str, str] = {}
         files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
-        self.known: list[str] = []
-        self.embeds: list[Tensor] = []
+        self._row_of: dict[str, int] = {}  # in `_embeds`, joined
+        self._embeds: list[Tensor] = []
         for file in filter(Path.exists, files):
             keys, embeds = read_rows(file)
-            self.known += [name for (name,) in keys]
-            self.embeds.append(embeds)
+            self._add([name for (name,) in keys], embeds)
+        self._unsaved: list[str] = []
+        self._saved_tensors = len(self._embeds)
 
-    def run(
-        self, model: PVLFModel, processor: PVLFProcessor, bad: dict[str, str], batch_size: int, progress: bool
-    ) -> dict[str, str]:
-        """Takes the digests of what cannot be read, and why; returns them with those that do not decode."""
-        bad, state = dict(bad), PartialState()
-        known = {*self.known, *bad}
-        first_row = {name: row for row, name in reversed(list(enumerate(self.digests))) if name not in known}
-        # One process says what is missing: nothing is written before all of them have read the folder.
-        (missing,) = broadcast_object_list([sorted(first_row.values())])
+    def run(self, model: PVLFModel, processor: PVLFProcessor, batch_size: int, progress: bool) -> None:
+        """Reads every image and encodes those that are new; several processes each take a share."""
+        state = PartialState()
+        rows = range(state.process_index, len(self.sources), state.num_processes)
+        reader = _Reader(self, processor)
+        blank = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
         show = progress and state.is_main_process
-        with tqdm(total=len(missing), desc="encoding gallery", unit="picture", disable=not show) as bar:
-            for start in range(0, len(missing), SAVE_EVERY):
-                rows = missing[start : start + SAVE_EVERY]
-                reader = Reader(processor, self.how, bar)
-                embeds = encode_gallery(model, reader, self.sources.select(rows), batch_size, progress=False)  # type: ignore[arg-type]
-                for found in gather_object([reader.bad]):
-                    bad |= found
-                good = [place for place, row in enumerate(rows) if self.digests[row] not in bad]
-                self._keep([self.digests[rows[place]] for place in good], embeds[good])
-        return bad
+        with tqdm(total=len(rows), desc="indexing", unit="image", disable=not show) as reader.bar:
+            stream = encode_stream(model, reader.prepare, image_encoder(model), rows, batch_size, blank, reader.skip)
+            with closing(stream) as batches:
+                for batch, embeds in batches:
+                    mine = ([reader.digest_at[row] for row in batch], embeds)
+                    for digests, others in gather_object([mine]):
+                        self._unsaved += self._add(digests, others)
+                    if len(self._unsaved) >= SAVE_EVERY:
+                        self._save()
+        self._save()
+        digest_at: dict[int, str] = {}
+        for digests, bad in gather_object([(reader.digest_at, reader.bad)]):
+            digest_at |= digests
+            self.bad |= bad
+        self.digests = [digest_at[row] for row in range(len(self.sources))]
 
     def take(self, digests: list[str]) -> Tensor:
-        """float32 `(digests, d)`."""
-        row_of = {name: row for row, name in enumerate(self.known)}
-        return torch.cat(self.embeds)[[row_of[name] for name in digests]]
+        """Returns the embeddings of digests: float32 `(digests, d)`."""
+        return torch.cat(self._embeds)[[self._row_of[name] for name in digests]]
 
-    def _keep(self, digests: list[str], embeds: Tensor) -> None:
-        self.known += digests
-        self.embeds.append(embeds)
-        if self.path and digests and PartialState().is_main_process:
-            keys = [(name,) for name in digests]
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._row_of
+
+    def _add(self, digests: list[str], embeds: Tensor) -> list[str]:
+        """Adds embeddings, and returns the digests that are new; equal images may come from files and processes."""
+        new = {name: index for index, name in reversed(list(enumerate(digests))) if name not in self._row_of}
+        self._row_of |= {name: row for row, name in enumerate(new, len(self._row_of))}
+        self._embeds.append(embeds[list(new.values())])
+        return [*new]
+
+    def _save(self) -> None:
+        """Writes what was added since the last time as a part."""
+        if self.path and self._unsaved and PartialState().is_main_process:
+            keys, embeds = [(name,) for name in self._unsaved], torch.cat(self._embeds[self._saved_tensors :])
             write_rows(self.path / f"{uuid4().hex}{PART}", keys, embeds, self.made_by)
+        self._unsaved, self._saved_tensors = [], len(self._embeds)
 
 
-class Reader:
-    """Stands for the processor in [`encode_gallery`]: a picture that cannot be read does not stop the others."""
+class _Reader:
+    """Reads, identifies and decodes one process's share of the images, in several threads."""
 
-    def __init__(self, processor: PVLFProcessor, how: Decoding, bar: tqdm) -> None:
-        self.processor, self.how, self.bar = processor, how, bar
-        # Stands for what cannot be read: every process of a sharded model needs every forward.
-        self.black = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
+    def __init__(self, indexer: IncrementalIndexer, processor: PVLFProcessor) -> None:
+        self.indexer, self.processor, self.bar = indexer, processor, tqdm(disable=True)
+        self.digest_at: dict[int, str] = {}
         self.bad: dict[str, str] = {}
+        self._claimed: set[str] = set()
+        self._lock = Lock()
 
-    def process_targets(self, cells: list[dict[str, Any]]) -> BatchFeature:
-        """Inputs of undecoded cells."""
-        pixels = torch.cat([self._read(cell) for cell in cells])
-        with self.bar.get_lock():  # several threads read
-            self.bar.update(min(len(cells) * PartialState().num_processes, self.bar.total - self.bar.n))
-        return BatchFeature({"pixel_values": pixels})
+    def prepare(self, row: int) -> Tensor | None:
+        """Returns the pixel values `(1, 3, height, width)` of a row's image, None where it is embedded already."""
+        with self._lock:
+            self.bar.update()
+        source = source_of(self.indexer.sources[row]["image"])
+        digest = self.digest_at[row] = digest_of(source, self.indexer.options)
+        with self._lock:
+            if digest in self.indexer or digest in self._claimed:
+                return None
+            self._claimed.add(digest)
+        return self.processor.process_targets(decode(source, self.indexer.options))["pixel_values"]
 
-    def _read(self, cell: dict[str, Any]) -> Tensor:
-        try:
-            return self.processor.process_targets(open_cell(cell, self.how))["pixel_values"]
-        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            self.bad[digest_of(cell, self.how)] = str(error) or type(error).__name__
-            return self.black
+    def skip(self, row: int, error: Exception) -> None:
+        """Notes why the image of a row is left out; one without a file is identified by its row."""
+        digest = self.digest_at.setdefault(row, f"unreadable {row}")
+        self.bad[digest] = str(error) or type(error).__name__
 
 
 def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
-    """Files or addresses as a column of undecoded pictures, `image`, with `image_id` beside it where given."""
+    """Makes a column of undecoded images, `image`, of files or URLs, with `image_id` beside it where given."""
     columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
     return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
 
-def _is_address(path: str | None) -> bool:
-    return bool(path) and str(path).startswith(("http://", "https://", "data:"))
-
-
 def least_side(processor: PVLFProcessor) -> int:
-    """At which a JPEG may be decoded: twice what the model sees, so that resizing still averages (ours)."""
+    """Returns the smallest side to decode a JPEG at: twice the model's input, so that resizing still averages pixels.
+
+    The factor is our choice.
+    """
     size = processor.image_processor.crop_size
     return 2 * max(size["height"], size["width"])
 
 
-def open_cell(cell: dict[str, Any] | None, how: Decoding) -> PILImage.Image:
-    """Decodes a cell, RGB; where `how` allows it a large JPEG at a half, a quarter or an eighth of its size."""
+def open_cell(cell: dict[str, Any] | None, options: DecodeOptions) -> PILImage.Image:
+    """Reads and decodes a cell of an image column, see [`decode`]."""
+    return decode(source_of(cell), options)
+
+
+def source_of(cell: dict[str, Any] | None) -> bytes | str:
+    """Returns the content of a cell's image file, or its URL, which is not fetched.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if the cell is empty, or the file too large or no regular one.
+    """
     if not cell or cell["bytes"] is cell["path"] is None:
         raise ValueError("the gallery knows no file of it")
-    with open_picture(cell["path"] if cell["bytes"] is None else cell["bytes"]) as picture:
-        if how.draft:
-            picture.draft(None, (how.draft, how.draft))  # what is no JPEG stays as it is
-        return to_rgb(picture.convert(how.mode) if how.mode else picture)
-
-
-def digest_of(cell: dict[str, Any], how: Decoding) -> str:
-    """Of the file and of how it is decoded; of an address itself."""
-    decoded = f"{how.mode} draft {how.draft}" if how.draft else str(how.mode)
     if cell["bytes"] is not None:
-        return digest(decoded, cell["bytes"])
-    if _is_address(cell["path"]):
-        return digest(decoded, cell["path"])
+        return cell["bytes"]
+    if cell["path"].startswith(("http://", "https://", "data:")):
+        return cell["path"]
     check_file(cell["path"])
-    return digest(decoded, Path(cell["path"]).read_bytes())
+    return Path(cell["path"]).read_bytes()
 
 
-def digests_of(sources: Dataset, how: Decoding, progress: bool) -> tuple[list[str], dict[str, str]]:
-    """Digests of all pictures, the same in every process; what has no file gets a name of its own, and why."""
-    state = PartialState()
-    digests: list[str] = []
-    bad: dict[str, str] = {}
-    mine = sources if state.is_main_process else []
-    bar = tqdm(mine, desc="reading gallery", unit="picture", disable=not (progress and state.is_main_process))
-    for row, source in enumerate(bar):
-        try:
-            digests.append(digest_of(source["image"], how))
-        except (OSError, ValueError, TypeError) as error:  # TypeError: an empty cell
-            digests.append(f"unreadable {row}")
-            bad[digests[-1]] = str(error)
-    digests, bad = broadcast_object_list([digests, bad])
-    return digests, bad
+def digest_of(source: bytes | str, options: DecodeOptions) -> str:
+    """Returns the digest of a file's content and of how it is decoded; of a URL, its string only."""
+    decoded = f"{options.mode} draft {options.draft}" if options.draft else str(options.mode)
+    return sequence_digest(decoded, source)
+
+
+def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
+    """Decodes the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
+
+    Raises:
+        ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other kinds.
+    """
+    try:
+        with open_picture(source) as image:
+            if options.draft:
+                image.draft(None, (options.draft, options.draft))  # no effect on other formats
+            return to_rgb(image.convert(options.mode) if options.mode else image)
+    except UnidentifiedImageError as error:
+        reason = explain_unidentified(source) if isinstance(source, bytes) else None
+        raise ValueError(reason or "cannot identify image file: it is no image, or a damaged one") from error
 
 
 def report(skipped: dict[str, str], number: int) -> None:
-    """Warns of pictures that were skipped, id -> reason; a `ValueError` if that is all of them."""
+    """Warns of skipped images, given as id -> reason; raises a `ValueError` if none of the `number` is left."""
     first = [f"{image_id} ({reason})" for image_id, reason in list(skipped.items())[:3]]
     if len(skipped) == number:
-        raise ValueError(f"none of the {number} pictures can be read, first: {first}; pass pictures that Pillow opens")
+        raise ValueError(f"none of the {number} images can be read, first: {first}; pass images that Pillow opens")
     if skipped and PartialState().is_main_process:
         logger.warning(
-            f"skipped {len(skipped)} of {number} pictures, which cannot be read, first: {first}; gallery.skipped "
+            f"skipped {len(skipped)} of {number} images, which cannot be read, first: {first}; gallery.skipped "
             "lists them all"
         )
+
+
+__all__ = ["DecodeOptions", "IncrementalIndexer"]

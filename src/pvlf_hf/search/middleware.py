@@ -1,6 +1,6 @@
-"""What stands before a web server that strangers may reach: bounds on what they send, and on what they name.
+"""ASGI middleware for a demo that strangers may reach: limits request size and rate, and which files may be named.
 
-Gradio would fetch any public address that a request names, as a picture to search by or as a file to serve, and reads
+Gradio would fetch any public URL that a request names, as an image to search by or as a file to serve, and reads
 requests of any length; a demo needs neither.
 """
 
@@ -15,22 +15,22 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 MAX_UPLOAD, MAX_REQUEST = 20 * 2**20, 64 * 2**10
-"""Bytes of an uploaded file, a phone's photograph, and of any other request (ours)."""
+"""Most bytes of an uploaded file, enough for a phone's photograph, and of any other request (our choice)."""
 
 REQUESTS_PER_MINUTE = 240
-"""That one client may send (ours): what moving a slider for half a minute takes."""
+"""Requests that one client may send (our choice): moving a slider for half a minute takes as many."""
 
 CLIENTS = 10_000
-"""Of whom times are remembered before those of a minute ago are forgotten (ours)."""
+"""Clients tracked before entries older than a minute are evicted (our choice)."""
 
 
 class Guard:
-    """Stands before the server (ASGI): refuses with a sentence what is too much, too large or not its business.
+    """ASGI middleware that refuses requests that are too many, too large or name foreign files.
 
     Args:
         app: the server.
-        folder: where uploads and thumbnails are, the only files that a request may name.
-        per_minute: requests that a client may send in a minute; looking at pages and pictures is free.
+        folder: holds uploads and thumbnails, the only files that a request may name.
+        per_minute: requests that a client may send in a minute; pages and images are not counted.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Guard:
 
 
 async def _read(receive: Callable) -> bytes:
-    """The body, whose length the server checks against what was announced."""
+    """Reads the body; the server checks its length against the announced one."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -110,7 +110,7 @@ async def _read(receive: Callable) -> bytes:
 
 
 def _replay(body: bytes, receive: Callable) -> Callable:
-    """A `receive` that gives a body again, then what comes after it."""
+    """Returns a `receive` that gives a body again, then what comes after it."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Any:

@@ -1,35 +1,42 @@
-"""Encoded queries and the explanation of a query."""
+"""Queries of a gallery: encoded once, weighed as often as wanted, and explained."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import partial, update_wrapper
+from numbers import Real
+from operator import index
+from types import MethodType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image as PILImage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..embeddings.encoding import device_of
+from ..models.image_processing_pvlf import Picture
 from ..models.modeling_pvlf import PVLFModel, PVLFQueryOutput
+from ..models.processing_pvlf import PVLFProcessor
 
 Weights = tuple[float, float, float]
-"""Of picture, fusion and words in a query, in the order of the paper's eq. 13."""
-
+"""Weights of the image, the model's composition and the text in a query, in the order of the paper's eq. 13."""
 
 FUSION: Weights = (0.0, 1.0, 0.0)
-"""The model's own composition."""
+"""Weights of the model's own composition."""
+
+Source = Literal["text", "prompts", "image"]
 
 
 class Explanation(NamedTuple):
-    """Why a query is what it is: how the model weighed and where its fusion Transformer looked.
+    """How the model weighed image and text of a query, and where its fusion Transformer looked.
 
     Args:
-        weights: w of eq. 13, for the picture, the fused feature and the words; free, they need not sum to 1.
+        weights: w of eq. 13, for the image, the fused feature and the text; free, they need not sum to 1.
         tokens: of the text, special ones included.
-        attention: float32 `(layers, length, length)`, mean over heads; row i says where place i looked. Places are
-            the tokens, the prompts, the picture as a whole, and its patches row by row.
-        num_prompts: how many places the prompts take.
+        attention: float32 `(layers, length, length)`, mean over heads; row i is the attention of position i. Positions
+            are the tokens, the prompts, the image as a whole, and its patches row by row.
+        num_prompts: number of prompts.
     """
 
     weights: Weights
@@ -39,37 +46,37 @@ class Explanation(NamedTuple):
 
     @property
     def places(self) -> dict[str, slice]:
-        """Where `"text"`, `"prompts"` and `"image"` stand."""
+        """Returns the positions of `"text"`, `"prompts"` and `"image"`."""
         text, prompts = len(self.tokens), len(self.tokens) + self.num_prompts
         return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
 
-    def shares(self, source: Literal["text", "prompts", "image"] = "prompts") -> dict[str, Tensor]:
-        """How much of its attention a part gave to each part: float32 `(layers,)` each, together 1."""
-        looked = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
-        return {part: looked[:, place].sum(dim=1) for part, place in self.places.items()}
+    def shares(self, source: Source = "prompts") -> dict[str, Tensor]:
+        """Returns the share of a part's attention that each part got: float32 `(layers,)` each, together 1."""
+        given = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
+        return {part: given[:, positions].sum(dim=1) for part, positions in self.places.items()}
 
-    def words(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> list[float]:
-        """Attention that a part gave to each token, in their order."""
+    def words(self, source: Source = "prompts", layer: int = -1) -> list[float]:
+        """Returns the attention that a part gave to each token, in their order."""
         return self.attention[layer, self.places[source], self.places["text"]].mean(dim=0).tolist()
 
-    def patches(self, source: Literal["text", "prompts", "image"] = "prompts", layer: int = -1) -> Tensor:
-        """Attention that a part gave to each patch: float32 `(rows, columns)`, a map of the cropped picture."""
-        looked = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
-        return looked.view(math.isqrt(len(looked)), -1)
+    def patches(self, source: Source = "prompts", layer: int = -1) -> Tensor:
+        """Returns the attention that a part gave to each patch: float32 `(rows, columns)` of the cropped image."""
+        given = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
+        return given.view(math.isqrt(len(given)), -1)
 
 
 @dataclass(frozen=True)
 class Query:
-    """A query as encoded once; other weights, another k or another gallery of the same model need no encoder.
+    """An encoded query; other weights, another k or another gallery of the same model need no encoder.
 
     Args:
-        images: the reference pictures, RGB.
-        text: the words, or None.
+        images: the reference images, RGB.
+        text: the text, or None.
         fused: float32 `(d,)`, the model's composition, or the only half that there is.
-        image_embeds: float32 `(d,)`, of the pictures alone (their mean, where several), None without.
-        text_embeds: float32 `(d,)`, of the words alone, None without.
-        made_by: of which model, as [`EmbeddingStore`] states it.
-        why: one explanation a reference picture, if asked for.
+        image_embeds: float32 `(d,)`, of the images alone (their mean, where several), None without.
+        text_embeds: float32 `(d,)`, of the text alone, None without.
+        made_by: provenance, as [`EmbeddingStore`] states it.
+        why: one explanation a reference image, if asked for.
     """
 
     images: tuple[PILImage.Image, ...]
@@ -81,19 +88,19 @@ class Query:
     why: tuple[Explanation, ...] = field(default=(), repr=False)
 
     def embed(self, weights: Weights = FUSION) -> Tensor:
-        """normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
+        """Returns normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
 
         Args:
             weights: (w_image, w_fused, w_text) of unit vectors: `(0, 1, 0)` is the model's composition,
-                `(0.5, 1, 0)` more of the picture, `(1, 0, 0)` the picture alone, `(0, 0, 1)` the words alone;
-                a negative one leads away from it.
+                `(0.5, 1, 0)` more of the image, `(1, 0, 0)` the image alone, `(0, 0, 1)` the text alone;
+                a negative weight leads away from its part.
 
         Raises:
-            ValueError: if all weights are 0, or one is of a half that the query does not have.
+            ValueError: if they are not three finite numbers, all are 0, or one is of a half that the query lacks.
         """
         parts = {"image": self.image_embeds, "fused": self.fused, "text": self.text_embeds}
         total = torch.zeros_like(self.fused)
-        for (name, embeds), weight in zip(parts.items(), weights, strict=True):
+        for (name, embeds), weight in zip(parts.items(), check_weights(weights), strict=True):
             if weight == 0:
                 continue
             if embeds is None:
@@ -104,30 +111,135 @@ class Query:
         return F.normalize(total, dim=0)
 
 
-@contextmanager
-def eval_mode(model: PVLFModel, eager: bool) -> Iterator[None]:
-    """For the time being, without dropout and, where asked for, with the fusion's attention that returns weights."""
-    was_training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    if eager:
-        # Not set_attn_implementation, which warns of BLIP's encoders, although they are to stay as they are; without
-        # vl_config, the library would set theirs to None, and BLIP would attend to text padding.
-        model.config._attn_implementation = {"": "eager", "vl_config": {}}
+def check_weights(weights: Any) -> Weights:
+    """Returns the weights as floats; raises a `ValueError` unless they are three finite numbers."""
+    values = list(weights) if isinstance(weights, Sequence | Tensor) or hasattr(weights, "tolist") else []
+    numbers = [float(value) for value in values if isinstance(value, Real | Tensor) and math.isfinite(value)]
+    if len(numbers) != 3 or len(values) != 3:
+        raise ValueError(
+            f"weights={weights!r}: pass three numbers, of image, composition and text, such as (0.5, 1, 0)"
+        )
+    return numbers[0], numbers[1], numbers[2]
+
+
+def check_positive(name: str, value: Any) -> int:
+    """Returns the value of an argument as an int; raises a `ValueError` unless it is a whole number above 0."""
     try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
-        model.config._attn_implementation = {"": attention, "vl_config": {}}
+        number = index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: pass a whole number of at least 1")
+    return number
 
 
-def explanation(output: PVLFQueryOutput, row: int, words: list[str], num_prompts: int) -> Explanation:
-    """Explains one row of a composed batch whose attentions were asked for; `words` are the caption's tokens."""
-    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # composed with attentions
+def encode_query(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    made_by: dict[str, str],
+    image: Picture | Sequence[Picture] | None = None,
+    text: str | None = None,
+    explain: bool = False,
+) -> Query:
+    """Encodes a query; several images are each composed with the text, and their embeddings averaged.
+
+    The model stays as it is, whatever other threads do with it.
+
+    Raises:
+        ValueError: if there is neither image nor text, an image cannot be read, the text is no text or empty, or
+            `explain` lacks one of them.
+    """
+    if image is None and text is None:
+        raise ValueError("nothing to search by: pass an image, a text or both")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text={text!r}: pass one string, or None to search by the image alone")
+    if text is not None and not text.strip():
+        raise ValueError("text is empty: say what to look for, or leave text out to search by the image alone")
+    if explain and (image is None or text is None):
+        raise ValueError("explain=True needs an image and a text: only their composition can be explained")
+    given = [] if image is None else image if isinstance(image, list | tuple) else [image]
+    arrays = [processor.image_processor.process_image(one) for one in given]
+    images = tuple(PILImage.fromarray(array.transpose(1, 2, 0)) for array in arrays)
+    if image is not None and not images:
+        raise ValueError("image is an empty list: pass at least one image, or leave it out")
+    with torch.inference_mode():
+        return _encode(inference_view(model), processor, made_by, images, text, explain)
+
+
+def _encode(
+    model: PVLFModel,
+    processor: PVLFProcessor,
+    made_by: dict[str, str],
+    images: tuple[PILImage.Image, ...],
+    text: str | None,
+    explain: bool,
+) -> Query:
+    device = device_of(model)
+    if text is None:
+        inputs = processor(images=list(images)).to(device)
+        image_embeds = mean_embedding(model.get_image_features(**inputs).pooler_output)
+        return Query(images, None, image_embeds, image_embeds, None, made_by)
+    if not images:
+        text_embeds = mean_embedding(model.get_text_features(**processor(text=text).to(device)).pooler_output)
+        return Query((), text, text_embeds, None, text_embeds, made_by)
+    inputs = processor.process_queries(list(images), [text] * len(images)).to(device)
+    output = model.get_query_features(**inputs, **({"output_attentions": True} if explain else {}))
+    of_images, of_text = output.image_embeds, output.text_embeds
+    if of_images is None:  # not computed on the way
+        of_images = model.get_image_features(inputs["pixel_values"]).pooler_output
+    if of_text is None:
+        of_text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    why: list[Explanation] = []
+    if explain:
+        tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        why = [explanation(output, row, tokens, model.config.num_prompts) for row in range(len(images))]
+    fused, image_embeds, text_embeds = map(mean_embedding, (output.pooler_output, of_images, of_text))
+    return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why))
+
+
+def inference_view(model: PVLFModel) -> PVLFModel:
+    """Returns the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
+
+    Several threads may use a model at a time, one of them for training: it is not switched.
+    """
+    return _view(model, {}) if any(module.training for module in model.modules()) else model
+
+
+def _view(module: Any, views: dict[nn.Module, Any]) -> Any:
+    if module in views:
+        return views[module]
+    view = views[module] = module.__class__.__new__(module.__class__)
+    attributes = vars(module).copy()  # weights, buffers and hooks are shared
+    attributes["training"] = False
+    attributes["_modules"] = {
+        name: child if child is None else _view(child, views) for name, child in module._modules.items()
+    }
+    for name, value in attributes.items():  # Accelerate's hooks keep the module's own methods
+        if isinstance(value, MethodType) and value.__self__ is module:
+            attributes[name] = MethodType(value.__func__, view)
+        elif isinstance(value, partial) and any(argument is module for argument in value.args):
+            arguments = [view if argument is module else argument for argument in value.args]
+            attributes[name] = update_wrapper(partial(value.func, *arguments, **value.keywords), value)
+    view.__dict__.update(attributes)
+    return view
+
+
+def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompts: int) -> Explanation:
+    """Explains one row of a composed batch whose attentions were asked for; `tokens` are the caption's.
+
+    Raises:
+        ValueError: if the model returns neither weights nor attentions.
+    """
+    if getattr(output, "aggregation_weights", None) is None or getattr(output, "attentions", None) is None:
+        raise ValueError("explain=True: this model does not return what it weighed and attended to; leave it out")
+    image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # checked above
     attention = torch.stack([layer[row].float().mean(dim=0) for layer in output.attentions]).cpu()  # type: ignore[union-attr]
-    return Explanation((image, fused, text), words, attention, num_prompts)
+    return Explanation((image, fused, text), tokens, attention, num_prompts)
 
 
 def mean_embedding(embeds: Tensor) -> Tensor:
-    """`(n, d)` -> float32 `(d,)`, normalised, on the CPU."""
+    """Averages `(n, d)` to float32 `(d,)`, normalised, on the CPU."""
     return F.normalize(embeds.float().mean(dim=0), dim=0).cpu()
+
+
+__all__ = ["FUSION", "Explanation", "Query", "Weights", "encode_query"]

@@ -1,4 +1,4 @@
-"""What a search found as one HTML file for people: pictures, scores and ids, nothing fetched from elsewhere.
+"""Writes the results of a search as one HTML file: images, scores and ids, nothing fetched from elsewhere.
 
 Example:
     ```python
@@ -12,11 +12,11 @@ from io import BytesIO
 
 from PIL import Image
 
-from .gallery import SearchResult
 from .query import Explanation
+from .result import SearchResult
 
 THUMBNAIL = 256
-"""Pixels of a picture's longer side (ours): a page of fifty stays below a megabyte."""
+"""Pixels of an image's longer side (our choice): a page of fifty stays below a megabyte."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 2rem auto; max-width: 75rem;
@@ -35,12 +35,11 @@ li span { display: block; overflow-wrap: anywhere } .score { color: #6e7781 }
 def search_page(result: SearchResult, title: str = "Composed image retrieval") -> str:
     """Writes the session of a result, a section a search, as a page that needs no other file.
 
+    A blank with its name stands for an image that cannot be opened.
+
     Args:
         result: of [`Gallery.search`]; with `explain`, the page also says what the model looked at.
         title: heading.
-
-    Raises:
-        ValueError: if a picture cannot be opened.
     """
     sections = "\n".join(map(_section, result.session))
     return (
@@ -51,32 +50,32 @@ def search_page(result: SearchResult, title: str = "Composed image retrieval") -
 
 def _section(result: SearchResult) -> str:
     query = result.query
-    images = "".join(_image(picture, "reference") for picture in query.images)
+    images = "".join(_image(image, "reference") for image in query.images)
     text = f'<p class="text" dir="auto">{escape(query.text)}</p>' if query.text else ""
     why = "".join(map(_why, result.why))
     items = "\n".join(
-        f"<li>{_image(result.gallery.picture(image_id), image_id)}"
-        f'<span class="score">{place}. {score:.4f}</span><span dir="auto">{escape(image_id)}</span></li>'
-        for place, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1)
+        f"<li>{_image(result.gallery.preview(image_id), image_id)}"
+        f'<span class="score">{rank}. {score:.4f}</span><span dir="auto">{escape(image_id)}</span></li>'
+        for rank, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1)
     )
     return f'<div class="query">{images}<div>{text}{why}</div></div>\n<ol>\n{items}\n</ol>'
 
 
 def _why(why: Explanation) -> str:
-    """The weights of eq. 13, and the words, the darker the more the prompts looked at them."""
+    """Writes the weights of eq. 13, and the tokens, the darker the more the prompts looked at them."""
     image, fused, text = why.weights
-    words = why.words()
-    most = max(words)
+    attention = why.words()
+    most = max(attention)
     shaded = " ".join(
-        f'<b style="background: rgb(26 156 75 / {0.6 * looked / most:.2f})">{escape(token)}</b>'
-        for token, looked in zip(why.tokens, words, strict=True)
+        f'<b style="background: rgb(26 156 75 / {0.6 * share / most:.2f})">{escape(token)}</b>'
+        for token, share in zip(why.tokens, attention, strict=True)
     )
-    weights = f"picture {image:.2f}, composition {fused:.2f}, words {text:.2f}"
+    weights = f"image {image:.2f}, composition {fused:.2f}, text {text:.2f}"
     return f'<p class="why">{weights}</p><p class="why">{shaded}</p>'
 
 
-def _image(picture: Image.Image, name: str) -> str:
-    small, file = picture.copy(), BytesIO()
+def _image(image: Image.Image, name: str) -> str:
+    small, file = image.copy(), BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(file, "JPEG", quality=85)
     return f'<img src="data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}" alt="{escape(name)}">'

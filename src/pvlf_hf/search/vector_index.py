@@ -1,8 +1,11 @@
-"""Which pictures of a gallery are nearest to a query: exactly, or approximately where there are too many for that."""
+"""Finds the images of a gallery that are nearest to a query: exactly, or approximately where there are too many."""
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+from urllib.parse import urlsplit
 
 import torch
 from datasets import Dataset
@@ -14,21 +17,21 @@ from ..embeddings.similarity import error_bound, kth_at_least, where_above
 IndexName = Literal["exact", "faiss", "milvus"]
 
 SEARCH_WIDTH = 128
-"""Neighbours that FAISS's graph search keeps in view, its `efSearch`. Ours: of the ten best of 20,000 random
-vectors of width 64, the worst case, this finds 97 %, FAISS's own 16 half."""
+"""Neighbours that FAISS's graph search keeps in view, its `efSearch` (our choice): of the ten best of 20,000 random
+vectors of width 64, the worst case, this finds 97 %, FAISS's default of 16 half of them."""
 
 COLLECTION = "pvlf_"
-"""A Milvus collection is named after the model: this and its fingerprint. A database holds one gallery."""
+"""Prefix of a Milvus collection's name, which goes on with the model's fingerprint and the gallery's id."""
 
 MILVUS_BATCH, MILVUS_MOST = 1000, 16384
-"""Rows sent at once (ours), and the most that Milvus answers at once."""
+"""Rows sent at once (our choice), and the most rows that Milvus answers with."""
 
 
 class VectorIndex(Protocol):
-    """Finds what may be nearest; [`Gallery`] orders it by the embeddings themselves."""
+    """An index that proposes candidates; [`Gallery`] ranks them by the embeddings themselves."""
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Gallery rows, int64, in any order, among them the best k (most of them, where approximate).
+        """Returns gallery rows, int64, in any order, among them the best k (most of them, where approximate).
 
         Args:
             query: float32 `(d,)`, L2-normalised.
@@ -37,7 +40,7 @@ class VectorIndex(Protocol):
 
 
 class ExactIndex:
-    """Compares the query with every picture, in half precision, whose error decides how many are left to choose from.
+    """Comparison of the query with every image in half precision, whose error decides how many candidates are left.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised; a float16 copy is kept, half their size, and read in half the
@@ -48,22 +51,22 @@ class ExactIndex:
         self.halves = embeds.half()
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """See [`VectorIndex`]; all that rounding could have kept out of the best k are among them."""
+        """Returns candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k."""
         cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
         return where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
 
 
 def half_error_bound(width: int) -> float:
-    """The most that a cosine of half precision numbers can be off from the score, about 1.5e-3.
+    """Returns the largest error of a cosine of half precision vectors, about 1.5e-3.
 
-    To [`error_bound`], for sums in float32, each of three roundings (picture, query, result) adds 2^-11; the tenth
-    covers second orders, and numbers below 2^-14, which are off by 2^-25 at most.
+    To [`error_bound`], for sums in float32, each of three roundings (image, query, result) adds 2^-11. The factor 3.1
+    instead of 3 covers terms of second order, and numbers below 2^-14, whose error is at most 2^-25.
     """
     return 3.1 * 2.0**-11 + error_bound(width)
 
 
 class FaissIndex:
-    """FAISS's HNSW graph through `datasets`, in memory; built anew each time, about a minute per 100,000 pictures.
+    """FAISS's HNSW graph through `datasets`, in memory; built again each time, a minute per 100,000 images.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised.
@@ -83,50 +86,43 @@ class FaissIndex:
         self.rows.add_faiss_index_from_external_arrays(embeds.numpy(), "embeds", custom_index=graph)
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """See [`VectorIndex`]; where the graph has a part that a search does not reach, fewer than k."""
+        """Returns candidates, see [`VectorIndex`]; fewer than k where a search does not reach a part of the graph."""
         rows = torch.as_tensor(self.rows.search("embeds", query.numpy(), k).indices)
         return rows[rows >= 0].long()
 
 
 class MilvusIndex:
-    """A Milvus database: a local file (Milvus Lite) or a cluster. Takes up what is new and drops what is gone.
+    """A collection in a Milvus database: a local file (Milvus Lite) or a cluster. Takes up new images, drops others.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised.
-        digests: of the pictures, by which the database knows them; equal ones are kept once.
-        fingerprint: of the model.
-        uri: a file ending in .db, or a cluster's address (`http://user:password@host:19530/database`).
-
-    Raises:
-        ImportError: if `pymilvus` (for a file also `milvus-lite`) is not installed.
-        ValueError: if the database holds the embeddings of another model.
+        digests: of the images, the primary key of the collection; equal images are kept once.
+        client: the database, from [`connect`].
+        collection: name of the gallery's own collection, from [`collection_of`].
     """
 
-    def __init__(self, embeds: Tensor, digests: Sequence[str], fingerprint: str, uri: str) -> None:
-        try:
-            from pymilvus import MilvusClient
-        except ImportError as error:
-            raise ImportError("index='milvus' needs its client: pip install pymilvus milvus-lite") from error
-        self.client = MilvusClient(uri=uri)
+    def __init__(self, embeds: Tensor, digests: Sequence[str], client: Any, collection: str) -> None:
+        self.client, self.collection = client, collection
         self.rows_of: dict[str, list[int]] = defaultdict(list)
         for row, digest in enumerate(digests):
             self.rows_of[digest].append(row)
-        self.collection = COLLECTION + fingerprint
-        there = [name for name in self.client.list_collections() if name.startswith(COLLECTION)]
-        if other := [name for name in there if name != self.collection]:
-            self.client.close()
-            raise ValueError(
-                f"{uri} holds an index of another model or processor, which must not be mixed: choose another file "
-                f"or database, or drop its collection {other[0]}"
-            )
-        if not there:
+        if not client.has_collection(collection):
             self._create(embeds.shape[1])
         self._synchronise(embeds)
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """See [`VectorIndex`]; at most 16,384 different pictures, which is Milvus's limit."""
+        """Returns candidates, see [`VectorIndex`]; at most 16,384 different images, which is Milvus's limit.
+
+        Raises:
+            ValueError: if another process has changed the collection since.
+        """
         limit = min(k, len(self.rows_of), MILVUS_MOST)
         (hits,) = self.client.search(self.collection, [query.tolist()], limit=limit)
+        if not hits or any(hit["digest"] not in self.rows_of for hit in hits):
+            raise ValueError(
+                f"the Milvus collection {self.collection} was changed since this gallery was opened: load the gallery "
+                "again"
+            )
         return torch.tensor([row for hit in hits for row in self.rows_of[hit["digest"]]])
 
     def _create(self, width: int) -> None:
@@ -151,7 +147,7 @@ class MilvusIndex:
             self.client.delete(self.collection, ids=gone[start : start + MILVUS_BATCH])
         new = [digest for digest in self.rows_of if digest not in known]
         starts = range(0, len(new), MILVUS_BATCH)
-        for start in tqdm(starts, desc=f"indexing {len(new)} pictures", disable=not new):
+        for start in tqdm(starts, desc=f"adding {len(new)} images to Milvus", disable=not new):
             batch = new[start : start + MILVUS_BATCH]
             rows = [{"digest": d, "embedding": embeds[self.rows_of[d][0]].tolist()} for d in batch]
             self.client.insert(self.collection, rows)
@@ -164,20 +160,77 @@ def check_index(name: str, uri: str | None) -> None:
     if (name == "milvus") != (uri is not None):
         raise ValueError(
             f"index={name!r} with uri={uri!r}: index='milvus' needs a uri, a file ending in .db or a cluster's "
-            "address, and the others take none"
+            "URL, and the others take none"
         )
 
 
+def connect(uri: str, fingerprint: str) -> Any:
+    """Opens a Milvus database, before anything is encoded that could then not be kept there.
+
+    Args:
+        uri: a file ending in .db, or a cluster's URL (`http://user:password@host:19530/database`).
+        fingerprint: of the model whose embeddings the database is to hold.
+
+    Returns:
+        a `pymilvus.MilvusClient`.
+
+    Raises:
+        ImportError: if `pymilvus` (for a file also `milvus-lite`) is not installed.
+        ValueError: if the database cannot be opened, or holds embeddings of another model.
+    """
+    uri, is_file = str(uri), "://" not in str(uri)
+    if find_spec("pymilvus") is None or (is_file and find_spec("milvus_lite") is None):
+        raise ImportError("index='milvus' needs its client: pip install pymilvus milvus-lite")
+    name = uri if is_file else urlsplit(uri).hostname  # without the password
+    if is_file and not uri.endswith(".db"):
+        raise ValueError(f"uri={uri!r}: name a file that ends in .db, or a cluster's URL, such as http://host:19530")
+    if is_file and not Path(uri).absolute().parent.is_dir():
+        raise ValueError(f"uri={uri!r}: there is no folder {Path(uri).absolute().parent}; make it first")
+    from pymilvus import MilvusClient
+
+    remedy = (
+        "one process at a time can use a Milvus file: end the other, choose another file, or run a cluster"
+        if is_file
+        else "check the URL, the login, and that the cluster is running"
+    )
+    try:
+        client = MilvusClient(uri=uri)
+        collections = client.list_collections()
+    except Exception as error:  # the client hands on errors of gRPC and of Milvus Lite
+        raise ValueError(f"the Milvus database {name} cannot be opened ({error}): {remedy}") from error
+    if other := [c for c in collections if c.startswith(COLLECTION) and not c.startswith(COLLECTION + fingerprint)]:
+        client.close()
+        raise ValueError(
+            f"{name} holds an index of another model or processor, which must not be mixed: choose another file "
+            f"or database, or drop its collection {other[0]}"
+        )
+    return client
+
+
+def collection_of(fingerprint: str, gallery_id: str) -> str:
+    """Returns the name of a gallery's collection: several galleries of one model share a database."""
+    return f"{COLLECTION}{fingerprint}_{gallery_id}"
+
+
 def make_index(
-    name: IndexName, uri: str | None, embeds: Tensor, digests: Sequence[str], fingerprint: str
+    name: IndexName, embeds: Tensor, digests: Sequence[str], client: Any = None, collection: str = ""
 ) -> VectorIndex:
     """Builds the index of a gallery; arguments as those of the classes above."""
-    check_index(name, uri)
     if name == "exact":
         return ExactIndex(embeds)
     if name == "faiss":
         return FaissIndex(embeds)
-    return MilvusIndex(embeds, digests, fingerprint, str(uri))
+    return MilvusIndex(embeds, digests, client, collection)
 
 
-__all__ = ["ExactIndex", "FaissIndex", "IndexName", "MilvusIndex", "VectorIndex", "check_index", "make_index"]
+__all__ = [
+    "ExactIndex",
+    "FaissIndex",
+    "IndexName",
+    "MilvusIndex",
+    "VectorIndex",
+    "check_index",
+    "collection_of",
+    "connect",
+    "make_index",
+]

@@ -10,7 +10,8 @@ from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
 from ..data.checks import caption_problem
-from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..data.triplets import TRIPLET_COLUMNS
+from ..digests import id_number
 
 
 class OneValueBatchSampler(Sampler[int]):

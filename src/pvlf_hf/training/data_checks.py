@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark, check_columns
 from ..data.checks import check_rows
-from ..data.triplets import TRIPLET_COLUMNS, id_number
+from ..data.triplets import TRIPLET_COLUMNS
+from ..digests import id_number
 from ..evaluation.scoring import score
 from ..models.interface_pvlf import ComposedRetrievalOutput
 

@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
-from ..data.triplets import TRIPLET_COLUMNS, id_number
-from ..embeddings.fingerprints import digest, fingerprint, image_settings, picture_digests, text_settings
+from ..data.triplets import TRIPLET_COLUMNS
+from ..digests import id_number, sequence_digest
+from ..embeddings.fingerprints import fingerprint, image_settings, picture_digests, text_settings
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import unwrap
 from ..models.modeling_pvlf import PVLFModel
@@ -196,7 +197,7 @@ class FeatureCollator:
         captions = [row["caption"] for row in rows]
         if self.texts is None:
             return batch | dict(self.processor(text=captions))
-        digests = [digest(caption) for caption in captions]
+        digests = [sequence_digest(caption) for caption in captions]
         tokens = [self.texts[d] for d in digests]
         features["text_tokens"] = pad_sequence(tokens, batch_first=True)
         features["text_position"] = torch.tensor([self.texts.position(d) for d in digests])
@@ -276,7 +277,7 @@ def cache_features(
             texts = None
             if not any(p.requires_grad for module in text_side for p in module.parameters()):
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
-                texts.fill([digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
+                texts.fill([sequence_digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
     finally:
         model.train(was_training)
     known = triplets.remove_columns(["reference", "target"])

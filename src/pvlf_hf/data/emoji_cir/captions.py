@@ -6,13 +6,13 @@ where the language has them, other terms; `"brief"` is as short and careless as 
 words, no verb, a typo, or a vague "darker" that does not say by how much. Templates and terms are in `captions.json`.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...digests import sha1_digest
 from .names import ACTIVITIES, OCCUPATIONS, SKIN_TONES
 
 TIERS = ("plain", "paraphrased", "brief")
@@ -60,7 +60,7 @@ def templates_of(attribute: str) -> Mapping[str, Sequence[str]]:
 
 def pick(choices: Sequence[T], key: str) -> T:
     """Chooses one by the hash of `key`: the same on every machine and Python, independent of earlier choices."""
-    return choices[int(hashlib.sha1(key.encode()).hexdigest(), 16) % len(choices)]
+    return choices[int(sha1_digest(key.encode()), 16) % len(choices)]
 
 
 def attribute_of(slot: str, new: str) -> str:

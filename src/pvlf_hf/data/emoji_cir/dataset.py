@@ -6,7 +6,6 @@ Test pairs are held out, and test captions are phrased differently than training
 `model_cards/emoji-cir/README.md` for the protocol.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from ...digests import sha1_digest
 from ...models.image_processing_pvlf import open_picture
 from ..benchmark import CIRBenchmark, Protocol
 from ..checks import check_choice, check_list, naming_the_cache
@@ -210,7 +210,7 @@ def _directions(pair: EmojiPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def _lottery(item: object) -> str:
     """Returns the sort key of a random order that is the same everywhere and stays when items are added."""
-    return hashlib.sha1(f"emoji-cir/{item}".encode()).hexdigest()
+    return sha1_digest(f"emoji-cir/{item}".encode())
 
 
 def _attribute(slots: tuple[str, ...], target: dict[str, str]) -> str:
@@ -310,7 +310,7 @@ def _undecoded(images: Dataset) -> Dataset:
 def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Dataset:
     """Runs a generator once; `datasets` caches the rows until the packages or the code that makes them change."""
     files = ("dataset.py", "captions.py", "captions.json", "names.py")
-    source = hashlib.sha1(b"".join(Path(__file__).with_name(name).read_bytes() for name in files)).hexdigest()
+    source = sha1_digest(b"".join(Path(__file__).with_name(name).read_bytes() for name in files))
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
     with naming_the_cache():
         dataset = Dataset.from_generator(write, features=features, gen_kwargs=gen_kwargs)
@@ -356,4 +356,4 @@ def _picture_id(file: Path) -> str:
     with open_picture(file) as image:
         rgba = image.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return hashlib.sha1(f"{seen.size}".encode() + seen.tobytes()).hexdigest()
+    return sha1_digest(f"{seen.size}".encode() + seen.tobytes())

@@ -1,0 +1,53 @@
+"""Runs `pvlf-hf convert`: checkpoints of other code bases."""
+
+from pathlib import Path
+
+import typer
+
+from ..checkpoints.convert import convert_salesforce_blip, convert_transagg
+
+LOADING = {
+    "blip": [
+        ("model", "from pvlf_hf import PVLFModel", "PVLFModel.from_vl_pretrained"),
+        ("processor", "from pvlf_hf import PVLFProcessor", "PVLFProcessor.from_vl_pretrained"),
+    ],
+    "transagg": [
+        ("model", "import pvlf_hf; from transformers import AutoModel", "AutoModel.from_pretrained"),
+        ("processor", "from transformers import AutoProcessor", "AutoProcessor.from_pretrained"),
+    ],
+}
+"""Imports and loaders of a converted checkpoint."""
+
+
+def blip(
+    checkpoint: Path,
+    output_dir: Path,
+    tokenizer: str | None,
+    image_size: int | None,
+    vision_heads: int | None,
+    text_heads: int | None,
+) -> None:
+    """Converts BLIP as Salesforce released it, and prints what was written."""
+    convert_salesforce_blip(checkpoint, output_dir, tokenizer, image_size, vision_heads, text_heads)
+    describe("blip", output_dir, bool(tokenizer))
+
+
+def transagg(
+    checkpoint: Path, output_dir: Path, tokenizer: str | None, vision_heads: int | None, text_heads: int | None
+) -> None:
+    """Converts TransAgg, and prints what was written."""
+    convert_transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
+    describe("transagg", output_dir, bool(tokenizer))
+
+
+def describe(kind: str, folder: Path, with_processor: bool) -> None:
+    """Prints what was written and how to load it."""
+    typer.echo(f"{folder} holds:")
+    for path in sorted(folder.iterdir()):
+        typer.echo(f"  {path.name:32} {path.stat().st_size:>13,} bytes")
+    typer.echo("\nLoad it with:")
+    for name, imported, loader in LOADING[kind]:
+        if name == "model" or with_processor:
+            typer.echo(f'  {imported}\n  {name} = {loader}("{folder}")')
+    if not with_processor:
+        typer.echo("It has no tokenizer: pass --tokenizer to have the processor too.")

@@ -1,0 +1,143 @@
+"""Runs `pvlf-hf index`, `search` and `demo`: everything with an index of one's own images."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import typer
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
+
+from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+from ..embeddings.embedding_store import EmbeddingStore, made_by
+from ..embeddings.openvino_encoder import encode_by_openvino
+from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_pvlf import PVLFProcessor
+from ..search.gallery import Gallery
+from ..search.gallery_files import TABLE, is_gallery
+from ..search.query import Explanation, Weights
+from ..search.result import SearchResult
+from ..search.results_page import search_page
+from .evaluate import load_model
+from .output import print_json
+
+LISTED = 20
+"""Skipped images that `index` prints; `--json` has them all."""
+
+
+def index(
+    folder: Path,
+    model: str,
+    path: Path,
+    batch_size: int,
+    dtype: str,
+    openvino: bool,
+    draft: bool,
+    include_hidden: bool,
+    as_json: bool,
+) -> None:
+    """Embeds a folder of images, and prints what was indexed and what was skipped."""
+    known = set(pq.read_table(path / TABLE)["digest"].to_pylist()) if is_gallery(path) else set()
+    encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype)
+    if openvino:
+        encode_by_openvino(encoder)
+    options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
+    gallery = Gallery.from_folder(folder, encoder, processor, path=path, **options)
+    new = len({*gallery.digests} - known)
+    if as_json:
+        print_json(path=str(path), pictures=len(gallery), new=new, skipped=gallery.skipped)
+        return
+    typer.echo(f"{path}: {len(gallery)} pictures, {new} new, {len(gallery.skipped)} skipped")
+    for image_id, reason in list(gallery.skipped.items())[:LISTED]:
+        typer.echo(f"skipped {image_id}: {reason}")
+    if len(gallery.skipped) > LISTED:
+        typer.echo(f"and {len(gallery.skipped) - LISTED} more; --json lists them all")
+
+
+def search(
+    path: Path,
+    model: str,
+    images: list[str] | None,
+    text: str | None,
+    k: int,
+    weights: Weights,
+    sheet: Path | None,
+    explain: bool,
+    as_json: bool,
+) -> None:
+    """Searches an index, and prints or draws the results."""
+    gallery = Gallery.load(path, *load(model, index_dtype(path)))
+    if text:
+        check_vocabulary(gallery.processor.tokenizer, text)
+    result = gallery.search(images, text, k, weights=weights, explain=explain)
+    if as_json:
+        draw(result, sheet, k)
+        rows = zip(result.ids, result.scores, result.paths, strict=True)
+        results = [{"id": image_id, "score": score, "path": path} for image_id, score, path in rows]
+        why = {"why": list(map(explained, result.why))} if explain else {}
+        print_json(results=results, sheet=str(sheet) if sheet else None, **why)
+        return
+    for rank, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1):
+        typer.echo(f"{rank:>3}  {score:.4f}  {image_id}")
+    for explanation in map(explained, result.why):
+        typer.echo("weights: " + ", ".join(f"{part} {weight:.2f}" for part, weight in explanation["weights"].items()))
+        shares = sorted(zip(explanation["attention"], explanation["tokens"], strict=True), reverse=True)
+        typer.echo("looked at: " + ", ".join(f"{token} {share:.3f}" for share, token in shares))
+    if sheet:  # after the results, which a full disk does not take with it
+        draw(result, sheet, k)
+        typer.echo(f"see {sheet}")
+
+
+def demo(images: Path | None, model: str, host: str, port: int | None, browser: bool) -> None:
+    """Serves the web demo until interrupted."""
+    from ..search.web_demo import launch  # Gradio is an extra
+
+    dtype = index_dtype(images) if images and is_gallery(images) else "auto"
+    launch(open_gallery(images, *load(model, dtype)), host=host, port=port, open_browser=browser)
+
+
+def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
+    """Writes a contact sheet, if one is asked for, as an image or a page by its ending."""
+    if sheet and sheet.suffix == ".png":
+        result.sheet(k=k).save(sheet)
+    elif sheet:
+        sheet.write_text(search_page(result), encoding="utf-8")
+
+
+def open_gallery(images: Path | None, model: PVLFModel, processor: PVLFProcessor) -> Gallery:
+    """Opens an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
+    if images is None:
+        cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"
+        return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
+    if is_gallery(images):
+        return Gallery.load(images, model, processor)
+    return Gallery.from_folder(images, model, processor)
+
+
+def index_dtype(path: Path) -> str:
+    """Returns the dtype that the embeddings of an index were computed in, `"auto"` where there is no index yet."""
+    provenance = EmbeddingStore(path).model
+    return provenance["dtype"] if provenance else "auto"
+
+
+def load(name: str, dtype: str) -> tuple[PVLFModel, PVLFProcessor]:
+    """Loads model and processor, on the accelerator if there is one."""
+    model, processor = load_model(name, dtype=dtype)
+    return model.to(PartialState().device), processor
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Reports words that the model does not know; raises a `ValueError` if it knows none, as of another script."""
+    words = {word: tokenizer.tokenize(word) for word in text.split()}
+    unknown = [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
+    if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
+        raise ValueError(f"the model's tokenizer knows nothing of {text!r}: say it in the language it was trained on")
+    if unknown:
+        typer.echo(f"the model's tokenizer does not know {', '.join(unknown)}; the search goes by the rest", err=True)
+
+
+def explained(why: Explanation) -> dict[str, Any]:
+    """Returns the weights of eq. 13, and the attention of the prompts to each token in the last layer."""
+    weights = dict(zip(("picture", "composition", "words"), why.weights, strict=True))
+    return {"weights": weights, "tokens": why.tokens, "attention": why.words()}

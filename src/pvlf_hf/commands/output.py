@@ -1,0 +1,11 @@
+"""Prints what commands found."""
+
+import json
+from typing import Any
+
+import typer
+
+
+def print_json(**content: Any) -> None:
+    """Prints one JSON object, the only content of stdout under `--json`."""
+    typer.echo(json.dumps(content, indent=2))

@@ -1,0 +1,226 @@
+"""Layout and event handlers of the web demo's page."""
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any
+
+from PIL import Image as PILImage
+
+from .demo_session import Searcher, Session, has_both, open_upload
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`') from error
+
+WAITING, KEPT = 100, 600
+"""Requests that may wait, and seconds that uploaded files stay (our choice)."""
+
+CSS = """
+.gradio-container {max-width: 1180px !important; margin: auto}
+#examples {flex-wrap: wrap; gap: 8px}
+#examples button {flex: 0 1 auto; white-space: normal}
+#grid .grid-wrap, #trail .grid-wrap {min-height: 0; max-height: none}
+#trail .gallery-item {width: auto}
+#grid .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px}
+#grid .thumbnail-item, #trail .thumbnail-item {background: white; display: flex; align-items: center}
+#grid .thumbnail-item {flex-direction: column; aspect-ratio: 5 / 6}
+#grid .thumbnail-item img {flex: 1; min-height: 0; padding: 4px}
+#grid .caption-label, #trail .caption-label {position: static; border: 0; background: none; color: #555}
+#grid .caption-label {opacity: 1 !important}
+#trail {border: 0}
+#trail .grid-container {display: flex; flex-wrap: wrap; padding: 0; gap: 8px}
+#trail .thumbnail-item {width: auto; height: 56px; aspect-ratio: auto; padding: 0 4px}
+#trail .thumbnail-item img {width: 44px; height: 44px}
+#trail .caption-label {max-width: 180px}
+#balance .tab-like-container {display: none}
+#balance .min_value, #balance .max_value {display: inline; font-size: 0}
+#balance .min_value::before {content: "picture"; font-size: 13px}
+#balance .max_value::before {content: "words"; font-size: 13px}
+@media (max-width: 640px) {#grid .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr))}}
+"""
+
+ASK_ON = "() => document.querySelector('#text textarea, #text input').focus()"
+
+LOOK = "() => innerWidth > 640 || document.querySelector('#heading').scrollIntoView({behavior: 'smooth'})"
+"""Scrolls to the results, which are below the query on a phone."""
+
+
+class Page:
+    """Components of the page and their event handlers.
+
+    Args:
+        searcher: carries out what a visitor asks for.
+        examples: ids of images and what to change.
+    """
+
+    def __init__(self, searcher: Searcher, examples: Sequence[tuple[str, str]]) -> None:
+        self.searcher, self.examples = searcher, examples
+        with gr.Blocks(title="PVLF", analytics_enabled=False, delete_cache=(60, KEPT)) as self.blocks:
+            self._lay_out()
+            self._connect()
+        # One at a time, since each takes all cores. Nobody skips the queue.
+        self.blocks.queue(max_size=WAITING, api_open=False)
+
+    def _lay_out(self) -> None:
+        number = f"{len(self.searcher.gallery):,}"
+        self.session = gr.State(Session())
+        gr.Markdown(f"# This picture, *but* …\nSearch {number} pictures by a picture and what should be different.")
+        still: dict[str, Any] = {"interactive": False, "buttons": []}
+        strip = still | {"allow_preview": False, "object_fit": "scale-down"}
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                self.reference = gr.Image(
+                    label="This picture",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=240,
+                    placeholder="Drop a picture here, or pick one",
+                    elem_id="reference",
+                )
+                self.text = gr.Textbox(
+                    label="but …", placeholder="what should be different", max_length=300, elem_id="text"
+                )
+                with gr.Row():
+                    self.button = gr.Button("Search", variant="primary", min_width=100, elem_id="search")
+                    self.over = gr.Button("Start over", min_width=100, elem_id="over")
+                self.balance = gr.Slider(
+                    -1,
+                    1,
+                    0,
+                    step=0.1,
+                    label="Closer to the",
+                    elem_id="balance",
+                    buttons=[],
+                )
+            with gr.Column(scale=5, min_width=280):
+                with gr.Row(elem_id="examples", visible=bool(self.examples)):
+                    self.buttons = [
+                        gr.Button(text, icon=self.searcher.file(image_id), size="sm", min_width=0)
+                        for image_id, text in self.examples
+                    ]
+                self.trail = gr.Gallery(show_label=False, visible=False, elem_id="trail", **strip)
+                self.heading = gr.Markdown(elem_id="heading")
+                self.grid = gr.Gallery(show_label=False, elem_id="grid", **strip)
+                with gr.Accordion("Why these?", open=False, visible=False, elem_id="why") as self.panel, gr.Row():
+                    self.shares = gr.Label(label="What the query is made of", show_heading=False, min_width=200)
+                    self.looked_at = gr.Image(label="Where the model looked", height=230, min_width=200, **still)
+
+    def _connect(self) -> None:
+        session, balance, reference = self.session, self.balance, self.reference
+        why = [self.panel, self.shares, self.looked_at]
+        results = [session, self.grid, self.heading, self.trail, balance, *why]
+        everything = [*results, reference, self.text]
+        begin, go = [self.blocks.load, self.over.click], [self.button.click, self.text.submit]
+        _listen("start", begin, self.start, [], everything)
+        # Unprocessed, so that a file that is no image gets our own message.
+        _listen("take", [reference.upload], self.take, [session, reference], [*results, reference], preprocess=False)
+        _listen("drop", [reference.clear], self.drop, [session], results)
+        picked = _listen("pick", [self.grid.select], self.pick, [session], [session, reference, self.text])
+        picked.then(None, js=ASK_ON)
+        searched = _listen("search", go, self.search, [session, self.text, balance], results)
+        searched.success(None, js=LOOK)
+        _listen("weigh", [balance.input], self.weigh, [session, balance], results, show_progress="hidden")
+        _listen("back", [self.trail.select], self.back, [session, balance], everything)
+        for number, button in enumerate(self.buttons):
+            act = partial(self.example, number)
+            _listen(f"example_{number}", [button.click], act, [], everything).success(None, js=LOOK)
+
+    def start(self) -> dict[Any, Any]:
+        """Shows images to start from."""
+        return self._show(self.searcher.browse(), reference=None, text="", balance=0)
+
+    def example(self, number: int) -> dict[Any, Any]:
+        """Searches for an example."""
+        reference, text = self.examples[number]
+        session = self.searcher.search(Session(reference=reference), text, 0)
+        return self._show(session, reference=self.searcher.file(reference), text=text, balance=0)
+
+    def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
+        """Takes the visitor's own image."""
+        image = open_upload((upload or {}).get("path"))
+        return self._show(replace(session, steps=(), reference=image), reference=self.searcher.file(image))
+
+    def drop(self, session: Session) -> dict[Any, Any]:
+        """Drops the reference."""
+        return self._show(replace(session, steps=(), reference=None))
+
+    def pick(self, session: Session, event: gr.SelectData) -> dict[Any, Any]:
+        """Makes the clicked image of the grid the reference."""
+        session = self.searcher.pick(session, event.index)
+        return {self.session: session, self.reference: self.searcher.file(session.reference), self.text: ""}
+
+    def search(self, session: Session, text: str, balance: float) -> dict[Any, Any]:
+        """Searches by what the visitor gave."""
+        return self._show(self.searcher.search(session, text, balance))
+
+    def weigh(self, session: Session, balance: float) -> dict[Any, Any]:
+        """Weighs the last query as the slider says."""
+        return self._show(self.searcher.weigh(session, balance))
+
+    def back(self, session: Session, balance: float, event: gr.SelectData) -> dict[Any, Any]:
+        """Returns to the step that was clicked."""
+        session = self.searcher.back(session, event.index, balance)
+        step = session.steps[-1]
+        return self._show(session, reference=self.searcher.file(step.reference), text=step.query.text or "")
+
+    def _show(self, session: Session, **values: Any) -> dict[Any, Any]:
+        """Returns the value of every component that follows from a session, and the values given by name."""
+        file, steps = self.searcher.file, session.steps
+        captions = [f"{rank} · {score:.2f}" for rank, score in enumerate(session.scores, 1)]
+        files: list[Any] = [file(image_id) for image_id in session.shown]
+        self.grid.keep_in_cache.update(files)  # each image of the gallery is made once
+        why = steps[-1].why if steps else None
+        blank = PILImage.new("RGB", (8, 8), "white")
+        slider = {"value": values.pop("balance")} if "balance" in values else {}
+        shown = {
+            self.session: session,
+            self.grid: gr.Gallery(list(zip(files, captions, strict=True)) if captions else files, selected_index=None),
+            self.heading: "Nearest first. Click one to go on from it."
+            if captions
+            else "Try one of the searches above, or pick a picture to start from.",
+            self.trail: gr.Gallery(
+                [(file(step.reference or blank), step.query.text or "more like it") for step in steps],
+                visible=len(steps) > 0,
+                selected_index=None,
+            ),
+            self.balance: gr.Slider(interactive=not steps or has_both(steps[-1].query), **slider),
+            self.panel: gr.Accordion(visible=why is not None),
+            self.shares: why.shares if why else None,
+            self.looked_at: why.looked_at if why else None,
+        }
+        return shown | {getattr(self, name): value for name, value in values.items()}
+
+
+def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *components: Any, **options: Any) -> Any:
+    """Connects a handler; events of all visitors pass one by one, of one visitor's faster ones the last counts."""
+    return gr.on(
+        events,
+        _with_messages(act),
+        *components,
+        api_name=name,
+        api_visibility="undocumented",
+        trigger_mode="always_last",
+        concurrency_id="gallery",
+        concurrency_limit=1,
+        **options,
+    )
+
+
+def _with_messages(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Shows the visitor the message of a `ValueError`."""
+
+    @wraps(act)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return act(*args)
+        except ValueError as error:
+            raise gr.Error(html.escape(str(error), quote=False), duration=8, print_exception=False) from error
+
+    return wrapped
+
+
+__all__ = ["Page"]

@@ -1,0 +1,181 @@
+"""State of the web demo: what a visitor has done, and every step from one state to the next."""
+
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image as PILImage
+from torch.nn import functional as F
+
+from ..digests import sequence_digest
+from ..models.image_processing_pvlf import open_picture, to_rgb
+from .gallery import Gallery
+from .query import FUSION, Explanation, Query, Weights
+
+SHOWN = 12
+"""Images in the grid (our choice)."""
+
+LONGEST, THUMBNAIL, MAX_PIXELS = 1024, 400, 64 * 10**6
+"""Pixels (our choice): the longer side of an upload, of which models see 224 to 384; the longer side of what is shown;
+and the most of an image that is opened at all."""
+
+Reference = PILImage.Image | str | None
+"""The visitor's own image, the id of one in the gallery, or none."""
+
+
+class Why(NamedTuple):
+    """The part of an [`Explanation`] that the page shows: the share of each part, and where the model looked."""
+
+    shares: dict[str, float]
+    looked_at: PILImage.Image
+
+
+@dataclass(frozen=True)
+class Step:
+    """One search of a session; its query is searched again with other weights without an encoder."""
+
+    reference: Reference
+    query: Query = field(repr=False)
+    why: Why | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Session:
+    """State of one visitor; visitors share nothing but the model and the gallery.
+
+    Args:
+        steps: the chain of refinements.
+        reference: of the next search.
+        shown: ids of the images in the grid.
+        scores: of the images in the grid, none while they are a random few to start from.
+    """
+
+    steps: tuple[Step, ...] = ()
+    reference: Reference = None
+    shown: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+
+
+class Searcher:
+    """Actions of the page, each from one session to the next.
+
+    Args:
+        gallery: what is searched.
+        folder: for the files of images that are shown.
+    """
+
+    def __init__(self, gallery: Gallery, folder: Path) -> None:
+        self.gallery, self.folder = gallery, folder
+        self.row_of = {image_id: row for row, image_id in enumerate(gallery.ids)}
+
+    def browse(self) -> Session:
+        """Shows a few random images to start from."""
+        return Session(shown=tuple(random.sample(self.gallery.ids, min(SHOWN, len(self.gallery)))))
+
+    def pick(self, session: Session, position: int) -> Session:
+        """Makes an image of the grid the reference."""
+        if not 0 <= position < len(session.shown):
+            raise ValueError("this picture is no longer shown: search again, or start over")
+        return replace(session, reference=session.shown[position])
+
+    def search(self, session: Session, text: str, balance: float) -> Session:
+        """Searches by the reference and the text.
+
+        A search from the reference of the last step replaces that step; one from a result of it continues the chain.
+        """
+        reference, text = session.reference, text.strip()
+        if reference is None and not text:
+            raise ValueError("nothing to search by: drop or pick a picture, say what to look for, or both")
+        image = self.gallery.picture(reference) if isinstance(reference, str) else reference
+        query = self.gallery.query(image, text or None, explain=image is not None and bool(text))
+        why = self._why(query, query.why[0]) if query.why else None
+        step = Step(reference, replace(query, images=(), why=()), why)  # without megabytes of pixels and attention
+        again = session.steps and session.steps[-1].reference == reference
+        steps = (*(session.steps[:-1] if again else session.steps), step)
+        return self.weigh(replace(session, steps=steps), balance)
+
+    def weigh(self, session: Session, balance: float) -> Session:
+        """Searches the last query with other weights; no encoder runs."""
+        if not session.steps:
+            return session
+        step = session.steps[-1]
+        weights = weights_of(balance) if has_both(step.query) else FUSION
+        itself = [step.reference] if isinstance(step.reference, str) and len(self.gallery) > 1 else []
+        result = self.gallery.search(query=step.query, k=SHOWN, weights=weights, exclude=itself)
+        return replace(session, shown=tuple(result.ids), scores=tuple(result.scores))
+
+    def back(self, session: Session, position: int, balance: float) -> Session:
+        """Returns to a step of the chain; later ones are gone."""
+        if not 0 <= position < len(session.steps):
+            raise ValueError("this step is gone: search again, or start over")
+        steps = session.steps[: position + 1]
+        return self.weigh(replace(session, steps=steps, reference=steps[-1].reference), balance)
+
+    def file(self, reference: Reference) -> str | None:
+        """Returns the WebP file that shows an image, made when first asked for and named by the row in the gallery."""
+        if reference is None:
+            return None
+        if isinstance(reference, str):
+            name = str(self.row_of[reference])
+        else:
+            name = sequence_digest(str(reference.size), reference.tobytes())
+        file = self.folder / f"{name}.webp"
+        if not file.exists():
+            image = self.gallery.preview(reference) if isinstance(reference, str) else reference
+            temporary = file.with_suffix(".partial")
+            clean(image, THUMBNAIL).save(temporary, "WEBP", quality=90)
+            temporary.replace(file)  # at once: another visitor may be loading it
+        return str(file)
+
+    def _why(self, query: Query, explanation: Explanation) -> Why:
+        total = sum(map(abs, explanation.weights))
+        shares = {
+            name if weight >= 0 else f"less of the {name}": abs(weight) / total
+            for name, weight in zip(("picture", "fusion of both", "words"), explanation.weights, strict=True)
+        }
+        seen = self.gallery.processor.process_targets(query.images[0])["pixel_values"]  # (1, 3, height, width)
+        seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)
+        attention = explanation.patches()[None, None]  # (1, 1, rows, columns)
+        light, seen = (F.interpolate(x, (256, 256), mode="bilinear")[0] for x in (attention / attention.max(), seen))
+        pixels = (255 * seen * (0.25 + 0.75 * light)).byte().permute(1, 2, 0).numpy()
+        return Why(shares, PILImage.fromarray(pixels))
+
+
+def weights_of(balance: float) -> Weights:
+    """Returns weights from the image alone, -1, over the model's own composition, 0, to the text alone, 1."""
+    return max(-balance, 0.0), 1 - abs(balance), max(balance, 0.0)
+
+
+def has_both(query: Query) -> bool:
+    """Returns whether there are an image and a text to weigh."""
+    return query.image_embeds is not None and query.text_embeds is not None
+
+
+def open_upload(path: str | Path | None) -> PILImage.Image:
+    """Opens an uploaded image: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
+
+    Raises:
+        ValueError: if it is no image, or a huge one.
+    """
+    try:
+        with open_picture(Path(path or "").resolve()) as image:  # absolute, so that a name is never a URL
+            if image.width * image.height <= MAX_PIXELS:
+                return clean(image, LONGEST)
+            size = f"{image.width} x {image.height}"
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+        raise ValueError(
+            "this file is not a picture that can be read, or far too large: try a JPEG, PNG or WebP file"
+        ) from error
+    raise ValueError(f"this picture has {size} pixels, more than {MAX_PIXELS:,}: make it smaller first")
+
+
+def clean(image: PILImage.Image, longest: int) -> PILImage.Image:
+    """Keeps nothing but pixels: Pillow hands EXIF on with an image, and Gradio writes it into the file it shows."""
+    rgb = to_rgb(image)
+    rgb.thumbnail((longest, longest))
+    return PILImage.fromarray(np.asarray(rgb))
+
+
+__all__ = ["SHOWN", "Searcher", "Session", "open_upload", "weights_of"]

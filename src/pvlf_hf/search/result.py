@@ -1,0 +1,98 @@
+"""Results of a search, and the session of refinements that led to them."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image as PILImage
+
+from ..evaluation.retrieval_sheet import SheetRow, retrieval_sheet
+from .query import FUSION, Explanation, Query, Weights
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Images that a search found, best first, and the session that led to it.
+
+    Args:
+        ids: of the images.
+        scores: cosines.
+        paths: their files or URLs, None where the gallery knows none.
+        query: what was searched; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
+        gallery: the [`Gallery`] that was searched.
+        previous: the result that this one refines.
+        pick: which result of `previous` it started from.
+    """
+
+    ids: list[str]
+    scores: list[float]
+    paths: list[str | None] = field(repr=False)
+    query: Query
+    gallery: Any = field(repr=False)
+    previous: "SearchResult | None" = field(default=None, repr=False)
+    pick: int | None = None
+
+    @property
+    def why(self) -> tuple[Explanation, ...]:
+        """Returns one explanation a reference image, if the search was asked to `explain`."""
+        return self.query.why
+
+    @property
+    def session(self) -> list["SearchResult"]:
+        """Returns the results of a chain of refinements, from the first search to this one."""
+        return [*(self.previous.session if self.previous else []), self]
+
+    def refine(
+        self,
+        text: str | None = None,
+        pick: int = 0,
+        k: int | None = None,
+        weights: Weights = FUSION,
+        explain: bool = False,
+    ) -> "SearchResult":
+        """Searches again from one of the results ("... and now in blue"), which is itself left out.
+
+        Args:
+            text: what should be different; None for more like it.
+            pick: which result is the reference, counted from 0.
+            k: how many results; as many as here by default.
+            weights: see [`Query.embed`].
+            explain: see [`Gallery.search`].
+
+        Raises:
+            ValueError: if there is no such result, its image cannot be opened, and as [`Gallery.search`].
+        """
+        if not isinstance(pick, int) or not 0 <= pick < len(self.ids):
+            raise ValueError(f"pick={pick!r}: there are {len(self.ids)} results, choose 0 to {len(self.ids) - 1}")
+        picked = self.ids[pick]
+        query = self.gallery.query(self.gallery.picture(picked), text, explain)
+        refined = self.gallery.search(
+            query=query, k=len(self.ids) if k is None else k, weights=weights, exclude=[picked]
+        )
+        return replace(refined, previous=self, pick=pick)
+
+    def sheet(self, title: str = "", k: int = 5) -> PILImage.Image:
+        """Draws the session, a row a search; framed is the result that the next row refines, in the last row the best.
+
+        A blank with its name stands for an image that cannot be opened.
+
+        Args:
+            title: heading.
+            k: results in a row.
+        """
+        picks = [result.pick or 0 for result in self.session[1:]] + [0]
+        rows = []
+        for result, pick in zip(self.session, picks, strict=True):
+            more = f" (and {len(result.query.images) - 1} more images)" if len(result.query.images) > 1 else ""
+            rows.append(
+                SheetRow(
+                    reference=(*result.query.images, PILImage.new("RGB", (8, 8), "white"))[0],
+                    caption=(result.query.text or "") + more,
+                    results=[self.gallery.preview(image_id) for image_id in result.ids[:k]],
+                    target=self.gallery.preview(result.ids[pick]),
+                    rank=pick,
+                )
+            )
+        return retrieval_sheet(rows, title)
+
+
+__all__ = ["SearchResult"]
