@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from transformers import AutoModel, AutoProcessor
 
 from . import onnx_encoder
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .onnx_encoder import OnnxEncoder
 
 TOLERANCE = 1e-5
@@ -43,30 +43,32 @@ CAPTIONS = ("red", "the same but with longer sleeves and in a darker colour", "m
 
 
 class QueryTower(nn.Module):
-    """From `(batch, 3, H, W)` and twice int64 `(batch, length)` to query embeddings, float32 `(batch, d)`."""
+    """Query tower: `(batch, 3, H, W)` and twice int64 `(batch, length)` to float32 `(batch, d)`."""
 
-    def __init__(self, model: PVLFModel) -> None:
+    def __init__(self, model: ComposedRetrievalModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """See [`PVLFModel.get_query_features`]."""
-        return self.model.get_query_features(pixel_values, input_ids, attention_mask).pooler_output
+        """Embeds queries."""
+        query: Any = self.model.get_query_features(pixel_values, input_ids, attention_mask)
+        return query.pooler_output
 
 
 class GalleryTower(nn.Module):
-    """From `(batch, 3, H, W)` to image embeddings, float32 `(batch, d)`."""
+    """Gallery tower: `(batch, 3, H, W)` to float32 `(batch, d)`."""
 
-    def __init__(self, model: PVLFModel) -> None:
+    def __init__(self, model: ComposedRetrievalModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """See [`PVLFModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values).pooler_output
+        """Embeds gallery images."""
+        images: Any = self.model.get_image_features(pixel_values)
+        return images.pooler_output
 
 
-def export_program(model: PVLFModel, tower: str) -> ExportedProgram:
+def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram:
     """Exports one tower for any number of inputs and any length of captions.
 
     Args:
@@ -98,7 +100,9 @@ def export_program(model: PVLFModel, tower: str) -> ExportedProgram:
     return torch.export.export(module, (), {name: example[name] for name in shapes}, dynamic_shapes=shapes)
 
 
-def export_onnx(model: PVLFModel, processor: PVLFProcessor, folder: str | Path) -> dict[str, float]:
+def export_onnx(
+    model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, folder: str | Path
+) -> dict[str, float]:
     """Writes `query.onnx`, `gallery.onnx`, the processor and `onnx_encoder.py`, and checks what they give.
 
     The check embeds pictures and captions with [`OnnxEncoder`], preprocessing included, and with the model.
@@ -131,7 +135,9 @@ def export_onnx(model: PVLFModel, processor: PVLFProcessor, folder: str | Path) 
 
 
 @torch.no_grad()
-def check_parity(model: PVLFModel, processor: PVLFProcessor, folder: str | Path) -> dict[str, float]:
+def check_parity(
+    model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, folder: str | Path
+) -> dict[str, float]:
     """Compares what an exported folder gives with the model: three pictures of noise, captions of three lengths.
 
     Args:
@@ -150,7 +156,7 @@ def check_parity(model: PVLFModel, processor: PVLFProcessor, folder: str | Path)
     pictures = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     targets = processor.process_targets(pictures).to(model.device)
     queries = processor.process_queries(pictures, CAPTIONS).to(model.device)
-    pairs = {
+    pairs: dict[str, Any] = {
         "query": (encoder.embed_queries(pictures, CAPTIONS), model.get_query_features(**queries).pooler_output),
         "gallery": (encoder.embed_images(pictures), model.get_image_features(**targets).pooler_output),
     }
@@ -170,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")
     args = parser.parse_args(arguments)
-    model = PVLFModel.from_pretrained(args.model, dtype=torch.float32)
-    differences = export_onnx(model, PVLFProcessor.from_pretrained(args.model), args.output_dir)
+    model = AutoModel.from_pretrained(args.model, dtype=torch.float32)
+    differences = export_onnx(model, AutoProcessor.from_pretrained(args.model), args.output_dir)
     for tower, difference in differences.items():
         sys.stdout.write(f"{args.output_dir / tower}.onnx: differs from the model by {difference:.1e}\n")
 

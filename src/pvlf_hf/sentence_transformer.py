@@ -22,10 +22,9 @@ import torch
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerBase
 
-from .models.modeling_pvlf import PVLFModel
-from .models.processing_pvlf import PVLFProcessor
+from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
 
 class PVLFSentenceModule(InputModule):
@@ -42,7 +41,7 @@ class PVLFSentenceModule(InputModule):
     # "message" is what the library calls a batch of several kinds; conversations are refused in `preprocess`.
     modalities: list[Any] = ["text", "image", ("image", "text"), "message"]
 
-    def __init__(self, model: PVLFModel, processor: PVLFProcessor) -> None:
+    def __init__(self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> None:
         super().__init__()
         self.model, self.processor = model, processor
 
@@ -75,7 +74,7 @@ class PVLFSentenceModule(InputModule):
 
         Args:
             model_name_or_path: Hub name or local folder.
-            model_kwargs: passed to [`PVLFModel.from_pretrained`] (`dtype`, `attn_implementation`, ...).
+            model_kwargs: passed to `AutoModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
             processor_kwargs: settings of [`PVLFProcessor`].
             **kwargs: `subfolder`, `token`, `revision`, `cache_folder` and `local_files_only` say where to look; what
                 the library passes besides is for modules of other kinds.
@@ -83,8 +82,8 @@ class PVLFSentenceModule(InputModule):
         names = ("subfolder", "token", "revision", "local_files_only")
         where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
         where["cache_dir"] = kwargs.get("cache_folder")
-        model = PVLFModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
-        processor = PVLFProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
+        model = AutoModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
+        processor = AutoProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
         return cls(model, processor)
 
     def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:

@@ -14,10 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
 from ..atomic_files import whole
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
 
 GOLDEN = "golden.safetensors"
 
@@ -88,8 +87,8 @@ def draw_picture() -> Tensor:
 
 @torch.no_grad()
 def _outputs(folder: str | Path, picture: Tensor, caption: str) -> dict[str, Tensor]:
-    model = PVLFModel.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = PVLFProcessor.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
     inputs = processor(images=picture, text=caption, target_images=picture)
     output = model(**inputs, return_loss=False)
     return {

@@ -36,6 +36,7 @@ from ..evaluation.metrics import metrics_named
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import average, evaluate, evaluate_all
 from ..evaluation.submission import write_submissions
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .arguments import HelpFormatter, leave, parse
@@ -120,7 +121,9 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
     return evaluations, submissions
 
 
-def load_model(name: str, baselines_only: bool = False, dtype: str = "auto") -> tuple[PVLFModel, PVLFProcessor]:
+def load_model(
+    name: str, baselines_only: bool = False, dtype: str = "auto"
+) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
     """Loads a PVLF model with its processor.
 
     Args:

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, is_gallery
 from ..search.query import Explanation, Weights
@@ -105,7 +104,7 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
         sheet.write_text(search_page(result), encoding="utf-8")
 
 
-def open_gallery(images: Path | None, model: PVLFModel, processor: PVLFProcessor) -> Gallery:
+def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
     """Opens an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
     if images is None:
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"
@@ -121,7 +120,7 @@ def index_dtype(path: Path) -> str:
     return provenance["dtype"] if provenance else "auto"
 
 
-def load(name: str, dtype: str) -> tuple[PVLFModel, PVLFProcessor]:
+def load(name: str, dtype: str) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
     """Loads model and processor, on the accelerator if there is one."""
     model, processor = load_model(name, dtype=dtype)
     return model.to(PartialState().device), processor

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..atomic_files import locked, whole
 from ..models.configuration_pvlf import PVLFConfig
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .fingerprints import fingerprint, image_settings, text_settings
 
 Key = tuple[Any, ...]
@@ -58,7 +57,7 @@ class EmbeddingStore:
                 f"{next(iter(models)).name}. Delete those that you do not want."
             )
 
-    def claim(self, model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
+    def claim(self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
         """Checks that embeddings of a model may be added, and returns their provenance, see [`made_by`].
 
         Raises:
@@ -141,14 +140,14 @@ def read_rows(file: Path) -> tuple[list[Key], Tensor]:
         return list(map(tuple, json.loads(opened.metadata()["keys"]))), opened.get_tensor("embeddings")
 
 
-def made_by(model: PVLFModel, processor: PVLFProcessor) -> dict[str, str]:
+def made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
     """Returns the provenance of embeddings: `fingerprint` of weights, config and preprocessing, and `dtype`."""
     config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
     settings = image_settings(processor) + text_settings(processor) + json.dumps(config)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 
-def dtype_of(model: PVLFModel) -> str:
+def dtype_of(model: ComposedRetrievalModel) -> str:
     """Returns the dtype that the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
     weight = next(model.parameters())
     device = weight.device.type

@@ -21,8 +21,7 @@ from transformers import BatchFeature
 
 from ..data.benchmark import CIRBenchmark
 from ..models.image_processing_pvlf import opened
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .embedding_store import EmbeddingStore, Key
 
 QueryMethod = Literal["composed", "image", "text", "image+text"]
@@ -50,8 +49,8 @@ class Embeddings(NamedTuple):
 
 
 def embed(
-    model: PVLFModel | None,
-    processor: PVLFProcessor | None,
+    model: ComposedRetrievalModel | None,
+    processor: ComposedRetrievalProcessor | None,
     benchmark: CIRBenchmark,
     method: QueryMethod = "composed",
     batch_size: int = 64,
@@ -92,7 +91,11 @@ def embed(
 
 
 def encode_gallery(
-    model: PVLFModel, processor: PVLFProcessor, gallery: Dataset, batch_size: int = 64, progress: bool = True
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
+    gallery: Dataset,
+    batch_size: int = 64,
+    progress: bool = True,
 ) -> Tensor:
     """Embeds the images of a gallery.
 
@@ -103,8 +106,8 @@ def encode_gallery(
 
 
 def encode_queries(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     queries: Dataset,
     method: QueryMethod = "composed",
     batch_size: int = 64,
@@ -152,8 +155,8 @@ def _mean_over_captions(embeds: Tensor, captions: list[tuple[int, str]]) -> Tens
 
 
 def _encode_images(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     gallery: Dataset,
     rows: Sequence[int],
     batch_size: int,
@@ -167,7 +170,7 @@ def _encode_images(
     return _encode(model, prepare, image_encoder(model), rows, batch_size, "gallery", progress)
 
 
-def image_encoder(model: PVLFModel) -> Callable[[Tensor], Tensor]:
+def image_encoder(model: ComposedRetrievalModel) -> Callable[[Tensor], Tensor]:
     """Returns what embeds pixel values `(batch, 3, height, width)`: float32 `(batch, d)`, L2-normalised."""
 
     def encode(pixel_values: Tensor) -> Tensor:
@@ -177,8 +180,8 @@ def image_encoder(model: PVLFModel) -> Callable[[Tensor], Tensor]:
 
 
 def _encode_captions(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     queries: Dataset,
     captions: list[tuple[int, str]],
     method: QueryMethod,
@@ -201,18 +204,19 @@ def _encode_captions(
         return inputs
 
     def encode(inputs: dict[str, BatchFeature]) -> Tensor:
-        features = {"image": model.get_image_features, "text": model.get_text_features}
+        features: dict[str, Any] = {"image": model.get_image_features, "text": model.get_text_features}
         on_device = {kind: batch.to(device_of(model)) for kind, batch in inputs.items()}
         if method == "composed":
             return model(**on_device[method]).query_embeds
-        return F.normalize(sum(features[kind](**batch).pooler_output for kind, batch in on_device.items()), dim=-1)
+        total: Any = sum(features[kind](**batch).pooler_output for kind, batch in on_device.items())
+        return F.normalize(total, dim=-1)
 
     return _encode(model, prepare, encode, captions, batch_size, "queries", progress)
 
 
 @torch.inference_mode()
 def _encode(
-    model: PVLFModel,
+    model: ComposedRetrievalModel,
     prepare: Callable[[list[T]], U],
     encode: Callable[[U], Tensor],
     samples: Sequence[T],
@@ -242,7 +246,7 @@ def _encode(
 
 @torch.inference_mode()
 def encode_stream(
-    model: PVLFModel,
+    model: ComposedRetrievalModel,
     prepare: Callable[[T], Tensor | None],
     encode: Callable[[Tensor], Tensor],
     samples: Sequence[T],

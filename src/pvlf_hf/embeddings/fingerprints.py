@@ -10,8 +10,7 @@ from datasets import Dataset, Image
 from torch import Tensor, nn
 
 from ..digests import sequence_digest
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
 PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Types whose `repr` is the same in every process."""
@@ -32,7 +31,7 @@ def picture_digests(dataset: Dataset, column: str) -> list[str]:
     return [digest_of(cell) for cell in dataset.cast_column(column, Image(decode=False))[column]]
 
 
-def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: str) -> str:
+def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, preprocessing: str) -> str:
     """Returns a digest of everything but the sample that tokens depend on.
 
     Args:
@@ -57,14 +56,14 @@ def fingerprint(modules: Sequence[nn.Module], model: PVLFModel, preprocessing: s
     return sequence_digest(*parts)
 
 
-def image_settings(processor: PVLFProcessor) -> str:
+def image_settings(processor: ComposedRetrievalProcessor) -> str:
     """Returns every setting of the processor that pixels depend on, as JSON."""
     settings = processor.image_processor.to_dict()
     settings.pop("auto_map", None)  # names the file of the processor's code; saving adds it
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def text_settings(processor: PVLFProcessor) -> str:
+def text_settings(processor: ComposedRetrievalProcessor) -> str:
     """Returns every setting of the processor that token ids depend on, as JSON."""
     # The tokenizer keeps truncation and padding of its last call.
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..models.modeling_pvlf import PVLFModel
+from ..models.interface_pvlf import ComposedRetrievalModel
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """OpenVINO's names of dtypes."""
@@ -34,7 +34,7 @@ class VisionTower(nn.Module):
         return self.vision_model(pixel_values=pixel_values).last_hidden_state
 
 
-def encode_by_openvino(model: PVLFModel) -> PVLFModel:
+def encode_by_openvino(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
     """Lets OpenVINO compute the image encoder of a model, in place.
 
     Weights stay as they are: the model is saved as before, and its embeddings may be mixed with those that the same

@@ -10,15 +10,14 @@ from torch import Tensor
 from ..data.benchmark import CIRBenchmark, query_ids
 from ..embeddings.embedding_store import EmbeddingStore, dtype_of
 from ..embeddings.encoding import QueryMethod, embed, encode_gallery, method_named
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .metrics import metrics_named
 from .results import Evaluation
 
 
 def evaluate(
-    model: PVLFModel | None,
-    processor: PVLFProcessor | None,
+    model: ComposedRetrievalModel | None,
+    processor: ComposedRetrievalProcessor | None,
     benchmark: CIRBenchmark,
     method: QueryMethod = "composed",
     batch_size: int = 64,
@@ -53,8 +52,8 @@ def evaluate(
 
 
 def evaluate_all(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     benchmarks: Sequence[CIRBenchmark],
     methods: Sequence[QueryMethod] = ("composed",),
 ) -> list[Evaluation]:

@@ -225,7 +225,19 @@ class ComposedRetrievalModel(PreTrainedModel):
 
 
 class ComposedRetrievalProcessor(ProcessorMixin):
-    """Base class of the processors of composed retrieval models."""
+    """Base class of the processors of composed retrieval models.
+
+    Attributes:
+        image_processor: prepares images; its settings are part of what identifies embeddings.
+        tokenizer: tokenizes captions.
+        max_text_length: tokens that captions are truncated to.
+        padding: `"longest"` or `"max_length"`.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    max_text_length: int
+    padding: str
 
     def process_queries(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """Prepares queries, each a reference image with its relative caption.

@@ -35,8 +35,7 @@ from ..digests import sequence_digest
 from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.similarity import top_k
 from ..models.image_processing_pvlf import Picture
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .gallery_files import (
     GalleryTable,
     download_gallery,
@@ -76,8 +75,8 @@ class Gallery:
         table: GalleryTable,
         embeds: Tensor,
         made_by: dict[str, str],
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         index: IndexName = "exact",
         uri: str | None = None,
         sources: Dataset | None = None,
@@ -96,8 +95,8 @@ class Gallery:
     def from_folder(
         cls,
         folder: str | Path,
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
         allow_links: bool = False,
         include_hidden: bool = False,
@@ -141,8 +140,8 @@ class Gallery:
     def from_images(
         cls,
         images: Iterable[str | Path],
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
         **options: Any,
     ) -> "Gallery":
@@ -165,8 +164,8 @@ class Gallery:
     def from_dataset(
         cls,
         dataset: Dataset,
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
         image_column: str = "image",
         id_column: str = "image_id",
@@ -200,8 +199,8 @@ class Gallery:
     def _build(
         cls,
         dataset: Dataset,
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
         skipped: dict[str, str] | None = None,
         batch_size: int = 64,
@@ -247,8 +246,8 @@ class Gallery:
     def load(
         cls,
         path: str | Path,
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         index: IndexName = "exact",
         uri: str | None = None,
     ) -> "Gallery":
@@ -297,8 +296,8 @@ class Gallery:
     def from_hub(
         cls,
         repo_id: str,
-        model: PVLFModel,
-        processor: PVLFProcessor,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
         index: IndexName = "exact",
         uri: str | None = None,
         revision: str | None = None,

@@ -25,8 +25,7 @@ from ..digests import sequence_digest
 from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
 from ..models.image_processing_pvlf import check_file, open_picture, to_rgb
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .image_folder import explain_unidentified
 
 logger = logging.get_logger(__name__)
@@ -73,7 +72,9 @@ class IncrementalIndexer:
         self._unsaved: list[str] = []
         self._saved_tensors = len(self._embeds)
 
-    def run(self, model: PVLFModel, processor: PVLFProcessor, batch_size: int, progress: bool) -> None:
+    def run(
+        self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, batch_size: int, progress: bool
+    ) -> None:
         """Reads every image and encodes those that are new; several processes each take a share."""
         state = PartialState()
         rows = range(state.process_index, len(self.sources), state.num_processes)
@@ -121,7 +122,7 @@ class IncrementalIndexer:
 class _Reader:
     """Reads, identifies and decodes one process's share of the images, in several threads."""
 
-    def __init__(self, indexer: IncrementalIndexer, processor: PVLFProcessor) -> None:
+    def __init__(self, indexer: IncrementalIndexer, processor: ComposedRetrievalProcessor) -> None:
         self.indexer, self.processor, self.bar = indexer, processor, tqdm(disable=True)
         self.digest_at: dict[int, str] = {}
         self.bad: dict[str, str] = {}
@@ -152,7 +153,7 @@ def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) ->
     return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
 
-def least_side(processor: PVLFProcessor) -> int:
+def least_side(processor: ComposedRetrievalProcessor) -> int:
     """Returns the smallest side to decode a JPEG at: twice the model's input, so that resizing still averages pixels.
 
     The factor is our choice.

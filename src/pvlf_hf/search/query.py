@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ..embeddings.encoding import device_of
 from ..models.image_processing_pvlf import Picture
-from ..models.modeling_pvlf import PVLFModel, PVLFQueryOutput
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.modeling_pvlf import PVLFQueryOutput
 
 Weights = tuple[float, float, float]
 """Weights of the image, the model's composition and the text in a query, in the order of the paper's eq. 13."""
@@ -134,8 +134,8 @@ def check_positive(name: str, value: Any) -> int:
 
 
 def encode_query(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     made_by: dict[str, str],
     image: Picture | Sequence[Picture] | None = None,
     text: str | None = None,
@@ -167,8 +167,8 @@ def encode_query(
 
 
 def _encode(
-    model: PVLFModel,
-    processor: PVLFProcessor,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
     made_by: dict[str, str],
     images: tuple[PILImage.Image, ...],
     text: str | None,
@@ -177,13 +177,16 @@ def _encode(
     device = device_of(model)
     if text is None:
         inputs = processor(images=list(images)).to(device)
-        image_embeds = mean_embedding(model.get_image_features(**inputs).pooler_output)
+        image_features: Any = model.get_image_features(**inputs)
+        image_embeds = mean_embedding(image_features.pooler_output)
         return Query(images, None, image_embeds, image_embeds, None, made_by)
     if not images:
-        text_embeds = mean_embedding(model.get_text_features(**processor(text=text).to(device)).pooler_output)
+        text_features: Any = model.get_text_features(**processor(text=text).to(device))
+        text_embeds = mean_embedding(text_features.pooler_output)
         return Query((), text, text_embeds, None, text_embeds, made_by)
     inputs = processor.process_queries(list(images), [text] * len(images)).to(device)
-    output = model.get_query_features(**inputs, **({"output_attentions": True} if explain else {}))
+    options: dict[str, Any] = {"output_attentions": True} if explain else {}
+    output: Any = model.get_query_features(**inputs, **options)
     of_images, of_text = output.image_embeds, output.text_embeds
     if of_images is None:  # not computed on the way
         of_images = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -197,7 +200,7 @@ def _encode(
     return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why))
 
 
-def inference_view(model: PVLFModel) -> PVLFModel:
+def inference_view(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
     """Returns the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
 
     Several threads may use a model at a time, one of them for training: it is not switched.

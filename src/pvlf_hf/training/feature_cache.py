@@ -31,9 +31,8 @@ from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import id_number, sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_settings, picture_digests, text_settings
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import unwrap
+from ..models.interface_pvlf import ComposedRetrievalProcessor, unwrap
 from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -181,7 +180,9 @@ class FeatureCollator:
         trains; `attention_mask` `(batch, n)`; `target_ids` int64 `(batch,)`.
     """
 
-    def __init__(self, processor: PVLFProcessor, images: FeatureCache, texts: FeatureCache | None) -> None:
+    def __init__(
+        self, processor: ComposedRetrievalProcessor, images: FeatureCache, texts: FeatureCache | None
+    ) -> None:
         self.processor, self.images, self.texts = processor, images, texts
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,7 +208,7 @@ class FeatureCollator:
 
 def cache_features(
     model: PVLFModel,
-    processor: PVLFProcessor,
+    processor: ComposedRetrievalProcessor,
     triplets: Dataset,
     folder: str | Path,
     batch_size: int = 64,
