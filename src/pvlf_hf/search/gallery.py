@@ -182,6 +182,8 @@ class Gallery:
                 f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; of a stream, "
                 "Dataset.from_list(list(stream.take(n)), features=stream.features)"
             )
+        if isinstance(dataset, Dataset):
+            dataset = dataset.with_format(None)  # whatever the caller reads it as
         check_columns(dataset, (image_column, id_column), "gallery")
         dataset = dataset.with_format(None).select_columns([image_column, id_column])
         dataset = dataset.rename_columns({image_column: "image", id_column: "image_id"})
