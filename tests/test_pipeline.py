@@ -171,7 +171,12 @@ def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
         (lambda pipe: pipe(ASKED[0], gallery=[]), "the gallery is empty"),
         (lambda pipe: pipe(ASKED[0], gallery="photos"), "gallery is str: pass a list of pictures"),
         (lambda pipe: pipe(ASKED[0], gallery=torch.zeros(9, 8)), r"shape \(9, 8\); embeddings of this model are"),
-        (lambda pipe: pipe(ASKED[0], top_k=0), "top_k=0: ask for at least one result"),
+        (lambda pipe: pipe(ASKED[0], top_k=0), "top_k=0: pass a whole number of at least 1"),
+        (lambda pipe: pipe(ASKED[0], top_k="5"), "top_k='5': pass a whole number of at least 1"),
+        (
+            lambda pipe: pipe(ASKED[0], gallery=Dataset.from_dict({"image": ["a.png"]})),
+            r"gallery is a Dataset with columns \['image'\]: pass its column of images",
+        ),
     ],
 )
 def test_what_cannot_be_searched_says_what_to_change(pipe, call, advice):

@@ -112,12 +112,25 @@ def test_loading_passes_settings_on():
         (["red", ("red", "blue")], r"an input is \('red', 'blue'\): pass a picture, a text or"),
         (["red", {"image": draw(0), "text": " "}], "caption . is empty"),
         ([{"image": "gone.png", "text": "red"}], "cannot read picture 'gone.png'"),
+        (
+            ["red", "photos/2024/dress.jpg"],
+            "'photos/2024/dress.jpg' looks like the path of an image, but there is no s",
+        ),
+        (["my photos\\\\dress 1.JPG"], "looks like the path of an image"),
+        (["IMG_0001.HEIC"], "looks like the path of an image"),
         ([{"video": "film.mp4"}], "Modality 'video' is not supported"),
     ],
 )
 def test_bad_input_is_named(encoder, bad, message):
     with pytest.raises(ValueError, match=message):
         encoder.encode(bad)
+
+
+def test_texts_that_name_files_are_texts(encoder):
+    texts = ["the same but red.", "a dog, not as in dress.jpg", "red/blue"]
+    expected = encoder.encode([{"text": text} for text in texts])
+    assert np.array_equal(encoder.encode(texts), expected)
+    assert encoder.encode([{"text": "photos/dress.jpg"}]).shape == (1, 32)
 
 
 def test_cached_losses_cut_mixed_batches(encoder):

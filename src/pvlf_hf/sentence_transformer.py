@@ -26,6 +26,9 @@ from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerBase
 
 from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
+IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp")
+"""Endings of file names that are taken for images."""
+
 
 class PVLFSentenceModule(InputModule):
     """Embeds inputs by what they hold: image and text as a composed query, one of them alone in the same space.
@@ -142,6 +145,11 @@ class PVLFSentenceModule(InputModule):
         kind: Any = infer_modality(one, self.modalities)
         if isinstance(one, list | tuple) or kind == "message":
             raise ValueError(f"an input is {one!r:.80}: pass a picture, a text or {{'image': ..., 'text': ...}}")
+        if kind == "text" and isinstance(one, str) and _looks_like_image_path(one):
+            raise ValueError(
+                f"{one!r:.200} looks like the path of an image, but there is no such file: correct the path, or pass "
+                "{'text': ...} if it is a text"
+            )
         return one if isinstance(one, dict) else {kind: one}
 
     def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
@@ -168,6 +176,11 @@ def _spread(prepared: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         spread[name] = tensor.new_zeros(len(rows), *tensor.shape[1:])
         spread[name][rows] = tensor
     return spread
+
+
+def _looks_like_image_path(text: str) -> bool:
+    """Returns whether a string ends like an image's file name and is one word or has a folder in it."""
+    return text.lower().endswith(IMAGE_ENDINGS) and (len(text.split()) == 1 or bool({"/", "\\"} & set(text)))
 
 
 __all__ = ["PVLFSentenceModule"]

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -124,8 +125,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if gallery is not None:
             forward["gallery_embeds"] = self._gallery_embeds(gallery)
         if top_k is not None:
-            if top_k < 1:
-                raise ValueError(f"top_k={top_k}: ask for at least one result")
+            if not isinstance(top_k, Integral) or top_k < 1:
+                raise ValueError(f"top_k={top_k!r}: pass a whole number of at least 1")
             forward["top_k"] = top_k
         postprocess = {} if gallery is None else {"gallery": None if isinstance(gallery, Tensor) else gallery}
         return {}, forward, postprocess
@@ -139,6 +140,11 @@ class ComposedImageRetrievalPipeline(Pipeline):
                     "from embed_gallery(pictures)"
                 )
             return F.normalize(gallery.to(self.device).float(), dim=-1)
+        if hasattr(gallery, "column_names"):
+            raise ValueError(
+                f"gallery is a {type(gallery).__name__} with columns {gallery.column_names}: pass its column of "
+                "images, gallery=dataset['image']"
+            )
         if isinstance(gallery, str | Mapping) or not (hasattr(gallery, "__len__") and hasattr(gallery, "__getitem__")):
             raise ValueError(f"gallery is {type(gallery).__name__}: pass a list of pictures, or their embeddings")
         return self.embed_gallery(gallery)
