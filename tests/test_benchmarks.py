@@ -61,7 +61,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def data(originals, tmp_path):
-    """A copy that a test may change: pictures may be moved and removed, annotations rewritten."""
+    """A copy that a test may change: images may be moved and removed, annotations rewritten."""
 
     def copy(source, target):
         (shutil.copy if source.endswith(".json") else os.link)(source, target)
@@ -71,7 +71,7 @@ def data(originals, tmp_path):
 
 @pytest.fixture
 def annotations(originals, tmp_path):
-    """A copy without the pictures, for what must be noticed before they are looked for."""
+    """A copy without the images, for what must be noticed before they are looked for."""
     return shutil.copytree(originals, tmp_path / "data", ignore=shutil.ignore_patterns("*.png", "*.jpg"))
 
 
@@ -85,7 +85,7 @@ def read(file):
 
 
 def plain(dataset):
-    """The rows without the pictures."""
+    """The rows without the images."""
     return dataset.remove_columns({"reference", "target", "image"} & set(dataset.column_names)).to_list()
 
 
@@ -93,9 +93,9 @@ def rows_of(loaded):
     return plain(getattr(loaded, "queries", loaded)), plain(getattr(loaded, "gallery", loaded))
 
 
-def shows(picture, file):
+def shows(image, file):
     with Image.open(file) as expected:
-        return picture.size == expected.size and picture.tobytes() == expected.tobytes()
+        return image.size == expected.size and image.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("subset", ["template", "llm", "combined"])
@@ -274,7 +274,7 @@ def test_circo_without_semantic_aspects(data):
         ("circo/test", {"COCO2017_unlabeled/unlabeled2017/*.jpg": "COCO2017_unlabeled"}),
     ],
 )
-def test_layouts_are_found(data, name, moves):
+def test_usual_layouts_load_the_same(data, name, moves):
     expected = rows_of(load(name, data))
     root = data / LOADERS[name][0]
     for source, destination in moves.items():
@@ -288,7 +288,7 @@ def test_layouts_are_found(data, name, moves):
     assert getattr(loaded, "queries", loaded)[0]["reference"].size == (72, 72)
 
 
-def test_fashioniq_takes_each_picture_in_the_format_it_finds(data):
+def test_fashioniq_images_may_have_different_formats(data):
     expected = rows_of(load("fashioniq/val/shirt", data))
     for number, asin in enumerate(read(data / GALLERY_FILES["fashioniq/val/shirt"])):
         file = data / f"fashioniq/images/{asin}.png"
@@ -316,7 +316,7 @@ def test_fashioniq_takes_each_picture_in_the_format_it_finds(data):
         ("circo/val", "COCO2017_unlabeled/unlabeled2017", r"looked for 000000000042.jpg and .*/unlabeled2017'"),
     ],
 )
-def test_what_is_not_there_is_named_with_the_places_looked_at(data, name, gone, message):
+def test_missing_files_are_named_with_the_paths_tried(data, name, gone, message):
     for path in (data / LOADERS[name][0]).glob(gone):
         path.unlink() if path.is_file() else shutil.rmtree(path)
     for allow_missing in (False, True):
@@ -448,7 +448,7 @@ def test_keys_that_repeat_are_refused(annotations):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_missing_pictures_are_listed_or_left_out(data, name, caplog):
+def test_missing_images_are_listed_or_left_out(data, name, caplog):
     whole = load(name, data)
     rows = plain(getattr(whole, "queries", whole))
     lists = [column for column in ("subset_ids", "target_ids") if column in rows[0]]
@@ -497,7 +497,7 @@ def test_other_counts_are_refused(originals, name, message):
         loader(originals / folder)
 
 
-def test_the_right_counts_pass_and_one_image_too_few_does_not(originals, monkeypatch):
+def test_published_counts_pass_and_one_image_less_raises(originals, monkeypatch):
     monkeypatch.setitem(laion_cir.EXPECTED_COUNTS, "template", 8)
     monkeypatch.setitem(cirr.EXPECTED_COUNTS, "val", (10, 14))
     monkeypatch.setitem(fashioniq.EXPECTED_COUNTS["val"], "shirt", (6, 12))

@@ -77,7 +77,7 @@ def count(tensors):
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_every_name_of_the_real_blip(caplog):
+def test_every_weight_of_the_released_blip_is_converted(caplog):
     facts, tensors, _ = meta_tensors("salesforce_blip_keys.json")
     model = blip_from_salesforce(tensors)
     said = [int(number) for number in re.findall(r"\((\d+) tensors\)", caplog.text)]
@@ -96,7 +96,7 @@ def test_every_name_of_the_real_blip(caplog):
         ("openai_clip_vitb32_keys.json", CLIPModel, CLIPConfig(), "logit_scale", 12_602_883),
     ],
 )
-def test_every_name_of_the_real_transagg(file, vl_model, vl_config, left_over, fusion_parameters):
+def test_every_weight_of_the_released_transagg_is_converted(file, vl_model, vl_config, left_over, fusion_parameters):
     _, tensors, added = meta_tensors(file, "module.pretrained_model.")
     model = pvlf_from_transagg({**tensors, **{f"module.{name}": tensor for name, tensor in added.items()}})
     with torch.device("meta"):
@@ -151,8 +151,8 @@ def test_transagg_gives_the_references_outputs(backbone, prefix, everywhere, suf
 
     processor = AutoProcessor.from_pretrained(folder)
     assert type(processor) is PVLFProcessor and processor.max_text_length == {"blip": 35, "clip": 77}[backbone]
-    picture = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    assert model(**processor(images=picture, text="red", target_images=picture)).similarity.shape == (1, 1)
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    assert model(**processor(images=image, text="red", target_images=image)).similarity.shape == (1, 1)
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def test_positions_are_interpolated_as_by_salesforce(side):
 
 
 @torch.no_grad()
-def test_another_image_size(tmp_path):
+def test_image_size_can_be_changed(tmp_path):
     save_file(salesforce_tensors(), tmp_path / "blip.safetensors")
     convert_salesforce_blip(tmp_path / "blip.safetensors", tmp_path / "converted", image_size=48, **HEADS["blip"])
     model = PVLFModel.from_vl_pretrained(tmp_path / "converted")
@@ -308,7 +308,7 @@ def test_another_vocabulary_or_a_full_folder_is_refused(backbone, tmp_path):
         convert_transagg(tmp_path / "model.pth", tmp_path, **HEADS[backbone])
 
 
-def test_the_command_line_converts_and_says_how_to_load(tmp_path):
+def test_convert_command_prints_how_to_load_the_result(tmp_path):
     def convert(*arguments):
         done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
         assert done.exit_code == 0, done.output

@@ -53,7 +53,7 @@ def gallery(*ids):
     return Dataset.from_dict({"image": ["picture"] * len(ids), "image_id": list(ids)})
 
 
-def test_benchmark_takes_what_fits():
+def test_benchmark_accepts_matching_queries_and_gallery():
     benchmark = CIRBenchmark("toy", queries(subset_ids=[["a", "b"]]), gallery("a", "b", "c"))
     assert (benchmark.name, len(benchmark.gallery), benchmark.protocol.name) == ("toy", 3, "own")
 
@@ -87,7 +87,7 @@ def test_benchmark_refuses(queries, gallery, message):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
-def test_triplets_from_each_kind_of_table(folder, suffix):
+def test_triplets_load_from_each_file_type(folder, suffix):
     file = folder.parent / f"triplets{suffix}"
     if suffix == ".csv":
         write_csv(folder, ROWS)
@@ -106,7 +106,7 @@ def test_triplets_from_each_kind_of_table(folder, suffix):
     assert triplets[0]["target"].getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_shared_target_ids_leave_every_picture_in_the_gallery(folder):
+def test_shared_target_ids_leave_every_image_in_the_gallery(folder):
     rows = [{**row, "target_id": number} for row, number in zip(ROWS, (7, 7, 8), strict=True)]
     triplets = load_triplets(write_csv(folder, rows), folder)
     assert list(triplets["target_id"]) == ["7", "7", "8"]
@@ -131,7 +131,7 @@ def test_tables_that_cannot_be_read_are_named(folder, suffix, content):
         load_triplets(file, folder)
 
 
-def test_a_comma_that_is_not_quoted_is_noticed(folder):
+def test_unquoted_commas_are_refused(folder):
     file = folder.parent / "bad.csv"
     file.write_text("reference,caption,target\nred.png,red, but blue,green.png\n")
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_numbers_as_captions_and_names_stay_text(folder):
     assert list(triplets["reference_id"]) == ["007"] * 3
 
 
-def test_missing_pictures_are_counted_and_three_named(folder):
+def test_missing_images_are_counted_and_three_named(folder):
     rows = [{**ROWS[0], "target": f"missing{number}.png"} for number in range(5)]
     with pytest.raises(
         ValueError, match=r"5 of 6 images are not in .*'missing0.png', 'missing1.png', 'missing2.png'\]"
@@ -157,7 +157,7 @@ def test_missing_pictures_are_counted_and_three_named(folder):
         load_triplets(write_csv(folder, rows), folder, check_images=False)
 
 
-def test_broken_pictures_are_named_with_the_reason(folder):
+def test_broken_images_are_named_with_the_reason(folder):
     whole = (folder / "green.png").read_bytes()
     (folder / "green.png").write_bytes(whole[: len(whole) // 2])
     (folder / "sub/blue.png").write_text("<html>404</html>")
@@ -193,8 +193,8 @@ def test_wrong_tables_are_refused(folder):
 def test_benchmark_from_triplets(folder):
     triplets = load_triplets(write_csv(folder, ROWS), folder)
     benchmark = benchmark_from_triplets("own", triplets)
-    pictures = {row["image_id"]: row["image"].getpixel((0, 0)) for row in benchmark.gallery}
-    assert pictures == {"red.png": (255, 0, 0), "sub/blue.png": (0, 0, 255), "green.png": (0, 128, 0)}
+    images = {row["image_id"]: row["image"].getpixel((0, 0)) for row in benchmark.gallery}
+    assert images == {"red.png": (255, 0, 0), "sub/blue.png": (0, 0, 255), "green.png": (0, 128, 0)}
     assert len(benchmark.gallery) == 3  # red and green occur twice
     assert list(benchmark.queries["target_id"]) == ["sub/blue.png", "green.png", "green.png"]
     assert benchmark.protocol.reference == "removed"
@@ -221,7 +221,7 @@ def test_collator_batch(folder, tiny_processor):
         PVLFCollator(tiny_processor)([{"reference": None, "caption": "red", "target": None}])
 
 
-def test_odd_pictures_pass_the_collator(folder, tiny_processor):
+def test_images_of_unusual_modes_and_shapes_pass_the_collator(folder, tiny_processor):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     left_red = Image.new("RGB", (64, 64), "blue")

@@ -32,7 +32,7 @@ CAPTIONS = {
     "cirr": ("cirr/captions/cap.rc2.val.json", "caption"),
     "circo": ("annotations/val.json", "relative_caption"),
 }
-PICTURES = {
+IMAGES = {
     "laion-cir": "[0-9]*.png",
     "cirr": "dev/*.png",
     "fashioniq": "images/B00D1*.png",
@@ -45,8 +45,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def pictures(subject, root):
-    return sorted(root.glob(PICTURES[subject]))
+def image_files(subject, root):
+    return sorted(root.glob(IMAGES[subject]))
 
 
 def edit(file, change):
@@ -56,12 +56,12 @@ def edit(file, change):
 
 
 @pytest.mark.parametrize("subject", MAKERS)
-def test_healthy_trees(subject, tmp_path):
+def test_healthy_data_sets_have_no_findings(subject, tmp_path):
     root = MAKERS[subject](tmp_path)
     report = EXAMINERS[subject](root, check_counts=False)
     assert report.findings == () and report.healthy
     assert sum(counts["files"] for counts in report.counts.values()) == {"fashioniq": 36, "circo": 18}.get(
-        subject, len(pictures(subject, root))
+        subject, len(image_files(subject, root))
     )
     published = EXAMINERS[subject](root)
     assert {finding.kind for finding in published.findings} == (set() if subject == "laion-cir" else {"counts"})
@@ -130,9 +130,9 @@ def double(file):
         (double, "duplicate", "warning"),
     ],
 )
-def test_damaged_files(subject, damage, kind, severity, tmp_path):
+def test_damaged_files_are_reported(subject, damage, kind, severity, tmp_path):
     root = MAKERS[subject](tmp_path)
-    file = pictures(subject, root)[5]
+    file = image_files(subject, root)[5]
     damage(file)
     report = EXAMINERS[subject](root, check_counts=False)
     (finding,) = report.findings
@@ -144,16 +144,16 @@ def test_damaged_files(subject, damage, kind, severity, tmp_path):
 @pytest.mark.parametrize(
     ("subject", "number", "damage"), [("laion-cir", 1, no_zeros), ("circo", 1, no_zeros), ("fashioniq", 1, lower)]
 )
-def test_misnamed_ids(subject, number, damage, tmp_path):
+def test_misnamed_files_are_reported(subject, number, damage, tmp_path):
     root = MAKERS[subject](tmp_path)
-    file = pictures(subject, root)[number]
+    file = image_files(subject, root)[number]
     damage(file)
     (finding,) = EXAMINERS[subject](root, check_counts=False).findings
     assert finding.kind == "misnamed" and finding.examples[0].endswith(f" instead of {file.name}")
 
 
 @pytest.mark.parametrize("number", [2, 13])
-def test_effects_are_what_the_loader_leaves_out(number, tmp_path):
+def test_effects_count_what_the_loader_leaves_out(number, tmp_path):
     root = make_cirr(tmp_path)
     files = json.loads((root / "cirr/image_splits/split.rc2.val.json").read_text())
     (root / list(files.values())[number]).unlink()
@@ -167,7 +167,7 @@ def test_effects_are_what_the_loader_leaves_out(number, tmp_path):
     assert (lost > 0) == (number == 2)
 
 
-def test_effects_on_training_and_on_submissions(tmp_path):
+def test_effects_on_training_and_submissions_are_reported(tmp_path):
     root = make_cirr(make_laion_cir(tmp_path))
     (root / "0000001.png").unlink()  # reference of one template row, target of another
     assert examine_laion_cir(root).findings[0].effect == "2 of 16 triplets cannot be trained on"
@@ -180,7 +180,7 @@ def test_effects_on_training_and_on_submissions(tmp_path):
     )
 
 
-def test_doubles_count_the_targets_that_they_touch(tmp_path):
+def test_duplicates_count_the_targets_that_they_affect(tmp_path):
     root = make_circo(tmp_path)
     first = json.loads((root / "annotations/val.json").read_text())[1]["gt_img_ids"]
     one, other = (root / f"COCO2017_unlabeled/unlabeled2017/{i:012d}.jpg" for i in first[:2])
@@ -192,7 +192,7 @@ def test_doubles_count_the_targets_that_they_touch(tmp_path):
 
 
 @pytest.mark.parametrize("subject", CAPTIONS)
-def test_captions(subject, tmp_path):
+def test_long_and_blank_captions_are_reported(subject, tmp_path):
     root = MAKERS[subject](tmp_path)
     name, key = CAPTIONS[subject]
     edit(root / name, lambda rows: rows[3].update({key: "the same but red and " * 8}))  # 40 words, 42 tokens
@@ -210,14 +210,14 @@ def test_captions(subject, tmp_path):
     assert finding.kind == "annotations" and f"row 3: {key} is ' '" in finding.message
 
 
-def test_one_caption_of_two(tmp_path):
+def test_fashioniq_rows_with_one_caption_are_reported(tmp_path):
     root = make_fashioniq(tmp_path)
     edit(root / "captions/cap.shirt.val.json", lambda rows: rows[2].update(captions=["is red", " ."]))
     (finding,) = examine_fashioniq(root, check_counts=False).findings
     assert (finding.kind, finding.where, finding.examples) == ("blank caption", "fashioniq/val/shirt", ("row 2",))
 
 
-def test_annotations_that_do_not_fit(tmp_path):
+def test_unlisted_images_and_unreadable_annotations_are_reported(tmp_path):
     root = make_cirr(tmp_path)
     listing = root / "cirr/image_splits/split.rc2.val.json"
     name = json.loads((root / "cirr/captions/cap.rc2.val.json").read_text())[0]["target_hard"]
@@ -229,7 +229,7 @@ def test_annotations_that_do_not_fit(tmp_path):
     assert "cap.rc2.val.json is not under" in examine_cirr(root / "nowhere").findings[0].message
 
 
-def test_what_only_the_loader_refuses(tmp_path):
+def test_errors_of_the_loader_are_reported(tmp_path):
     root = make_cirr(tmp_path)
     edit(
         root / "cirr/captions/cap.rc2.val.json",
@@ -242,7 +242,7 @@ def test_what_only_the_loader_refuses(tmp_path):
 @pytest.fixture
 def table(tmp_path):
     root = make_laion_cir(tmp_path / "images")
-    names = [file.name for file in pictures("laion-cir", root)]
+    names = [file.name for file in image_files("laion-cir", root)]
     rows = [f"{a},make it red,{b}" for a, b in zip(names, names[1:], strict=False)]
     file = tmp_path / "triplets.csv"
     file.write_text("\n".join(["reference,caption,target", *rows]) + "\n")
@@ -253,23 +253,23 @@ def table(tmp_path):
     ("damage", "kinds"),
     [(None, []), (remove, ["missing"]), (other_ending, ["misnamed"]), (cut, ["corrupt"]), (double, ["duplicate"])],
 )
-def test_own_triplets(table, damage, kinds):
+def test_damaged_images_of_own_triplets_are_reported(table, damage, kinds):
     folder = table.parent / "images"
     if damage:
-        damage(pictures("laion-cir", folder)[5])
+        damage(image_files("laion-cir", folder)[5])
     report = examine_triplets(table, folder)
     assert [finding.kind for finding in report.findings] == kinds
     assert report.counts[str(table)]["triplets"] == 15
 
 
-def test_own_triplets_outside_the_folder(table):
+def test_own_triplets_outside_the_folder_are_reported(table):
     shutil.copy(next((table.parent / "images").glob("*.png")), table.parent / "secret.png")
     table.write_text(table.read_text() + "../secret.png,red,0000001.png\n")
     kinds = [finding.kind for finding in examine_triplets(table, table.parent / "images").findings]
     assert "loader" in kinds
 
 
-def test_command_line(table, tmp_path):
+def test_doctor_command_prints_text_and_json(table, tmp_path):
     def doctor(*arguments):
         done = CliRunner().invoke(app, ["doctor", *map(str, arguments)])
         return done.exit_code, done.stdout
@@ -281,7 +281,7 @@ def test_command_line(table, tmp_path):
     assert code == 1 and "2 errors" in text
     assert "\nERROR cirr/test1, counts: 8 queries, published are 4148\n    the annotations" in text
     make_processor().tokenizer.save_pretrained(tmp_path / "tokenizer")
-    cut(pictures("laion-cir", images)[0])
+    cut(image_files("laion-cir", images)[0])
     options = ["--images", images, "--tokenizer", tmp_path / "tokenizer", "--json"]
     code, text = doctor("triplets", table, *options)
     report = json.loads(text)
@@ -296,7 +296,7 @@ def test_command_line(table, tmp_path):
         (["cirr", "x", "--tokenizer", "/nowhere"], 1, "error: no tokenizer in /nowhere"),
     ],
 )
-def test_wrong_calls(options, code, message):
+def test_invalid_arguments_end_the_command_with_an_error(options, code, message):
     done = CliRunner().invoke(app, ["doctor", *options])
     assert done.exit_code == code and message in done.stderr and not done.stdout
 

@@ -117,17 +117,17 @@ def test_parsed_attributes_can_be_changed_without_changing_the_table():
     assert parse_name("red heart")["colour"] == "red"
 
 
-def test_pictures():
+def test_images_of_every_vendor():
     counts = {vendor: len(load_emoji_pictures([vendor], keep_leaked=True)) for vendor in VENDORS}
     assert counts == {"Goog": 3633, "Appl": 3615, "FB": 3349, "Joy": 3623, "Sams": 3336, "Twtr": 3628, "Wind": 3039}
     assert sum(counts.values()) == EXPECTED_COUNTS["pictures"]
-    pictures = load_emoji_pictures()
-    assert len(pictures) == 20590 - 314 * 6
-    assert pictures[0]["image"].mode == "RGBA"
-    assert set(pictures["vendor"]) == set(TRAINING_VENDORS)
+    images = load_emoji_pictures()
+    assert len(images) == 20590 - 314 * 6
+    assert images[0]["image"].mode == "RGBA"
+    assert set(images["vendor"]) == set(TRAINING_VENDORS)
 
 
-def test_no_training_picture_is_in_the_test_gallery(train):
+def test_no_training_image_is_in_the_test_gallery(train):
     google = set(load_emoji_pictures([TEST_VENDOR])["picture_id"])
     leaked = set(load_emoji_pictures(keep_leaked=True)["picture_id"]) & google
     assert len(leaked) > 200
@@ -143,9 +143,9 @@ def test_training_triplets(train):
     assert {"reference", "caption", "target", "target_id", "reference_id", "attribute", "vendor"} == set(
         train.column_names
     )
-    pictures = load_emoji_pictures()
-    keys = zip(pictures["vendor"], pictures["name"], strict=True)
-    picture_of = dict(zip(keys, pictures["picture_id"], strict=True))
+    images = load_emoji_pictures()
+    keys = zip(images["vendor"], images["name"], strict=True)
+    picture_of = dict(zip(keys, images["picture_id"], strict=True))
     for row in train.remove_columns(["reference", "target"]):
         assert picture_of[row["vendor"], row["reference_id"]] != picture_of[row["vendor"], row["target_id"]]
     row = train[0]
@@ -162,7 +162,7 @@ def test_no_pair_is_in_two_splits_in_either_direction(train, validation, tiers):
         assert not {(a.lower(), b.lower()) for a, b in one} & {(a.lower(), b.lower()) for a, b in either_way}
 
 
-def test_pairs_differ_in_what_they_say():
+def test_pairs_differ_in_their_named_attributes():
     for its in emoji_pairs().values():
         for pair in its:
             first, second = parse_name(pair.first), parse_name(pair.second)
@@ -226,7 +226,7 @@ def test_no_reference_or_target_has_a_twin_in_the_gallery(split):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_subsets_are_six_different_pictures(split):
+def test_subsets_are_six_different_images(split):
     benchmark = load_emoji_cir(split)
     picture_of = dict(zip(benchmark.gallery["image_id"], benchmark.gallery["picture_id"], strict=True))
     columns = ("subset_ids", "reference_id", "target_id")

@@ -1,4 +1,4 @@
-"""Files made to harm: code in checkpoints, names and links that leave their folder, pictures that are none or huge."""
+"""Files made to harm: code in checkpoints, names and links that leave their folder, images that are none or huge."""
 
 import io
 import json
@@ -170,7 +170,7 @@ ESCAPES = ["../secret.png", "sub/../../secret.png", "{above}/secret.png"]
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two pictures in a folder, one beside it."""
+    """Two images in a folder, one beside it."""
     folder = tmp_path / "above/photos"
     (folder / "sub").mkdir(parents=True)
     for name in ("red.png", "sub/blue.png", "../secret.png"):
@@ -190,7 +190,7 @@ def write_rows(folder, rows):
 
 @pytest.mark.reliability(
     4,
-    "A table of triplets reads nothing outside its folder of pictures, by `..`, absolute names or links, unless "
+    "A table of triplets reads nothing outside its folder of images, by `..`, absolute names or links, unless "
     "`allow_links`; the Hub's cache, which is made of links, works as it is",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, dict.fromkeys(", "list(dict.fromkeys("),
 )
@@ -242,12 +242,12 @@ def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figur
     for name, target in (("link.png", "../secret.png"), ("more", "../elsewhere"), ("circle", ".")):
         (photos / name).symlink_to(target)
     assert build(allow_links=True) == ["link.png", "more/far.png", "red.png", "sub/blue.png"]
-    figure("3 links refused; 4 pictures with them allowed, each once")
+    figure("3 links refused; 4 images with them allowed, each once")
 
 
 @pytest.mark.reliability(
     4,
-    "Annotations of CIRR, FashionIQ and CIRCO name no picture outside their folders",
+    "Annotations of CIRR, FashionIQ and CIRCO name no image outside their folders",
     broken=("src/pvlf_hf/data/annotations.py", "if outside := [n for", "if 0 and [n for"),
 )
 def test_annotations_stay_in_their_folders(tmp_path, figure):
@@ -278,10 +278,10 @@ def test_annotations_stay_in_their_folders(tmp_path, figure):
 
 @pytest.mark.reliability(
     4,
-    "A shard holds its pictures: one that names a file, or holds what is in no format that is read, is refused",
+    "A shard holds its images: one that names a file, or holds what is in no format that is read, is refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
-def test_shards_name_no_files(tmp_path, figure):
+def test_shards_that_name_files_are_refused(tmp_path, figure):
     triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
     (file,) = write_shards(triplets, tmp_path / "shards")
     table = pq.read_table(file).to_pylist()
@@ -302,8 +302,8 @@ def test_shards_name_no_files(tmp_path, figure):
 
 def triplets_features():
     text = datasets.Value("string")
-    picture = datasets.Image(decode=False)
-    return datasets.Features({"reference": picture, "caption": text, "target": picture, "target_id": text})
+    image = datasets.Image(decode=False)
+    return datasets.Features({"reference": image, "caption": text, "target": image, "target_id": text})
 
 
 @pytest.mark.reliability(
@@ -311,7 +311,7 @@ def triplets_features():
     "A gallery from the Hub that names files of this machine is refused",
     broken=("src/pvlf_hf/search/gallery_files.py", "if local := [path for", "if 0 and [path for"),
 )
-def test_a_gallery_of_the_hub_names_no_files(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
+def test_hub_galleries_that_name_files_are_refused(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     cache = tmp_path / "hub"
     snapshot = cache / "datasets--you--gallery/snapshots/abc"
     (cache / "datasets--you--gallery/refs").mkdir(parents=True)
@@ -328,12 +328,12 @@ def test_a_gallery_of_the_hub_names_no_files(photos, tiny_model, tiny_processor,
     figure("2 files refused, a web address kept")
 
 
-# ---- pictures ----
+# ---- images ----
 
 
-def encoded(format, picture=None, **options):
+def encoded(format, image=None, **options):
     stream = io.BytesIO()
-    (picture or Image.new("RGB", (9, 9), "red")).save(stream, format, **options)
+    (image or Image.new("RGB", (9, 9), "red")).save(stream, format, **options)
     return stream.getvalue()
 
 
@@ -352,7 +352,7 @@ FRAMES = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
 ANIMATED = {"save_all": True, "append_images": FRAMES[1:]}
 
 
-def good_pictures():
+def good_images():
     """By file name: what is read."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
     sixteen = Image.fromarray(np.full((9, 9), 40000, np.uint16))
@@ -373,7 +373,7 @@ def good_pictures():
     }
 
 
-def bad_pictures():
+def bad_images():
     """By file name: why it is refused, and what it holds."""
     jpeg, png = encoded("JPEG"), encoded("PNG", Image.effect_noise((64, 64), 50))
     return {
@@ -404,11 +404,11 @@ def bad_pictures():
 
 @pytest.mark.reliability(
     4,
-    "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel pictures, wrong endings, SVG, PDF and EPS "
+    "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel images, wrong endings, SVG, PDF and EPS "
     "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
     broken=("src/pvlf_hf/models/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
 )
-def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
+def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
     ghostscript, ran = tmp_path / "bin/gs", tmp_path / "ran"
     ghostscript.parent.mkdir()
     ghostscript.write_text(f"#!/bin/sh\ntouch {ran}\n")
@@ -416,7 +416,7 @@ def test_pictures_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monke
     monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
     folder = tmp_path / "photos"
     folder.mkdir()
-    good, bad = good_pictures(), bad_pictures()
+    good, bad = good_images(), bad_images()
     for name, content in {**good, **{name: content for name, (_, content) in bad.items()}}.items():
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
@@ -455,7 +455,7 @@ def good_reference(folder):
         "content += part",
     ),
 )
-def test_limits_can_be_set(tmp_path, monkeypatch, figure):
+def test_limits_on_images_can_be_set(tmp_path, monkeypatch, figure):
     file, eps = tmp_path / "a.png", tmp_path / "a.eps"
     file.write_bytes(encoded("PNG", Image.effect_noise((64, 64), 50)))
     eps.write_bytes(encoded("EPS"))
@@ -489,12 +489,12 @@ def test_limits_can_be_set(tmp_path, monkeypatch, figure):
     processor.save_pretrained(tmp_path / "processor")
     saved = (tmp_path / "processor/processor_config.json").read_text().upper()
     assert not any(name in saved for name in ("MAX_BYTES", "MAX_SECONDS", "FORMATS", "MAX_IMAGE_PIXELS"))
-    figure("4 limits, of files, downloads, `data:` URLs and open pictures; `file:` and `ftp:` lead nowhere")
+    figure("4 limits, of files, downloads, `data:` URLs and open images; `file:` and `ftp:` lead nowhere")
 
 
 @contextmanager
 def serving(content):
-    """A web server of a picture at `/`, and of answers that do not end or lead elsewhere."""
+    """A web server of an image at `/`, and of answers that do not end or lead elsewhere."""
     stopped = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -550,7 +550,7 @@ TEXTS = {
     broken=("src/pvlf_hf/models/processing_pvlf.py", '"truncation": True', '"truncation": False'),
 )
 @pytest.mark.parametrize("checkpoint_name", ["pvlf-emoji-tiny", "tiny"])
-def test_any_text(checkpoint_name, photos, tiny_model, figure):
+def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, figure):
     if checkpoint_name == "tiny":
         processor, model = make_processor(), tiny_model
     else:
@@ -567,8 +567,8 @@ def test_any_text(checkpoint_name, photos, tiny_model, figure):
         assert inputs["input_ids"].shape[1] <= processor.max_text_length
         result = gallery.search(photos / "red.png", text, k=1)
         assert torch.isfinite(torch.tensor(result.scores)).all()
-        with Image.open(photos / "red.png") as picture:
-            retrieval_sheet([SheetRow(picture, text, [picture], picture, 0)], title=text, attribution=text)
+        with Image.open(photos / "red.png") as image:
+            retrieval_sheet([SheetRow(image, text, [image], image, 0)], title=text, attribution=text)
         assert time.monotonic() - start < 20, name
     figure(f"{len(TEXTS)} texts")
 
@@ -578,7 +578,7 @@ def test_any_text(checkpoint_name, photos, tiny_model, figure):
 
 @pytest.mark.reliability(
     4,
-    "Whatever is done to the bytes of a picture, an annotation, a table or a submission file, its reader answers or "
+    "Whatever is done to the bytes of an image, an annotation, a table or a submission file, its reader answers or "
     "raises a `ValueError` (by hypothesis; for 100,000 inputs guided by coverage see the long row)",
     broken=(
         "src/pvlf_hf/models/image_processing_pvlf.py",

@@ -42,12 +42,12 @@ def test_emoji_cir_needs_no_folder():
     assert names == [f"emoji-cir/test/{tier}" for tier in TIERS]
 
 
-def test_published_counts_are_insisted_on(data_root):
+def test_other_counts_than_published_raise(data_root):
     with pytest.raises(ValueError, match="10 queries, but the published annotations have 4181"):
         load_protocol("cirr-val", data_root)
 
 
-def test_unknown_names_and_folders_are_said(tmp_path):
+def test_unknown_protocols_and_folders_raise(tmp_path):
     with pytest.raises(ValueError, match="(?s)unknown protocol 'cirr'; choose from.*cirr-val .*circo-test "):
         load_protocol("cirr")
     with pytest.raises(ValueError, match="circo is not a folder; protocol circo-val looks for its data there"):
@@ -55,7 +55,7 @@ def test_unknown_names_and_folders_are_said(tmp_path):
     assert [line.split()[0] for line in describe_protocols().splitlines()] == list(PROTOCOLS)
 
 
-def test_the_card_says_how_it_was_measured(data_root):
+def test_protocol_card_states_how_results_were_measured(data_root):
     (benchmark, *_) = load_protocol("fashioniq-removed", data_root, check_counts=False)
     evaluation = score(benchmark, torch.eye(12)[:6], torch.eye(12), dtype="exact")
     facts = {"python": "3.11", "torch": "2.13", "commit": None}
@@ -130,14 +130,14 @@ def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_
     assert recall["metric"] == "recall" and len(recall) == 12
 
 
-def test_the_scripts_help_teaches(capsys):
+def test_help_lists_protocols_and_the_launch_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     said = capsys.readouterr().out
     assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
 
 
-def test_baselines_of_an_encoder_that_is_no_pvlf(data_root, tmp_path, model_folder):
+def test_composed_method_on_a_dual_encoder_raises(data_root, tmp_path, model_folder):
     make_model().config.vl_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no PVLF checkpoint but .*, or measure it with --methods image text"):
         main(flags(tmp_path, data_root, tmp_path / "out", "cirr-val"))

@@ -42,8 +42,8 @@ def triplets(tmp_path):
     """Thirty rows, captions of different lengths, target_id is the row; PNG, JPEG and a palette."""
     files = [tmp_path / f"{colour}.{'jpg' if n % 2 else 'png'}" for n, colour in enumerate(COLOURS)]
     for file in files:
-        picture = PILImage.new("RGB", (20, 16), file.stem)
-        (picture.convert("P") if file.stem == "blue" else picture).save(file)
+        image = PILImage.new("RGB", (20, 16), file.stem)
+        (image.convert("P") if file.stem == "blue" else image).save(file)
     columns = {
         "reference": [str(files[n % 6]) for n in range(ROWS)],
         "caption": ["the same but " + "more " * (n % 4) + "red" for n in range(ROWS)],
@@ -55,13 +55,13 @@ def triplets(tmp_path):
 
 
 def encoded(triplets):
-    """Rows with pictures as bytes."""
+    """Rows with images as bytes."""
     for column in ("reference", "target"):
         triplets = triplets.cast_column(column, Image(decode=False))
     rows = []
     for row in triplets:
-        pictures = {c: row[c]["bytes"] or Path(row[c]["path"]).read_bytes() for c in ("reference", "target")}
-        rows.append({"caption": row["caption"], "target_id": row["target_id"], **pictures})
+        images = {c: row[c]["bytes"] or Path(row[c]["path"]).read_bytes() for c in ("reference", "target")}
+        rows.append({"caption": row["caption"], "target_id": row["target_id"], **images})
     return rows
 
 
@@ -99,7 +99,7 @@ def test_writing_resumes_after_finished_shards(triplets, tmp_path, format):
     assert not list((tmp_path / "shards").glob("*.partial"))
 
 
-def test_writing_refuses(triplets, tmp_path):
+def test_invalid_shard_settings_raise(triplets, tmp_path):
     write_shards(triplets, tmp_path / "shards", 8)
     for other, size in ((triplets, 9), (triplets.select(range(29)), 8)):
         with pytest.raises(ValueError, match="shards holds shards of other triplets or another size"):
@@ -156,7 +156,7 @@ def test_damaged_shards_are_named(triplets, tmp_path, format):
         stream_triplets(files[2])
 
 
-def test_shards_of_another_kind_are_refused(triplets, tmp_path):
+def test_shards_that_lack_a_column_are_refused(triplets, tmp_path):
     triplets.remove_columns("caption").to_parquet(tmp_path / "lacking.parquet")
     with pytest.raises(ValueError, match=r"lacking.parquet has no \['caption'\]; it has \['note', 'reference'"):
         stream_triplets(tmp_path / "lacking.parquet")
@@ -300,7 +300,7 @@ def test_triplets_of_the_hub(hub_folder, triplets, streaming):
     rows, expected = encoded(loaded), encoded(triplets)
     for column in ("reference", "caption", "target"):
         assert [row[column] for row in rows] == [row[column] for row in expected]
-    for a in range(12):  # six pictures, each the target of every sixth row
+    for a in range(12):  # six images, each the target of every sixth row
         assert [rows[a]["target_id"] == row["target_id"] for row in rows] == [a % 6 == b % 6 for b in range(ROWS)]
     for column in ("caption", "target_id"):
         assert {row[column] for row in load(**{column: "text"})} == {"left out"}
