@@ -1,14 +1,14 @@
-"""Kills what writes files, starts it again until it is done, and compares with what a run left alone gives.
+"""Kills work that writes files, starts it again until it is done, and compares with the outcome of a run left alone.
 
     python tests/kill.py --kills 30 --seed 0
 
-Training, training that pushes, evaluation, a gallery and a feature cache, each as a process of its own that gets
-SIGKILL, in turn at a random moment of its time and at a random one of its file operations (writes are short: a clock
-alone seldom meets one). After every kill, all files that are not marked as unfinished are read. Exits with 1 if one
-cannot be, if a restart fails, does finished work again, or ends with other weights, index or metrics, bit for bit.
+Training, training that pushes, evaluation, indexing and feature caching run in a process each. The process gets
+SIGKILL, in turn at a random time and at a random file operation (writes are short: a clock alone seldom meets one).
+After every kill, all files that are not marked as unfinished are read. Exits with 1 if a file cannot be read, or if a
+restart fails, repeats finished work, or ends with other weights, index or metrics, bit for bit.
 
-Processes are forked off one that has imported everything, so that moments fall into work. Moments of time depend on
-the machine; those of file operations only on the seed.
+Processes are forked from one that has imported everything, so that kills fall into the work. Kills by time depend on
+the machine, those by file operation only on the seed.
 """
 
 import argparse
@@ -38,10 +38,10 @@ IMPORTS = [
     "transformers.trainer",
 ]
 COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
-STEPS, PICTURES, ROWS = 10, 96, 8
+STEPS, IMAGES, ROWS = 10, 96, 8
 REPOSITORY = "you/model"
 
-# What a kill may cost: steps between checkpoints, pictures between writes.
+# Work that a kill may cost: steps between checkpoints, images between writes.
 LOSES = {"train": 1, "push": 1, "evaluate": ROWS, "gallery": ROWS, "cache": ROWS}
 
 
@@ -49,11 +49,11 @@ LOSES = {"train": 1, "push": 1, "evaluate": ROWS, "gallery": ROWS, "cache": ROWS
 
 
 def work(kind, folder, inputs, tell, dies_at):
-    """Tells `begin`, then 1 for each step or n for n encoded pictures, and at the end its file operations."""
+    """Sends `begin`, then 1 for each step or n for n encoded images, and at the end the number of file operations."""
     log = (folder / "log.txt").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    os.chdir(folder)  # same paths in every run: they are in what is compared
+    os.chdir(folder)  # the same paths in every run: files that are compared hold them
     begin = globals()[kind]
     operations = count_file_operations(folder, dies_at)
     tell.send("begin")
@@ -62,7 +62,7 @@ def work(kind, folder, inputs, tell, dies_at):
 
 
 def count_file_operations(folder, dies_at):
-    """Counts what changes files in the folder; the process dies before one of them."""
+    """Counts operations that change files in the folder; the process dies before number `dies_at`."""
     counted = [0]
 
     def hook(event, arguments):
@@ -77,8 +77,8 @@ def count_file_operations(folder, dies_at):
     return counted
 
 
-def count_pictures(tell):
-    """Tells of every forward of an image encoder how many pictures it had."""
+def count_images(tell):
+    """Sends the number of images of every forward of an image encoder."""
     from torch.nn.modules.module import register_module_forward_hook
     from transformers import BlipVisionModel
 
@@ -119,7 +119,7 @@ def evaluate(inputs, tell):
     from pvlf_hf.embeddings import embedding_store
 
     embedding_store.SAVE_EVERY = ROWS
-    count_pictures(tell)
+    count_images(tell)
     script = str(SCRIPTS / "evaluate_pvlf.py")
     settings = f"""--model {inputs / "pvlf"} --protocols cirr-val fashioniq cirr-test1 --methods composed text
         --data_root {inputs / "data"} --output_dir run --no_check_counts --batch_size {ROWS}"""
@@ -134,7 +134,7 @@ def gallery(inputs, tell):
     from pvlf_hf.search import indexing as gallery_encoding
 
     gallery_encoding.SAVE_EVERY = ROWS
-    count_pictures(tell)
+    count_images(tell)
     made = [kind.from_pretrained(inputs / "pvlf") for kind in (AutoModel, AutoProcessor)]
     options = {"path": "run", "batch_size": ROWS, "progress": False}
     found = Gallery.from_folder(inputs / "gallery", *made, **options).search(text="red", k=5)
@@ -148,7 +148,7 @@ def cache(inputs, tell):
     from pvlf_hf.training import feature_cache
 
     feature_cache.SHARD_BYTES = 1  # a shard a batch
-    count_pictures(tell)
+    count_images(tell)
     model, processor = (kind.from_pretrained(inputs / "pvlf") for kind in (AutoModel, AutoProcessor))
     model.set_finetuning("frozen")
     triplets = load_triplets(inputs / "many.csv", inputs / "gallery")
@@ -157,11 +157,11 @@ def cache(inputs, tell):
     Path("found.json").write_text(json.dumps([(d, hashlib.sha256(raw).hexdigest()) for d, raw in content]))
 
 
-# ---- what is looked at ----
+# ---- files and outcomes ----
 
 
 def read(file):
-    """The content of a file; an error if it is not whole."""
+    """Returns the content of a file; raises if it is not whole."""
     import pyarrow.parquet as pq
     import torch
     from safetensors import safe_open
@@ -185,16 +185,16 @@ def without_speed(value):
 
 
 def bits(value):
-    """A nested value with its tensors as bytes."""
+    """Returns a nested value with its tensors as bytes."""
     if isinstance(value, dict):
-        return {key: bits(its) for key, its in value.items()}
+        return {key: bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [bits(its) for its in value]
+        return [bits(item) for item in value]
     return value.numpy().tobytes() if hasattr(value, "numpy") else repr(value)
 
 
 def finished(folder):
-    """Files that claim to be whole."""
+    """Yields the files that are not marked as unfinished."""
     for file in sorted(folder.rglob("*")):
         marked = file.suffix == ".partial" or "_unfinished" in file.parts or file.name in ("log.txt", "lock")
         if file.is_file() and not marked:
@@ -206,18 +206,18 @@ def unfinished(folder):
 
 
 def check_files(folder):
-    """Reads everything after a kill; checkpoints must also have all their parts."""
+    """Reads all finished files after a kill; checkpoints must also have all their parts."""
     for file in finished(folder):
-        # What the Trainer copies out of a checkpoint to push it is none until the end.
+        # Files that the Trainer copies out of a checkpoint to push them are no model until the end.
         if folder.name != "push" or file.parent.name != "run" or file.name.startswith("results"):
             read(file)
     parts = [sorted(file.name for file in path.iterdir()) for path in folder.glob("run/checkpoint-*")]
-    assert all(its == max(parts, key=len) for its in parts), f"{folder}: checkpoints that lack files: {parts}"
-    assert all("trainer_state.json" in its for its in parts), f"{folder}: a checkpoint without its state: {parts}"
+    assert all(names == max(parts, key=len) for names in parts), f"{folder}: checkpoints that lack files: {parts}"
+    assert all("trainer_state.json" in names for names in parts), f"{folder}: a checkpoint without its state: {parts}"
 
 
 def outcome(folder, hub):
-    """What must be equal: all files but those named at random or with times, and what is on the Hub."""
+    """Returns all that must be equal: files but those with random names or times, and the content of the Hub."""
     facts = {str(f.relative_to(folder)): read(f) for f in finished(folder) if f.name != "training_args.bin"}
     if folder.name == "cache":
         facts = {name: content for name, content in facts.items() if not name.endswith(".safetensors")}
@@ -226,7 +226,7 @@ def outcome(folder, hub):
             for name, file in commit.files.items():
                 pushed = folder.parent / Path(name).name
                 pushed.write_bytes(file.content)
-                facts[f"hub/{name}"] = None if name == "training_args.bin" else read(pushed)  # at last, of the last
+                facts[f"hub/{name}"] = None if name == "training_args.bin" else read(pushed)
     return facts
 
 
@@ -235,9 +235,9 @@ def outcome(folder, hub):
 
 @contextmanager
 def prepared():
-    """Inputs, a Hub on the loopback interface, and what starts processes."""
+    """Makes inputs and a Hub on the loopback interface; yields both, and the context that starts processes."""
     with tempfile.TemporaryDirectory() as place, serving({"hf_owner": ("you", True)}, ["*.safetensors"]) as hub:
-        hub.handle_error = lambda *_: None  # that clients are killed is no news
+        hub.handle_error = lambda *_: None  # clients are killed on purpose
         os.environ.pop("HF_HUB_OFFLINE", None)
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{place}/hf"}
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -270,17 +270,17 @@ def make_inputs(place):
         Image.new("RGB", (40, 32), colour).save(place / "photos" / f"{colour}.png")
     rows = [f"{a}.png,but {b},{b}.png" for a in COLOURS for b in COLOURS if a != b]
     (place / "triplets.csv").write_text("\n".join(["reference,caption,target", *rows]))
-    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 40, 40, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGES, 40, 40, 3), dtype=np.uint8)
     for number, pixels in enumerate(noise):
         Image.fromarray(pixels).save(place / "gallery" / f"{number}.png")
-    rows = [f"{n}.png,but red,{n + 1}.png" for n in range(0, PICTURES, 2)]
+    rows = [f"{n}.png,but red,{n + 1}.png" for n in range(0, IMAGES, 2)]
     (place / "many.csv").write_text("\n".join(["reference,caption,target", *rows]))
     make_cirr(place / "data" / "cirr")
     make_fashioniq(place / "data" / "fashioniq")
 
 
 class Killer:
-    """Runs one kind of work again and again."""
+    """Runs one kind of work again and again, and kills it."""
 
     def __init__(self, kind, place, hub, context):
         self.kind, self.place, self.hub, self.context = kind, place, hub, context
@@ -293,7 +293,7 @@ class Killer:
         assert self.expected and not unfinished(self.folder)
 
     def __str__(self):
-        """What happened, a line."""
+        """Summarizes all cycles in a line."""
         return (
             f"{self.kind}: {self.kills} kills ({self.moments['time']} by the clock, {self.moments['operation']} at a "
             f"file operation; {self.amid_a_write} amid a write), {self.results} results equal, {self.redone} of "
@@ -301,7 +301,7 @@ class Killer:
         )
 
     def start(self, seconds=None, dies_at=None):
-        """Runs until the end or the kill; whether it ended, seconds of work, units done, file operations."""
+        """Runs until the end or the kill; returns whether it ended, seconds of work, units done, file operations."""
         self.folder.mkdir(parents=True, exist_ok=True)
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=work, args=(self.kind, self.folder, self.place, theirs, dies_at))
@@ -312,7 +312,7 @@ class Killer:
             while True:
                 if began and seconds is not None and not ours.poll(max(0, seconds + began - monotonic())):
                     process.kill()
-                    seconds = None  # what it told before is read still
+                    seconds = None  # messages sent before the kill are still read
                     continue
                 message = ours.recv()
                 if message == "begin":
@@ -328,7 +328,7 @@ class Killer:
         return process.exitcode == 0, (ended or monotonic()) - (began or monotonic()), units, operations
 
     def cycle(self, random, most):
-        """Starts the work anew and kills it, at most so many times, until it is done; then compares."""
+        """Starts the work again and kills it, at most `most` times, until it is done; then compares."""
         _, seconds, expected_units, operations = self.alone
         self.folder = self.place / f"cycle{self.runs}" / self.kind
         self.hub.repositories.clear()
@@ -342,8 +342,8 @@ class Killer:
                 if by == "operation"
                 else {"seconds": random.uniform(0, seconds)}
             )
-            done, _, its_units, _ = self.start(**moment if kills < most else {})
-            units += its_units
+            done, _, new_units, _ = self.start(**moment if kills < most else {})
+            units += new_units
             if not done:
                 kills += 1
                 self.moments[by] += 1
@@ -354,10 +354,10 @@ class Killer:
         redone = units - expected_units
         self.redone += redone
         assert redone <= kills * LOSES[self.kind], f"{self.kind}: {redone} done again after {kills} kills"
-        again = self.start()[2]  # it is done: this finds everything there
+        again = self.start()[2]  # finished work: this run finds everything done
         assert again == 0, f"{self.kind}: {again} done again by a run that was finished"
-        found = outcome(self.folder, self.hub)
-        differ = [name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name)]
+        result = outcome(self.folder, self.hub)
+        differ = [name for name in {*result, *self.expected} if result.get(name) != self.expected.get(name)]
         assert not differ, f"{self.kind}: other than without kills: {sorted(differ)}"
         assert not unfinished(self.folder), f"{self.kind}: left {unfinished(self.folder)}"
         self.results += 1
