@@ -7,11 +7,15 @@ kernel and number of threads, and it says nothing of what one of them gave.
 """
 
 import copy
+from functools import cache
 from typing import NamedTuple
 
 import torch
+from squares import QUERIES, draw
+from tiny import make_model, make_processor
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, AutoProcessor
 
 
 def roundoff(dtype=torch.float32):
@@ -246,7 +250,7 @@ def rounding(compute, model, inputs, dtype=torch.float32, draws=8):
 
 
 def embeds_of(model, inputs):
-    """Returns what a model makes of its inputs: embeddings, tokens, and what else there is of the output."""
+    """Returns what a model makes of its inputs: embeddings, tokens, cosines, and what else there is of the output."""
     output, found = model(**inputs), {}
     names = ("query_embeds", "target_embeds", "similarity", "aggregation_weights", "loss")
     found |= {name: output[name] for name in names if output.get(name) is not None}
@@ -256,6 +260,10 @@ def embeds_of(model, inputs):
         found |= {"image_embeds": image.pooler_output, "image_tokens": image.last_hidden_state}
         found |= {"text_embeds": text.pooler_output, "text_tokens": text.last_hidden_state}
         found["image_text_similarity"] = image.pooler_output @ text.pooler_output.T
+        found["image_similarity"] = image.pooler_output @ image.pooler_output.T
+    if model.config._attn_implementation == "eager":
+        query = {name: inputs[name] for name in ("pixel_values", "input_ids", "attention_mask")}
+        found["attentions"] = torch.stack(model.get_query_features(**query, output_attentions=True).attentions)
     return found
 
 
@@ -263,3 +271,19 @@ def embeds_of(model, inputs):
 def embedding_error(model, inputs, dtype=torch.float32):
     """Returns [`rounding`] of [`embeds_of`]."""
     return rounding(embeds_of, model, inputs, dtype)
+
+
+@cache
+def squares_error(backbone="blip", dtype=torch.float32, checkpoint=None):
+    """Returns [`embedding_error`] of nine squares, each a reference and a target, with nine captions.
+
+    Of the toy model and its attention too; or of a checkpoint.
+    """
+    if checkpoint is None:
+        model, processor = make_model(backbone), make_processor()
+        model.set_attn_implementation({"": "eager"})
+    else:
+        model, processor = AutoModel.from_pretrained(checkpoint).eval(), AutoProcessor.from_pretrained(checkpoint)
+    squares, captions = [draw(row) for row in range(9)], [caption for _, caption, _ in QUERIES]
+    inputs = processor(images=squares, text=(captions * 2)[:9], target_images=squares)
+    return embedding_error(model, dict(inputs), dtype)
