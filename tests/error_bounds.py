@@ -28,6 +28,13 @@ def dot_error(terms, dtype=torch.float32):
     return terms * roundoff(dtype) / (1 - terms * roundoff(dtype))
 
 
+UNDERFLOW = torch.finfo(torch.float32).tiny
+"""What a processor may take for zero."""
+
+MEAN_ERROR = dot_error(100, torch.float64)
+"""The relative error of a mean in float64 of up to a hundred numbers, none of them negative."""
+
+
 def unit_error(width, dtype=torch.float32):
     """Returns the bound of a normalised row's relative error, and of what a norm computed of it is away from 1.
 
@@ -51,8 +58,8 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
     """Computes equations 14-15 in float64, and what float32 may be off by.
 
     An error of the cosines is divided by the temperature. How it goes on, to the loss by the gradient in the logits
-    and to that gradient by its own derivative, is computed at the very point; `e^(2 d)` bounds by how much these
-    derivatives change while the logits move by d.
+    and to that gradient by its own derivative, is computed at the very point; `e^(2 d)` bounds by how much a softmax
+    changes while its logits move by d.
 
     Returns:
         Two [`Loss`]: the truth, and the bound of each number's error in float32.
@@ -75,23 +82,32 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
     bends = torch.func.vmap(torch.func.jacrev(torch.func.grad(one)))(logits, own)  # (batch, count, count)
     truth = Loss(losses.mean(), slopes @ targets / temperature / batch, slopes.T @ queries / temperature / batch)
 
-    # The cosine; the division by a rounded temperature, x - max and x - log(sum), in the size of the logits; the sum.
+    # Logits: the cosine, the division by a rounded temperature, x - max. The logarithm: a sum of exponentials.
     sizes = logits.abs().masked_fill(left_out, 0).amax(dim=1, keepdim=True)
-    moved = dot_error(width) * (queries.abs() @ targets.abs().T) / temperature + u * (6 * sizes + count + 4)
+    moved = dot_error(width) * (queries.abs() @ targets.abs().T) / temperature + 4 * u * sizes
     moved = moved.masked_fill(left_out, 0)
     worse = torch.exp(2 * moved.amax(dim=1))
-    off = worse * (slopes.abs() * moved).sum(dim=1) + u * (2 * gamma + 6 + batch) * losses
-    # Before the softmax's backward: expm1, a power, products, relative to the slope in log p; and 1 - miss for p.
-    p, is_own = logits.softmax(dim=1), torch.nn.functional.one_hot(own, count)
-    miss = (1 - p.gather(1, own[:, None])).clamp_min(torch.finfo(torch.float32).tiny)
     log_p = logits.log_softmax(dim=1).gather(1, own[:, None])
-    outer = alpha * (miss**gamma - gamma * miss ** (gamma - 1) * (1 - miss) * log_p)
-    outer_off = u * ((2 * gamma + 15) * outer - alpha * gamma * miss ** (gamma - 1) * log_p)
-    slopes_off = worse[:, None] * (bends.abs() @ moved[:, :, None]).squeeze(2) + (is_own + p) * outer_off
+    rounded = u * (count + 4 + 2 * log_p.abs())
+
+    def outer(log_p):
+        """The loss's slope in log p, of which every logit's is a part."""
+        miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float32).tiny)
+        return alpha * (miss**gamma - gamma * miss ** (gamma - 1) * log_p.exp() * log_p)
+
+    slope, ends = outer(log_p), [outer((log_p + end).clamp_max(0)) for end in (rounded, -rounded)]
+    # Where p is 1 but for rounding, a power below 1 may be anything between these two.
+    slope_off = torch.stack([(end - slope).abs() for end in ends]).amax(dim=0) + u * (2 * gamma + 15) * slope
+    p, is_own = logits.softmax(dim=1), torch.nn.functional.one_hot(own, count)
+    off = worse * (slopes.abs() * moved).sum(dim=1) + u * (2 * gamma + 6 + batch) * losses
+    largest = torch.stack([slope, *ends]).amax(dim=0)
+    off += (largest * rounded).squeeze(1)
+    slopes_off = worse[:, None] * (bends.abs() @ moved[:, :, None]).squeeze(2) + (is_own + p) * (u * largest)
+    slopes_off += (is_own - p).abs() * slope_off + UNDERFLOW * (1 + largest)
     bound = Loss(
-        off.mean(),
-        (slopes_off + dot_error(count + 3) * slopes.abs()) @ targets.abs() / temperature / batch,
-        (slopes_off + dot_error(batch + 3) * slopes.abs()).T @ queries.abs() / temperature / batch,
+        off.mean() + UNDERFLOW,
+        (slopes_off + dot_error(count + 3) * slopes.abs()) @ targets.abs() / temperature / batch + count * UNDERFLOW,
+        (slopes_off + dot_error(batch + 3) * slopes.abs()).T @ queries.abs() / temperature / batch + batch * UNDERFLOW,
     )
     return truth, bound
 
