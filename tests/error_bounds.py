@@ -7,7 +7,7 @@ kernel and number of threads, and it says nothing of what one of them gave.
 """
 
 import copy
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -226,7 +226,7 @@ class Rounded(TorchDispatchMode):
         tensor.add_((signs * error).nan_to_num(0, 0, 0))
 
 
-def rounding(compute, model, inputs, dtype=torch.float32, draws=8):
+def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
     """Returns how far apart two computations of the same may be, by output, when they add in different orders.
 
     No formula follows rounding through a network. So it is done in float64, where each operation is moved by what its
@@ -240,6 +240,7 @@ def rounding(compute, model, inputs, dtype=torch.float32, draws=8):
         inputs: of the model, in float32.
         dtype: what the code under test computes in. Half precision rounds weights and inputs too, and is compared
             with float32; errors in float64 are those of float32, in its units.
+        stored: the half precision that the inputs, in float32, were kept in.
         draws: of the signs: 8 know a standard deviation within a quarter.
 
     Returns:
@@ -254,8 +255,12 @@ def rounding(compute, model, inputs, dtype=torch.float32, draws=8):
         if half and seed is not None:
             for weight in copied.parameters():
                 rounded.move(weight.data, roundoff(dtype) / 3**0.5 * weight.data.abs())
+        given = {name: t.clone() for name, t in inputs.items()}
+        if stored is not None and seed is not None:
+            for kept in (t for t in given.values() if t.is_floating_point()):
+                rounded.move(kept, roundoff(stored) / 3**0.5 * kept.abs())
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), rounded:
-            found = {name: out.detach().double() for name, out in compute(copied, inputs).items()}
+            found = {name: out.detach().double() for name, out in compute(copied, given).items()}
         torch.random.set_rng_state(random)
         return found
 
@@ -303,3 +308,39 @@ def squares_error(backbone="blip", dtype=torch.float32, checkpoint=None):
     squares, captions = [draw(row) for row in range(9)], [caption for _, caption, _ in QUERIES]
     inputs = processor(images=squares, text=(captions * 2)[:9], target_images=squares)
     return embedding_error(model, dict(inputs), dtype)
+
+
+def sgd(model, inputs, steps, rate, clip=5.0):
+    """Returns the losses of some steps of plain SGD on one batch, and by name how far the weights have moved."""
+    torch.manual_seed(0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moves, losses = {name: torch.zeros_like(p) for name, p in trained.items()}, []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, trained.values(), strict=True)]
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
+        losses.append(loss.detach())
+        for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
+            move = gradient * (-rate * min(1.0, clip / norm))
+            moves[name] = moves[name] + move
+            weight.data.add_(move)
+    return {"losses": torch.stack(losses), **moves}
+
+
+def training_error(model, inputs, steps, rate, dtype=torch.float32, stored=None):
+    """Returns how far apart two runs of the same steps of SGD may be: "losses", and the weights by name.
+
+    Args:
+        model: in train mode, its weights in float32.
+        inputs: a batch like the others.
+        steps: of SGD, each of which also rounds the weights.
+        rate: of learning.
+        dtype: of the autocast.
+        stored: see [`rounding`].
+    """
+    error = rounding(partial(sgd, steps=steps, rate=rate), model, inputs, dtype, stored)
+    for name, weight in model.named_parameters():
+        if name in error:
+            error[name] += 2 * steps * roundoff() * weight.abs().max().item()
+    return error
