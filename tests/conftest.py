@@ -1,11 +1,14 @@
-"""One thread, no network, toy models; no test sees another's Accelerate state."""
+"""One thread unless OMP_NUM_THREADS says more, no network, toy models; no test sees another's Accelerate state."""
+
+import os
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny import make_model, make_processor
 
-torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
+# Threads that wait for each other on a busy machine cost more than they bring.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_configure(config):
