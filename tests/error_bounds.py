@@ -210,10 +210,7 @@ class Rounded(TorchDispatchMode):
         outs = out if isinstance(out, (tuple, list)) else [out]
         if not any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in outs):
             return out
-        if name == "_to_copy":
-            errors = [0 * out]
-        else:
-            errors = operation_errors(name, function, args, kwargs, outs)
+        errors = [0 * out] if name == "_to_copy" else operation_errors(name, function, args, kwargs, outs)
         rounded = roundoff(self.dtype) / 3**0.5
         for one, error in zip(outs, errors, strict=False):
             if isinstance(one, Tensor) and one.dtype == torch.float64:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_in_processes
-from test_several_processes import rows_error, trainer_of
+from test_several_processes import power_of_ten, rows_error, trainer_of
 from test_train_scripts import files, flags
 from tiny import Rows
 
@@ -44,7 +44,7 @@ def test_same_seed_same_run(tmp_path, figure, processes):
     allowed = 0 if processes == 1 else max(rows_error(3, dropout=0.5).values())
     assert worst <= allowed
     assert np.abs(one - other).max() > 1e-4
-    figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else 'within rounding'}")
+    figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else f'within {power_of_ten(worst)}'}")
 
 
 def weights_twice(folder):

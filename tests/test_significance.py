@@ -45,7 +45,7 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say():
     assert np.mean(held) == pytest.approx(0.8, abs=0.06)  # 3 standard errors of 400 trials
     runs = generator.normal(5, 2, size=(4000, 3))
     held = [low <= 5 <= high for low, high in (seed_interval(run, 0.8) for run in runs)]
-    assert np.mean(held) == pytest.approx(0.8, abs=0.02)  # 3 of 4000
+    assert np.mean(held) == pytest.approx(0.8, abs=0.02)  # 3 standard errors of 4000 trials
 
 
 def exact_p_value(a, b):
