@@ -36,6 +36,16 @@ def fresh_accelerate():
 
 
 @pytest.fixture
+def openvino(monkeypatch):
+    """OpenVINO in a run that imitates a smaller processor: its kernels look at the real one.
+
+    Where ONEDNN_MAX_CPU_ISA tells its copy of oneDNN of another, they crash. PyTorch's has read it by now.
+    """
+    torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+
+@pytest.fixture
 def tiny_model():
     """PVLF-Deep on a tiny BLIP, in eval mode; made anew for each test, which may train it."""
     return make_model("blip")

@@ -150,7 +150,7 @@ def test_the_shell_completes(tmp_path):
 # ---- index and search ----
 
 
-def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path):
+def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path, openvino):
     path, model = tmp_path / "kept", ("--model", models[0])
     assert call("index", photos, *model, "--path", path, "--dtype", "bfloat16").exit_code == 0
     half = AutoModel.from_pretrained(models[0], dtype="bfloat16")

@@ -17,6 +17,7 @@ from transformers import AutoModel
 from pvlf_hf import PVLFModel, encode_by_openvino
 from pvlf_hf.embedding_store import made_by
 
+pytestmark = pytest.mark.usefixtures("openvino")
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
 
@@ -30,11 +31,13 @@ def model(request):
 def test_it_embeds_as_pytorch_does(model, dtype):
     kind, pixels = model.config.vl_config.model_type, model.config.vl_config.vision_config.image_size
     fast = encode_by_openvino(copy.deepcopy(model).to(dtype))
-    for batch in (1, 3, 5):
+    error = None
+    for batch in (5, 3, 1):
         inputs = make_inputs(kind, batch=batch)
         images = ("pixel_values", "target_pixel_values")
         inputs |= {name: F.interpolate(inputs[name], (pixels, pixels)) for name in images}
-        wanted, found, error = model(**inputs), fast(**inputs), embedding_error(model, inputs, dtype)
+        wanted, found = model(**inputs), fast(**inputs)
+        error = error or embedding_error(model, inputs, dtype)  # of the largest batch
         for name in ("query_embeds", "target_embeds"):
             assert found[name].shape == wanted[name].shape and found[name].dtype == torch.float32
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=error[name], msg=name)
