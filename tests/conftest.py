@@ -1,11 +1,14 @@
-"""One thread, no network, toy models; no test sees another's Accelerate state."""
+"""One thread unless OMP_NUM_THREADS says more, no network, toy models; no test sees another's Accelerate state."""
+
+import os
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny import make_model, make_processor
 
-torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost more than they bring
+# Threads that wait for each other on a busy machine cost more than they bring.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_configure(config):
@@ -30,6 +33,16 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not torch.is_autocast_enabled("cpu"), "autocast was left on for the tests that follow"
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    """OpenVINO in a run that imitates a smaller processor: its kernels look at the real one.
+
+    Where ONEDNN_MAX_CPU_ISA tells its copy of oneDNN of another, they crash. PyTorch's has read it by now.
+    """
+    torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 
 import benchmark_training as benchmark
+from error_bounds import rounding
 from measuring import Table, Timing, markdown, peak_memory
 
 
@@ -35,9 +36,16 @@ def test_all_ways_take_the_same_step(model):
         losses[name] = torch.stack([first, benchmark.step(model, optimizer, batch, way)])
     wanted = losses.pop(next(iter(benchmark.BOTH)))
     assert (wanted[0] - wanted[1]).abs() > 0.02  # the step has an effect
+    model.load_state_dict(weights)
+
+    def two_steps(model, batch):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return {"losses": torch.stack([benchmark.step(model, optimizer, batch) for _ in range(2)])}
+
+    error = {dtype: rounding(two_steps, model, batch, dtype)["losses"] for dtype in (torch.float32, torch.bfloat16)}
     for name, loss in losses.items():
-        tolerance = 0.02 if "bf16" in name else 1e-4
-        torch.testing.assert_close(loss, wanted, rtol=tolerance, atol=0, msg=f"{name}: {loss} instead of {wanted}")
+        atol = error[torch.bfloat16 if "bf16" in name else torch.float32]
+        torch.testing.assert_close(loss, wanted, rtol=0, atol=atol, msg=f"{name}: {loss} instead of {wanted}")
 
 
 def test_cached_steps_do_less():

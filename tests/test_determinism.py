@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run_in_processes
-from test_several_processes import trainer_of
+from test_several_processes import power_of_ten, rows_error, trainer_of
 from test_train_scripts import files, flags
 from tiny import Rows
 
@@ -40,9 +40,11 @@ def weights_of(folder, seed, **settings):
 def test_same_seed_same_run(tmp_path, figure, processes):
     one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
     worst = float(np.abs(one - again).max())
-    assert worst == 0 if processes == 1 else worst < 1e-6
+    # Two processes add their gradients in either order.
+    allowed = 0 if processes == 1 else max(rows_error(3, dropout=0.5).values())
+    assert worst <= allowed
     assert np.abs(one - other).max() > 1e-4
-    figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else 'within 1e-6'}")
+    figure(f"{processes}: {len(one)} weights, {'the same bits' if worst == 0 else f'within {power_of_ten(worst)}'}")
 
 
 def weights_twice(folder):

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, List
 from datasets import Image as DatasetImage
+from error_bounds import dot_error, squares_error, unit_error
 from PIL import Image
 from processes import run_in_processes
 from safetensors.torch import load_file
@@ -86,13 +87,14 @@ def test_exact_search_is_brute_force(build, tiny_model, tiny_processor):
     assert gallery.ids == sorted(f"{'sub/' if c == 'white' else ''}{c}.png" for c in COLOURS)
     rows = [COLOURS.index(Path(image_id).stem) for image_id in gallery.ids]
     anew = encode_gallery(tiny_model, tiny_processor, benchmark.gallery, progress=False)[rows]
-    torch.testing.assert_close(gallery.embeds, anew)
+    error = squares_error()
+    torch.testing.assert_close(gallery.embeds, anew, rtol=0, atol=error["target_embeds"])
     queries = encode_queries(tiny_model, tiny_processor, benchmark.queries, progress=False)
     for query, expected in zip(benchmark.queries, queries, strict=True):
         result = gallery.search(query["reference"], query["caption"], k=4)
         scores, best = top_k(expected[None], anew, 4)
         assert result.ids == [gallery.ids[row] for row in best[0]]
-        assert result.scores == pytest.approx(scores[0].tolist(), abs=1e-6)
+        assert result.scores == pytest.approx(scores[0].tolist(), abs=error["similarity"])
         assert all(
             Path(path).name == Path(image_id).name for path, image_id in zip(result.paths, result.ids, strict=True)
         )
@@ -167,7 +169,7 @@ def test_only_what_changed_is_encoded(build, photos, tiny_model, tmp_path):
         assert counts == [2]
     anew = build()
     assert updated.ids == anew.ids
-    torch.testing.assert_close(updated.embeds, anew.embeds)
+    torch.testing.assert_close(updated.embeds, anew.embeds, rtol=0, atol=squares_error()["target_embeds"])
     table = pq.read_table(path / "gallery.parquet")
     assert table.column_names == ["id", "path", "digest"]
     assert table["id"].to_pylist() == anew.ids
@@ -182,7 +184,7 @@ def test_an_interruption_loses_little(build, photos, tiny_model, tmp_path, monke
     with counting(tiny_model) as counts:
         resumed = build(path=path, batch_size=1)
     assert counts == [9 - 4]
-    torch.testing.assert_close(resumed.embeds, build().embeds)
+    torch.testing.assert_close(resumed.embeds, build().embeds, rtol=0, atol=squares_error()["target_embeds"])
     assert sorted(file.name for file in path.iterdir()) == ["embeddings.safetensors", "gallery.parquet", "lock"]
 
 
@@ -241,11 +243,13 @@ def test_weights_lead_from_the_picture_to_the_words(build, tiny_model):
         assert counts == [0]
     alone = [gallery.search(red), gallery.search(text=TEXT), gallery.search(red, TEXT)]
     assert [result.ids for result in ends] == [result.ids for result in alone]
-    for end, one in zip(ends, alone, strict=True):
-        assert end.scores == pytest.approx(one.scores, abs=1e-6)
+    names = ("image_similarity", "image_text_similarity", "similarity")
+    for end, one, name in zip(ends, alone, names, strict=True):
+        assert end.scores == pytest.approx(one.scores, abs=squares_error()[name])
     assert len({tuple(result.ids) for result in ends}) == 3
     parts = 0.5 * query.image_embeds + query.fused - 0.25 * query.text_embeds
-    torch.testing.assert_close(mixed, F.normalize(parts, dim=0))
+    rounded = unit_error(len(parts)) + dot_error(3) * (0.5 + 1 + 0.25) / parts.norm().item()  # of three unit vectors
+    torch.testing.assert_close(mixed, F.normalize(parts, dim=0), rtol=0, atol=rounded)
     with pytest.raises(ValueError, match="the query has no text; pass it to the search, or weigh it 0"):
         gallery.search(red, weights=(0, 1, 0.5))
     with pytest.raises(ValueError, match="leave nothing of the query"):
@@ -254,10 +258,12 @@ def test_weights_lead_from_the_picture_to_the_words(build, tiny_model):
 
 def test_several_pictures_are_averaged(build):
     gallery, pictures = build(), [draw(0), draw(4), draw(7)]
-    for text in (TEXT, None):
+    for text, name in ((TEXT, "query_embeds"), (None, "image_embeds")):
         each = torch.stack([gallery.query(picture, text).fused for picture in pictures])
         query = gallery.query(pictures, text)
-        torch.testing.assert_close(query.fused, F.normalize(each.mean(dim=0), dim=0), rtol=0, atol=1e-6)
+        mean = each.mean(dim=0)
+        error = (squares_error()[name] + dot_error(3)) / mean.norm().item() + unit_error(len(mean))
+        torch.testing.assert_close(query.fused, F.normalize(mean, dim=0), rtol=0, atol=error)
     assert len(query.images) == 3
 
 
@@ -297,16 +303,20 @@ def test_why(build, tiny_model, tiny_processor):
     with torch.no_grad():
         expected = tiny_model.get_query_features(**inputs, output_attentions=True)
     why = result.why[0]
-    assert why.weights == pytest.approx(expected.aggregation_weights[0].tolist(), abs=1e-6)
+    error = squares_error()
+    weights = expected.aggregation_weights[0].tolist()
+    assert why.weights == pytest.approx(weights, abs=error["aggregation_weights"])
     attention = torch.stack([layer[0].mean(dim=0) for layer in expected.attentions])
-    torch.testing.assert_close(why.attention, attention)
+    torch.testing.assert_close(why.attention, attention, rtol=0, atol=error["attentions"])
+    attention = why.attention
+    summed = {"rtol": 0, "atol": dot_error(2 * attention.shape[-1] + 8)}  # a softmax's sum, and ours of its weights
     n = len(why.tokens)
     assert (n, why.tokens[1:-1]) == (inputs["input_ids"].shape[1], TEXT.split())
     for source, rows in (("text", attention[:, :n]), ("prompts", attention[:, n : n + 3])):
-        torch.testing.assert_close(sum(why.shares(source).values()), torch.ones(len(attention)))
-        torch.testing.assert_close(why.shares(source)["image"], rows[..., n + 3 :].sum(dim=2).mean(dim=1))
-        assert why.words(source) == pytest.approx(rows[-1, :, :n].mean(dim=0).tolist())
-        torch.testing.assert_close(why.patches(source, layer=0).flatten(), rows[0, :, n + 4 :].mean(dim=0))
+        torch.testing.assert_close(sum(why.shares(source).values()), torch.ones(len(attention)), **summed)
+        torch.testing.assert_close(why.shares(source)["image"], rows[..., n + 3 :].sum(dim=2).mean(dim=1), **summed)
+        assert why.words(source) == pytest.approx(rows[-1, :, :n].mean(dim=0).tolist(), abs=summed["atol"])
+        torch.testing.assert_close(why.patches(source, layer=0).flatten(), rows[0, :, n + 4 :].mean(dim=0), **summed)
     assert len(result.why) == 2
     assert gallery.search(draw(0), TEXT).why == ()
 
@@ -327,7 +337,7 @@ def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_p
     assert "cannot identify" in gallery.skipped["no.jpg"] and "No such file" in gallery.skipped["gone.png"]
     assert "skipped 4 of 13 images, which cannot be read, first: ['a_half.png" in caplog.text
     assert gallery.ids == clean.ids
-    torch.testing.assert_close(gallery.embeds, clean.embeds)
+    torch.testing.assert_close(gallery.embeds, clean.embeds, rtol=0, atol=squares_error()["target_embeds"])
 
 
 def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
@@ -361,7 +371,8 @@ def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, ti
     from_bytes = Gallery.from_dataset(pictures, tiny_model, tiny_processor, tmp_path / "kept", **names)
     assert (from_bytes.ids, set(from_bytes.paths)) == (COLOURS, {None})
     by_name = {Path(image_id).stem: embeds for image_id, embeds in zip(folder.ids, folder.embeds, strict=True)}
-    torch.testing.assert_close(from_bytes.embeds, torch.stack([by_name[name] for name in COLOURS]))
+    error = {"rtol": 0, "atol": squares_error()["target_embeds"]}
+    torch.testing.assert_close(from_bytes.embeds, torch.stack([by_name[name] for name in COLOURS]), **error)
     result = from_bytes.search(draw(0), TEXT)
     assert np.array_equal(from_bytes.picture("red"), draw(0)) and result.refine("dark").ids
     loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
@@ -372,7 +383,7 @@ def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, ti
         loaded.picture("red")
     data = "data:image/png;base64," + base64.b64encode((photos / "red.png").read_bytes()).decode()
     mixed = Gallery.from_images([data, photos / "blue.png"], tiny_model, tiny_processor, progress=False)
-    torch.testing.assert_close(mixed.embeds, torch.stack([by_name["red"], by_name["blue"]]))
+    torch.testing.assert_close(mixed.embeds, torch.stack([by_name["red"], by_name["blue"]]), **error)
     assert mixed.ids == mixed.paths == [data, str(photos / "blue.png")]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import TOLERANCES
 from safetensors.numpy import load_file
 
 from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
@@ -56,7 +57,7 @@ def test_pixels_equal_the_reference(name, pad):
         assert np.array_equal(pixels(picture, dim, RATIOS[pad]), PIXELS[f"{name}.{pad}.{dim}.u8"])
     out = processor(32, RATIOS[pad])(picture, return_tensors="np")["pixel_values"]
     assert out.dtype == np.float32 and out.shape == (1, 3, 32, 32)
-    np.testing.assert_allclose(out[0], PIXELS[f"{name}.{pad}.32.out"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out[0], PIXELS[f"{name}.{pad}.32.out"], rtol=0, atol=TOLERANCES["pixels"])
 
 
 def test_transparency_is_the_only_difference_for_rgba():

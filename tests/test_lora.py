@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from error_bounds import embedding_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from squares import each_with_each, make_benchmark
@@ -53,12 +54,18 @@ def embed(model, backbone="blip"):
         )
 
 
+def embed_error(model, backbone):
+    """How far apart `embed` of a model and of one with its adapter merged may be: merging rounds weights once more."""
+    error = embedding_error(model, make_inputs(backbone))
+    return 2 * max(error["query_embeds"], error["target_embeds"])
+
+
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
 def test_exactly_the_adapter_moves(backbone, squares, tmp_path, tiny_processor):
     plain = base_model(tmp_path / "base", backbone)
-    untouched = embed(plain, backbone)
+    untouched, error = embed(plain, backbone), embed_error(plain, backbone)
     model = with_lora(plain, modules_to_save=["aggregation"])
-    torch.testing.assert_close(embed(model, backbone), untouched, atol=1e-6, rtol=0)  # LoRA starts at zero
+    torch.testing.assert_close(embed(model, backbone), untouched, atol=error, rtol=0)  # LoRA starts at zero
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     make_trainer(model, tmp_path / "run", squares, tiny_processor).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
@@ -114,8 +121,9 @@ def test_saved_loaded_and_merged(backbone, squares, tmp_path, tiny_processor):
     merged.save_pretrained(tmp_path / "merged")
     again = PVLFModel.from_pretrained(tmp_path / "merged")
     assert again.state_dict().keys() == make_model(backbone).state_dict().keys()
-    torch.testing.assert_close(embed(again, backbone), trained, atol=1e-6, rtol=0)
-    torch.testing.assert_close(embed(merged, backbone), trained, atol=1e-6, rtol=0)
+    error = embed_error(merged, backbone)
+    torch.testing.assert_close(embed(again, backbone), trained, atol=error, rtol=0)
+    torch.testing.assert_close(embed(merged, backbone), trained, atol=error, rtol=0)
     make_trainer(merged, tmp_path / "more", squares, tiny_processor)
     assert all(p.requires_grad for p in merged.parameters())  # PEFT had frozen them
 
@@ -137,8 +145,11 @@ def test_evaluation_and_gallery_take_the_adapter_along(squares, tmp_path, tiny_p
     after = evaluate(merged, tiny_processor, make_benchmark(), progress=False)
     assert {f"eval_{name}": value for name, value in after.metrics.items()} == metrics
     gallery = Gallery.from_images(images, merged, tiny_processor, progress=False)
-    torch.testing.assert_close(gallery.embeds, galleries[0].embeds, atol=1e-6, rtol=0)
-    assert gallery.search(images[0], "red", k=4).scores == pytest.approx(found[0].scores, abs=1e-6)
+    inputs = tiny_processor(images=squares["reference"][:4], text=["red"] * 4, target_images=squares["target"][:4])
+    error = embedding_error(merged, dict(inputs))  # and merging rounds the weights once more
+    torch.testing.assert_close(gallery.embeds, galleries[0].embeds, atol=2 * error["target_embeds"], rtol=0)
+    again = gallery.search(images[0], "red", k=4)
+    assert again.scores == pytest.approx(found[0].scores, abs=2 * error["similarity"])
 
 
 def test_features_are_cached_where_only_the_fusion_adapts(squares, tmp_path, tiny_processor):

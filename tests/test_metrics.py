@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_bounds import MEAN_ERROR
+from reference import TOLERANCES
 
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.metrics import (
@@ -129,8 +131,8 @@ def test_average_precision_equals_a_plain_sort(levels, exclude):
     ks = [1, 4, 10, 23, 50]
     for k, values in average_precision_at_k(ranks, ks).items():
         plain = [plain_average_precision(r, p, k) for r, p in zip(rankings, positives, strict=True)]
-        assert values.tolist() == pytest.approx(plain, abs=1e-12)
-        assert map_at_k(ranks, [k])[k] == pytest.approx(sum(plain) / 12)
+        assert values.tolist() == pytest.approx(plain, rel=MEAN_ERROR)
+        assert map_at_k(ranks, [k])[k] == pytest.approx(sum(plain) / 12, rel=MEAN_ERROR)
     alone = positive_ranks(queries, gallery, picks[:, 1:2], excluded)
     assert torch.equal(alone[:, 0], target_ranks(queries, gallery, picks[:, 1], excluded))
 
@@ -186,19 +188,22 @@ def test_circo_counts_by_hand():
     values = average_precision_at_k(ranks, [1, 5, 10])
     assert {k: v.tolist() for k, v in values.items()} == {
         1: [1, 0, 1],
-        5: pytest.approx(at_5),
-        10: pytest.approx(at_10),
+        5: pytest.approx(at_5, rel=MEAN_ERROR),
+        10: pytest.approx(at_10, rel=MEAN_ERROR),
     }
     circo = METRICS["circo"]
     per_query = {"rank": ranks[:, 0].tolist(), **circo.precisions(ranks)}
     expected = {
-        "map@5": pytest.approx(sum(at_5) / 3),
-        **{f"map@{k}": pytest.approx(sum(at_10) / 3) for k in (10, 25, 50)},
+        "map@5": pytest.approx(sum(at_5) / 3, rel=MEAN_ERROR),
+        **{f"map@{k}": pytest.approx(sum(at_10) / 3, rel=MEAN_ERROR) for k in (10, 25, 50)},
         **{f"recall@{k}": hits / 3 for k, hits in zip((5, 10, 25, 50), (1, 3, 3, 3), strict=True)},
     }
     assert circo.means(per_query) == expected
     per_query["semantic_aspects"] = [["negation", "cardinality"], [], ["negation", "negation"]]
-    expected |= {"map@10/cardinality": pytest.approx(at_10[0]), "map@10/negation": pytest.approx((at_10[0] + 0.5) / 2)}
+    expected |= {
+        "map@10/cardinality": pytest.approx(at_10[0], rel=MEAN_ERROR),
+        "map@10/negation": pytest.approx((at_10[0] + 0.5) / 2, rel=MEAN_ERROR),
+    }
     assert circo.means(per_query) == expected
     assert list(circo.means(per_query))[-2:] == ["map@10/cardinality", "map@10/negation"]
     assert circo.values(per_query)["map@10/negation"] == [values[10][0], values[10][2]]
@@ -249,9 +254,13 @@ def test_recalls_equal_the_reference(case):
     else:
         in_subset = ranks_from_scores(scores, target, excluded, subset)
         metrics = METRICS["cirr"].means({"rank": ranks, "subset_rank": in_subset})
-        assert 100 * metrics["mean_of_seven"] == pytest.approx(sum(case["expected"].values()) / 7, abs=1e-4)
+        assert 100 * metrics["mean_of_seven"] == pytest.approx(
+            sum(case["expected"].values()) / 7, abs=TOLERANCES["metrics"]
+        )
     renamed = {k.replace("recall_subset@", "group_recall_at").replace("@", "_at"): v for k, v in metrics.items()}
-    assert {k: 100 * renamed[k] for k in case["expected"]} == pytest.approx(case["expected"], abs=1e-4)
+    assert {k: 100 * renamed[k] for k in case["expected"]} == pytest.approx(
+        case["expected"], abs=TOLERANCES["metrics"]
+    )
     bounds = case.get("target_rank_best_worst") or case["target_rank_best_worst_after_dropping_reference"]
     best, worst = (ranks_from_scores(scores, target, excluded, ties=ties) for ties in ("best", "worst"))
     assert [[b + 1, w + 1] for b, w in zip(best.tolist(), worst.tolist(), strict=True)] == bounds

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_bounds import squares_error
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import pvlf_hf
+from pvlf_hf.embeddings.encoding import embed
+from pvlf_hf.evaluation.metrics import METRICS
+from pvlf_hf.evaluation.scoring import score
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -80,9 +84,23 @@ def test_the_shipped_model_reaches_its_numbers():
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
     processor = AutoProcessor.from_pretrained(CARDS / "pvlf-emoji-tiny")
-    again = pvlf_hf.evaluate(model, processor, benchmark, batch_size=128, progress=False).metrics
+    queries, gallery = embed(model, processor, benchmark, batch_size=128, progress=False)
+    outcome = score(benchmark, queries, gallery)
+    again, ranks = outcome.metrics, torch.tensor(outcome.per_query["rank"])
+    # A picture that is as near to a query as its target, within rounding, may be found before or after it.
+    cosines = queries @ gallery.T
+    row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
+    own = cosines[range(len(queries)), [row_of[target] for target in benchmark.queries["target_id"]]]
+    error = squares_error(checkpoint=CARDS / "pvlf-emoji-tiny")["similarity"]
+    near = ((cosines - own[:, None]).abs() <= 2 * error).sum(dim=1) - 1
+    assert near.float().mean() < 0.1
+    among = torch.tensor(outcome.per_query["subset_rank"])
+    worst, best = (
+        METRICS["cirr"].means({"rank": (ranks + m).clamp(min=0), "subset_rank": (among + m).clamp(min=0)})
+        for m in (near, -near)
+    )
     for name, value in measured.items():
-        assert again[name] == pytest.approx(value, abs=0.002), name  # three queries: another machine rounds otherwise
+        assert worst[name] <= value <= best[name], name
     baselines = json.loads((CARDS / "emoji-cir" / "results.json").read_text())["baselines"]
     (image_only,) = (b["metrics"]["plain"] for b in baselines if b["method"] == "Image-only")
     for k in (1, 5, 10):

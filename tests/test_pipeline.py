@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
+from error_bounds import squares_error, unit_error
 from PIL import Image as PILImage
 from squares import COLOURS, QUERIES, draw
 from tiny import make_model, make_processor
@@ -46,16 +47,16 @@ def by_hand(model, processor, query, gallery=GALLERY, k=10):
     return [{"score": float(asked @ embeds[row]), "index": row, "image": gallery[row]} for row in order]
 
 
-def same(results, expected):
+def same(results, expected, backbone="blip"):
     assert [result["index"] for result in results] == [result["index"] for result in expected]
     assert [result.get("image") for result in results] == [result.get("image") for result in expected]
-    close(results, expected)
+    close(results, expected, backbone=backbone)
 
 
-def close(results, expected, **tolerance):
+def close(results, expected, **computed):
     """The same pictures with the same scores, in any order."""
     scores = [{result["index"]: torch.tensor(result["score"]) for result in some} for some in (results, expected)]
-    assert_close(*scores, **tolerance)
+    assert_close(*scores, rtol=0, atol=squares_error(**computed)["similarity"])
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
@@ -64,9 +65,9 @@ def test_results_are_those_by_hand(backbone):
     pipe = pipeline(TASK, model=model, processor=processor, gallery=GALLERY, device="cpu")
     assert type(pipe) is ComposedImageRetrievalPipeline
     for query in ASKED:
-        same(pipe(query), by_hand(model, processor, query))
-        same(pipe(query, top_k=3), by_hand(model, processor, query, k=3))
-        same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query))
+        same(pipe(query), by_hand(model, processor, query), backbone)
+        same(pipe(query, top_k=3), by_hand(model, processor, query, k=3), backbone)
+        same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query), backbone)
 
 
 def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
@@ -78,7 +79,8 @@ def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
         found = gallery.search(query["image"], query["text"], k=4)
         results = pipe(query, gallery=files, top_k=4)
         assert [result["image"] for result in results] == found.ids
-        assert_close([result["score"] for result in results], found.scores)
+        scores = [result["score"] for result in results]
+        assert_close(scores, found.scores, rtol=0, atol=squares_error()["similarity"])
         in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of pictures that are not at hand, only their places
         assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
         assert in_embeds[0].keys() == {"score", "index"}
@@ -121,7 +123,7 @@ def test_a_gallery_given_once_is_embedded_once(checkpoint):
 def test_a_gallery_in_many_forms(pipe):
     embeds = pipe.embed_gallery(GALLERY, batch_size=4)
     assert embeds.shape == (9, 32) and embeds.dtype == torch.float32
-    assert_close(embeds.norm(dim=1), torch.ones(9))
+    assert_close(embeds.norm(dim=1), torch.ones(9), rtol=0, atol=unit_error(32))
     column = Dataset.from_dict({"image": GALLERY}).cast_column("image", Image())["image"]
     arrays = [np.asarray(picture) for picture in GALLERY]
     for gallery in (column, arrays, tuple(GALLERY), embeds, 5 * embeds, embeds.double()):
@@ -146,9 +148,8 @@ def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
     other = pipeline(TASK, model=str(checkpoint), gallery=GALLERY, **options)
     assert other.dtype == (torch.bfloat16 if placed == "bfloat16" else torch.float32)
     assert (getattr(other.model, "hf_device_map", None) == modules) == (placed == "offloaded")
-    tolerance = {"atol": 0.02, "rtol": 0} if placed == "bfloat16" else {}
     for one, query in zip(other(ASKED, batch_size=3), ASKED, strict=True):
-        close(one, pipe(query), **tolerance)
+        close(one, pipe(query), dtype=other.dtype)
 
 
 def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
