@@ -112,7 +112,7 @@ def main() -> None:
         (CARD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.publish:
         publish(folder / f"PVLF-Deep-seed{args.seeds[0]}")
-    for source in sorted((ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")):
+    for source in sorted((ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")):
         shutil.copyfile(source, CHECKPOINT / source.name)  # the code that travels with the checkpoint
     results = json.loads((CARD / "results.json").read_text())
     plot(results, CARD / "tables.png")
@@ -206,7 +206,7 @@ def renderings(results: dict[str, Any]) -> dict[Path, str]:
     measured = [n for n, (_, rows, _) in TABLES.items() if all((c, "plain") in scores for c in rows.values())]
     tables = [f"### {TABLES[name][0]}\n\n{table(scores, name)}" for name in measured]
     return {
-        ROOT / "README.md": f"{caption(results)}\n\n{methods_by_tier(scores)}",
+        ROOT / "README.md": f"{summary(scores)}\n{caption(results)}",
         CARD / "README.md": f"{caption(results)}\n\n### By tier\n\n{methods_by_tier(scores)}\n\n"
         + "\n\n".join(tables),
         CHECKPOINT / "README.md": checkpoint_table(checkpoint, scores),
@@ -220,7 +220,19 @@ def caption(results: dict[str, Any]) -> str:
     counts = results["runs"][0]["counts"]
     return (
         f"Percent; trained rows: mean ± standard deviation over seeds {seeds}, {steps} steps each; "
-        f"{counts['queries']} queries against {counts['gallery']} pictures."
+        f"{counts['queries']} queries against {counts['gallery']} images."
+    )
+
+
+def summary(scores: Scores) -> str:
+    """Renders one row a method: R@1 on plain captions, and R@10 on every tier."""
+    columns = [("plain", "recall@1"), *((tier, "recall@10") for tier in TIERS)]
+    heads = ["method", *(f"{tier} {COLUMNS[metric]}" for tier, metric in columns)]
+    names = [*BASELINES, *TABLES["methods"][1]]
+    rows = [[name, *(cell(scores[name, tier], metric) for tier, metric in columns)] for name in names]
+    ahead = difference(scores, "plain", "PVLF-Deep", "TransAgg")
+    return (
+        f"{markdown(heads, rows)}\n\nPVLF-Deep minus TransAgg, plain R@10: {ahead} points (95 % interval over seeds)."
     )
 
 
@@ -281,8 +293,13 @@ def difference(scores: Scores, tier: str, name: str, other: str) -> str:
 
 def cells(runs: dict[int | None, dict[str, float]]) -> list[str]:
     """Means of fractions in percent, with the sample standard deviation where there are several runs."""
-    columns = [[100 * metrics[column] for metrics in runs.values()] for column in COLUMNS]
-    return [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{c[0]:.1f}" for c in columns]
+    return [cell(runs, metric) for metric in COLUMNS]
+
+
+def cell(runs: dict[int | None, dict[str, float]], metric: str) -> str:
+    """Renders the mean of a metric in percent, and its sample standard deviation over seeds if there are several."""
+    values = [100 * metrics[metric] for metrics in runs.values()]
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
