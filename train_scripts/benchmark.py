@@ -206,7 +206,7 @@ def decoding(options: Options) -> list[Table]:
     return tables
 
 
-def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: Decoding) -> Any:
+def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: DecodeOptions) -> Any:
     """Prepare one undecoded image."""
     return processor.process_targets(open_cell(cell, how))
 
