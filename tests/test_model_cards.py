@@ -1,4 +1,4 @@
-"""What is committed in model_cards: it loads offline as from the Hub, and its cards say what was measured."""
+"""The folder model_cards: checkpoints load offline as from the Hub, and cards state what was measured."""
 
 import json
 import sys
@@ -17,6 +17,7 @@ from pvlf_hf.evaluation.scoring import score
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
 
@@ -27,13 +28,13 @@ def test_checkpoints_are_small_and_complete(name):
     assert sum(path.stat().st_size for path in (CARDS / name).iterdir()) < 10e6
 
 
-def test_the_code_beside_the_checkpoint_is_the_current_one():
+def test_code_in_the_checkpoint_is_current():
     sources = {path.name: path.read_text() for path in (ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")}
     copies = {path.name: path.read_text() for path in (CARDS / "pvlf-emoji-tiny").glob("*.py")}
     assert copies == sources, "run `python train_scripts/emoji_tables.py --render_only`"
 
 
-def test_cards_of_recipes_say_what_the_recipes_say_and_no_figure():
+def test_recipe_cards_render_the_recipe_without_figures():
     from recipe_cards import RECIPES, recipe_card
 
     assert {path.stem for path in (CARDS / "recipes").iterdir()} == {*RECIPES}
@@ -44,17 +45,17 @@ def test_cards_of_recipes_say_what_the_recipes_say_and_no_figure():
 
 
 @torch.no_grad()
-def test_the_emoji_checkpoint_composes():
+def test_emoji_checkpoint_embeds_queries_and_images():
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
     assert isinstance(model, pvlf_hf.PVLFModel) and model.dtype == torch.float32
     processor = AutoProcessor.from_pretrained(CARDS / "pvlf-emoji-tiny")
-    picture = Image.new("RGBA", (72, 72), (255, 200, 0, 128))
-    query = model.get_query_features(**processor.process_queries(picture, "make the skin dark")).pooler_output
-    gallery = model.get_image_features(**processor.process_targets([picture])).pooler_output
+    image = Image.new("RGBA", (72, 72), (255, 200, 0, 128))
+    query = model.get_query_features(**processor.process_queries(image, "make the skin dark")).pooler_output
+    gallery = model.get_image_features(**processor.process_targets([image])).pooler_output
     assert query.shape == gallery.shape == (1, 128)
 
 
-def test_tables_are_what_was_measured():
+def test_tables_equal_results():
     from emoji_tables import END, START, renderings
 
     for file, wanted in renderings(json.loads((CARDS / "emoji-cir" / "results.json").read_text())).items():
@@ -62,7 +63,7 @@ def test_tables_are_what_was_measured():
         assert rendered.strip() == wanted.strip(), f"{file}: run emoji_tables.py --render_only"
 
 
-def test_every_table_is_over_three_seeds():
+def test_every_configuration_has_three_seeds():
     from emoji_tables import CONFIGURATIONS
 
     runs = json.loads((CARDS / "emoji-cir" / "results.json").read_text())["runs"]
@@ -70,16 +71,25 @@ def test_every_table_is_over_three_seeds():
     assert all(len(s) >= 3 for s in seeds.values()), seeds
 
 
-def test_the_backbone_card_states_its_results():
+def test_backbone_card_states_its_results():
     metrics = json.loads((CARDS / "blip-emoji-tiny" / "results.json").read_text())["metrics"]
     card = (CARDS / "blip-emoji-tiny" / "README.md").read_text(encoding="utf-8")
     for k in (1, 5, 10):
         assert f"R@{k} {100 * metrics[f'recall@{k}']:.1f} %" in card.replace("\n", " ")
 
 
+def test_readme_states_the_scores_of_the_checkpoints():
+    (pvlf,) = (line for line in README.splitlines() if line.startswith("| [pvlf-emoji-tiny]"))
+    (blip,) = (line for line in README.splitlines() if line.startswith("| [blip-emoji-tiny]"))
+    plain = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())["metrics"]["plain"]
+    names = json.loads((CARDS / "blip-emoji-tiny" / "results.json").read_text())["metrics"]
+    for line, metrics in ((pvlf, plain), (blip, names)):
+        assert ", ".join(f"R@{k} {100 * metrics[f'recall@{k}']:.1f}" for k in (1, 10)) in line
+
+
 @torch.no_grad()
 def test_the_shipped_model_reaches_its_numbers():
-    """The plain tier again: the committed weights are those that were measured."""
+    """Evaluates the plain tier again: the committed weights are those that were measured."""
     measured = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())["metrics"]["plain"]
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")

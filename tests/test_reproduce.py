@@ -1,4 +1,4 @@
-"""The paper's tables as committed, a recipe for each row of ours, and a table made on miniatures of the data sets."""
+"""The committed tables of the paper, the recipes of their rows, and a table reproduced on miniature data sets."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def footnoted_cells(*but):
 
 
 def test_figures_are_those_of_the_paper():
-    """A printed figure does not change by accident."""
+    """Published figures do not change by accident."""
     figures = json.dumps([[number, row.name, row.labels, row.paper] for number, t in TABLES.items() for row in t.rows])
     assert hashlib.sha256(figures.encode()).hexdigest()[:16] == "b1a104f1c75a46f4"
     assert [len(table.rows) for table in TABLES.values()] == [14, 15, 12, 7, 4]
@@ -86,7 +86,7 @@ def test_footnotes_mark_exactly_the_figures_that_cannot_be_right():
 
 
 def test_rows_of_one_recipe_agree_wherever_they_are_printed():
-    """What shows that Table 3's BLIP rows are Table 2's, and TransAgg's on Laion-CIR-Template."""
+    """Shows that Table 3's BLIP rows are those of Table 2, and TransAgg's those on Laion-CIR-Template."""
     printed = {}
     for number, table in TABLES.items():
         for row in (row for row in table.rows if row.recipe):
@@ -97,7 +97,7 @@ def test_rows_of_one_recipe_agree_wherever_they_are_printed():
     assert sum(len(its) > 1 for its in printed.values()) >= 25
 
 
-def test_every_footnote_has_its_place():
+def test_footnotes_name_rows_and_columns_of_their_table():
     for table in TABLES.values():
         for note in table.footnotes:
             assert set(note.get("rows", [])) <= {row.name for row in table.rows} and note["text"]
@@ -110,10 +110,19 @@ def test_every_footnote_has_its_place():
     ]
 
 
+def test_readme_of_the_scripts_quotes_the_papers_figures():
+    readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+    for method, name in (("TransAgg", "TransAgg (Laion-CIR-Combined)"), ("PVLF", "PVLF (Laion-CIR-Combined)")):
+        columns = [(2, name, column) for column in ("R@1", "R@5", "R@10", "R@50", "Rsubset@1")]
+        columns += [(1, name, f"average R@{k}") for k in (10, 50)]
+        cells = " | ".join(f"{FIGURE[column]:.2f}" for column in columns)
+        assert f"| {method} (paper, Tables 1-2) | {cells} |" in readme
+
+
 # The recipes
 
 
-def test_rows_are_trained_measured_or_quoted():
+def test_rows_are_trained_evaluated_or_quoted():
     rows = [row for table in TABLES.values() for row in table.rows]
     assert all(bool(row.recipe) + bool(row.baseline and row.model) + row.quoted == 1 for row in rows)
     assert {row.recipe for row in rows if row.recipe} == set(RECIPES) and len(RECIPES) == 24
@@ -123,7 +132,7 @@ def test_rows_are_trained_measured_or_quoted():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_what_they_are_called_and_the_papers(name, tmp_path):
+def test_recipes_have_the_settings_of_their_name_and_the_paper(name, tmp_path):
     method, backbone, finetuning, subset, *ablation = name.split("-")
     model_args, data_args, args = parse_arguments([str(RECIPES[name]), f"--output_dir={tmp_path}"])
     config = gpu_hours.model_config(model_args)
@@ -149,7 +158,7 @@ def test_recipes_are_what_they_are_called_and_the_papers(name, tmp_path):
     )  # fmt: skip
 
 
-def test_every_line_of_a_recipe_has_its_source():
+def test_every_setting_of_a_recipe_names_its_source():
     for name, file in RECIPES.items():
         settings = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert [line for line in settings if "  # " not in line] == [f"output_dir: outputs/paper/{name}"]
@@ -163,14 +172,14 @@ def test_every_line_of_a_recipe_has_its_source():
         ("- model\n", "a recipe has lines of the form `name: value`"),
     ],
 )
-def test_an_unknown_line_of_a_recipe_is_named(text, said, tmp_path):
+def test_unknown_settings_of_a_recipe_raise(text, said, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match="mine.yaml.*") as error:
         parse_arguments([str(tmp_path / "mine.yaml")])
     assert said in str(error.value)
 
 
-def test_a_recipe_may_hold_lists(tmp_path):
+def test_recipes_may_hold_lists(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "evaluate_on: [cirr-val, fashioniq]\nencoder_learning_rate: 1.0e-6\nseed: null\n"
     )
@@ -220,7 +229,7 @@ def test_hours_follow_the_samples(checkpoint, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A tiny BLIP as released checkpoints are."""
+    """Saves a tiny BLIP in the format of released checkpoints."""
     folder, model = tmp_path_factory.mktemp("blip"), make_model()
     blip = BlipForImageTextRetrieval(model.config.vl_config)
     for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
@@ -242,7 +251,7 @@ def in_small(checkpoint):
     ]  # fmt: skip
 
 
-def test_dry_run_says_what_and_how_long(checkpoint, tmp_path, capsys):
+def test_dry_run_prints_commands_and_gpu_hours(checkpoint, tmp_path, capsys):
     flags = ["--table", "4", "--rows", "p=5", "p=25", "--seeds", "0", "1", "--output_dir", str(tmp_path), "--dry_run"]
     reproduce.main([*flags, *in_small(checkpoint)])
     said = capsys.readouterr().out
@@ -274,7 +283,7 @@ def test_dry_run_says_what_and_how_long(checkpoint, tmp_path, capsys):
         (["--table", "4", "--data_root", "/nowhere"], "laion-cir/: the training triplets\n  cirr/: validation"),
     ],
 )
-def test_what_cannot_run_says_why(flags, said, capsys):
+def test_invalid_rows_and_data_roots_are_rejected(flags, said, capsys):
     with pytest.raises(SystemExit):
         reproduce.main(flags)
     error = capsys.readouterr().err
@@ -295,7 +304,7 @@ def test_several_processes_share_the_batch(tmp_path):
         list(reproduce.runs_of(row, args, ["--per_device_train_batch_size=6"], tmp_path))
 
 
-def test_figures_of_seeds_and_reservations(tmp_path):
+def test_tables_render_seeds_and_caveats(tmp_path):
     metrics = dict.fromkeys([f"recall@{k}" for k in (1, 5, 10, 50)], 0.5)
     for seed, recall in ((0, 0.40), (1, 0.42)):
         folder = tmp_path / "pvlf-blip-both-combined-p5" / f"seed{seed}"
@@ -354,7 +363,7 @@ def test_published_data_sets_train_and_validate(data):
             replace(published, **wrong).load()
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path):
+def test_incomplete_checkpoints_are_ignored(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
     for step in (8, 16, 120):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -364,7 +373,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
 
 
-def test_a_table_interrupted_and_resumed(checkpoint, data, tmp_path, capfd):
+def test_interrupted_table_resumes(checkpoint, data, tmp_path, capfd):
     def flags(table, *rows, steps=8):
         where = ["--data_root", str(data), "--output_dir", str(tmp_path)]
         return ["--table", table, "--rows", *rows, *where, *in_small(checkpoint), f"--max_steps={steps}"]
@@ -402,7 +411,7 @@ def test_a_table_interrupted_and_resumed(checkpoint, data, tmp_path, capfd):
 
 
 def kill_when(flags, happened):
-    """Starts the command, kills it and all it started once something has happened, and returns what."""
+    """Starts the command, kills its process group once `happened()` returns a true value, and returns that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *flags], env=env, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -414,7 +423,7 @@ def kill_when(flags, happened):
 
 
 def leave_trace(state_file):
-    """In the log of a checkpoint, which the training that goes on from it takes over."""
+    """Marks the log of a checkpoint; a training that resumes from it keeps the mark."""
     state = json.loads(state_file.read_text())
     state["log_history"].append({"trace": 1.0, "step": 0})
     state_file.write_text(json.dumps(state))

@@ -1,13 +1,13 @@
-"""Speed of encoding, queries, ranking, search and start-up, alternatives in turn (training: benchmark_training.py).
+"""Speed of encoding, queries, ranking, search and start-up (for training see benchmark_training.py).
 
     python train_scripts/benchmark.py                        # BLIP ViT-B/16 at 384 px: some minutes on two idle cores
-    python train_scripts/benchmark.py --only ranking search  # some of it
-    python train_scripts/benchmark.py --size tiny            # the same on the emoji checkpoint: does it run?
+    python train_scripts/benchmark.py --only ranking search  # some parts
+    python train_scripts/benchmark.py --size tiny            # on the emoji checkpoint, to check that it runs
     python train_scripts/benchmark.py --device cuda --only encoding --profile
 
-Weights and pictures are random: speed does not depend on them. A floor is the time that the matrix products of an
-alternative, or the bytes it has to read, would take at the rate that this machine reaches in one large product, or in
-one pass over memory. What was found, with predictions, is in PERFORMANCE.md, whose tables `--write` renews.
+Alternatives are timed in turn. Weights and images are random: speed does not depend on them. A floor is the time that
+the matrix products of an alternative, or the bytes it reads, would take at the rate that this machine reaches in one
+large product, or in one pass over memory. PERFORMANCE.md has predictions and results; `--write` renews its tables.
 """
 
 import copy
@@ -52,7 +52,7 @@ CAPTION = "the same dress but shorter and with long dark sleeves"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BF16 = torch.bfloat16
 
-BASES = {  # what Transformers loads for any use of the classes that PVLF is made of
+BASES = {  # imports that any use of the classes PVLF builds on needs, and the package
     "Transformers' own classes": "from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, "
     "AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, PreTrainedModel, ProcessorMixin); "
     "from transformers.image_processing_backends import PilBackend",
@@ -61,7 +61,7 @@ BASES = {  # what Transformers loads for any use of the classes that PVLF is mad
 
 
 class Options(NamedTuple):
-    """What the command line says."""
+    """Arguments of the command line."""
 
     size: str
     device: str
@@ -69,11 +69,11 @@ class Options(NamedTuple):
     profile: bool
 
 
-# ---- models and pictures ----
+# ---- models and images ----
 
 
 def make_model(size: str) -> PVLFModel:
-    """Random weights, in eval mode."""
+    """Build a model with random weights, in eval mode."""
     torch.manual_seed(0)
     if size == "clip-l":
         vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -86,7 +86,7 @@ def make_model(size: str) -> PVLFModel:
 
 
 def make_processor(model: PVLFModel) -> PVLFProcessor:
-    """For the model's image size; it knows the words of `CAPTION`."""
+    """Build a processor for the model's image size, with the vocabulary of `CAPTION`."""
     pixels = model.config.vl_config.vision_config.image_size
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *CAPTION.split()])}
     images = PVLFImageProcessor(size={"shortest_edge": pixels}, crop_size=pixels)
@@ -94,7 +94,7 @@ def make_processor(model: PVLFModel) -> PVLFProcessor:
 
 
 def as_transformers(model: PVLFModel) -> PVLFModel:
-    """A copy with the attention of Transformers' BLIP, written out: what is compared with."""
+    """Return a copy with the attention of Transformers' BLIP, which the others are compared with."""
     model = copy.deepcopy(model)
     for layer in model.backbone.vision_model.encoder.layers:
         layer.self_attn.__class__ = BlipAttention
@@ -102,7 +102,7 @@ def as_transformers(model: PVLFModel) -> PVLFModel:
 
 
 def compiled(model: PVLFModel) -> PVLFModel:
-    """The image encoder by `torch.compile`, its weights laid out once and for all."""
+    """Compile the image encoder in place, with its weights laid out once."""
     import torch._inductor.config
 
     torch._inductor.config.freezing = True
@@ -111,7 +111,7 @@ def compiled(model: PVLFModel) -> PVLFModel:
 
 
 def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
-    """The ways to compute on a CPU; to compile needs a C++ compiler, and OpenVINO to be installed."""
+    """Return the ways to compute; compiling needs a C++ compiler, OpenVINO its package."""
     model = make_model(size)
     alternatives = {
         "float32, attention of Transformers": as_transformers(model),
@@ -127,7 +127,7 @@ def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
 
 
 def make_jpeg(width: int, height: int) -> bytes:
-    """A picture of soft noise, about as large as a photograph of that size."""
+    """Make a JPEG of smooth noise, about as many bytes as a photograph of that size."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     stream = BytesIO()
     PILImage.fromarray(noise).resize((width, height), PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
@@ -135,7 +135,7 @@ def make_jpeg(width: int, height: int) -> bytes:
 
 
 def image_operations(model: PVLFModel) -> int:
-    """Of all matrix products that embed one image, counted on shapes alone."""
+    """Count the operations of the matrix products that embed one image, on shapes alone."""
     with torch.device("meta"):
         shapes, pixels = PVLFModel(model.config).eval(), model.config.vl_config.vision_config.image_size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -144,7 +144,7 @@ def image_operations(model: PVLFModel) -> int:
 
 
 def cosine(a: Tensor, b: Tensor) -> str:
-    """The least cosine of rows."""
+    """Render the lowest cosine of corresponding rows."""
     return f"{F.cosine_similarity(a.cpu(), b.cpu()).min():.5f}"
 
 
@@ -152,7 +152,7 @@ def cosine(a: Tensor, b: Tensor) -> str:
 
 
 def encoding_speed(options: Options) -> list[Table]:
-    """The image encoder, and what is around it from files to embeddings."""
+    """Measure the image encoder, batches prepared ahead, and decoding."""
     if options.device != "cpu":
         return [cuda_encoding(options, size) for size in ("base", "clip-l")]
     batch, models = 4, model_alternatives(options.size, options.device)
@@ -165,7 +165,7 @@ def encoding_speed(options: Options) -> list[Table]:
     rates = {dtype: matrix_rate(dtype, options.size) for dtype in (torch.float32, BF16)}
     floors = [work / rates[model.dtype] for model in models.values()]
     columns = {
-        "pictures a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
+        "images a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
         "share of the matrix rate": [f"{f / t.median:.2f}" for f, t in zip(floors, timings.values(), strict=True)],
         "least cosine": [cosine(first, embeds) for embeds in found.values()],
     }
@@ -174,7 +174,7 @@ def encoding_speed(options: Options) -> list[Table]:
 
 
 def ahead(model: PVLFModel, options: Options) -> Table:
-    """`encode_gallery` with batches prepared in turn with encoding, and ahead of it."""
+    """Measure `encode_gallery` with batches prepared in turn with encoding, and ahead of it."""
     processor, cell = make_processor(model), {"bytes": make_jpeg(1200, 900), "path": None}
     gallery = Dataset.from_dict({"image": [cell] * 16}, Features({"image": Image()}))
 
@@ -195,7 +195,7 @@ def ahead(model: PVLFModel, options: Options) -> Table:
 
 
 def decoding(options: Options) -> list[Table]:
-    """From JPEGs, as on web pages, in shops and of phones, to pixel values."""
+    """Measure decoding and preparing JPEGs of the sizes of web pages, shops and phones."""
     processor, tables = make_processor(make_model(options.size)), []
     for width, height in [(640, 480), (1600, 1200), (4000, 3000)]:
         cell = {"bytes": make_jpeg(width, height), "path": None}
@@ -207,12 +207,12 @@ def decoding(options: Options) -> list[Table]:
 
 
 def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: DecodeOptions) -> Any:
-    """Inputs of one undecoded picture."""
+    """Prepare one undecoded image."""
     return processor.process_targets(open_cell(cell, how))
 
 
 def cuda_encoding(options: Options, size: str) -> Table:
-    """Batches of 64 on a GPU, in bfloat16, against the rate of the card."""
+    """Measure batches of 64 on a GPU in bfloat16, against the matrix rate of the card."""
     model, batch = make_model(size).to(options.device, BF16), 64
     pixels = model.config.vl_config.vision_config.image_size
     images = torch.randn(batch, 3, pixels, pixels, device=options.device, dtype=BF16)
@@ -231,21 +231,21 @@ def cuda_encoding(options: Options, size: str) -> Table:
             embed(model)
         print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25))
     columns = {
-        "pictures a second": [f"{batch / timing.median:.0f}" for timing in timings.values()],
+        "images a second": [f"{batch / timing.median:.0f}" for timing in timings.values()],
         "share of the card's matrix rate": [f"{floor / timing.median:.2f}" for timing in timings.values()],
     }
     return Table(f"{size} on {torch.cuda.get_device_name()}, batch of {batch}", timings, columns)
 
 
 def query_speed(options: Options) -> list[Table]:
-    """One query, from a picture and words to its embedding."""
+    """Measure one query, from reference image and text to its embedding."""
     models = model_alternatives(options.size, options.device)
     processor = make_processor(models["float32"])
-    picture = open_rgb(make_jpeg(640, 480))
+    reference = open_rgb(make_jpeg(640, 480))
 
     @torch.inference_mode()
     def embed(model: PVLFModel) -> Tensor:
-        inputs = processor.process_queries(picture, CAPTION).to(options.device)
+        inputs = processor.process_queries(reference, CAPTION).to(options.device)
         return waited_for(model.get_query_features(**inputs).pooler_output, options.device)
 
     models = {name: model.to(options.device) for name, model in models.items()}
@@ -255,7 +255,7 @@ def query_speed(options: Options) -> list[Table]:
 
 
 def ranking_speed(options: Options) -> list[Table]:
-    """CIRR's validation split, and how time and memory grow."""
+    """Measure ranking at the size of CIRR's validation split, and the growth of time and memory."""
     sizes = (4181, 2297) if options.size == "base" else (300, 200)
     inputs = ranking_inputs(*sizes)
     ways = {"plain: float64 scores, sorted": plain_ranks, "one float32 product": product, "`metrics`": fast_ranks}
@@ -277,7 +277,7 @@ def ranking_speed(options: Options) -> list[Table]:
 
 
 def ranking_inputs(num_queries: int, num_images: int) -> tuple[Tensor, ...]:
-    """Queries near their targets, gallery, target, reference and subset, as CIRR has them."""
+    """Make queries near their targets, a gallery, targets, references and subsets, shaped as in CIRR."""
     torch.manual_seed(0)
     gallery = random_units(num_images, 256)
     target = torch.randint(num_images, (num_queries,))
@@ -287,7 +287,7 @@ def ranking_inputs(num_queries: int, num_images: int) -> tuple[Tensor, ...]:
 
 
 def random_units(rows: int, width: int) -> Tensor:
-    """float32, normalised in place of a second copy."""
+    """Return random rows (rows, width) in float32, normalised in place to save a copy."""
     embeds = torch.randn(rows, width)
     for part in embeds.split(50_000):
         part /= part.norm(dim=1, keepdim=True)
@@ -295,7 +295,7 @@ def random_units(rows: int, width: int) -> Tensor:
 
 
 def plain_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tensor, subset: Tensor) -> Tensor:
-    """(2, Q) ranks in the gallery and in the subset, by the definition on the whole matrix."""
+    """Return (2, Q) ranks in the gallery and in the subset, by the definition on the complete matrix."""
     scores = (F.normalize(queries.double(), dim=1) @ F.normalize(gallery.double(), dim=1).T).float()
     ranking = scores.sort(dim=1, descending=True, stable=True).indices
     ranking = ranking[ranking != exclude[:, None]].view(len(queries), -1)
@@ -305,19 +305,19 @@ def plain_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tenso
 
 
 def product(queries: Tensor, gallery: Tensor, *_: Tensor) -> Tensor:
-    """The floor."""
+    """Compute the product alone, the floor."""
     return queries @ gallery.T
 
 
 def fast_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tensor, subset: Tensor) -> Tensor:
-    """As `plain_ranks`."""
+    """Return the same as `plain_ranks`, by the functions of the package."""
     ranks = target_ranks(queries, gallery, target, exclude)
     return torch.stack([ranks, subset_ranks(queries, gallery, subset, target, exclude)])
 
 
 def added_memory(call: Callable[[], Any]) -> int:
-    """Bytes at the peak of a call, beyond what was held before (Linux only)."""
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that its use counts
+    """Return the peak memory of a call in bytes, beyond the memory held before (Linux only)."""
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory, so that its use counts
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = held("VmRSS")
     call()
@@ -325,12 +325,12 @@ def added_memory(call: Callable[[], Any]) -> int:
 
 
 def held(which: str) -> int:
-    """Resident memory of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`)."""
+    """Return the resident memory of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`)."""
     return int(Path("/proc/self/status").read_text().split(f"{which}:")[1].split()[0]) * 1024
 
 
 def search_speed(options: Options) -> list[Table]:
-    """Exact search for one query and many, and approximate search."""
+    """Measure exact search for one query and many, and approximate search."""
     rows, k = (1_000_000, 50) if options.size == "base" else (5_000, 10)
     queries = random_units(256, 256)
     tables = exact_search(random_units(rows, 256), queries, k, options)
@@ -338,7 +338,7 @@ def search_speed(options: Options) -> list[Table]:
 
 
 def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> list[Table]:
-    """One query against a pass over the gallery, and many against their product with it."""
+    """Measure one query against a pass over the gallery, and many against their product with it."""
     index = ExactIndex(gallery)
     one = {
         "reading the gallery once": lambda: gallery.view(-1).amax(),
@@ -348,7 +348,7 @@ def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> 
         "one product, nothing searched": lambda: queries @ gallery.T,
         f"exact, the best {k}": lambda: top_k(queries, gallery, k),
     }
-    title = f"{len(gallery):,} pictures of width 256 ({megabytes(gallery.nbytes)})"
+    title = f"{len(gallery):,} images of width 256 ({megabytes(gallery.nbytes)})"
     return [
         Table(f"One query, {title}", side_by_side(one, options.rounds * 3), {}),
         Table(f"256 queries, {title}", side_by_side(many, options.rounds, warmup=0), {}),
@@ -356,13 +356,13 @@ def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> 
 
 
 def nearest(index: VectorIndex, query: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The best k in their order, as `Gallery.search` finds them; the query is (1, d)."""
+    """Return the best k in order, as `Gallery.search` finds them; the query is (1, d)."""
     rows = index.candidates(query[0], k).sort().values
     return rows[top_k(query, gallery[rows], k)[1][0]]
 
 
 def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:
-    """FAISS's graph on vectors without structure, the worst case, and on such as vary in 32 directions."""
+    """Measure FAISS's graph on vectors without structure, the worst case, and on vectors of 32 directions."""
     directions = torch.randn(32, 256)
     galleries = {
         "without structure": (random_units(rows, 256), queries),
@@ -382,16 +382,16 @@ def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:
         columns["seconds to build"] += ["0", f"{built:.1f}"]
         bytes_of = (indices["exact"].halves.nbytes, serialized(graph))
         columns["index of a million"] += [megabytes(1e6 / rows * size) for size in bytes_of]
-    return Table(f"32 queries in turn, the best 10 of {rows:,} pictures", timings, columns)
+    return Table(f"32 queries in turn, the best 10 of {rows:,} images", timings, columns)
 
 
 def ask(index: VectorIndex, queries: Tensor) -> list[set[int]]:
-    """The best ten of each query, as an index finds them."""
+    """Return the best ten of each query, as an index finds them."""
     return [set(index.candidates(query, 10).tolist()) for query in queries]
 
 
 def recall(index: VectorIndex, queries: Tensor, gallery: Tensor) -> float:
-    """Share of the ten nearest that an index finds."""
+    """Return the fraction of the ten nearest that an index finds."""
     nearest = top_k(queries, gallery, 10)[1].tolist()
     return float(
         np.mean([len(found.intersection(best)) / 10 for found, best in zip(ask(index, queries), nearest, strict=True)])
@@ -399,14 +399,14 @@ def recall(index: VectorIndex, queries: Tensor, gallery: Tensor) -> float:
 
 
 def serialized(graph: Any) -> int:
-    """Bytes of a FAISS index, vectors included."""
+    """Return the bytes of a FAISS index, vectors included."""
     import faiss
 
     return faiss.serialize_index(graph).nbytes
 
 
 def startup_speed(options: Options) -> list[Table]:
-    """Importing the package, and reading a checkpoint."""
+    """Measure importing the package, and reading a checkpoint."""
     calls = {name: partial(in_new_process, code) for name, code in BASES.items()}
     imports = side_by_side(calls, options.rounds * 2)
     with tempfile.TemporaryDirectory(dir=HERE.parent) as folder:  # /tmp may be memory, which is not read from
@@ -438,7 +438,7 @@ print(count() - before)
 
 
 def in_new_process(code: str) -> str:
-    """What a fresh Python process prints."""
+    """Return what a new Python process prints."""
     return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -446,12 +446,12 @@ def in_new_process(code: str) -> str:
 
 
 def listed(numbers: list[float]) -> str:
-    """Different numbers, in their order."""
+    """Render the distinct numbers, in their order."""
     return " / ".join(dict.fromkeys(f"{number:.2g}" for number in numbers))
 
 
 def megabytes(size: float) -> str:
-    """A size in bytes, as text."""
+    """Render a size in bytes as megabytes."""
     return f"{size / 1e6:,.0f} MB"
 
 
@@ -465,10 +465,10 @@ PARTS: dict[str, Callable[[Options], list[Table]]] = {
 
 
 def main() -> None:
-    """Measures, prints Markdown and writes JSON."""
+    """Measure, print Markdown and write JSON."""
     parser = parser_of("benchmark.py", __doc__, PARTS, rounds=3)
-    parser.add_argument("--device", default="cpu", help="of encoding and queries")
-    parser.add_argument("--profile", action="store_true", help="on a GPU, print what its time goes to")
+    parser.add_argument("--device", default="cpu", help="device of encoding and queries (default: cpu)")
+    parser.add_argument("--profile", action="store_true", help="on a GPU, print a profile")
     args = parser.parse_args()
     options = Options(args.size, args.device, args.rounds, args.profile)
     measure("benchmark.py", {name: partial(part, options) for name, part in PARTS.items()}, args, args.device)

@@ -1,12 +1,12 @@
-"""Speed and memory of training, alternatives in turn: cached features, both encoders, batches larger than memory.
+"""Speed and memory of training: cached features, both encoders, batches larger than memory.
 
     python train_scripts/benchmark_training.py               # BLIP ViT-B/16 at 384 px: 15 minutes on two cores
-    python train_scripts/benchmark_training.py --size tiny   # the same on the emoji checkpoint: does it run?
+    python train_scripts/benchmark_training.py --size tiny   # on the emoji checkpoint, to check that it runs
 
-Weights and pictures are random: neither speed nor memory depends on them. A step is forward, backward, clipping and
-AdamW; with cached or encoded pictures it includes making the batch, in the same process. The floor of an alternative
-is the time its matrix products would take at the rate of one large product on the same machine, in the same format.
-What was found, with predictions, is in PERFORMANCE.md, whose tables `--write` renews.
+Alternatives are timed in turn. Weights and images are random: neither speed nor memory depends on them. A step is
+forward, backward, clipping and AdamW; with cached or encoded images it includes making the batch, in the same process.
+The floor of an alternative is the time its matrix products would take at the rate of one large product on the same
+machine, in the same dtype. PERFORMANCE.md has predictions and results; `--write` renews its tables.
 """
 
 import tempfile
@@ -41,12 +41,12 @@ IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_train
 class Way:
     """How a training step is computed."""
 
-    fused: bool = True  # attention of the ViT
-    whole: bool = False  # the last fusion layer at every position, though two are read
+    fused: bool = True  # fused attention in the ViT
+    whole: bool = False  # computes the last fusion layer at every position, though two are read
     bf16: bool = False  # autocast
-    checkpointing: bool = False  # of activations, layer by layer
+    checkpointing: bool = False  # activation checkpointing, layer by layer
     one_pass: bool = False  # references and targets through the ViT together
-    chunk_size: int | None = None  # gradient caching
+    chunk_size: int | None = None  # rows a chunk of gradient caching
 
 
 EAGER = Way(fused=False, whole=True)  # the baseline's
@@ -61,7 +61,7 @@ BOTH = {
 
 
 def make_model(size: str, finetuning: str) -> PVLFModel:
-    """Random weights, in train mode."""
+    """Build a model with random weights, in train mode."""
     torch.manual_seed(0)
     config = PVLFConfig() if size == "base" else AutoConfig.from_pretrained(TINY, dropout=0.5)
     model = PVLFModel(config)
@@ -70,7 +70,7 @@ def make_model(size: str, finetuning: str) -> PVLFModel:
 
 
 def make_triplets(folder: Path, batch: int, pixels: int) -> Dataset:
-    """As many rows as a batch, each with two pictures of its own."""
+    """Make as many triplets as a batch has, each with two images of its own."""
     generator = np.random.default_rng(0)
     files = []
     for number in range(2 * batch):
@@ -83,7 +83,7 @@ def make_triplets(folder: Path, batch: int, pixels: int) -> Dataset:
 
 
 def make_batch(model: PVLFModel, batch: int) -> dict[str, Tensor]:
-    """Pixels and token ids of random triplets."""
+    """Make pixel values and token ids of random triplets."""
     pixels = model.config.vl_config.vision_config.image_size
     ids = torch.full((batch, 12), 5)
     images = torch.randn(2, batch, 3, pixels, pixels)
@@ -96,7 +96,7 @@ def make_batch(model: PVLFModel, batch: int) -> dict[str, Tensor]:
 
 
 def make_optimizer(model: PVLFModel) -> torch.optim.Optimizer:
-    """AdamW as the Trainer's default, with its states in memory from the start, as after any first step."""
+    """Make the Trainer's default AdamW, with its states in memory as after the first step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=True)
     for parameter in trained:
@@ -107,7 +107,7 @@ def make_optimizer(model: PVLFModel) -> torch.optim.Optimizer:
 
 
 def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], way: Way = Way()) -> Tensor:
-    """One training step; returns the loss before it."""
+    """Do one training step and return the loss before it."""
     set_way(model, way)
     with torch.autocast("cpu", torch.bfloat16) if way.bf16 else nullcontext():
         if way.one_pass:
@@ -129,7 +129,7 @@ def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Te
 
 
 def set_way(model: PVLFModel, way: Way) -> None:
-    """The model's own attention, or that of Transformers; activation checkpointing on or off."""
+    """Set the model's attention, its own or that of Transformers, and activation checkpointing."""
     if way.fused:
         model.backbone.fuse_attention()
     else:
@@ -139,7 +139,7 @@ def set_way(model: PVLFModel, way: Way) -> None:
 
 
 def operations(model: PVLFModel, batch: dict[str, Any]) -> int:
-    """Of all matrix products of a forward and backward pass, counted on shapes alone."""
+    """Count the operations of the matrix products of a forward and backward pass, on shapes alone."""
     with torch.device("meta"):
         shapes = PVLFModel(model.config)
     for name, parameter in shapes.named_parameters():
@@ -153,12 +153,12 @@ def operations(model: PVLFModel, batch: dict[str, Any]) -> int:
 
 
 def cache(size: str, rounds: int) -> list[Table]:
-    """Steps that encode their pictures against steps that read them from the feature cache."""
+    """Measure steps that encode their images against steps that read them from the feature cache."""
     return [encoded_or_cached(size, mode, rounds) for mode in ("frozen", "text")]
 
 
 def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
-    """One mode of [`cache`]."""
+    """Measure one mode of [`cache`]."""
     model = make_model(size, finetuning)
     processor, optimizer = make_processor(model), make_optimizer(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -187,17 +187,17 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
 
 
 def is_native(way: Way) -> bool:
-    """Whether the processor computes in its format."""
+    """Return whether the processor computes in its dtype."""
     return not way.bf16 or torch.bfloat16 in formats()
 
 
 def rate_of(way: Way, size: str) -> float:
-    """Operations a second of a matrix product in its format."""
+    """Return the FLOP/s of a matrix product in its dtype."""
     return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32, size)
 
 
 def both(size: str, rounds: int) -> list[Table]:
-    """Ways to train both encoders."""
+    """Measure ways to train both encoders."""
     ways = {name: way for name, way in BOTH.items() if is_native(way)}
     timings, work = timed_steps(size, {name: (4, way) for name, way in ways.items()}, rounds)
     # With checkpointing layers run forward twice: four operations in place of three.
@@ -209,12 +209,12 @@ def both(size: str, rounds: int) -> list[Table]:
 
 
 def memory(peaks: list[int]) -> dict[str, list[str]]:
-    """A column of peaks, with their share of the first."""
+    """Return a column of peaks, with their share of the first."""
     return {"peak memory, GB": [f"{peak / 1e9:.2f} ({peak / peaks[0]:.0%})" for peak in peaks]}
 
 
 def large_batch(size: str, rounds: int) -> list[Table]:
-    """Gradient caching, compared by the triplet, and the loss in chunks."""
+    """Measure gradient caching, compared by the triplet, and the loss in chunks."""
     tables = []
     for its_size, small, large in [("tiny", 4, 32)] if size == "tiny" else [("base", 2, 8), ("tiny", 64, 1024)]:
         ways = {
@@ -234,13 +234,13 @@ def large_batch(size: str, rounds: int) -> list[Table]:
 
 
 def by_the_triplet(timings: dict[str, Timing], rows: list[int]) -> dict[str, Timing]:
-    """Seconds of batches of different sizes, divided by these."""
+    """Divide the seconds of batches by their sizes."""
     each = zip(timings.items(), rows, strict=True)
     return {name: Timing(name, [seconds / count for seconds in timing.seconds]) for (name, timing), count in each}
 
 
 def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> tuple[dict[str, Timing], int]:
-    """Times ways of training both encoders, each a batch size and a way; and counts the first batch's operations."""
+    """Time ways of training both encoders, each a batch size and a way; count the first batch's operations."""
     model = make_model(size, "both")
     optimizer = make_optimizer(model)
     batches = {rows: make_batch(model, rows) for rows, _ in ways.values()}
@@ -250,18 +250,18 @@ def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> tup
 
 
 def loss(queries: int, chunk_size: int | None) -> None:
-    """Focal InfoNCE of random embeddings, forward and backward."""
+    """Compute focal InfoNCE of random embeddings, forward and backward."""
     embeds = torch.nn.functional.normalize(torch.randn(2, queries, 256), dim=-1).requires_grad_()
     focal_info_nce(*embeds, chunk_size=chunk_size).backward()
 
 
 def peak(size: str, batch: int, way: Way) -> int:
-    """Peak memory, in bytes, of a fresh process that trains both encoders for a step."""
+    """Return the peak memory, in bytes, of a new process that trains both encoders for a step."""
     return peak_memory(f"{IMPORT}benchmark_training.one_step({size!r}, {batch}, benchmark_training.{way!r})")
 
 
 def one_step(size: str, batch: int, way: Way) -> None:
-    """What [`peak`] runs."""
+    """Do the step that [`peak`] measures."""
     model = make_model(size, "both")
     step(model, make_optimizer(model), make_batch(model, batch), way)
 
@@ -270,7 +270,7 @@ PARTS: dict[str, Callable[[str, int], list[Table]]] = {"cache": cache, "both": b
 
 
 def main() -> None:
-    """Measures, prints Markdown and writes JSON."""
+    """Measure, print Markdown and write JSON."""
     args = parser_of("benchmark_training.py", __doc__, PARTS, rounds=2).parse_args()
     parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
     measure("benchmark_training.py", parts, args, "cpu")

@@ -1,9 +1,9 @@
-"""`make demo`: fine-tunes PVLF on emoji by six artists, searches those of a seventh, and shows what it finds.
+"""`make demo`: fine-tunes PVLF on emoji by six artists, then searches and draws images by a seventh.
 
     python train_scripts/demo.py
 
 Writes to `outputs/demo`: the fine-tuned model, `results.md` (PVLF beside its baselines), `results.json`, and
-`retrievals.png`. A few minutes on two CPU cores. Run again, it reuses the model; interrupted, it resumes.
+`retrievals.png`. Takes a few minutes on two CPU cores. A second run reuses the model; an interrupted run resumes.
 """
 
 import json
@@ -45,16 +45,16 @@ ATTRIBUTION = "Drawings: Google Noto Emoji (Apache-2.0), read from the package E
 
 @dataclass
 class DemoArguments:
-    """What the demo can be told."""
+    """Arguments of the demo."""
 
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Where model, tables and picture go."})
+    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for model, tables and contact sheet."})
     max_steps: int = field(default=400, metadata={"help": "Training steps."})
-    queries: int = field(default=1500, metadata={"help": "Test queries to rank, of 1,500."})
+    queries: int = field(default=1500, metadata={"help": "Test queries to rank; there are 1,500."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
 
 def main() -> None:
-    """Baselines, fine-tuning, reload, evaluation, table, picture."""
+    """Evaluate baselines, fine-tune, reload, evaluate, and write table and contact sheet."""
     (demo,) = HfArgumentParser(DemoArguments, description=__doc__).parse_args_into_dataclasses()
     folder = Path(demo.output_dir)
     model_args, data_args, args = parse_arguments(
@@ -67,50 +67,50 @@ def main() -> None:
             "--save_steps=100",
         ]
     )
-    say(1, "EmojiCIR: pictures by seven artists; Google's are the gallery and never trained on")
+    say(1, "EmojiCIR: images by seven artists; Google's are the gallery and never trained on")
     benchmarks = [first_queries(load_emoji_cir("test", tier), demo.queries) for tier in TIERS]
     say(2, "Baselines with the pretrained encoder alone")
     evaluations = baselines(model_args.model, benchmarks[:1])
     say(3, f"Fine-tuning PVLF with the HF Trainer, {demo.max_steps} steps")
     fine_tune(model_args, data_args, args)
-    say(4, "Reloading with AutoModel and searching the unseen artist's pictures")
+    say(4, "Reloading with AutoModel and searching the unseen artist's images")
     model = AutoModel.from_pretrained(args.output_dir)
     processor = AutoProcessor.from_pretrained(args.output_dir)
     evaluations += evaluate_all(model, processor, benchmarks)
     write_results(folder / "results.json", evaluations, seed=demo.seed, max_steps=demo.max_steps)
     (folder / "results.md").write_text(results_table(evaluations), encoding="utf-8")
-    say(5, "Drawing the sheet")
+    say(5, "Drawing the contact sheet")
     draw_sheet(model, processor, benchmarks[0]).save(folder / "retrievals.png")
     print("\n" + (folder / "results.md").read_text())
     print(f"See {folder / 'retrievals.png'} and {folder / 'results.md'}; the model is in {args.output_dir}")
 
 
 def say(step: int, what: str) -> None:
-    """Heads a step of the demo."""
+    """Print the heading of a step."""
     print(f"\n[{step}/5] {what}", flush=True)
 
 
 def first_queries(benchmark: CIRBenchmark, number: int) -> CIRBenchmark:
-    """The benchmark with fewer queries; the gallery stays whole."""
+    """Return the benchmark with its first queries and the complete gallery."""
     queries = benchmark.queries.select(range(min(number, len(benchmark.queries))))
     return CIRBenchmark(benchmark.name, queries, benchmark.gallery, benchmark.protocol)
 
 
 def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTrainingArguments) -> None:
-    """Trains, unless the folder holds the model of an earlier run with the same settings.
+    """Train, unless the folder holds the model of an earlier run with the same settings.
 
     Raises:
-        ValueError: if the folder holds something that the demo did not make.
+        ValueError: if the folder holds files that the demo did not write.
     """
     folder = Path(args.output_dir)
     backbone = sha256((Path(model_args.model) / "model.safetensors").read_bytes()).hexdigest()
     settings = {"model": vars(model_args), "backbone": backbone, "training": args.settings()}
     record = folder / "demo_settings.json"
     if folder.exists() and any(folder.iterdir()) and not record.exists():
-        raise ValueError(f"{folder} holds something that the demo did not make; choose another --output_dir")
+        raise ValueError(f"{folder} holds files that the demo did not write; choose another --output_dir")
     same = record.exists() and json.loads(record.read_text()) == json.loads(json.dumps(settings))
     if same and (folder / "model.safetensors").exists():
-        print(f"{folder} holds this model already; delete the folder to train anew")
+        print(f"{folder} holds this model already; delete the folder to train again")
         return
     if folder.exists() and not same:
         shutil.rmtree(folder)
@@ -122,7 +122,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: PVLFTr
 
 
 def results_table(evaluations: list[Evaluation]) -> str:
-    """Markdown, recalls in percent."""
+    """Render the evaluations in Markdown, in percent."""
     columns = [k for k in evaluations[0].metrics if not k.startswith("mean")]
     head = ["method", "captions", *map(short_name, columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -135,25 +135,25 @@ def results_table(evaluations: list[Evaluation]) -> str:
     ratios = ", ".join(f"R@{k} {pvlf[f'recall@{k}'] / max(image_only[f'recall@{k}'], 1e-9):.1f}x" for k in (1, 5, 10))
     counts = evaluations[0].counts
     return (
-        f"# EmojiCIR, {counts['queries']} queries against {counts['gallery']} pictures by an unseen artist\n\n"
+        f"# EmojiCIR, {counts['queries']} queries against {counts['gallery']} images by an unseen artist\n\n"
         + "\n".join(lines)
-        + f"\n\nPVLF over Image-only, plain captions: {ratios}. The reference is left out of its query's ranking (as "
-        "in CIRR); Rs ranks six look-alikes.\n"
+        + f"\n\nPVLF over Image-only, plain captions: {ratios}. The reference is removed from its query's ranking, "
+        "as in CIRR; Rs@K is recall at K among six similar images.\n"
     )
 
 
 def draw_sheet(model: PVLFModel, processor: PVLFProcessor, benchmark: CIRBenchmark, rows: int = 8) -> Image.Image:
-    """Queries spread over the kinds of change, as they fall: the first of each kind, hit or miss."""
-    first_of_kind: dict[str, int] = {}
-    for row, kind in enumerate(benchmark.queries["attribute"]):
-        first_of_kind.setdefault(kind, row)
-    chosen = list(first_of_kind.values())[:rows]
+    """Draw the first query of each attribute and its results, hit or miss."""
+    first_query: dict[str, int] = {}
+    for row, attribute in enumerate(benchmark.queries["attribute"]):
+        first_query.setdefault(attribute, row)
+    chosen = list(first_query.values())[:rows]
     gallery = encode_gallery(model, processor, benchmark.gallery, progress=False)
     queries = encode_queries(model, processor, benchmark.queries.select(chosen), progress=False)
     shown = CIRBenchmark(benchmark.name, benchmark.queries.select(chosen), benchmark.gallery)
     return retrieval_sheet(
         sheet_rows(shown, queries, gallery, list(range(len(chosen)))),
-        title="PVLF on EmojiCIR: pictures by an artist it never saw",
+        title="PVLF on EmojiCIR: images by an artist it never saw",
         attribution=ATTRIBUTION,
     )
 

@@ -1,12 +1,12 @@
-"""The paper's tables in small, on EmojiCIR, for a laptop: methods, fine-tuning modes, prompt length, depth and loss.
+"""The paper's tables at small scale, on EmojiCIR: methods, fine-tuning modes, prompt length, depth and loss.
 
     python train_scripts/emoji_tables.py --bf16                        # all tables, three seeds
     python train_scripts/emoji_tables.py --tables methods --seeds 0 1 2
 
-Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. Writes all numbers
-to `model_cards/emoji-cir/results.json`, renders them as tables and a plot into that card and the first table into
+Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. All numbers are
+written to `model_cards/emoji-cir/results.json` and rendered as tables and a plot into that card, and as a summary into
 README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
-Interrupted, the same command goes on with the runs that are missing; runs of another recipe are refused.
+After an interruption the same command does the runs that are missing; runs of another recipe raise an error.
 `--render_only` renders the committed numbers and renews the checkpoint's copy of the code.
 """
 
@@ -37,7 +37,7 @@ RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
 CARD = ROOT / "model_cards" / "emoji-cir"
 CHECKPOINT = ROOT / "model_cards" / "pvlf-emoji-tiny"
 BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
-BOTH = ["--finetuning=both", "--feature_cache="]  # what trains cannot be cached
+BOTH = ["--finetuning=both", "--feature_cache="]  # features of an encoder that trains cannot be cached
 CONFIGURATIONS = {
     "PVLF-Deep": [],  # the recipe: text encoder trained, 25 prompts in each of two layers, gamma 2
     "PVLF-Shallow": ["--prompt_depth=1"],
@@ -50,7 +50,7 @@ CONFIGURATIONS = {
     "PVLF-Deep, both": BOTH,
     "TransAgg, both": ["--method=transagg", *BOTH],
 }
-TABLES = {  # title, rows (name in the table -> configuration), and the row that differences are to
+TABLES = {  # title, rows (label -> configuration), and the row that differences refer to
     "methods": ("Methods (as Tables 1-2)", {m: m for m in ("TransAgg", "PVLF-Shallow", "PVLF-Deep")}, "TransAgg"),
     "finetuning": (
         "Which encoders train (as Table 3)",
@@ -80,24 +80,22 @@ COLUMNS = {f"recall@{k}": f"R@{k}" for k in (1, 5, 10, 50)} | {f"recall_subset@{
 START, END = "<!-- emoji-cir results: written by train_scripts/emoji_tables.py -->", "<!-- end of results -->"
 
 Scores = dict[tuple[str, str], dict[int | None, dict[str, float]]]
-"""(configuration or baseline, tier) -> seed -> metrics."""
+"""(configuration or baseline, tier) -> seed -> metrics as fractions."""
 
 
 def main() -> None:
-    """Trains what is missing, collects, renders."""
+    """Train the missing runs, collect their metrics, render the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which to measure")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for an interval")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="where the runs are kept"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument(
         "--publish", action="store_true", help="make the first seed's PVLF-Deep the committed checkpoint"
     )
-    parser.add_argument("--render_only", action="store_true", help="render the committed results.json anew")
+    parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
     folder = args.output_dir.resolve()
     if not args.render_only:
@@ -112,7 +110,7 @@ def main() -> None:
         (CARD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.publish:
         publish(folder / f"PVLF-Deep-seed{args.seeds[0]}")
-    for source in sorted((ROOT / "src" / "pvlf_hf").glob("*_pvlf.py")):
+    for source in sorted((ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")):
         shutil.copyfile(source, CHECKPOINT / source.name)  # the code that travels with the checkpoint
     results = json.loads((CARD / "results.json").read_text())
     plot(results, CARD / "tables.png")
@@ -122,7 +120,7 @@ def main() -> None:
 
 
 def train_one(name: str, seed: int, folder: Path, jobs: int, flags: list[str]) -> None:
-    """One run of train_pvlf.py in its own process, unless its results are there."""
+    """Run train_pvlf.py in its own process, unless the folder holds its results."""
     arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *CONFIGURATIONS[name], *flags]
     if (folder / "results.json").exists():
         model_args, _, training_args = parse_arguments(arguments)
@@ -143,21 +141,21 @@ def train_one(name: str, seed: int, folder: Path, jobs: int, flags: list[str]) -
 
 
 def collect(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """What a run reported, under its configuration's name."""
+    """Collect the metrics and settings of a run."""
     results = json.loads((folder / "results.json").read_text())
     metrics = {tier_of(e["benchmark"]): e["metrics"] for e in results["evaluations"]}
-    its = {key: results[key] for key in ("model", "training", "environment")}
+    facts = {key: results[key] for key in ("model", "training", "environment")}
     return {
         "configuration": name,
         "seed": seed,
         "metrics": metrics,
         "counts": results["evaluations"][0]["counts"],
-        **its,
+        **facts,
     }
 
 
 def baseline_entries() -> list[dict[str, Any]]:
-    """The untrained ways to compose, by the dual encoder alone; they have no seed."""
+    """Evaluate the untrained baselines, which use the dual encoder alone and have no seed."""
     evaluations = baselines(str(ROOT / "model_cards" / "blip-emoji-tiny"), [load_emoji_cir("test", t) for t in TIERS])
     return [
         {"method": name, "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations if e.method == method}}
@@ -166,14 +164,14 @@ def baseline_entries() -> list[dict[str, Any]]:
 
 
 def tier_of(benchmark: str) -> str:
-    """`emoji-cir/test/plain` -> `plain`."""
+    """Return the tier in the name of a benchmark: `emoji-cir/test/plain` -> `plain`."""
     return benchmark.rsplit("/", 1)[-1]
 
 
 def publish(folder: Path) -> None:
-    """Makes the committed checkpoint of a finished run: weights in float16, which load as float32, sheet and results.
+    """Publish a finished run as the committed checkpoint: weights in float16, loaded as float32, sheet and results.
 
-    The results are measured on what is stored; rounding moves a few queries against the run itself.
+    Results are measured on the stored weights; rounding moves the ranks of a few queries from those of the run.
     """
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     model.half().save_pretrained(CHECKPOINT)
@@ -190,7 +188,7 @@ def publish(folder: Path) -> None:
 
 
 def scores_of(results: dict[str, Any]) -> Scores:
-    """All numbers by what they belong to."""
+    """Index all metrics by configuration or baseline, tier and seed."""
     scores: Scores = {}
     for entry in [*results["baselines"], *results["runs"]]:
         for tier, metrics in entry["metrics"].items():
@@ -200,13 +198,13 @@ def scores_of(results: dict[str, Any]) -> Scores:
 
 
 def renderings(results: dict[str, Any]) -> dict[Path, str]:
-    """What stands between the markers of each file."""
+    """Render the text between the markers of each file."""
     scores = scores_of(results)
     checkpoint = json.loads((CHECKPOINT / "results.json").read_text())
     measured = [n for n, (_, rows, _) in TABLES.items() if all((c, "plain") in scores for c in rows.values())]
     tables = [f"### {TABLES[name][0]}\n\n{table(scores, name)}" for name in measured]
     return {
-        ROOT / "README.md": f"{caption(results)}\n\n{methods_by_tier(scores)}",
+        ROOT / "README.md": f"{summary(scores)}\n{caption(results)}",
         CARD / "README.md": f"{caption(results)}\n\n### By tier\n\n{methods_by_tier(scores)}\n\n"
         + "\n\n".join(tables),
         CHECKPOINT / "README.md": checkpoint_table(checkpoint, scores),
@@ -214,18 +212,30 @@ def renderings(results: dict[str, Any]) -> dict[Path, str]:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the numbers are."""
+    """Describe the numbers: unit, seeds, steps, size of the benchmark."""
     seeds = ", ".join(str(s) for s in sorted({run["seed"] for run in results["runs"]}))
     (steps,) = {run["training"]["max_steps"] for run in results["runs"]}
     counts = results["runs"][0]["counts"]
     return (
         f"Percent; trained rows: mean ± standard deviation over seeds {seeds}, {steps} steps each; "
-        f"{counts['queries']} queries against {counts['gallery']} pictures."
+        f"{counts['queries']} queries against {counts['gallery']} images."
+    )
+
+
+def summary(scores: Scores) -> str:
+    """Render one row a method: R@1 on plain captions, and R@10 on every tier."""
+    columns = [("plain", "recall@1"), *((tier, "recall@10") for tier in TIERS)]
+    heads = ["method", *(f"{tier} {COLUMNS[metric]}" for tier, metric in columns)]
+    names = [*BASELINES, *TABLES["methods"][1]]
+    rows = [[name, *(cell(scores[name, tier], metric) for tier, metric in columns)] for name in names]
+    ahead = difference(scores, "plain", "PVLF-Deep", "TransAgg")
+    return (
+        f"{markdown(heads, rows)}\n\nPVLF-Deep minus TransAgg, plain R@10: {ahead} points (95 % interval over seeds)."
     )
 
 
 def methods_by_tier(scores: Scores) -> str:
-    """Baselines and methods on all tiers, and who is ahead."""
+    """Render baselines and methods on all tiers, and the differences between PVLF, Image-only and TransAgg."""
     names = [*BASELINES, *TABLES["methods"][1]]
     rows = [[tier, name, *cells(scores[name, tier])] for tier, name in product(TIERS, names)]
     ahead = "; ".join(f"{tier} {difference(scores, tier, 'PVLF-Deep', 'TransAgg')}" for tier in TIERS)
@@ -241,7 +251,7 @@ def methods_by_tier(scores: Scores) -> str:
 
 
 def table(scores: Scores, name: str) -> str:
-    """One table on plain captions, each row beside its difference to one of them."""
+    """Render one of `TABLES` on plain captions, each row beside its difference to a reference row."""
     _, rows, reference = TABLES[name]
     lines = [
         [
@@ -255,7 +265,7 @@ def table(scores: Scores, name: str) -> str:
 
 
 def checkpoint_table(checkpoint: dict[str, Any], scores: Scores) -> str:
-    """What the committed weights reach."""
+    """Render the metrics of the committed checkpoint."""
     training = checkpoint["training"]
     rows = [[tier, "this checkpoint", *cells({None: checkpoint["metrics"][tier]})] for tier in TIERS]
     rows += [["any", "Image-only", *cells(scores["Image-only", "plain"])]]
@@ -265,12 +275,12 @@ def checkpoint_table(checkpoint: dict[str, Any], scores: Scores) -> str:
 
 
 def average(runs: dict[int | None, dict[str, float]], k: int) -> float:
-    """Mean recall@k over seeds."""
+    """Return the mean recall@k over seeds, a fraction."""
     return mean(metrics[f"recall@{k}"] for metrics in runs.values())
 
 
 def difference(scores: Scores, tier: str, name: str, other: str) -> str:
-    """Mean difference in R@10 between runs of the same seed, in points, with Student's interval over seeds."""
+    """Render the mean difference in R@10 between runs of the same seed, in points, with Student's interval."""
     a, b = scores[name, tier], scores[other, tier]
     points = [100 * (a[seed]["recall@10"] - b[seed]["recall@10"]) for seed in a.keys() & b.keys()]
     if len(points) < 2:
@@ -280,19 +290,24 @@ def difference(scores: Scores, tier: str, name: str, other: str) -> str:
 
 
 def cells(runs: dict[int | None, dict[str, float]]) -> list[str]:
-    """Means of fractions in percent, with the sample standard deviation where there are several runs."""
-    columns = [[100 * metrics[column] for metrics in runs.values()] for column in COLUMNS]
-    return [f"{mean(c):.1f} ± {stdev(c):.1f}" if len(c) > 1 else f"{c[0]:.1f}" for c in columns]
+    """Render every metric of `COLUMNS`, see [`cell`]."""
+    return [cell(runs, metric) for metric in COLUMNS]
+
+
+def cell(runs: dict[int | None, dict[str, float]], metric: str) -> str:
+    """Render the mean of a metric in percent, with the sample standard deviation if there are several seeds."""
+    values = [100 * metrics[metric] for metrics in runs.values()]
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Render a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """One panel a table: R@10 on plain captions, every seed a dot, its mean a bar."""
+    """Plot R@10 on plain captions, one panel a table: dots are seeds, bars their means."""
     from matplotlib.figure import Figure  # imported here: the extra [plots] has it
 
     scores = scores_of(results)
@@ -301,10 +316,10 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure = Figure(figsize=(11, 2.9 * -(-len(shown) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(shown) // 2), 2, squeeze=False, sharey=True).flat
     for ax, (title, rows) in zip(axes, shown, strict=False):
-        for place, label in enumerate(rows):
+        for position, label in enumerate(rows):
             values = [100 * metrics["recall@10"] for metrics in scores[rows[label], "plain"].values()]
-            ax.bar(place, mean(values), color="#9ecae1" if "TransAgg" in label else "#3182bd", width=0.7)
-            ax.plot([place] * len(values), values, "o", color="black", markersize=3)
+            ax.bar(position, mean(values), color="#9ecae1" if "TransAgg" in label else "#3182bd", width=0.7)
+            ax.plot([position] * len(values), values, "o", color="black", markersize=3)
         ax.axhline(image_only, color="grey", linestyle="--", linewidth=1)
         ax.set_xticks(range(len(rows)), [label.replace(", ", "\n") for label in rows], fontsize=8)
         ax.set_title(title, fontsize=10)
@@ -315,7 +330,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 
 def filled(text: str, between: str) -> str:
-    """The text with something else between the markers."""
+    """Replace the text between the markers."""
     before, rest = text.split(START)
     return f"{before}{START}\n{between}\n{END}{rest.split(END, 1)[1]}"
 

@@ -1,6 +1,6 @@
-"""What a training costs: operations counted by running one step on shapes alone, turned into hours of a GPU.
+"""Estimates the GPU hours of a training from the operations of one step, counted on shapes alone.
 
-Everything that is assumed and not counted stands in the constants below.
+Assumptions, as opposed to counts, are the constants below.
 """
 
 import json
@@ -17,12 +17,12 @@ from pvlf_hf.data.cirr import EXPECTED_COUNTS
 from pvlf_hf.models.configuration_pvlf import BLIP_BASE
 
 GPU = "NVIDIA A100 80 GB"  # the paper's
-PEAK_FLOPS = 312e12  # a second, dense bfloat16, by its data sheet
-UTILISATION = 0.3  # assumed share of the peak; loading pictures must keep up with it
-CAPTION_TOKENS = 16  # assumed, padding to the longest of a batch included
+PEAK_FLOPS = 312e12  # FLOP/s, dense bfloat16, by its data sheet
+UTILISATION = 0.3  # fraction of the peak, assumed; loading images must keep up with it
+CAPTION_TOKENS = 16  # tokens a caption, assumed, padding to the longest of a batch included
 TRIPLETS = {"laion-cir-template": 16_000, "laion-cir-llm": 16_000, "laion-cir-combined": 32_000}  # as the paper rounds
 
-# Sizes of the released checkpoints, so that the question can be answered before anything is downloaded.
+# Sizes of the released checkpoints, so that nothing needs to be downloaded for an estimate.
 DUAL_ENCODERS = {
     "Salesforce/blip-itm-base-coco": BLIP_BASE,
     "openai/clip-vit-large-patch14": {
@@ -40,23 +40,25 @@ DUAL_ENCODERS = {
 }
 
 ASSUMPTIONS = (
-    "Operations of one step are counted by PyTorch: towers, fusion and aggregation, backward where something trains, "
+    "Operations of one step are counted by PyTorch: encoders, fusion and aggregation, backward through what trains, "
     f"{CAPTION_TOKENS} tokens a caption, nothing cached; Laion-CIR counts {TRIPLETS['laion-cir-template']:,} or "
     f"{TRIPLETS['laion-cir-combined']:,} triplets, and CIRR val is ranked after each epoch. Assumed: {GPU}, "
-    f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s in bfloat16, {UTILISATION:.0%} of it used, and pictures loaded as fast."
+    f"{PEAK_FLOPS / 1e12:.0f} TFLOP/s in bfloat16, {UTILISATION:.0%} of it used, and images loaded as fast."
 )
 
 
 def gpu_hours(
     model_args: ModelArguments, data_args: DataArguments, args: PVLFTrainingArguments, processes: int = 1
 ) -> float:
-    """Hours that a training takes on `GPU`, those of all processes added up.
+    """Estimate the hours that a training takes on `GPU`, summed over its processes.
 
     Raises:
         ValueError: if the training set is none of `TRIPLETS`.
     """
     if data_args.dataset not in TRIPLETS:
-        raise ValueError(f"the number of triplets of {data_args.dataset!r} is not known; known are {sorted(TRIPLETS)}")
+        raise ValueError(
+            f"the number of triplets of {data_args.dataset!r} is not known; choose one of {sorted(TRIPLETS)}"
+        )
     config = model_config(model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     steps_an_epoch = TRIPLETS[data_args.dataset] // batch
@@ -69,14 +71,14 @@ def gpu_hours(
 
 
 def model_config(model_args: ModelArguments) -> PVLFConfig:
-    """The configuration that `model_args.build()` would give, without the weights."""
+    """Return the configuration of the model that `model_args.build()` would build."""
     vl_config: Any = DUAL_ENCODERS.get(model_args.model)
     return PVLFConfig(vl_config=vl_config or AutoConfig.from_pretrained(model_args.model), **model_args.settings())
 
 
 @cache
 def training_flops(config: str, finetuning: str) -> int:
-    """Operations of a training step, forward and backward, for one triplet."""
+    """Count the operations of a training step, forward and backward, for one triplet."""
     model, query, target = _without_data(config)
     model.set_finetuning(finetuning)
     model.train()
@@ -87,7 +89,7 @@ def training_flops(config: str, finetuning: str) -> int:
 
 @cache
 def encoding_flops(config: str) -> tuple[int, int]:
-    """Operations to embed a query and a gallery image."""
+    """Count the operations to embed a query and a gallery image."""
     model, query, target = _without_data(config)
     counts = []
     for inputs in (query, target):
@@ -98,7 +100,7 @@ def encoding_flops(config: str) -> tuple[int, int]:
 
 
 def _without_data(config_json: str) -> tuple[PVLFModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model, a query and a target that have shapes and no memory."""
+    """Return a model, a query and a target on the meta device, which have shapes and no memory."""
     config = PVLFConfig(**json.loads(config_json))
     size = config.vl_config.vision_config.image_size
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""How the benchmarks of this folder measure: alternatives in turn, in one run, as ratios with their spread."""
+"""Method of the benchmarks in this folder: alternatives timed in turn in one run, as ratios with their spread."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round of one alternative."""
+    """Seconds of one alternative, one entry a round."""
 
     name: str
     seconds: list[float]
@@ -37,21 +37,21 @@ class Timing:
         return statistics.median(self.seconds)
 
     def speedup_over(self, other: "Timing") -> tuple[float, float, float]:
-        """How many times faster than `other`: median, lowest and highest of the rounds, each compared in its round."""
-        ratios = sorted(theirs / ours for ours, theirs in zip(self.seconds, other.seconds, strict=True))
+        """Return how many times faster it is than `other`: median, lowest and highest ratio over the rounds."""
+        ratios = sorted(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
         return statistics.median(ratios), ratios[0], ratios[-1]
 
 
 def side_by_side(
     alternatives: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1, calls: int = 1
 ) -> dict[str, Timing]:
-    """Times alternatives in turn, so that what else the machine does hits all of them alike.
+    """Time alternatives in turn, so that other load of the machine affects all of them alike.
 
     Args:
-        alternatives: what to call, by name; the first is the one that others are compared with.
-        rounds: how often each is timed.
+        alternatives: functions to call, by name; the others are compared with the first.
+        rounds: timings of each.
         warmup: calls of each before the first round.
-        calls: calls in a timing, for what takes less than a millisecond; seconds are those of one call.
+        calls: calls in a timing, for functions that take less than a millisecond; seconds are those of one call.
     """
     for _ in range(warmup):
         for call in alternatives.values():
@@ -67,7 +67,7 @@ def side_by_side(
 
 
 class Table(NamedTuple):
-    """Alternatives, the first of which the others are compared with; further columns by their heads."""
+    """Timings of alternatives, compared with the first; further columns by heading."""
 
     title: str
     timings: dict[str, Timing]
@@ -75,21 +75,21 @@ class Table(NamedTuple):
 
 
 def markdown(table: Table) -> str:
-    """The table, medians with [lowest, highest round]."""
+    """Render the table in Markdown: medians, and ratios with [lowest, highest round]."""
     heads = ["", "seconds (median)", "times faster [rounds]", *table.columns]
     lines = [f"**{table.title}**", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     first = next(iter(table.timings.values()))
-    for place, timing in enumerate(table.timings.values()):
+    for row, timing in enumerate(table.timings.values()):
         ratio, low, high = timing.speedup_over(first)
         cells = [timing.name, f"{timing.median:.3g}", f"{ratio:.2f} [{low:.2f}, {high:.2f}]"]
-        lines.append(f"| {' | '.join(cells + [column[place] for column in table.columns.values()])} |")
+        lines.append(f"| {' | '.join(cells + [column[row] for column in table.columns.values()])} |")
     return "\n".join([*lines, ""])
 
 
 def peak_memory(code: str) -> int:
-    """Highest resident memory, in bytes, of a fresh Python process that runs `code` (Linux only).
+    """Return the peak resident memory, in bytes, of a new Python process that runs `code` (Linux only).
 
-    `resource` cannot tell: the maximum it reports starts from what the parent process held.
+    The maximum that `resource` reports is no substitute: it starts from the memory of the parent process.
     """
     program = f"{code}\nprint(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
@@ -97,7 +97,7 @@ def peak_memory(code: str) -> int:
 
 
 def matrix_rate(dtype: torch.dtype, size: str, device: str = "cpu") -> float:
-    """Operations a second of a square matrix product on this machine: the floor of the encoders of that size."""
+    """Return the FLOP/s of a square matrix product on this machine, for the floor of the encoders of that size."""
     side = 256 if size == "tiny" else 2048 if device == "cpu" else 8192
     a = torch.randn(side, side, dtype=dtype, device=device)
     best = min(side_by_side({"product": lambda: waited_for(a @ a, device)})["product"].seconds)
@@ -105,14 +105,14 @@ def matrix_rate(dtype: torch.dtype, size: str, device: str = "cpu") -> float:
 
 
 def waited_for(result: Any, device: str) -> Any:
-    """The result, once it is there: CUDA computes behind Python's back."""
+    """Return the result once it is computed: CUDA runs asynchronously."""
     if device != "cpu":
         torch.cuda.synchronize()
     return result
 
 
 def machine(size: str, device: str) -> dict[str, Any]:
-    """What the numbers are measured on."""
+    """Describe the machine: processor, threads, device, load, matrix rates."""
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "processor": names[0] if names else platform.processor(),
@@ -124,13 +124,13 @@ def machine(size: str, device: str) -> dict[str, Any]:
 
 
 def formats(device: str = "cpu") -> list[torch.dtype]:
-    """What is worth measuring: bfloat16 takes minutes on a processor that emulates it."""
+    """Return the dtypes to measure: bfloat16 takes minutes on a processor that emulates it."""
     emulated = device == "cpu" and not is_native(torch.bfloat16)
     return [torch.float32] if emulated else [torch.float32, torch.bfloat16]
 
 
 def described(facts: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """Render the description of the machine in a line."""
     rates = [f"{rate / 1e9:.0f} in {name}" for name, rate in facts["operations a second"].items()]
     return (
         f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; GFLOP/s of a matrix "
@@ -139,20 +139,22 @@ def described(facts: dict[str, Any]) -> str:
 
 
 def parser_of(script: str, description: str, parts: dict[str, Any], rounds: int) -> argparse.ArgumentParser:
-    """The arguments that the benchmarks share."""
+    """Return a parser with the arguments that the benchmarks share."""
     parser = argparse.ArgumentParser(
         script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=["tiny", "base"], default="base")
-    parser.add_argument("--only", choices=parts, nargs="+", default=list(parts), help="by default all")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"{rounds} by default")
+    parser.add_argument(
+        "--only", choices=parts, nargs="+", default=list(parts), help="parts to measure (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"timings of each alternative (default: {rounds})")
     parser.add_argument("--write", action="store_true", help=f"renew the tables of {DOCUMENT.name}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs") / Path(script).stem)
     return parser
 
 
 def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argparse.Namespace, device: str) -> None:
-    """Measures the parts that are asked for; prints Markdown, writes JSON and, with `--write`, the page's tables."""
+    """Measure the chosen parts; print Markdown, write JSON and, with `--write`, the tables of PERFORMANCE.md."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -173,7 +175,7 @@ def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argp
 
 
 def write_between(start: str, end: str, *paragraphs: str) -> None:
-    """Replaces what stands between two comments of the page."""
+    """Replace the text between two comments of PERFORMANCE.md."""
     before, rest = DOCUMENT.read_text().split(start)
     text = "\n\n".join(paragraphs)
     DOCUMENT.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")

@@ -1,4 +1,4 @@
-"""The tables of the paper, and ours beside them: what `paper_tables.json` holds, what runs measured, and Markdown."""
+"""The tables of the paper: published figures from `paper_tables.json`, our results beside them, and Markdown."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,20 @@ from pvlf_hf.evaluation.results import environment
 
 PAPER = Path(__file__).with_name("paper_tables.json")
 WEIGHTS = {"last": "last epoch", "best": "best epoch by validation", "untrained": "no training"}
-"""Which weights of a run are measured: the names of its folders, and in words."""
+"""Weights of a run that are evaluated: name of their folder, and description."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper: with a `recipe` it is trained, with a `baseline` only measured, else `quoted`.
+    """A row of the paper: with a `recipe` it is trained, with a `baseline` only evaluated, else `quoted`.
 
     Args:
-        name: what `--rows` calls it.
-        labels: its cells before the figures.
-        paper: the printed figures, in percent, None where there is none.
-        recipe: names a file of `configs/paper`.
-        baseline: a way to embed queries without training, by the dual encoder `model`.
+        name: name of the row for `--rows`.
+        labels: cells before the figures.
+        paper: published figures in percent, None where a cell is empty.
+        recipe: name of a file in `configs/paper`.
+        baseline: query method of an untrained baseline.
+        model: dual encoder of the baseline.
         quoted: from another paper; never run.
     """
 
@@ -38,7 +39,7 @@ class Row:
     quoted: bool = False
 
     def folders(self, output_dir: Path, seeds: Sequence[int]) -> list[Path]:
-        """Where its runs are kept: one for each seed, one for a baseline, or none; rows of one recipe share them."""
+        """Return the folders of its runs: one a seed, one for a baseline, or none; rows of one recipe share them."""
         if self.recipe:
             return [output_dir / self.recipe / f"seed{seed}" for seed in seeds]
         return [output_dir / "baselines" / self.baseline] if self.baseline else []
@@ -50,7 +51,7 @@ def _row(labels: list[str], paper: list[float | None], **rest: Any) -> Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper; `columns` says where our figures come from: protocol, benchmark, metric."""
+    """A table of the paper; `columns` maps a heading to the protocol, benchmark and metric of our figure."""
 
     number: int
     title: str
@@ -61,17 +62,17 @@ class Table:
 
     @property
     def protocols(self) -> list[str]:
-        """What a row is measured on; CIRR brings the files for its server along."""
+        """Protocols that a row is evaluated under; CIRR adds its test split, for the submission files."""
         names = list(dict.fromkeys(protocol for protocol, _, _ in self.columns.values()))
         return [*names, "cirr-test1"] if "cirr-val" in names else names
 
     def marks(self, row: str | None = None, column: str | None = None) -> str:
-        """Footnotes of the table, of a row of it, or of a cell."""
-        place = ({"rows"} if row else set()) | ({"columns"} if column else set())
+        """Render the footnote marks of the table, of a row, or of a cell."""
+        scope = ({"rows"} if row else set()) | ({"columns"} if column else set())
         ids = [
             note["id"]
             for note in self.footnotes
-            if {"rows", "columns"} & note.keys() == place
+            if {"rows", "columns"} & note.keys() == scope
             and (not row or row in note["rows"])
             and (not column or column in note["columns"])
         ]
@@ -79,7 +80,7 @@ class Table:
 
 
 def load_tables() -> dict[int, Table]:
-    """The tables of the paper by number, from `paper_tables.json`."""
+    """Load the tables of the paper by number, from `paper_tables.json`."""
     tables: dict[str, Any] = json.loads(PAPER.read_text(encoding="utf-8"))["tables"]
     return {
         int(number): Table(
@@ -95,7 +96,7 @@ def load_tables() -> dict[int, Table]:
 
 
 def write_table(table: Table, output_dir: Path, seeds: Sequence[int]) -> None:
-    """Writes `table{N}.json` and `table{N}.md` from what has been measured so far."""
+    """Write `table{N}.json` and `table{N}.md` from the results so far."""
     rows = [entry(table, row, output_dir, seeds) for row in table.rows]
     content = {
         "table": table.number,
@@ -111,7 +112,7 @@ def write_table(table: Table, output_dir: Path, seeds: Sequence[int]) -> None:
 
 
 def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """A row: printed figures, ours by weights as mean and deviation over seeds, difference, reservations."""
+    """Return a row: published figures, ours (mean and deviation over seeds, by weights), differences, caveats."""
     paper = dict(zip(table.columns, row.paper, strict=True))
     ours, caveats, folders = {}, set(), row.folders(output_dir, seeds)
     for name in WEIGHTS:
@@ -121,7 +122,7 @@ def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dic
             ours[name] = {c: spread([its[c] for its in by_seed if c in its]) for c in table.columns}
             caveats |= {f"{len(by_seed)} of {len(folders)} seeds so far"} if len(by_seed) < len(folders) else set()
             caveats |= {
-                text for folder, its in zip(folders, measured, strict=True) for text in reservations(folder, its)
+                text for folder, its in zip(folders, measured, strict=True) for text in caveats_of(folder, its)
             }
     return {
         "name": row.name,
@@ -138,7 +139,7 @@ def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dic
 
 
 def measurements(table: Table, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Protocol and evaluations, of those the table shows and the folder has."""
+    """Yield each protocol of the table that the folder has results of, with its evaluations."""
     for protocol in dict.fromkeys(protocol for protocol, _, _ in table.columns.values()):
         file = folder / protocol / "results.json"
         if file.exists():
@@ -146,7 +147,7 @@ def measurements(table: Table, folder: Path) -> Iterator[tuple[str, list[dict[st
 
 
 def figures(table: Table, measured: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Percent by column."""
+    """Return our figures in percent, by column."""
     metrics = {(protocol, e["benchmark"]): e["metrics"] for protocol, its in measured.items() for e in its}
     return {
         column: 100 * metrics[protocol, benchmark][metric]
@@ -155,8 +156,8 @@ def figures(table: Table, measured: dict[str, list[dict[str, Any]]]) -> dict[str
     }
 
 
-def reservations(run: Path, measured: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Where figures are not those of the recipe on the full benchmark, because the user allowed it."""
+def caveats_of(run: Path, measured: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield why figures are not those of the recipe on the full benchmark: overrides and missing files."""
     if measured and (overrides := json.loads((run / "arguments.json").read_text(encoding="utf-8"))["overrides"]):
         yield f"run with `{' '.join(overrides)}`"
     for evaluation in (e for its in measured.values() for e in its):
@@ -165,32 +166,32 @@ def reservations(run: Path, measured: dict[str, list[dict[str, Any]]]) -> Iterat
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean and sample standard deviation in percent, None without values."""
+    """Return mean and sample standard deviation in percent, None without values."""
     if not values:
         return None
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "seeds": len(values)}
 
 
 def render(table: Table, rows: Sequence[dict[str, Any]]) -> str:
-    """The table in Markdown, footnotes below."""
+    """Render the table in Markdown, with footnotes."""
     heads = [*table.labels, "figures", *table.columns]
     parts = [f"# Table {table.number}: {table.title}{table.marks()}", "Percent; ± standard deviation over seeds."]
     if "cirr-val" in table.protocols:
         parts.append(
-            "**CIRR: the paper's figures are of the test server, ours of val**, so their difference is an indication "
-            "only. The files to upload for test figures are `cirr_test1_recall.json` and "
+            "**CIRR: the paper's figures are of the test server, ours of val**, so their difference is only an "
+            "indication. The files to upload for test figures are `cirr_test1_recall.json` and "
             "`cirr_test1_recall_subset.json` below `cirr-test1` in the folder of each run."
         )
     lines = [line(heads), "|" + " --- |" * len(heads), *(text for row in rows for text in lines_of(table, row))]
     caveats = [f"- {row['name']}: {'; '.join(row['caveats'])}" for row in rows if row["caveats"]]
     footnotes = [f"[^{note['id']}]: {note['text']}" for note in table.footnotes]
     if caveats:
-        caveats = ["Ours with a reservation:", *caveats]
+        caveats = ["Caveats of our figures:", *caveats]
     return "\n\n".join([*parts, "\n".join(lines), *(["\n".join(caveats)] if caveats else []), *footnotes])
 
 
 def lines_of(table: Table, row: dict[str, Any]) -> Iterator[str]:
-    """The paper's line of a row; then for each of our weights a line, and one of its difference to the paper."""
+    """Yield the line of the paper's figures, then one of ours and one of the difference for each of our weights."""
     paper, ours, difference = "paper", "ours", "difference"
     if "cirr-val" in table.protocols:
         paper, ours, difference = "paper (CIRR: test)", "ours (CIRR: val)", "difference (CIRR: val - test)"
@@ -205,17 +206,17 @@ def lines_of(table: Table, row: dict[str, Any]) -> Iterator[str]:
 
 
 def line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
+    """Render a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def number(value: float | None, sign: str = "") -> str:
-    """Two decimals, or a dash where there is no figure."""
+    """Render two decimals, or a dash where there is no figure."""
     return "-" if value is None else f"{value:{sign}.2f}"
 
 
 def cell(figure: dict[str, Any] | None) -> str:
-    """Mean, and deviation where there are several seeds."""
+    """Render the mean, with the deviation if there are several seeds."""
     if figure is None:
         return "-"
     return number(figure["mean"]) + (f" ± {figure['std']:.2f}" if figure["std"] is not None else "")

@@ -1,8 +1,8 @@
-"""Writes the model cards of checkpoints that are still to be trained: what their recipe says, and no figure.
+"""Writes the model cards of recipes that have not been trained yet: their settings, and no figure.
 
     python train_scripts/recipe_cards.py
 
-Training a recipe writes the same card with what was measured (`pvlf-hf card`).
+Once a recipe is trained, `pvlf-hf card` writes the same card with its results.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ RECIPES = ("pvlf-blip-both-combined", "pvlf-clip-both-combined", "transagg-blip-
 
 
 def recipe_card(name: str) -> str:
-    """The card of a recipe in `configs/paper`."""
+    """Render the card of a recipe in `configs/paper`."""
     recipe = str(SCRIPTS / "configs" / "paper" / f"{name}.yaml")
     model_args, data_args, args = parse_arguments([recipe, "--output_dir", name])
     facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}

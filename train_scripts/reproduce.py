@@ -1,14 +1,14 @@
-"""Trains and measures the rows of the paper's Tables 1-5, and sets our figures beside the printed ones.
+"""Trains and evaluates the rows of the paper's Tables 1-5, and renders the results beside the published figures.
 
     python train_scripts/reproduce.py --table 2 --dry_run
     python train_scripts/reproduce.py --table 2 --data_root data --rows "PVLF (Laion-CIR-Combined)" --seeds 0 1 2
     python train_scripts/reproduce.py --table 5 --data_root data \
         --accelerate_config train_scripts/accelerate/multi_gpu.yaml
 
-Writes `table2.md` and `table2.json` after every row. A training that several tables share is run once; interrupted,
-the same command goes on where it stopped. Rows quoted from other papers are shown and never run. The labels of CIRR's
-test split are on a server: ours are of val, and beside them lie the two files to upload.
-Flags after `--` go to train_pvlf.py, for instance `-- --num_train_epochs 20`; the tables say so.
+Writes `table2.md` and `table2.json` after every row. Tables share their trainings, and the same command resumes after
+an interruption. Rows quoted from other papers are shown and never run. CIRR's test labels are on a server: our figures
+are of the validation split, and the two submission files for the server are written beside them.
+Flags after `--` are passed to train_pvlf.py, for instance `-- --num_train_epochs 20`; the tables report them.
 """
 
 import argparse
@@ -35,22 +35,22 @@ SCRIPTS = Path(__file__).resolve().parent
 RECIPES = SCRIPTS / "configs" / "paper"
 FOLDERS = {
     "laion-cir": "the training triplets",
-    "cirr": "validation while training, the CIRR columns and the files for its server",
+    "cirr": "validation while training, the CIRR columns and the submission files",
     "fashioniq": "the FashionIQ columns",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a recipe, or one untrained baseline, and the folder that keeps it.
+    """A training of a recipe, or an untrained baseline, and its folder.
 
     Args:
-        row: a row that it belongs to.
-        folder: where everything of it is.
-        arguments: as train_pvlf.py takes them.
-        overrides: those of them that depart from the recipe.
-        launcher: what runs that script.
-        processes: how many it runs it in.
+        row: a row of the table that the run belongs to.
+        folder: holds the run's files.
+        arguments: arguments of train_pvlf.py.
+        overrides: the arguments that depart from the recipe.
+        launcher: command that runs train_pvlf.py.
+        processes: number of processes that the launcher starts.
     """
 
     row: Row
@@ -66,11 +66,11 @@ class Run:
         return (self.folder / "results.json").exists()
 
     def command(self) -> list[str]:
-        """The training as a command line."""
+        """Return the command line of the training."""
         return [*self.launcher, str(SCRIPTS / "train_pvlf.py"), *self.arguments]
 
     def settings(self) -> dict[str, Any]:
-        """What identifies the run: another one must not go on in its folder."""
+        """Return the settings that identify the run: a run with others must not continue in its folder."""
         model_args, data_args, args = parse_arguments(list(self.arguments))
         data = {name: getattr(data_args, name) for name in ("dataset", "validation", "allow_missing")}
         training = {**args.settings(), "processes": self.processes}
@@ -78,19 +78,21 @@ class Run:
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """Plans, trains, measures and renders one table."""
+    """Plan, train, evaluate and render one table."""
     command_line = list(sys.argv[1:] if command_line is None else command_line)
     split = command_line.index("--") if "--" in command_line else len(command_line)
     own, overrides = command_line[:split], command_line[split + 1 :]
     tables = load_tables()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, required=True, choices=list(tables), help="table of the paper")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to run, by default all")
-    parser.add_argument("--data_root", type=Path, help="holds laion-cir/, cirr/ and fashioniq/")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="keeps runs and tables")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="trainings of each recipe")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to run (default: all)")
+    parser.add_argument("--data_root", type=Path, help="folder with laion-cir/, cirr/ and fashioniq/")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="folder of runs and tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, each a training of every recipe")
     parser.add_argument("--accelerate_config", type=Path, help="topology for `accelerate launch`: several GPUs")
-    parser.add_argument("--dry_run", action="store_true", help="only say what would run, and the GPU hours expected")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only print what would run, and the GPU hours to expect"
+    )
     args = parser.parse_args(own)
     table = tables[args.table]
     try:
@@ -115,18 +117,18 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 def chosen_rows(table: Table, names: Sequence[str] | None) -> list[Row]:
-    """The named rows, or all; a `ValueError` lists the names there are."""
+    """Return the named rows, or all; a `ValueError` lists the names of the table."""
     if unknown := sorted(set(names or ()) - {row.name for row in table.rows}):
         known = "\n  ".join(row.name + " (quoted, cannot be run)" * row.quoted for row in table.rows)
         raise ValueError(f"Table {table.number} has no row {unknown[0]!r}; its rows are\n  {known}")
     rows = [row for row in table.rows if names is None or row.name in names]
     if names and (quoted := [row.name for row in rows if row.quoted]):
-        raise ValueError(f"{quoted[0]!r} is quoted from another paper: there is nothing of it to run here")
+        raise ValueError(f"{quoted[0]!r} is quoted from another paper and cannot be run: choose another row")
     return rows
 
 
 def check_data_root(table: Table, rows: Sequence[Row], data_root: Path | None) -> None:
-    """A `ValueError` says which folders the rows need, for what, and which are missing."""
+    """Raise a `ValueError` that lists the folders the rows need and the data root lacks."""
     needed = {protocol.partition("-")[0] for protocol in table.protocols}
     if any(row.recipe for row in rows):
         needed |= {"laion-cir", "cirr"}
@@ -138,7 +140,7 @@ def check_data_root(table: Table, rows: Sequence[Row], data_root: Path | None) -
 
 
 def runs_of(row: Row, args: argparse.Namespace, overrides: Sequence[str], output_dir: Path) -> Iterator[Run]:
-    """A training of the row's recipe for each seed, or its baseline, or nothing for a quoted row."""
+    """Yield a training of the row's recipe for each seed, or its baseline, or nothing for a quoted row."""
     common = (*overrides, *([f"--data_root={args.data_root.resolve()}"] if args.data_root else []))
     folders = row.folders(output_dir, args.seeds)
     if row.baseline:
@@ -156,7 +158,7 @@ def runs_of(row: Row, args: argparse.Namespace, overrides: Sequence[str], output
 
 
 def share_of_batch(flags: Sequence[str], processes: int) -> int:
-    """Rows of a batch for each process, so that all of them together have the recipe's batch and negatives."""
+    """Return the batch size of each process, so that together they have the recipe's batch and negatives."""
     batch = parse_arguments(list(flags))[2].per_device_train_batch_size
     if batch % processes:
         raise ValueError(f"a batch of {batch} cannot be shared by {processes} processes: choose a divisor of it")
@@ -164,23 +166,22 @@ def share_of_batch(flags: Sequence[str], processes: int) -> int:
 
 
 def claim(run: Run) -> None:
-    """Notes in the folder what the run is; a `ValueError` names the first setting in which another holds it."""
-    wanted, file = run.settings(), run.folder / "arguments.json"
+    """Record the run's settings in its folder; raise a `ValueError` if the folder holds a run with other settings."""
+    settings, file = run.settings(), run.folder / "arguments.json"
     if file.exists():
         recorded = json.loads(file.read_text(encoding="utf-8"))
-        differ = [(name, recorded[part].get(name), its[name]) for part, its in wanted.items() for name in its]
-        for name, there, here in differ:
-            if there != here:
+        for part, name in ((part, name) for part, values in settings.items() for name in values):
+            old, new = recorded[part].get(name), settings[part][name]
+            if old != new:
                 raise ValueError(
-                    f"{run.folder} holds a run with {name}={there}, not {here}: delete it or choose another "
-                    "--output_dir"
+                    f"{run.folder} holds a run with {name}={old}, not {new}: delete it or choose another --output_dir"
                 )
     with whole(file) as partial:
-        partial.write_text(json.dumps({**wanted, "overrides": run.overrides}, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps({**settings, "overrides": run.overrides}, indent=2) + "\n", encoding="utf-8")
 
 
 def train(run: Run) -> None:
-    """Trains in a process of its own, unless that is done; an interrupted training goes on from its checkpoint.
+    """Train in a separate process, unless that is done; an interrupted training resumes from its checkpoint.
 
     Raises:
         RuntimeError: if the training fails.
@@ -196,14 +197,14 @@ def train(run: Run) -> None:
 
 
 def measure(run: Run, protocols: Sequence[str]) -> None:
-    """Measures a run where that is not done, in float32; for CIRR's test split it writes the files to upload."""
+    """Evaluate a run in float32, unless that is done; write the submission files for CIRR's test split."""
     model_args, data_args, _ = parse_arguments(list(run.arguments))
     weights = {"untrained": Path(model_args.model)} if run.row.baseline else trained_weights(run.folder)
     for (name, source), protocol in product(weights.items(), protocols):
         folder = run.folder / name / protocol
         if (folder / "results.json").exists():  # written last
             continue
-        print(f"measuring {run.row.name}, {WEIGHTS[name]}, on {protocol}", flush=True)
+        print(f"evaluating {run.row.name}, {WEIGHTS[name]}, on {protocol}", flush=True)
         flags = {
             "model": source,
             "methods": run.row.baseline or "composed",
@@ -219,17 +220,17 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
 
 
 def trained_weights(folder: Path) -> dict[str, Path]:
-    """What is measured of a training, by keys of `WEIGHTS`; the best epoch only where the training chose one."""
+    """Return the weights to evaluate, by key of `WEIGHTS`; the best epoch only if the training chose one."""
     best = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("best")
     return {"last": folder} | ({"best": folder / best["checkpoint"]} if best else {})
 
 
 def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run]) -> None:
-    """What a run of the table does, and the hours of training it expects."""
+    """Print what a run of the table does, and the GPU hours it is expected to take."""
     hours, plan = 0.0, [f"Table {table.number}: {table.title}; measured on {', '.join(table.protocols)}"]
     for row in rows:
-        its = [run for run in runs if run.row == row]
-        left = [run for run in its if row.recipe and not run.is_trained]
+        runs_of_row = [run for run in runs if run.row == row]
+        left = [run for run in runs_of_row if row.recipe and not run.is_trained]
         cost = sum(gpu_hours(*parse_arguments(list(run.arguments)), run.processes) for run in left)
         hours += cost
         if row.quoted:
@@ -237,7 +238,8 @@ def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run]) -> None:
         elif row.baseline:
             plan.append(f"\n{row.name}: no training, {row.model} measured")
         else:
-            plan.append(f"\n{row.name}: {len(its) - len(left)} of {len(its)} trained, {cost:.1f} GPU hours to go")
+            trained = f"{len(runs_of_row) - len(left)} of {len(runs_of_row)} trained"
+            plan.append(f"\n{row.name}: {trained}, {cost:.1f} GPU hours to go")
             plan += ["  " + shlex.join(run.command()) for run in left]
     plan.append(f"\n{hours:.1f} GPU hours of training expected.\n{ASSUMPTIONS}")
     print("\n".join(plan))
