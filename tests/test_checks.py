@@ -94,7 +94,7 @@ def test_a_gallery_without_ids_says_how_to_number_it(triplets):
         CIRBenchmark("own", triplets.add_column("reference_id", ["0"] * 6), images)
     numbered = eval(re.search(how, str(caught.value))[1], {"dataset": images})
     assert numbered["image_id"][:] == ["0", "1", "2", "3", "4", "5"]
-    with pytest.raises(ValueError, match="gallery: is a stream"):
+    with pytest.raises(ValueError, match="dataset is of type IterableDataset: pass a datasets.Dataset"):
         Gallery.from_dataset(images.to_iterable_dataset(), make_model(), make_processor(), progress=False)
 
 

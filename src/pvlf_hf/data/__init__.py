@@ -1,6 +1,6 @@
 """Data: triplets, benchmarks, the loaders of the public data sets, and the examination of a data set before use.
 
-Imports `models` (images are opened by its image processor) and no folder that stands after it.
+Imports `models` (images are opened by its image processor) and no folder that comes after it.
 """
 
 from .benchmark import CIRBenchmark, Protocol

@@ -28,7 +28,7 @@ def find_file(root: Path, paths: Sequence[str]) -> Path:
     raise ValueError(f"{tried[0].name} is not under {root}; looked for {[str(file) for file in tried]}")
 
 
-def read_json(file: Path, kind: type | Any) -> Any:
+def read_json(file: Path, expected: type | Any) -> Any:
     """Reads JSON (UTF-8) that must be of a type, such as `dict` or `list[str]`.
 
     Raises:
@@ -43,8 +43,8 @@ def read_json(file: Path, kind: type | Any) -> Any:
         raise ValueError(f"{file}: not JSON, or cut off: {error}, near {near!r}; download it again") from error
     except (ValueError, RecursionError) as error:  # a repeated key, a number or nesting beyond the parser's limits
         raise ValueError(f"{file}: {error}") from error
-    if not _fits(content, kind):
-        raise ValueError(f"{file}: holds a {type(content).__name__}, expected {_describe(kind)}")
+    if not _fits(content, expected):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, expected {_describe(expected)}")
     return content
 
 
@@ -76,21 +76,29 @@ def check_records(file: Path, records: Mapping[str, Any], fields: Mapping[str, A
     for where, record in records.items():
         if not isinstance(record, dict):
             raise ValueError(f"{file}: {where} is {record!r:.80}, expected an object with {list(fields)}")
-        for key, kind in fields.items():
+        for key, expected in fields.items():
             if key not in record:
                 raise ValueError(f"{file}: {where} has no {key!r}; it has {list(record)}")
-            if not _fits(record[key], kind):
-                raise ValueError(f"{file}: {where}: {key} is {record[key]!r:.80}, expected {_describe(kind)}")
+            if not _fits(record[key], expected):
+                raise ValueError(f"{file}: {where}: {key} is {record[key]!r:.80}, expected {_describe(expected)}")
 
 
-def _fits(value: object, kind: Any) -> bool:
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
-    return isinstance(value, kind) and (not isinstance(value, str) or bool(value.strip()))
+def _fits(value: object, expected: Any) -> bool:
+    if get_origin(expected) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(expected)[0]) for item in value)
+    if isinstance(value, bool):  # an int to Python, but not to JSON
+        return expected is bool
+    return isinstance(value, expected) and (not isinstance(value, str) or bool(value.strip()))
 
 
-def _describe(kind: Any) -> str:
-    return "text that is not blank" if kind is str else kind.__name__ if isinstance(kind, type) else str(kind)
+def _describe(expected: Any) -> str:
+    return (
+        "text that is not blank"
+        if expected is str
+        else expected.__name__
+        if isinstance(expected, type)
+        else str(expected)
+    )
 
 
 def check_unique(file: Path, what: str, ids: Iterable[Any]) -> None:

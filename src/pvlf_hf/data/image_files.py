@@ -79,8 +79,8 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     @cache
     def listing(below: str) -> dict[str, list[str]]:
         """Names of files and folders by their form; each folder is listed once."""
-        place, by_form = folder / below, defaultdict(list)
-        for entry in os.scandir(place) if place.is_dir() else ():
+        subfolder, by_form = folder / below, defaultdict(list)
+        for entry in os.scandir(subfolder) if subfolder.is_dir() else ():
             by_form[_form(entry.name)].append(entry.name)
         return by_form
 
@@ -240,10 +240,10 @@ def files_below(folder: Path, allow_links: bool) -> list[Path]:
         ValueError: without `allow_links`, if a link leads out of the folder.
     """
     files, links, seen = [], [], {os.path.realpath(folder)}
-    for place, below, names in os.walk(folder, followlinks=allow_links):
-        files += [Path(place, name) for name in names]
-        links += [path for path in (Path(place, name) for name in (*below, *names)) if path.is_symlink()]
-        real = {name: os.path.realpath(Path(place, name)) for name in below}
+    for parent, below, names in os.walk(folder, followlinks=allow_links):
+        files += [Path(parent, name) for name in names]
+        links += [path for path in (Path(parent, name) for name in (*below, *names)) if path.is_symlink()]
+        real = {name: os.path.realpath(Path(parent, name)) for name in below}
         below[:] = [name for name in below if real[name] not in seen]  # a link may lead back
         seen.update(real.values())
     if not allow_links:

@@ -87,10 +87,10 @@ def _is_blank(row: list[str]) -> bool:
 
 
 def _check_header(header: list[str], required: Sequence[str], optional: Sequence[str]) -> None:
-    for separator, word in _SEPARATORS.items():
+    for separator, name in _SEPARATORS.items():
         cells = [cell.strip('" ').casefold() for cell in ",".join(header).split(separator)]
         if set(required) <= set(cells) and not set(required) <= set(header):
-            raise ValueError(f"its cells are separated by {word} ({separator!r}), not by commas: save it with commas")
+            raise ValueError(f"its cells are separated by {name} ({separator!r}), not by commas: save it with commas")
     _check_names(header, required, optional)
 
 
@@ -159,8 +159,8 @@ def _read_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) 
     _check_names(schema.names, required, optional)
     names = [name for name in (*required, *optional) if name in schema.names]
     for name in names:
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}:
+        column_type = schema.field(name).type
+        if pa.types.is_struct(column_type) and {"bytes", "path"} & {field.name for field in column_type}:
             raise ValueError(
                 f"column {name!r} holds images, in data row 0 and after, but it must hold file names. A table "
                 "with the images inside is a data set: load it from its folder with load_hub_triplets"
@@ -197,7 +197,9 @@ def _as_text(column: str, row: int, cell: object) -> str:
         return ""
     is_number = isinstance(cell, int | Decimal) or (isinstance(cell, float) and isfinite(cell))
     if isinstance(cell, bool) or not (isinstance(cell, str) or is_number):
-        remedy = next((text for kind, text in _REMEDIES.items() if isinstance(cell, kind)), "convert it to text")
+        remedy = next(
+            (text for cell_type, text in _REMEDIES.items() if isinstance(cell, cell_type)), "convert it to text"
+        )
         raise ValueError(
             f"column {column!r}, data row {row} (counted from 0) is {cell!r:.80}, a {type(cell).__name__}, but cells "
             f"must be text or numbers: {remedy}"
