@@ -35,7 +35,7 @@ class Commands(TyperGroup):
     """Commands whose user errors print one line; bugs keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -47,7 +47,7 @@ class Commands(TyperGroup):
 
 
 def user_message(error: Exception) -> str | None:
-    """Returns the line to print for a user error, None for a bug."""
+    """Return the line to print for a user error, None for a bug."""
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):  # of the Hub's client
         return f"the Hub cannot be reached ({error}): check the connection, or go on without it by HF_HUB_OFFLINE=1"
     if isinstance(error, BrokenPipeError):  # `pvlf-hf ... | head`, which Typer ends quietly
@@ -76,7 +76,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and e
 
 
 def print_version(wanted: bool) -> None:
-    """Prints the version and ends."""
+    """Print the version and end."""
     if wanted:
         typer.echo(version("pvlf-hf"))
         raise typer.Exit
@@ -363,7 +363,7 @@ def transagg(
 
 
 def parse_weights(weights: str) -> tuple[float, float, float]:
-    """Parses three numbers, separated by commas."""
+    """Parse three numbers, separated by commas."""
     try:
         of_image, of_fusion, of_text = map(float, weights.split(","))
         if isfinite(of_image + of_fusion + of_text):
@@ -376,7 +376,7 @@ def parse_weights(weights: str) -> tuple[float, float, float]:
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     app(args=command_line, prog_name="pvlf-hf")
 
 

@@ -62,7 +62,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         super().__init__(**kwargs)
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Searches the gallery for one query or many.
+        """Search the gallery for one query or many.
 
         Args:
             inputs: a query `{"image": picture, "text": relative caption}`, a list of them, or a data set or generator
@@ -92,7 +92,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     @torch.no_grad()
     def embed_gallery(self, images: Sequence[Any], batch_size: int = 64) -> Tensor:
-        """Embeds pictures, to be searched many times.
+        """Embed gallery images, to be searched many times.
 
         Args:
             images: the pictures.
@@ -112,7 +112,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return torch.cat([self._embed(target_pixel_values=batch).target_embeds for batch in pixels])
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Saves model and processor, this file among theirs; the gallery is not part of them."""
+        """Save model and processor, this file among theirs; the gallery is not part of them."""
         # The library's own would save tokenizer and image processor, but not the processor that both belong to.
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -150,7 +150,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return self.embed_gallery(gallery)
 
     def preprocess(self, query: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        """A query to `pixel_values` `(1, 3, H, W)` and its caption."""
+        """Prepare the `pixel_values` `(1, 3, H, W)` of a query, with its caption."""
         if not isinstance(query, Mapping) or query.get("image") is None or query.get("text") is None:
             given = sorted(query) if isinstance(query, Mapping) else type(query).__name__
             raise ValueError(f'a query is {{"image": picture, "text": relative caption}}, got {given}')
@@ -168,7 +168,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return {"scores": best.values[:, :top_k], "indices": best.indices[:, :top_k]}
 
     def postprocess(self, model_outputs: dict[str, Tensor], gallery: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Scores and places in the gallery, `(1, k)` each, to results."""
+        """Turn scores and gallery positions, `(1, k)` each, into results."""
         found = zip(model_outputs["scores"][0].tolist(), model_outputs["indices"][0].tolist(), strict=True)
         return [
             {"score": score, "index": index} | ({} if gallery is None else {"image": gallery[index]})
@@ -181,7 +181,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
 
 def _pair(images: Any, text: str | Sequence[str]) -> Any:
-    """A picture and its caption as a query, or as many of both as a list."""
+    """Pair an image with its caption as a query, or lists of both as a list of queries."""
     if isinstance(text, str):
         return {"image": images, "text": text}
     images, text = list(images), list(text)

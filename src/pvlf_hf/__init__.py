@@ -46,7 +46,7 @@ __all__ = sorted(_FOLDER_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the folder of a public name on first use; training and search need more than the model does."""
+    """Import the folder of a public name on first use; training and search need more than the model does."""
     if name not in _FOLDER_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_FOLDER_OF[name]}", __name__), name)

@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 
 @contextmanager
 def whole(file: str | Path) -> Iterator[Path]:
-    """Yields a path to write to, which replaces the file when the block ends; folders are made.
+    """Yield a path to write to, which replaces the file when the block ends; folders are made.
 
     Raises:
         OSError: if it cannot be written; the previous content is unchanged.
@@ -44,7 +44,7 @@ def whole(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a folder within the block, after waiting for others, and removes files that killed processes left half.
+    """Lock a folder within the block, after waiting for others, and remove files that killed processes left half.
 
     Raises:
         OSError: if nothing can be written there.
@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def cannot_write(what: str, error: Exception) -> OSError:
-    """Returns the error to raise from one that occurred while writing."""
+    """Return the error to raise from one that occurred while writing."""
     reason = str(error).partition("\n")[0]
     return OSError(
         f"cannot write {what} ({reason}): make room there, get the right to write, or choose another folder, and run "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def content_digest(parts: Iterable[bytes]) -> str:
-    """Returns 32 hexadecimal digits (BLAKE2b) of parts that are read as one content."""
+    """Return 32 hexadecimal digits (BLAKE2b) of parts that are read as one content."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(part)
@@ -18,7 +18,7 @@ def content_digest(parts: Iterable[bytes]) -> str:
 
 
 def sequence_digest(*parts: bytes | str) -> str:
-    """Returns 32 hexadecimal digits (BLAKE2b) of a sequence: the same bytes divided differently differ."""
+    """Return 32 hexadecimal digits (BLAKE2b) of a sequence: the same bytes divided differently differ."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -27,17 +27,17 @@ def sequence_digest(*parts: bytes | str) -> str:
 
 
 def annotations_digest(*files: Path) -> str:
-    """Returns the revision of annotation files: `"sha256:"` and 12 hexadecimal digits of their joint content."""
+    """Return the revision of annotation files: `"sha256:"` and 12 hexadecimal digits of their joint content."""
     return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def sha1_digest(content: bytes) -> str:
-    """Returns the 40 hexadecimal digits of SHA-1, which the published EmojiCIR is defined by."""
+    """Return the 40 hexadecimal digits of SHA-1, which the published EmojiCIR is defined by."""
     return hashlib.sha1(content).hexdigest()
 
 
 def id_number(name: str) -> int:
-    """Returns the same int64 for the same id in every process, unlike `hash`."""
+    """Return the same int64 for the same id in every process, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
 
 

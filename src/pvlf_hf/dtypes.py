@@ -14,7 +14,7 @@ of a dtype for this processor."""
 
 
 def warn_if_slow(dtype: torch.dtype) -> None:
-    """Warns once if PyTorch emulates a dtype's matrix products on the CPU (measured: 6 times slower than float32)."""
+    """Warn once if PyTorch emulates a dtype's matrix products on the CPU (measured: 6 times slower than float32)."""
     if dtype not in KERNELS or is_native(dtype):
         return
     name = str(dtype).removeprefix("torch.")
@@ -25,5 +25,5 @@ def warn_if_slow(dtype: torch.dtype) -> None:
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Returns whether the processor computes in bfloat16 or float16."""
+    """Return whether the processor computes in bfloat16 or float16."""
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, KERNELS[dtype])()

@@ -50,7 +50,7 @@ class QueryTower(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeds queries."""
+        """Embed queries."""
         query: Any = self.model.get_query_features(pixel_values, input_ids, attention_mask)
         return query.pooler_output
 
@@ -63,13 +63,13 @@ class GalleryTower(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embeds gallery images."""
+        """Embed gallery images."""
         images: Any = self.model.get_image_features(pixel_values)
         return images.pooler_output
 
 
 def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram:
-    """Exports one tower for any number of inputs and any length of captions.
+    """Export one tower for any number of inputs and any length of captions.
 
     Args:
         model: in eval mode.
@@ -103,7 +103,7 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
 def export_onnx(
     model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, folder: str | Path
 ) -> dict[str, float]:
-    """Writes `query.onnx`, `gallery.onnx`, the processor and `onnx_encoder.py`, and checks what they give.
+    """Write `query.onnx`, `gallery.onnx`, the processor and `onnx_encoder.py`, and check their embeddings.
 
     The check embeds pictures and captions with [`OnnxEncoder`], preprocessing included, and with the model.
 
@@ -138,7 +138,7 @@ def export_onnx(
 def check_parity(
     model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, folder: str | Path
 ) -> dict[str, float]:
-    """Compares what an exported folder gives with the model: three pictures of noise, captions of three lengths.
+    """Compare embeddings of an exported folder with the model's: three images of noise, captions of three lengths.
 
     Args:
         model: in eval mode.
@@ -171,7 +171,7 @@ def check_parity(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pvlf_hf.export", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to")

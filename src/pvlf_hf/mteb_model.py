@@ -61,7 +61,7 @@ class PVLFEncoder(SentenceTransformerEncoderWrapper):
         )
 
     def encode(self, inputs: DataLoader, **kwargs: Any) -> Any:
-        """Embeds a loader's inputs as the base class does, with images opened by [`opened`] and not by `datasets`."""
+        """Embed a loader's inputs as the base class does, with images opened by [`opened`] and not by `datasets`."""
         loader = DataLoader(
             opened(inputs.dataset),
             batch_size=inputs.batch_size,

@@ -70,12 +70,12 @@ class OnnxEncoder:
         )
 
     def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
-        """Embeds gallery pictures: float32 `(images, d)`, unit vectors."""
+        """Embed gallery images: float32 `(images, d)`, unit vectors."""
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         return np.concatenate([self.gallery.run(None, {"pixel_values": self.pixel_values(b)})[0] for b in batches])
 
     def embed_queries(self, images: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
-        """Embeds reference pictures, each with what should be different: float32 `(queries, d)`, unit vectors."""
+        """Embed queries, each a reference image with its caption: float32 `(queries, d)`, unit vectors."""
         if len(images) != len(captions) or not all(caption.strip() for caption in captions):
             raise ValueError(
                 f"{len(images)} pictures and {len(captions)} captions: a query is one of each, and no caption is empty"
@@ -111,7 +111,7 @@ class OnnxEncoder:
 
 
 def to_rgb(image: Picture) -> Image.Image:
-    """Opens a picture upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
+    """Open a picture upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
     if not isinstance(image, Image.Image):
         Image.init()
         image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
@@ -129,7 +129,7 @@ def to_rgb(image: Picture) -> Image.Image:
 
 
 def main() -> None:
-    """The command line: a reference picture, what should be different, and the pictures to choose from."""
+    """Run the command line: a reference image, a caption, and the gallery images."""
     if len(sys.argv) < 4:
         raise SystemExit(f"usage: python {Path(__file__).name} PICTURE CAPTION GALLERY_PICTURE ...")
     picture, caption, *paths = sys.argv[1:]

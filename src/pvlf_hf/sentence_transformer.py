@@ -73,7 +73,7 @@ class PVLFSentenceModule(InputModule):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "PVLFSentenceModule":
-        """Loads any PVLF checkpoint.
+        """Load any PVLF checkpoint.
 
         Args:
             model_name_or_path: Hub name or local folder.
@@ -90,12 +90,12 @@ class PVLFSentenceModule(InputModule):
         return cls(model, processor)
 
     def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:
-        """Writes an ordinary PVLF checkpoint; other arguments of the library make no difference."""
+        """Write an ordinary PVLF checkpoint; other arguments of the library make no difference."""
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 
     def get_embedding_dimension(self) -> int:
-        """Returns the joint width `d`."""
+        """Return the joint width `d`."""
         return self.model.embedding_width
 
     def preprocess(
@@ -105,7 +105,7 @@ class PVLFSentenceModule(InputModule):
         processing_kwargs: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Turns a batch into tensors.
+        """Turn a batch into tensors.
 
         Args:
             inputs: see the class.
@@ -153,7 +153,7 @@ class PVLFSentenceModule(InputModule):
         return one if isinstance(one, dict) else {kind: one}
 
     def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
-        """Adds `sentence_embedding`, float32 `(batch, d)`, L2-normalised."""
+        """Add `sentence_embedding`, float32 `(batch, d)`, L2-normalised."""
         has_image, has_text = features["has_image"], features["has_text"]
         both = has_image & has_text
         kinds: tuple[tuple[Tensor, Any, list[str]], ...] = (
@@ -170,7 +170,7 @@ class PVLFSentenceModule(InputModule):
 
 
 def _spread(prepared: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Puts the rows of prepared inputs where `rows`, bool `(batch,)`, is true, and zeros elsewhere."""
+    """Put the rows of prepared inputs where `rows`, bool `(batch,)`, is true, and zeros elsewhere."""
     spread = {}
     for name, tensor in prepared.items():
         spread[name] = tensor.new_zeros(len(rows), *tensor.shape[1:])

@@ -58,7 +58,7 @@ def convert_salesforce_blip(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> None:
-    """Writes a Salesforce BLIP retrieval checkpoint as a `BlipForImageTextRetrieval` folder.
+    """Write a Salesforce BLIP retrieval checkpoint as a `BlipForImageTextRetrieval` folder.
 
     [`PVLFModel.from_vl_pretrained`] and, with a tokenizer, [`PVLFProcessor.from_vl_pretrained`] load that folder.
 
@@ -95,7 +95,7 @@ def convert_transagg(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> None:
-    """Writes a TransAgg checkpoint, on BLIP or on CLIP, as a [`PVLFModel`] folder (`PVLFConfig.transagg`).
+    """Write a TransAgg checkpoint, on BLIP or on CLIP, as a [`PVLFModel`] folder (`PVLFConfig.transagg`).
 
     `AutoModel.from_pretrained` and, with a tokenizer, `AutoProcessor.from_pretrained` load that folder. Text padding
     is masked, as in TransAgg's evaluation.
@@ -127,7 +127,7 @@ def convert_transagg(
 
 
 def read_checkpoint(file: File) -> dict[str, Tensor]:
-    """Reads a state dict without running anything in the file.
+    """Read a state dict without running anything in the file.
 
     Args:
         file: `.safetensors`, or a file of `torch.save`: the state dict, or a dict that has it as `"model"`, of which
@@ -164,7 +164,7 @@ def blip_from_salesforce(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> BlipForImageTextRetrieval:
-    """Makes a model of Salesforce's tensors, to be saved; buffers that are not saved have no values.
+    """Make a model of Salesforce's tensors, to be saved; buffers that are not saved have no values.
 
     Args:
         tensors: the whole state dict; tensors on the meta device give a model there.
@@ -189,7 +189,7 @@ def blip_from_salesforce(
 
 
 def pvlf_from_transagg(tensors: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> PVLFModel:
-    """Makes a model of TransAgg's tensors, to be saved; buffers that are not saved have no values.
+    """Make a model of TransAgg's tensors, to be saved; buffers that are not saved have no values.
 
     Args:
         tensors: the whole state dict; tensors on the meta device give a model there.
@@ -218,7 +218,7 @@ def pvlf_from_transagg(tensors: Tensors, vision_heads: int | None = None, text_h
 
 
 def blip_config(weights: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> BlipConfig:
-    """Infers BLIP's configuration from weights in Transformers' names; LayerNorm's eps is Salesforce's."""
+    """Infer BLIP's configuration from weights in Transformers' names; LayerNorm's eps is Salesforce's."""
     vision_width = size(weights, "vision_model.embeddings.class_embedding", -1)
     patch = size(weights, "vision_model.embeddings.patch_embedding.weight", -1)
     vocab_size = size(weights, "text_encoder.embeddings.word_embeddings.weight")
@@ -248,7 +248,7 @@ def blip_config(weights: Tensors, vision_heads: int | None = None, text_heads: i
 
 
 def clip_config(weights: Tensors, vision_heads: int | None = None, text_heads: int | None = None) -> CLIPConfig:
-    """Infers CLIP's configuration from weights in Transformers' names; OpenAI's heads are 64 wide at every size."""
+    """Infer CLIP's configuration from weights in Transformers' names; OpenAI's heads are 64 wide at every size."""
     vision_width = size(weights, "vision_model.embeddings.class_embedding")
     patch = size(weights, "vision_model.embeddings.patch_embedding.weight", -1)
     vocab_size = size(weights, "text_model.embeddings.token_embedding.weight")
@@ -281,7 +281,7 @@ def clip_config(weights: Tensors, vision_heads: int | None = None, text_heads: i
 
 
 def size(weights: Tensors, name: str, axis: int = 0) -> int:
-    """Returns one side of a weight; raises a `ValueError` if it is absent."""
+    """Return one side of a weight; raise a `ValueError` if it is absent."""
     if name not in weights or not weights[name].ndim:
         raise ValueError(
             f"it lacks {name} (in Transformers' names): not a checkpoint of this kind. BLIP must be a retrieval "
@@ -291,13 +291,13 @@ def size(weights: Tensors, name: str, axis: int = 0) -> int:
 
 
 def count_layers(weights: Tensors, prefix: str) -> int:
-    """Returns the number of layers `prefix0.`, `prefix1.`, ...; [`fill`] detects gaps."""
+    """Return the number of layers `prefix0.`, `prefix1.`, ...; [`fill`] detects gaps."""
     numbered = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in weights)
     return 1 + max((int(match[1]) for match in numbered if match), default=0)
 
 
 def heads(flag: str, width: int, given: int | None, usual: int | None) -> int:
-    """Returns the number of attention heads; a wrong number would load and give wrong embeddings.
+    """Return the number of attention heads; a wrong number would load and give wrong embeddings.
 
     Raises:
         ValueError: if it is not known, or does not divide the width.
@@ -311,7 +311,7 @@ def heads(flag: str, width: int, given: int | None, usual: int | None) -> int:
 
 
 def grid_side(positions: int) -> int:
-    """Returns the patches a side of a square image, from the number of positions, [CLS] included."""
+    """Return the patches a side of a square image, from the number of positions, [CLS] included."""
     side = isqrt(max(positions - 1, 0))
     if side * side + 1 != positions:
         raise ValueError(f"{positions} image positions are not [CLS] and a square of patches")
@@ -319,7 +319,7 @@ def grid_side(positions: int) -> int:
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Interpolates BLIP's position embeddings as Salesforce's loader does; [CLS], the first, stays.
+    """Interpolate BLIP's position embeddings as Salesforce's loader does; [CLS], the first, stays.
 
     Args:
         positions: float `(1, 1 + n * n, width)`.
@@ -335,7 +335,7 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def fill(model_class: type[ModelT], config: PreTrainedConfig, weights: Tensors) -> ModelT:
-    """Makes a model of weights.
+    """Make a model of weights.
 
     Raises:
         ValueError: if they are not exactly the model's: the same names and shapes.
@@ -360,7 +360,7 @@ def fill(model_class: type[ModelT], config: PreTrainedConfig, weights: Tensors) 
 
 
 def load_tokenizer(name_or_path: File, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a dual encoder and checks that it has its vocabulary."""
+    """Load the tokenizer of a dual encoder and check that it has its vocabulary."""
     vocab_size = config.text_config.vocab_size
     tokenizer_class: type[BertTokenizer] | type[CLIPTokenizer]
     if config.model_type == "blip":
@@ -381,14 +381,14 @@ def load_tokenizer(name_or_path: File, config: PreTrainedConfig) -> PreTrainedTo
 
 
 def check_empty(output_dir: File) -> None:
-    """Raises a `ValueError` unless the folder is new or empty: files of two checkpoints would mix."""
+    """Raise a `ValueError` unless the folder is new or empty: files of two checkpoints would mix."""
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: choose another output_dir")
 
 
 def write(output_dir: File, model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
-    """Saves a converted checkpoint."""
+    """Save a converted checkpoint."""
     model.save_pretrained(output_dir)
     if processor is not None:
         processor.save_pretrained(output_dir)
@@ -396,7 +396,7 @@ def write(output_dir: File, model: PreTrainedModel, processor: ProcessorMixin | 
 
 @contextmanager
 def naming(checkpoint: File) -> Iterator[None]:
-    """Adds the file's name to errors."""
+    """Add the file's name to errors."""
     try:
         yield
     except ValueError as error:

@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 def write_golden(folder: str | Path) -> Path:
-    """Writes `golden.safetensors` beside a checkpoint: what model and processor there make of a drawn picture.
+    """Write `golden.safetensors` beside a checkpoint: the embeddings of a drawn image and a caption.
 
     Args:
         folder: has model and processor, as `save_pretrained` leaves them.
@@ -46,7 +46,7 @@ def write_golden(folder: str | Path) -> Path:
 
 
 def check_golden(folder: str | Path) -> dict[str, float]:
-    """Replays a golden file, in float32 on the CPU.
+    """Replay a golden file, in float32 on the CPU.
 
     Args:
         folder: a checkpoint with its golden file.

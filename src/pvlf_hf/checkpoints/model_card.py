@@ -66,7 +66,7 @@ _CITATION = """\
 def write_card(
     folder: str | Path, name: str | None = None, results: str | Path | Mapping[str, Any] | None = None, **metadata: Any
 ) -> Path:
-    """Renders `README.md` in a checkpoint's folder; one that is there keeps what its author wrote.
+    """Render `README.md` in a checkpoint's folder; one that is there keeps what its author wrote.
 
     Args:
         folder: of the checkpoint, as the Trainer or `save_pretrained` left it.
@@ -94,7 +94,7 @@ def write_card(
 def render_card(
     results: Mapping[str, Any], name: str, card: str = "", picture: str | None = None, **metadata: Any
 ) -> str:
-    """The text of a model card. Every figure in it comes from `results`; what is not there is said not to be there.
+    """Render a model card. Every figure comes from `results`; results that are absent are stated to be absent.
 
     Args:
         results: the content of a run's `results.json`: `model`, `data`, `training`, `evaluations`, `environment`.
@@ -205,7 +205,7 @@ def _training(results: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A setting for readers elsewhere: of a path on the machine that trained, the name alone."""
+    """Render a setting for readers elsewhere: of a local path, the name alone."""
     is_path = isinstance(value, str) and Path(value).expanduser().is_absolute()
     return str(Path(value).name if is_path else value).replace("|", "/")
 
@@ -225,7 +225,7 @@ def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -
 
 
 def _is_hub_name(name: str | None) -> bool:
-    """False for a folder that is here, and for what the Hub would not take as a name."""
+    """Return whether a name can be one on the Hub: not a local folder, and valid there."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -234,7 +234,7 @@ def _is_hub_name(name: str | None) -> bool:
 
 
 def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
-    """What the model itself reached, not the baselines measured beside it; values as recorded, fractions."""
+    """List the metrics of the model, not of its baselines, as fractions for the card's metadata."""
     return [
         EvalResult(
             task_type="composed-image-retrieval",
@@ -276,7 +276,7 @@ def _span(card: str, section: str) -> tuple[int, int] | None:
 
 
 def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
-    """The card with keys of its YAML block replaced, removed (None) or added; defaults only added."""
+    """Return the card with keys of its YAML block replaced, removed (None) or added; defaults are only added."""
     opening, front, closing, body = f"---{line_end}", "", f"---{line_end}", card
     if block := REGEX_YAML_BLOCK.match(card):
         closing = block.group(3).lstrip("\r\n")

@@ -63,7 +63,7 @@ TRANSAGG_NAMES = (
 
 
 def to_pvlf(tensors: Tensors, backbone: str) -> dict[str, Tensor]:
-    """Translates TransAgg's tensors, or their gradients, to names and layout of [`PVLFModel`].
+    """Translate TransAgg's tensors, or their gradients, to names and layout of [`PVLFModel`].
 
     Args:
         tensors: all or some of its state dict, with or without prefixes; unknown names become `backbone.*`.
@@ -76,7 +76,7 @@ def to_pvlf(tensors: Tensors, backbone: str) -> dict[str, Tensor]:
 
 
 def translate(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Renames tensors by a table, changes their layout to that of PVLF or Transformers, casts to float32."""
+    """Rename tensors by a table, change their layout to that of PVLF or Transformers, cast to float32."""
     weights: dict[str, Tensor] = {}
     for name, tensor in rename(tensors, names).items():
         tensor = tensor.float()  # OpenAI's CLIP is float16
@@ -93,7 +93,7 @@ def translate(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, T
 
 
 def rename(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Removes prefixes and applies a table of names.
+    """Remove prefixes and apply a table of names.
 
     Raises:
         ValueError: if two weights get the same name.
@@ -110,7 +110,7 @@ def rename(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tens
 
 
 def leave_out(tensors: Tensors, kinds: Mapping[str, str]) -> dict[str, Tensor]:
-    """Removes prefixes and drops weights that are known to be of no use, with a warning."""
+    """Remove prefixes and drop weights that are known to be of no use, with a warning."""
     tensors = rename(tensors, ())
     kind_of = {name: next((k for k, p in kinds.items() if re.search(p, name)), None) for name in tensors}
     counts = Counter(kind for kind in kind_of.values() if kind)

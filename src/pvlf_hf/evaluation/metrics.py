@@ -41,7 +41,7 @@ CIRCO_KS = (5, 10, 25, 50)
 
 
 def rank_gallery(query_embed: Tensor, gallery_embeds: Tensor, exclude: int | None = None) -> Tensor:
-    """Ranks the gallery for one query in float64: the definition of every rank in this package.
+    """Rank the gallery for one query in float64: the definition of every rank in this package.
 
     `evaluation/ranking.py` and `top_k` compute the same, bit for bit, for many queries in a fraction of the time.
 
@@ -66,7 +66,7 @@ def rank_gallery(query_embed: Tensor, gallery_embeds: Tensor, exclude: int | Non
 
 
 def hits_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor]:
-    """Marks the queries whose target is among the first k.
+    """Mark the queries whose target is among the first k.
 
     Args:
         ranks: (Q,) int, 0-based, see `target_ranks`.
@@ -87,7 +87,7 @@ def hits_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor]:
 
 
 def recall_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
-    """Returns the fraction of queries whose target is among the first k: `{k: fraction}`.
+    """Return the fraction of queries whose target is among the first k: `{k: fraction}`.
 
     Arguments and errors are those of `hits_at_k`.
     """
@@ -95,7 +95,7 @@ def recall_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
 
 
 def average_precision_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor]:
-    """Returns the average precision of each query over its first k images, as CIRCO defines it.
+    """Return the average precision of each query over its first k images, as CIRCO defines it.
 
     It is the sum of precision@j over the ranks j <= k that hold a positive, divided by min(positives, k).
 
@@ -127,7 +127,7 @@ def average_precision_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor
 
 
 def map_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
-    """Returns the mean average precision over queries: `{k: fraction}`.
+    """Return the mean average precision over queries: `{k: fraction}`.
 
     Arguments and errors are those of `average_precision_at_k`.
     """
@@ -160,7 +160,7 @@ class BenchmarkMetrics(ABC):
     def measure(
         self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
-        """Ranks the gallery for every query.
+        """Rank the gallery for every query.
 
         Args:
             query_embeds: (Q, d), any float dtype, in the order of the benchmark's queries.
@@ -179,10 +179,10 @@ class BenchmarkMetrics(ABC):
 
     @abstractmethod
     def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
-        """Returns the numbers that each metric is the mean of, for all metrics but `averages`."""
+        """Return the numbers that each metric is the mean of, for all metrics but `averages`."""
 
     def values(self, per_query: PerQuery) -> dict[str, list[float]]:
-        """Returns the numbers whose mean is the metric, by metric: one a query unless the metric says otherwise.
+        """Return the numbers whose mean is the metric, by metric: one a query unless the metric says otherwise.
 
         Args:
             per_query: columns from `measure`, or from a results file.
@@ -196,7 +196,7 @@ class BenchmarkMetrics(ABC):
         return values
 
     def means(self, per_query: PerQuery) -> dict[str, float]:
-        """Returns the metrics, fractions in [0, 1]; arguments and errors are those of `values`."""
+        """Return the metrics, fractions in [0, 1]; arguments and errors are those of `values`."""
         means = {
             name: float(torch.tensor(numbers, dtype=torch.float64).mean())
             for name, numbers in self._checked_values(per_query).items()
@@ -230,7 +230,7 @@ class CirrMetrics(BenchmarkMetrics):
     def measure(
         self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
-        """Adds `subset_rank`, the rank of the target among the members of its subset, if the queries have subsets."""
+        """Add `subset_rank`, the rank of the target among the members of its subset, if the queries have subsets."""
         columns = super().measure(query_embeds, gallery_embeds, benchmark)
         if "subset_ids" in benchmark.queries.column_names:
             subset, target = gallery_rows(benchmark, "subset_ids"), gallery_rows(benchmark, "target_id")
@@ -268,7 +268,7 @@ class CircoMetrics(BenchmarkMetrics):
     def measure(
         self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
-        """Adds `average_precision@k`, and `semantic_aspects` if the queries have them."""
+        """Add `average_precision@k`, and `semantic_aspects` if the queries have them."""
         columns = super().measure(query_embeds, gallery_embeds, benchmark)
         positives = gallery_rows(benchmark, "target_ids")
         columns |= self.precisions(positive_ranks(query_embeds, gallery_embeds, positives, excluded_rows(benchmark)))
@@ -278,7 +278,7 @@ class CircoMetrics(BenchmarkMetrics):
 
     @staticmethod
     def precisions(positive_ranks: Tensor) -> dict[str, tuple[float, ...]]:
-        """Returns the per-query columns `average_precision@k` for ranks of all positives (Q, G), -1 where padded."""
+        """Return the per-query columns `average_precision@k` for ranks of all positives (Q, G), -1 where padded."""
         precisions = average_precision_at_k(positive_ranks, CIRCO_KS)
         return {f"average_precision@{k}": tuple(values.tolist()) for k, values in precisions.items()}
 
@@ -302,7 +302,7 @@ METRICS: dict[str, BenchmarkMetrics] = {
 
 
 def metrics_named(name: str) -> BenchmarkMetrics:
-    """Returns the entry of `METRICS`.
+    """Return the entry of `METRICS`.
 
     Raises:
         ValueError: if there is no entry of this name.

@@ -44,7 +44,7 @@ def target_ranks(
     chunk_size: int = QUERIES_PER_CHUNK,
     ties: Ties = "gallery order",
 ) -> Tensor:
-    """Returns the rank of each query's target in the gallery.
+    """Return the rank of each query's target in the gallery.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -74,7 +74,7 @@ def positive_ranks(
     exclude_index: Tensor | None = None,
     chunk_size: int = QUERIES_PER_CHUNK,
 ) -> Tensor:
-    """Returns the rank of every positive of each query, for benchmarks with several positives a query (CIRCO).
+    """Return the rank of every positive of each query, for benchmarks with several positives a query (CIRCO).
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -104,7 +104,7 @@ def subset_ranks(
     exclude_index: Tensor | None = None,
     ties: Ties = "gallery order",
 ) -> Tensor:
-    """Returns the rank of each query's target among a few gallery images only, as CIRR's recall_subset needs it.
+    """Return the rank of each query's target among a few gallery images only, as CIRR's recall_subset needs it.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -138,7 +138,7 @@ def ranks_from_scores(
     subset_index: Tensor | None = None,
     ties: Ties = "gallery order",
 ) -> Tensor:
-    """Returns the rank of each query's target by scores computed elsewhere (pass the negative of a distance).
+    """Return the rank of each query's target by scores computed elsewhere (pass the negative of a distance).
 
     Args:
         scores: (Q, N), higher is better.
@@ -170,7 +170,7 @@ def ranks_from_lists(
     exclude: Sequence[str] | None = None,
     subsets: Sequence[Sequence[str]] | None = None,
 ) -> Tensor:
-    """Returns the ranks of positives in ranked lists of gallery ids, such as a submission file holds.
+    """Return the ranks of positives in ranked lists of gallery ids, such as a submission file holds.
 
     Args:
         ranked: for each of the Q queries gallery ids (strings, or integers throughout), best first; a list may be
@@ -220,7 +220,7 @@ def _ranks(
     chunk_size: int,
     ties: Ties,
 ) -> Tensor:
-    """Counts the gallery images before each positive: (Q, G), -1 where padded."""
+    """Count the gallery images before each positive: (Q, G), -1 where padded."""
     check_embeds(query_embeds, gallery_embeds)
     positives = positives.to(query_embeds.device)
     row, column = (positives >= 0).nonzero(as_tuple=True)
@@ -237,7 +237,7 @@ def _ranks(
 def _count_before(
     queries: Tensor, gallery: Tensor, cosines: Tensor, score: Tensor, positive: Tensor, ties: Ties
 ) -> Tensor:
-    """Counts a tile's images before one positive a query, which may lie in another tile.
+    """Count a tile's images before one positive a query, which may lie in another tile.
 
     Args:
         queries: (c, d) embeddings.
@@ -264,7 +264,7 @@ def _count_before(
 def _ranks_among(
     scores: Tensor, positions: Tensor, score: Tensor, target: Tensor, exclude: Tensor | None, ties: Ties
 ) -> Tensor:
-    """Counts the images before each target: (Q,).
+    """Count the images before each target: (Q,).
 
     Args:
         scores: (Q, n) of the images.
@@ -281,7 +281,7 @@ def _ranks_among(
 
 
 def _before(scores: Tensor, positions: Tensor, score: Tensor, target: Tensor, ties: Ties) -> Tensor:
-    """Tells which images, by score and gallery position, rank before a target of this score and position."""
+    """Tell which images, by score and gallery position, rank before a target of this score and position."""
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r}: choose one of {get_args(Ties)}")
     ahead = scores > score
@@ -323,7 +323,7 @@ def _checked_exclude(exclude_index: Tensor | None, positives: Tensor, gallery_si
 
 
 def _checked_positions(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    """Returns (Q, members) gallery positions, padded with -1, as int64 on the CPU, or raises as `checked_index`."""
+    """Return (Q, members) gallery positions, padded with -1, as int64 on the CPU, or raise as `checked_index`."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.ndim != 2 or len(index) != num_queries:
         raise ValueError(f"{name} must have shape ({num_queries}, members), got {tuple(index.shape)}")

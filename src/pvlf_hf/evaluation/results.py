@@ -47,7 +47,7 @@ class Evaluation:
     per_query: dict[str, tuple[Any, ...]]
 
     def values(self, metric: str) -> list[float]:
-        """Returns one number a query, whose mean is the metric, as `pvlf_hf.evaluation.significance` takes them.
+        """Return one number a query, whose mean is the metric, as `pvlf_hf.evaluation.significance` takes them.
 
         The metric of an average over benchmarks is not the mean of these numbers, but of the means over each.
 
@@ -66,7 +66,7 @@ class Evaluation:
 
 
 def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Returns the bootstrap interval over queries of each metric.
+    """Return the bootstrap interval over queries of each metric.
 
     The intervals of an average over benchmarks combine those of each benchmark (MOVER: Zou and Donner, 2008), because
     every benchmark keeps its number of queries.
@@ -95,14 +95,14 @@ def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tup
 
 
 def _of_benchmark(average: Evaluation, name: str) -> Evaluation:
-    """Restricts an average over benchmarks to the queries of one of them."""
+    """Restrict an average over benchmarks to the queries of one of them."""
     rows = [row for row, benchmark in enumerate(average.per_query["benchmark"]) if benchmark == name]
     columns = {column: tuple(values[row] for row in rows) for column, values in average.per_query.items()}
     return replace(average, per_query=columns)
 
 
 def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: Any) -> None:
-    """Writes evaluations as JSON (UTF-8), with versions, device and commit.
+    """Write evaluations as JSON (UTF-8), with versions, device and commit.
 
     `{name}_per_query.json` beside it keeps the values of every query for later comparisons, see [`read_results`].
 
@@ -122,7 +122,7 @@ def write_results(file: str | Path, evaluations: Iterable[Evaluation], **facts: 
 
 
 def read_results(file: str | Path) -> list[Evaluation]:
-    """Reads the evaluations that [`write_results`] wrote, with the values of every query.
+    """Read the evaluations that [`write_results`] wrote, with the values of every query.
 
     Raises:
         ValueError: if the file with the values of every query is missing or belongs to other results.
@@ -147,7 +147,7 @@ def read_results(file: str | Path) -> list[Evaluation]:
 
 
 def recorded_dtype(summary: Mapping[str, Any]) -> str:
-    """Returns the `dtype` of an evaluation in a results file, which earlier versions wrote as `precision`."""
+    """Return the `dtype` of an evaluation in a results file, which earlier versions wrote as `precision`."""
     return summary.get("dtype") or summary.get("precision") or "not recorded"
 
 
@@ -156,12 +156,12 @@ def _per_query_file(file: Path) -> Path:
 
 
 def _frozen(values: Any) -> Any:
-    """Turns the lists of JSON into the tuples that were written."""
+    """Turn the lists of JSON into the tuples that were written."""
     return tuple(map(_frozen, values)) if isinstance(values, list) else values
 
 
 def environment() -> dict[str, str | None]:
-    """Returns versions, device and commit for a results file; the commit is None outside a git checkout."""
+    """Return versions, device and commit for a results file; the commit is None outside a git checkout."""
     packages = ("pvlf-hf", "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pillow")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.accelerator.current_accelerator()
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -71,7 +71,7 @@ def sheet_rows(
     k: int = 5,
     method: str = "",
 ) -> list[SheetRow]:
-    """Ranks the gallery, without the reference, for some queries of a benchmark.
+    """Rank the gallery, without the reference, for some queries of a benchmark.
 
     Args:
         benchmark: queries and gallery.
@@ -117,7 +117,7 @@ def sheet_rows(
 
 
 def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str = "") -> Image.Image:
-    """Draws queries and their results.
+    """Draw queries and their results.
 
     The target has a green frame. It is among the results, with a check mark, or in a column of its own, with its
     rank. Text is drawn in Pillow's default font without accents; letters other than Latin become boxes.
@@ -159,7 +159,7 @@ def retrieval_sheet(rows: Sequence[SheetRow], title: str = "", attribution: str 
 
 
 def _column_lefts(rows: Sequence[SheetRow]) -> dict[str, int]:
-    """Returns the left edge of each column by heading; the target has a column only if a row missed it."""
+    """Return the left edge of each column by heading; the target has a column only if a row missed it."""
     lefts = {"reference": MARGIN, "caption": MARGIN + CELL + GROUP_GAP}
     left = lefts["caption"] + CAPTION_WIDTH + GROUP_GAP
     for index in range(max(len(row.results) for row in rows)):
@@ -197,7 +197,7 @@ def _draw_row(
 
 
 def _draw_image(sheet: Image.Image, image: Image.Image, corner: tuple[int, int], is_target: bool = False) -> None:
-    """Fits an image into a framed cell."""
+    """Fit an image into a framed cell."""
     rgb = to_rgb(image)
     scale = IMAGE_SIDE / max(rgb.size)
     width, height = (max(1, round(side * scale)) for side in rgb.size)
@@ -210,7 +210,7 @@ def _draw_image(sheet: Image.Image, image: Image.Image, corner: tuple[int, int],
 
 
 def _check_mark() -> Image.Image:
-    """Draws a white check mark on a green disc, RGBA; large and then shrunk, because Pillow's lines are jagged."""
+    """Draw a white check mark on a green disc, RGBA; large and then shrunk, because Pillow's lines are jagged."""
     size = 8 * BADGE
     badge = Image.new("RGBA", (size, size), "#ffffff00")
     draw = ImageDraw.Draw(badge)
@@ -222,7 +222,7 @@ def _check_mark() -> Image.Image:
 
 
 def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """Breaks text into lines of at most `width` pixels; a text that does not fit ends in "..."."""
+    """Break text into lines of at most `width` pixels; a text that does not fit ends in "..."."""
     # Pillow's default font has little more than ASCII: drop accents and control characters.
     text = "".join(c for c in normalize("NFKD", " ".join(text.split())) if category(c)[0] not in "CM")
     lines: list[str] = []

@@ -25,7 +25,7 @@ def evaluate(
     progress: bool = True,
     store: EmbeddingStore | None = None,
 ) -> Evaluation:
-    """Encodes gallery and queries, ranks the gallery and computes the metrics, all by the benchmark's protocol.
+    """Encode gallery and queries, rank the gallery and compute the metrics, all by the benchmark's protocol.
 
     If several processes run, each encodes a share and all return the same result.
 
@@ -57,7 +57,7 @@ def evaluate_all(
     benchmarks: Sequence[CIRBenchmark],
     methods: Sequence[QueryMethod] = ("composed",),
 ) -> list[Evaluation]:
-    """Evaluates on several benchmarks by one or several methods; a gallery that they share is encoded only once."""
+    """Evaluate on several benchmarks by one or several methods; a gallery that they share is encoded only once."""
     galleries: dict[str, Tensor] = {}
     evaluations = []
     for method, benchmark in product(methods, benchmarks):
@@ -75,7 +75,7 @@ def score(
     method: str = "composed",
     dtype: str = "unknown",
 ) -> Evaluation:
-    """Computes the metrics of embeddings, from any model, by the benchmark's protocol.
+    """Compute the metrics of embeddings, from any model, by the benchmark's protocol.
 
     Args:
         benchmark: queries with targets, and gallery.
@@ -104,7 +104,7 @@ def score(
 
 
 def average(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Averages evaluations of one protocol without weights, as FashionIQ reports its three categories.
+    """Average evaluations of one protocol without weights, as FashionIQ reports its three categories.
 
     Args:
         evaluations: one a category (`"fashioniq/val/dress"` and so on), all by the same method.

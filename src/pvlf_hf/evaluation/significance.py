@@ -46,7 +46,7 @@ class PairedTest:
 def bootstrap_interval(
     values: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of a mean over queries (Efron, 1979).
+    """Return the percentile bootstrap interval of a mean over queries (Efron, 1979).
 
     Equals `scipy.stats.bootstrap((values,), np.mean, n_resamples=resamples, confidence_level=confidence,
     method="percentile", rng=np.random.default_rng(seed)).confidence_interval`.
@@ -82,7 +82,7 @@ def bootstrap_interval(
 def paired_test(
     a: ArrayLike, b: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> PairedTest:
-    """Compares two runs on the same queries by a sign-flip permutation test, with an interval of the difference.
+    """Compare two runs on the same queries by a sign-flip permutation test, with an interval of the difference.
 
     If the runs are equally good, each query's difference is as likely to have the other sign (Fisher, 1935). The
     p-value is the fraction of sign flips at least as extreme as the observed one, which is counted as well (Phipson
@@ -117,7 +117,7 @@ def paired_test(
 
 
 def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns Student's t interval of a mean over runs that differ only in their seed.
+    """Return Student's t interval of a mean over runs that differ only in their seed.
 
     Equals `scipy.stats.t.interval(confidence, len(values) - 1, np.mean(values), scipy.stats.sem(values))`.
 
@@ -141,7 +141,7 @@ def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
 
 
 def _student_quantile(confidence: float, degrees: int) -> float:
-    """Returns t with P(|T| <= t) = confidence, as `scipy.stats.t.ppf((1 + confidence) / 2, degrees)`.
+    """Return t with P(|T| <= t) = confidence, as `scipy.stats.t.ppf((1 + confidence) / 2, degrees)`.
 
     Bisects the angle arctan(t / sqrt(degrees)).
     """
@@ -153,7 +153,7 @@ def _student_quantile(confidence: float, degrees: int) -> float:
 
 
 def _student_central(theta: float, degrees: int) -> float:
-    """Returns P(|T| <= sqrt(degrees) * tan(theta)) by a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """Return P(|T| <= sqrt(degrees) * tan(theta)) by a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     odd = degrees % 2
     total = term = 0.0 if degrees == 1 else math.cos(theta) ** odd
     for i in range(2 + odd, degrees, 2):
@@ -164,7 +164,7 @@ def _student_central(theta: float, degrees: int) -> float:
 
 
 def _batch_sizes(resamples: int, num_values: int) -> Iterator[int]:
-    """Splits resamples into batches of bounded memory."""
+    """Split resamples into batches of bounded memory."""
     size = max(1, _VALUES_PER_BATCH // max(1, num_values))
     for start in range(0, resamples, size):
         yield min(size, resamples - start)

@@ -35,7 +35,7 @@ MAX_BYTES = 5 * 10**6
 def cirr_submission(
     benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the two files for CIRR's server: the first 50 of the ranking, and the first 3 of the subset.
+    """Return the two files for CIRR's server: the first 50 of the ranking, and the first 3 of the subset.
 
     Args:
         benchmark: usually `load_cirr(root, "test1")`; needs `query_id` and `subset_ids`.
@@ -60,7 +60,7 @@ def cirr_submission(
 
 
 def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor) -> dict[str, Any]:
-    """Returns the content of the file for CIRCO's server: the first 50 of the ranking, as numbers.
+    """Return the content of the file for CIRCO's server: the first 50 of the ranking, as numbers.
 
     Args:
         benchmark: usually `load_circo(root, "test")`; needs `query_id`.
@@ -78,7 +78,7 @@ def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embe
 def write_cirr_submission(
     folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> tuple[Path, Path]:
-    """Writes `cirr_test1_recall.json` and `cirr_test1_recall_subset.json`, see [`cirr_submission`]."""
+    """Write `cirr_test1_recall.json` and `cirr_test1_recall_subset.json`, see [`cirr_submission`]."""
     recall, subset = cirr_submission(benchmark, query_embeds, gallery_embeds)
     name = benchmark.name.replace("/", "_")
     return _write(Path(folder, f"{name}_recall.json"), recall), _write(
@@ -89,7 +89,7 @@ def write_cirr_submission(
 def write_circo_submission(
     folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> Path:
-    """Writes `circo_test.json`, see [`circo_submission`]."""
+    """Write `circo_test.json`, see [`circo_submission`]."""
     answers = circo_submission(benchmark, query_embeds, gallery_embeds)
     return _write(Path(folder, f"{benchmark.name.replace('/', '_')}.json"), answers)
 
@@ -97,7 +97,7 @@ def write_circo_submission(
 def write_submissions(
     folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
 ) -> tuple[Path, ...]:
-    """Writes the files for the server of a benchmark's metrics and returns their paths, none if it has no server.
+    """Write the files for the server of a benchmark's metrics and return their paths, none if it has no server.
 
     Arguments are those of [`cirr_submission`].
     """
@@ -110,7 +110,7 @@ def write_submissions(
 
 
 def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, float]:
-    """Computes the metrics of a submission file for a benchmark with known labels.
+    """Compute the metrics of a submission file for a benchmark with known labels.
 
     Args:
         file: written by this package or any other.
@@ -137,7 +137,7 @@ def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, flo
 
 
 def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> list[str]:
-    """Lists what a server would refuse or score wrongly, each problem with its first query and the fix.
+    """List what a server would refuse or score wrongly, each problem with its first query and the fix.
 
     Args:
         file: written by this package or any other.
@@ -176,7 +176,7 @@ class _Pairs(list):
 
 
 def _file_type(answers: dict[str, Any], benchmark: CIRBenchmark | None) -> str:
-    """Returns the type of file, a key of `LENGTHS`, from the benchmark or else from the content."""
+    """Return the type of file, a key of `LENGTHS`, from the benchmark or else from the content."""
     if benchmark is not None:
         is_circo = metrics_named(benchmark.protocol.metrics).server == "circo"
     else:
@@ -216,7 +216,7 @@ def _query_problems(lists: dict[str, Any], file_type: str, benchmark: CIRBenchma
 def _list_problems(
     lists: dict[str, Any], file_type: str, benchmark: CIRBenchmark | None
 ) -> Iterator[tuple[str, str, Any]]:
-    """Yields query, problem and example for every problem of a ranked list."""
+    """Yield query, problem and example for every problem of a ranked list."""
     length, rows, gallery = LENGTHS[file_type], {}, set()
     if benchmark is not None:
         gallery = set(benchmark.gallery["image_id"])
@@ -270,7 +270,7 @@ def _cirr_id_problems(ids: list[str], is_test: bool) -> Iterator[tuple[str, Any]
 def _query_id_problems(
     ids: list[str], file_type: str, row: dict[str, Any], gallery: set[str], removed: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Yields problem and example for ids that this query must not be answered with."""
+    """Yield problem and example for ids that this query must not be answered with."""
     if unknown := [i for i in ids if i not in gallery]:
         yield "ids are not in the gallery: use the ids of the split file", unknown[0]
     if removed and row["reference_id"] in ids:
@@ -280,12 +280,12 @@ def _query_id_problems(
 
 
 def _show(value: Any) -> str:
-    """Abbreviates a JSON value for a message."""
+    """Abbreviate a JSON value for a message."""
     return reprlib.repr(value)
 
 
 def is_error(problem: str) -> bool:
-    """Tells a problem that makes a file refused or its scores wrong from a warning."""
+    """Tell a problem that makes a file refused or its scores wrong from a warning."""
     return not problem.startswith("warning: ")
 
 
@@ -295,7 +295,7 @@ def _check(benchmark: CIRBenchmark, server: str, column: str) -> None:
 
 
 def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor, length: int) -> list[list[str]]:
-    """Returns the first `length` gallery ids of each query's ranking, the same that the metrics are computed from."""
+    """Return the first `length` gallery ids of each query's ranking, the same that the metrics are computed from."""
     exclude, names = excluded_rows(benchmark), list(benchmark.gallery["image_id"])
     if len(gallery_embeds) != len(names) or len(query_embeds) != len(benchmark.queries):
         raise ValueError(

@@ -38,7 +38,7 @@ class DualEncoder(nn.Module):
     text_modules: tuple[str, ...]
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embeds images as projected tokens (V_0 of section 3.1).
+        """Embed images as projected tokens (V_0 of section 3.1).
 
         Args:
             pixel_values: `(batch, 3, height, width)` at the resolution of the vision config.
@@ -49,7 +49,7 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds captions as projected tokens (W_0 of section 3.1), and says where the global one is.
+        """Embed captions as projected tokens (W_0 of section 3.1), and locate the global one.
 
         Args:
             input_ids: int64 `(batch, length)`, padded on the right.
@@ -61,16 +61,16 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def fuse_attention(self) -> None:
-        """Puts a fused kernel where Transformers only has attention written out; the weights stay as they are."""
+        """Put a fused kernel where Transformers only has attention written out; the weights stay as they are."""
 
     def set_attn_implementation(self, name: str) -> None:
-        """Switches the attention of both encoders."""
+        """Switch the attention of both encoders."""
         for encoder in (self.vision_modules[0], self.text_modules[0]):
             getattr(self, encoder).set_attn_implementation(name)
 
     @classmethod
     def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
-        """Raises a `ValueError` for checkpoints that would load without an error and give wrong embeddings."""
+        """Raise a `ValueError` for checkpoints that would load without an error and give wrong embeddings."""
 
     @property
     def _no_split_modules(self) -> set[str]:
@@ -114,16 +114,16 @@ class BlipDualEncoder(DualEncoder):
         self.fuse_attention()
 
     def fuse_attention(self) -> None:
-        """Puts SDPA into the ViT, see [`DualEncoder.fuse_attention`]."""
+        """Put SDPA into the ViT, see [`DualEncoder.fuse_attention`]."""
         for layer in self.vision_model.encoder.layers:
             layer.self_attn.__class__ = FusedBlipAttention
 
     def set_attn_implementation(self, name: str) -> None:
-        """Leaves both encoders as they are: Transformers' BLIP has eager attention only."""
+        """Leave both encoders as they are: Transformers' BLIP has eager attention only."""
 
     @classmethod
     def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
-        """Refuses the head count of `BlipTextConfig`'s defaults, see [`DualEncoder.check_checkpoint`]."""
+        """Refuse the head count of `BlipTextConfig`'s defaults, see [`DualEncoder.check_checkpoint`]."""
         text = config.text_config
         if text.hidden_size == 768 and text.num_attention_heads == 8:
             raise ValueError(
@@ -132,12 +132,12 @@ class BlipDualEncoder(DualEncoder):
             )
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embeds images, see [`DualEncoder.image_tokens`]."""
+        """Embed images, see [`DualEncoder.image_tokens`]."""
         # last_hidden_state has passed post_layernorm; pooler_output would pass it twice.
         return self.vision_proj(self.vision_model(pixel_values=pixel_values).last_hidden_state)
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds captions, see [`DualEncoder.text_tokens`]."""
+        """Embed captions, see [`DualEncoder.text_tokens`]."""
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] comes first
 
@@ -163,19 +163,19 @@ class ClipDualEncoder(DualEncoder):
         self.end_token = self.misnamed_end_token.get(end_token, end_token)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embeds images, see [`DualEncoder.image_tokens`]."""
+        """Embed images, see [`DualEncoder.image_tokens`]."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         # Unlike BLIP's, these tokens have not passed the final norm; CLIP itself norms and projects only row 0.
         return self.visual_projection(self.vision_model.post_layernorm(hidden))
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds captions, see [`DualEncoder.text_tokens`]."""
+        """Embed captions, see [`DualEncoder.text_tokens`]."""
         # The encoder is causal and padding is on the right, so no token attends to it: it needs no mask.
         tokens = self.text_projection(self.text_model(input_ids=input_ids).last_hidden_state)
         return tokens, self.end_position(input_ids, attention_mask)
 
     def end_position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Returns the position of each caption's end token, int64 `(batch,)`.
+        """Return the position of each caption's end token, int64 `(batch,)`.
 
         The tokenizer writes the end token last, so a mask tells its position whatever its id is. Without a mask,
         captions may be padded with end tokens, and the first one counts; a caption without any ends in its last token.
@@ -203,7 +203,7 @@ DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
 
 
 def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **kwargs: Any) -> DualEncoder:
-    """Loads the encoders and projections of an existing checkpoint, and nothing else of it.
+    """Load the encoders and projections of an existing checkpoint, and nothing else of it.
 
     Args:
         name_or_path: Hub name or local folder.

@@ -167,11 +167,11 @@ class PVLFConfig(PreTrainedConfig):
         return self.joint_width
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Returns the text encoder's configuration, which has the vocabulary and the special tokens."""
+        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
         return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         if self.vl_config.model_type not in BACKBONES:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
@@ -209,12 +209,12 @@ class PVLFConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
     def transagg(cls, **kwargs: Any) -> "PVLFConfig":
-        """Configures the TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
+        """Configure the TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
 
         Args:
             kwargs: any argument of [`PVLFConfig`], `vl_config` for instance.
@@ -223,7 +223,7 @@ class PVLFConfig(PreTrainedConfig):
 
 
 def joint_width(vl_config: PreTrainedConfig) -> int:
-    """Returns the width `d` of the joint space of a dual encoder's configuration."""
+    """Return the width `d` of the joint space of a dual encoder's configuration."""
     return attrgetter(BACKBONES[vl_config.model_type].width_field)(vl_config)
 
 

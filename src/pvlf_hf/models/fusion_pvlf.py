@@ -16,7 +16,7 @@ from .configuration_pvlf import PVLFConfig
 
 
 def attention_weights(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float) -> Tensor:
-    """Computes softmax(scaling q k^T), `(batch, heads, k, length)`, under a boolean or an additive mask."""
+    """Compute softmax(scaling q k^T), `(batch, heads, k, length)`, under a boolean or an additive mask."""
     scores = query * scaling @ key.transpose(-1, -2)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
@@ -35,7 +35,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Computes attention step by step; the only one of the library's implementations that returns the weights."""
+    """Compute attention step by step; the only one of the library's implementations that returns the weights."""
     weights = attention_weights(query, key, attention_mask, scaling)
     out = F.dropout(weights, dropout, module.training) @ value
     return out.transpose(1, 2).contiguous(), weights
@@ -64,7 +64,7 @@ class PVLFFusionAttention(nn.Module):
         attention_mask: Tensor | None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends from `(batch, k, d)` to `(batch, length, d)`; also returns the weights if the kernel has them.
+        """Attend from `(batch, k, d)` to `(batch, length, d)`; also return the weights if the kernel has them.
 
         With `output_attentions` this call computes attention eagerly, whatever the configuration says, so that a model
         that several threads share is never switched.
@@ -100,7 +100,7 @@ class PVLFFusionLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps `(batch, length, d)` to the same shape."""
+        """Map `(batch, length, d)` to the same shape."""
         return self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(hidden_states)))))
 
     def forward(
@@ -110,7 +110,7 @@ class PVLFFusionLayer(GradientCheckpointingLayer):
         keep_positions: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Maps `(batch, length, d)` to the same shape, or to `(batch, k, d)` at k positions; adds the weights."""
+        """Map `(batch, length, d)` to the same shape, or to `(batch, k, d)` at k positions; add the weights."""
         normed = self.norm1(hidden_states)
         # eq. 10 feeds the attention U itself and adds LN(U); pre-norm feeds it LN(U) and adds U.
         attention_input, residual = (hidden_states, normed) if self.literal_residual else (normed, hidden_states)
@@ -159,7 +159,7 @@ class PVLFFusion(nn.Module):
         keep_positions: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """Runs the layers over [text, prompts, image] (eq. 8-12).
+        """Run the layers over [text, prompts, image] (eq. 8-12).
 
         Args:
             text_tokens: `(batch, n, d)`.
@@ -204,7 +204,7 @@ class PVLFAggregation(nn.Module):
     def forward(
         self, mlp_image: Tensor, mlp_text: Tensor, sum_image: Tensor, sum_text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mixes features, each `(batch, d)`, to f_q `(batch, d)`; also returns w `(batch, 3)`."""
+        """Mix features, each `(batch, d)`, to f_q `(batch, d)`; also return w `(batch, 3)`."""
         hidden = F.relu(self.combiner(torch.cat([mlp_image, mlp_text], dim=-1)))
         fused = self.output(self.dropout(hidden))  # (batch, d)
         weights = self.weights(fused)  # (batch, 3)
@@ -213,7 +213,7 @@ class PVLFAggregation(nn.Module):
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Selects from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
+    """Select from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     return tokens[rows if positions.ndim == 1 else rows[:, None], positions]
 

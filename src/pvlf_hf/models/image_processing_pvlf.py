@@ -111,7 +111,7 @@ class PVLFImageProcessor(PilBackend):
     def process_image(  # type: ignore[override]  # takes files too, and every picture becomes RGB
         self, image: Picture, input_data_format: str | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Reads one picture into an RGB array.
+        """Read one picture into an RGB array.
 
         Args:
             image: the picture.
@@ -139,7 +139,7 @@ class PVLFImageProcessor(PilBackend):
         return np.moveaxis(np.asarray(picture), -1, 0)
 
     def target_pad(self, image: np.ndarray, ratio: float) -> np.ndarray:
-        """Pads a (3, H, W) picture with black to about the aspect ratio, if it is at least as elongated."""
+        """Pad a (3, H, W) picture with black to about the aspect ratio, if it is at least as elongated."""
         if ratio < 1:
             raise ValueError(f"target_ratio is longer / shorter side, so at least 1, got {ratio}")
         height, width = image.shape[1:]
@@ -152,7 +152,7 @@ class PVLFImageProcessor(PilBackend):
         return np.pad(image, ((0, 0), (top, top), (left, left)))
 
     def resize(self, image: np.ndarray, size: SizeDict, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Resizes a (3, H, W) uint8 picture as the library does, unless the result would not fit in memory."""
+        """Resize a (3, H, W) uint8 picture as the library does, unless the result would not fit in memory."""
         if size.shortest_edge:
             height, width = image.shape[1:]
             scale = size.shortest_edge / min(height, width)
@@ -162,7 +162,7 @@ class PVLFImageProcessor(PilBackend):
     def center_crop(  # type: ignore[override]  # as the library's PilBackend does
         self, image: np.ndarray, size: SizeDict, **kwargs: Any
     ) -> np.ndarray:
-        """Crops the centre of a (3, H, W) picture; an odd margin is halved to even, as torchvision does."""
+        """Crop the centre of a (3, H, W) picture; an odd margin is halved to even, as torchvision does."""
         height, width = image.shape[1:]
         if not (size.height and size.width):
             raise ValueError(f"crop_size needs height and width, got {dict(size)}")
@@ -183,13 +183,13 @@ class PVLFImageProcessor(PilBackend):
 
 
 def open_rgb(source: str | Path | bytes) -> Image.Image:
-    """Opens a file, a URL or the content of a file as an RGB picture; of several frames the first."""
+    """Open a file, a URL or the content of a file as an RGB picture; of several frames the first."""
     with open_picture(source) as picture:
         return to_rgb(picture)
 
 
 def open_picture(source: str | Path | bytes) -> Image.Image:
-    """Opens a picture without decoding it, within the limits of this module.
+    """Open a picture without decoding it, within the limits of this module.
 
     Args:
         source: a file, an `http(s):` or `data:` URL, or the content of a file.
@@ -213,7 +213,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
 
 
 def opened(data: Any) -> Any:
-    """Returns a data set, a stream or a column of one whose images [`decode_cell`] opens as rows are read.
+    """Return a data set, a stream or a column of one whose images [`decode_cell`] opens as rows are read.
 
     `datasets` decodes image columns itself, with every format that Pillow knows. Rows come out as it would give them,
     and reach a transform of the data set so. Columns that are not to be decoded stay as they are, and so does what is
@@ -243,7 +243,7 @@ def opened(data: Any) -> Any:
 
 
 def _decodes(feature: Any) -> bool:
-    """Returns whether `datasets` would decode an image of a column, or of lists and structures in it."""
+    """Return whether `datasets` would decode an image of a column, or of lists and structures in it."""
     if isinstance(feature, dict):
         return any(map(_decodes, feature.values()))
     if type(feature).__name__ == "Image":
@@ -263,7 +263,7 @@ def _open_batch(
 
 
 def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | None:
-    """Opens an undecoded cell of an image column as `datasets` decodes it: upright by EXIF, in the column's mode.
+    """Open an undecoded cell of an image column as `datasets` decodes it: upright by EXIF, in the column's mode.
 
     Args:
         cell: `bytes`, the content of a file, or else its `path`, which may be a URL of any kind that `fsspec` knows.
@@ -289,7 +289,7 @@ def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | 
 
 
 def check_file(file: str | Path) -> None:
-    """Raises a `ValueError` for a file that is too large, or is none: reading a pipe or a device may never end."""
+    """Raise a `ValueError` for a file that is too large, or is none: reading a pipe or a device may never end."""
     status = Path(file).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no file, but a folder, a pipe or a device")
@@ -297,13 +297,13 @@ def check_file(file: str | Path) -> None:
 
 
 def check_bytes(size: int) -> None:
-    """Raises a `ValueError` for more than `MAX_BYTES`."""
+    """Raise a `ValueError` for more than `MAX_BYTES`."""
     if size > MAX_BYTES:
         raise ValueError(f"it has more bytes than {__name__}.MAX_BYTES = {MAX_BYTES}: make it smaller, or raise that")
 
 
 def check_pixels(picture: Image.Image) -> None:
-    """Raises a `ValueError` for more pixels than Pillow's limit; Pillow itself only warns, up to its double."""
+    """Raise a `ValueError` for more pixels than Pillow's limit; Pillow itself only warns, up to its double."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and picture.width * picture.height > limit:
         raise ValueError(
@@ -313,7 +313,7 @@ def check_pixels(picture: Image.Image) -> None:
 
 
 def download(url: str) -> bytes:
-    """Fetches a URL, at most `MAX_BYTES` in at most about `MAX_SECONDS`."""
+    """Fetch a URL, at most `MAX_BYTES` in at most about `MAX_SECONDS`."""
     request = urllib.request.Request(url, headers={"User-Agent": "pvlf-hf"})
     content, end = bytearray(), monotonic() + MAX_SECONDS
     with urllib.request.urlopen(request, timeout=MAX_SECONDS) as response:
@@ -326,7 +326,7 @@ def download(url: str) -> bytes:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Decodes, turns upright by the EXIF orientation, composites on white where transparent and converts to RGB."""
+    """Decode an image, turn it upright by EXIF, composite transparent areas on white and convert it to RGB."""
     if FORMATS is not None and picture.format == "EPS" and getattr(picture, "tile", None):  # opened elsewhere
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     if 0 in picture.size:
@@ -344,7 +344,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
-    """Makes a PIL picture of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
+    """Make a PIL picture of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
     if input_data_format is not None:
         channel_axes: tuple[int, ...] = (0,) if input_data_format == "channels_first" else (-1,)
     else:
@@ -378,7 +378,7 @@ def describe(image: Any) -> str:
 
 
 def check_area(height: int, width: int, step: str) -> None:
-    """Raises a `ValueError` where a step would blow a very elongated picture up beyond Pillow's own limit."""
+    """Raise a `ValueError` where a step would blow a very elongated picture up beyond Pillow's own limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and height * width > limit:
         raise ValueError(

@@ -67,7 +67,7 @@ class ComposedRetrievalModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embeds images: gallery images, training targets, and reference images alone.
+        """Embed images: gallery images, training targets, and reference images alone.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -81,7 +81,7 @@ class ComposedRetrievalModel(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embeds captions alone, in the space of the images.
+        """Embed captions alone, in the space of the images.
 
         Args:
             input_ids: int64 `(batch, n)`.
@@ -96,7 +96,7 @@ class ComposedRetrievalModel(PreTrainedModel):
     def get_query_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> QueryOutput:
-        """Embeds queries.
+        """Embed queries.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -110,7 +110,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         raise NotImplementedError
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
-        """Computes the training loss of queries against the targets of the batch.
+        """Compute the training loss of queries against the targets of the batch.
 
         Args:
             query_embeds: `(batch, d)`, L2-normalised.
@@ -151,7 +151,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         return_loss: bool | None = None,
         **kwargs: Any,
     ) -> ComposedRetrievalOutput:
-        """Embeds queries, target images, or both, and compares them.
+        """Embed queries, target images, or both, and compare them.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -182,7 +182,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         return self._compare(output, target_ids, return_loss)
 
     def _start_output(self, query: QueryOutput | None) -> ComposedRetrievalOutput:
-        """Starts the output of `forward` from that of `get_query_features`; a subclass hands on more of it."""
+        """Start the output of `forward` from that of `get_query_features`; a subclass hands on more of it."""
         return ComposedRetrievalOutput(query_embeds=None if query is None else query.pooler_output)
 
     def _compare(
@@ -197,7 +197,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         return output
 
     def set_finetuning(self, finetuning: str) -> None:
-        """Chooses which weights train (Table 3 of the paper); those on neither side always do.
+        """Choose which weights train (Table 3 of the paper); those on neither side always do.
 
         Args:
             finetuning: `"frozen"` trains no encoder, `"text"` the text encoder and its projection, `"both"` all.
@@ -216,7 +216,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ComposedRetrievalModel":
-        """Sets train mode, except for encoders that [`~ComposedRetrievalModel.set_finetuning`] froze."""
+        """Set train mode, except for encoders that [`~ComposedRetrievalModel.set_finetuning`] froze."""
         super().train(mode)
         for module in (*self.image_side.values(), *self.text_side.values()):
             if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -240,7 +240,7 @@ class ComposedRetrievalProcessor(ProcessorMixin):
     padding: str
 
     def process_queries(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
-        """Prepares queries, each a reference image with its relative caption.
+        """Prepare queries, each a reference image with its relative caption.
 
         Returns:
             the inputs of [`ComposedRetrievalModel.get_query_features`].
@@ -248,7 +248,7 @@ class ComposedRetrievalProcessor(ProcessorMixin):
         raise NotImplementedError
 
     def process_targets(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Prepares gallery images.
+        """Prepare gallery images.
 
         Returns:
             `pixel_values`, the input of [`ComposedRetrievalModel.get_image_features`].
@@ -257,7 +257,7 @@ class ComposedRetrievalProcessor(ProcessorMixin):
 
 
 def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
-    """Returns the composed retrieval model inside an adapter of PEFT, DDP or FSDP, or the model itself.
+    """Return the composed retrieval model inside an adapter of PEFT, DDP or FSDP, or the model itself.
 
     It is told by its methods: code that came with a checkpoint has a class of its own.
     """
@@ -265,7 +265,7 @@ def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
 
 
 def normalize(features: Tensor) -> Tensor:
-    """L2-normalises `(batch, d)` in float32 whatever the model's dtype: cosines are compared to many digits."""
+    """L2-normalise `(batch, d)` in float32 whatever the model's dtype: cosines are compared to many digits."""
     return F.normalize(features.float(), dim=-1)
 
 

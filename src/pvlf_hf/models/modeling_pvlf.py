@@ -71,7 +71,7 @@ class PVLFPreTrainedModel(ComposedRetrievalModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False: in custom code the library initialises only modules that hold weights themselves.
+        """Return False: in custom code the library initialises only modules that hold weights themselves.
 
         PVLF's weights are set by the module around them, through `transformers.initialization`, which leaves loaded
         weights alone.
@@ -80,7 +80,7 @@ class PVLFPreTrainedModel(ComposedRetrievalModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises as TransAgg's modules do: PyTorch's defaults, unlike the base class's normal(0, 0.02)."""
+        """Initialise as TransAgg's modules do: PyTorch's defaults, unlike the base class's normal(0, 0.02)."""
         super()._init_weights(module)
         if isinstance(module, PVLFFusion):
             init.normal_(module.prompts, std=self.config.prompt_init_std)
@@ -99,7 +99,7 @@ class PVLFPreTrainedModel(ComposedRetrievalModel):
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Initialises as `nn.Linear` does, through the library's functions, which leave loaded weights alone."""
+    """Initialise as `nn.Linear` does, through the library's functions, which leave loaded weights alone."""
     bound = linear.in_features**-0.5
     init.uniform_(linear.weight, -bound, bound)
     init.uniform_(linear.bias, -bound, bound)
@@ -130,7 +130,7 @@ class PVLFModel(PVLFPreTrainedModel):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFModel":
-        """Builds PVLF on a pretrained BLIP or CLIP, with fresh fusion weights.
+        """Build PVLF on a pretrained BLIP or CLIP, with fresh fusion weights.
 
         Args:
             name_or_path: Hub name or local folder of a `BlipForImageTextRetrieval`
@@ -165,7 +165,7 @@ class PVLFModel(PVLFPreTrainedModel):
         return model.eval()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """Switches the attention of the fusion Transformer, and of encoders whose Transformers class can switch.
+        """Switch the attention of the fusion Transformer, and of encoders whose Transformers class can switch.
 
         Args:
             attn_implementation: `"eager"`, `"sdpa"`, ...; `{"": name}` switches the fusion Transformer alone.
@@ -182,15 +182,15 @@ class PVLFModel(PVLFPreTrainedModel):
             self.backbone.set_attn_implementation(name)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Returns the text encoder's token embeddings."""
+        """Return the text encoder's token embeddings."""
         return getattr(self.backbone, self.backbone.text_modules[0]).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the text encoder's token embeddings."""
+        """Replace the text encoder's token embeddings."""
         getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
 
     def enable_input_require_grads(self) -> None:
-        """Lets gradients reach adapters through checkpointed layers, see the library."""
+        """Let gradients reach adapters through checkpointed layers, see the library."""
         super().enable_input_require_grads()
         # BLIP adds positions to the embeddings in place, which autograd forbids for the tensors marked by the library.
         copies = self.get_input_embeddings().register_forward_hook(_copy_output)
@@ -199,7 +199,7 @@ class PVLFModel(PVLFPreTrainedModel):
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Resizes the text encoder's vocabulary, and records it where the encoder is built from."""
+        """Resize the text encoder's vocabulary, and record it where the encoder is built from."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
@@ -226,7 +226,7 @@ class PVLFModel(PVLFPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embeds images: what a gallery is indexed by, and a training target.
+        """Embed images: gallery images and training targets.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, from [`PVLFProcessor.process_targets`].
@@ -243,7 +243,7 @@ class PVLFModel(PVLFPreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embeds captions alone, in the same space as [`~PVLFModel.get_image_features`].
+        """Embed captions alone, in the same space as [`~PVLFModel.get_image_features`].
 
         Args:
             input_ids: int64 `(batch, n)`.
@@ -268,7 +268,7 @@ class PVLFModel(PVLFPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> PVLFQueryOutput:
-        """Embeds queries, each a reference image and a relative caption.
+        """Embed queries, each a reference image and a relative caption.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -297,7 +297,7 @@ class PVLFModel(PVLFPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> PVLFQueryOutput:
-        """Fuses and aggregates tokens that are encoded already (eq. 8-13).
+        """Fuse and aggregate tokens that are encoded already (eq. 8-13).
 
         Args:
             image_tokens: `(batch, 1 + m, d)`, `last_hidden_state` of [`~PVLFModel.get_image_features`].
@@ -351,7 +351,7 @@ class PVLFModel(PVLFPreTrainedModel):
         encoder_outputs: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> PVLFOutput:
-        """Embeds queries, target images, or both, and compares them by the focal InfoNCE loss.
+        """Embed queries, target images, or both, and compare them by the focal InfoNCE loss.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -393,7 +393,7 @@ class PVLFModel(PVLFPreTrainedModel):
         )
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
-        """Computes [`focal_info_nce`] with this configuration's temperature, alpha and gamma."""
+        """Compute [`focal_info_nce`] with this configuration's temperature, alpha and gamma."""
         c = self.config
         return focal_info_nce(query_embeds, target_embeds, c.temperature, c.alpha, c.gamma, **kwargs)
 

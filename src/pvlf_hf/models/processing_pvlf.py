@@ -62,7 +62,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFProcessor":
-        """Builds the processor that goes with [`PVLFModel.from_vl_pretrained`] of the same checkpoint.
+        """Build the processor that goes with [`PVLFModel.from_vl_pretrained`] of the same checkpoint.
 
         Args:
             name_or_path: Hub name or local folder of a BLIP or CLIP checkpoint; its tokenizer and image size are used,
@@ -81,7 +81,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
 
     @classmethod
     def for_backbone(cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "PVLFProcessor":
-        """Builds the processor of a dual encoder from its configuration and its tokenizer."""
+        """Build the processor of a dual encoder from its configuration and its tokenizer."""
         spec, side = BACKBONES[vl_config.model_type], vl_config.vision_config.image_size
         image_processor = PVLFImageProcessor(
             size={"shortest_edge": side},
@@ -100,7 +100,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares reference images, relative captions and target images, or some of them.
+        """Prepare reference images, relative captions and target images, or some of them.
 
         Args:
             images: one or a batch of reference images, see [`PVLFImageProcessor`].
@@ -140,7 +140,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         return BatchFeature(data)
 
     def process_queries(self, images: Any, text: str | Iterable[str], **kwargs: Any) -> BatchFeature:
-        """Prepares composed queries: each reference image with its relative caption.
+        """Prepare composed queries: each reference image with its relative caption.
 
         Args:
             images: one or a batch of reference images.
@@ -161,7 +161,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         return self(images=images, text=text, **kwargs)
 
     def process_targets(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Prepares gallery images.
+        """Prepare gallery images.
 
         Args:
             images: one or a batch of gallery images.
@@ -181,7 +181,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         return ["pixel_values", "input_ids", "attention_mask", "target_pixel_values"]
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Saves the processor, see the library; what is saved does not depend on earlier calls."""
+        """Save the processor, see the library; what is saved does not depend on earlier calls."""
         # The tokenizer keeps truncation and padding of its last call as state and would save them as its own settings.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
@@ -222,7 +222,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
 
 
 def _check_counts(data: dict[str, Any]) -> None:
-    """Raises where the inputs of a batch are absent or differ in number."""
+    """Raise where the inputs of a batch are absent or differ in number."""
     names = {"pixel_values": "images", "input_ids": "captions", "target_pixel_values": "target images"}
     counts = {name: len(data[key]) for key, name in names.items() if key in data}
     if not counts:
