@@ -179,7 +179,7 @@ def _spread(prepared: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 def _looks_like_image_path(text: str) -> bool:
-    """Returns whether a string ends like an image's file name and is one word or has a folder in it."""
+    """Return whether a string ends like an image's file name and is one word or has a folder in it."""
     return text.lower().endswith(IMAGE_ENDINGS) and (len(text.split()) == 1 or bool({"/", "\\"} & set(text)))
 
 
