@@ -62,7 +62,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Nine squares, one of an odd name; a picture cut short, and one that is none."""
+    """Nine squares, one of an odd name; an image cut short, and one that is none."""
     folder = tmp_path_factory.mktemp("photos")
     for row, colour in enumerate(COLOURS):
         draw(row).save(folder / (ODD if colour == "white" else f"{colour}.png"))
@@ -197,7 +197,7 @@ def test_only_what_is_new_is_counted(photos, models, tmp_path):
     assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}}
 
 
-def test_several_pictures_and_weights(search, gallery, photos):
+def test_search_takes_several_images_and_weights(search, gallery, photos):
     pictures = [photos / "red.png", photos / "blue.png"]
     images = [flag for picture in pictures for flag in ("--image", picture)]
     done = search(*images, "--text", TEXT, "--weights", "1,0.5,-0.25", "-k", 4)
@@ -206,7 +206,7 @@ def test_several_pictures_and_weights(search, gallery, photos):
     assert done.stdout.splitlines() == [f"{place:>3}  {score:.4f}  {image_id}" for place, score, image_id in found]
 
 
-def test_explanations(search, gallery, photos):
+def test_search_prints_explanations(search, gallery, photos):
     wanted = ["--image", photos / "red.png", "--text", TEXT, "--explain"]
     (why,) = json.loads(search(*wanted, "--json").stdout)["why"]
     (expected,) = gallery.search(photos / "red.png", TEXT, explain=True).why
@@ -257,7 +257,7 @@ def test_a_contact_sheet_for_people(search, gallery, photos, tmp_path):
 # ---- bad input ----
 
 
-def test_what_is_wrong_with_pictures_and_models_is_said(search, index, photos, models, tmp_path, monkeypatch):
+def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no picture")
     said = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
     assert "holds no images, its files end in ['.txt']" in said
@@ -273,7 +273,7 @@ def test_what_is_wrong_with_pictures_and_models_is_said(search, index, photos, m
 
 
 @pytest.mark.parametrize("text", ["小狗", "أحمر", "красный"])
-def test_another_script(search, text):
+def test_texts_of_another_script_are_refused(search, text):
     assert f"tokenizer knows nothing of {text!r}" in error(search("--text", text))
     done = search("--text", f"dog {text}", "-k", 1)
     assert done.exit_code == 0 and f"does not know {text}; the search goes by the rest" in done.stderr
@@ -290,12 +290,12 @@ def test_another_script(search, text):
         (["--nothing"], "No such option: --nothing"),
     ],
 )
-def test_wrong_calls(search, arguments, said):
+def test_wrong_options_exit_with_usage(search, arguments, said):
     done = search(*arguments)
     assert done.exit_code == 2 and said in done.stderr and "Usage: " in done.stderr and not done.stdout
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
+def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
     for mistake in (KeyError("row"), ImportError("no such name", name="pvlf_hf.search.gallery")):
 
         def examine(*arguments, mistake=mistake, **options):
@@ -305,7 +305,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
         assert call("doctor", "cirr", tmp_path).exception is mistake
 
 
-def test_a_hub_out_of_reach_is_said(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("pvlf_hf.data.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
@@ -340,7 +340,7 @@ def test_handed_on_commands_explain_and_complain(command, flag):
     assert "unknown arguments: " in said and f"--modle=x; see pvlf-hf {command} --help" in said
 
 
-def test_what_the_demo_searches(index, photos, gallery):
+def test_the_demo_opens_indices_and_folders(index, photos, gallery):
     for pictures in (index, photos):
         opened = open_gallery(pictures, gallery.model, gallery.processor)
         assert opened.ids == gallery.ids and opened.embeds.allclose(

@@ -31,7 +31,7 @@ def test_an_emulated_precision_is_named(said, tmp_path, dtype):
     assert len(said) == 3 and all(f"does not compute in {dtype}" in warning for warning in said)
 
 
-def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
+def test_native_dtypes_raise_no_warning(said, tmp_path, monkeypatch):
     load_model(EMOJI)
     dtypes.warn_if_slow(torch.float64)
     PVLFTrainingArguments(str(tmp_path))
@@ -41,7 +41,7 @@ def test_nothing_is_said_without_reason(said, tmp_path, monkeypatch):
     assert said == []
 
 
-def test_the_processor_is_asked():
+def test_native_dtypes_are_those_of_the_processor():
     """oneDNN's kernels of bfloat16 need AVX-512 or AMX on x86."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert not dtypes.is_native(torch.bfloat16)
@@ -49,5 +49,5 @@ def test_the_processor_is_asked():
         assert dtypes.is_native(torch.bfloat16)
 
 
-def test_the_command_line_offers_the_same():
+def test_the_command_line_offers_the_same_dtypes():
     assert tuple(Precision) == dtypes.DTYPES

@@ -1,4 +1,4 @@
-"""Embeddings from disk are those that would be encoded anew, of one model only, and nothing is encoded twice."""
+"""Embeddings from disk are those that would be encoded again, of one model only, and nothing is encoded twice."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_an_interruption_loses_little(store, monkeypatch):
 
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
-def test_rescored_equals_encoded_anew(tiny_model, tiny_processor, tmp_path, method):
+def test_rescored_equals_encoded_again(tiny_model, tiny_processor, tmp_path, method):
     options = {"method": method, "progress": False}
     fill = evaluate(tiny_model, tiny_processor, make_benchmark(), **options, store=EmbeddingStore(tmp_path))
     assert fill == evaluate(tiny_model, tiny_processor, make_benchmark(), **options)
@@ -76,7 +76,7 @@ def test_rescored_equals_encoded_anew(tiny_model, tiny_processor, tmp_path, meth
     assert anew.per_query["rank"] != fill.per_query["rank"]
 
 
-def test_more_wordings_are_added_to_what_is_there(tiny_model, tiny_processor, tmp_path):
+def test_further_captions_are_added_to_a_store(tiny_model, tiny_processor, tmp_path):
     store, worded = EmbeddingStore(tmp_path), make_benchmark(wordings=True)
     embed(tiny_model, tiny_processor, make_benchmark(), progress=False, store=store)
     with pytest.raises(ValueError, match=r"lacks 2 of 7 embeddings, first: \[\('blue', 'with one dog'\)"):

@@ -50,7 +50,7 @@ def test_batch_size_does_not_matter(tiny_model, tiny_processor, method):
     torch.testing.assert_close(one.norm(dim=1), torch.ones(5), rtol=0, atol=unit_error(32))
 
 
-def test_baselines_embed_what_they_say(tiny_model, tiny_processor):
+def test_baselines_embed_the_image_the_text_or_their_sum(tiny_model, tiny_processor):
     queries = make_benchmark().queries
     image, text, both, pvlf = (
         encode_queries(tiny_model, tiny_processor, queries, method, progress=False)
@@ -69,7 +69,7 @@ def test_baselines_embed_what_they_say(tiny_model, tiny_processor):
     assert not torch.allclose(pvlf, both, atol=0.01)
 
 
-def test_wordings_are_averaged(tiny_model, tiny_processor):
+def test_captions_of_a_query_are_averaged(tiny_model, tiny_processor):
     queries = make_benchmark(wordings=True).queries
     mean = encode_queries(tiny_model, tiny_processor, queries, progress=False)
     rest = queries.remove_columns("caption")
@@ -102,7 +102,7 @@ def test_a_model_in_mixed_precision_training_embeds_as_when_it_is_reloaded(tiny_
             assert not torch.allclose(prepared(target_pixel_values=pixels).target_embeds, whole, atol=1e-4)
 
 
-def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
+def test_an_image_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
     draw(0).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
@@ -112,7 +112,7 @@ def test_a_picture_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp
     assert tiny_model.training  # given back as it came, also then
 
 
-def test_what_is_missing_is_said(tiny_model, tiny_processor):
+def test_missing_model_or_unknown_method_is_named(tiny_model, tiny_processor):
     with pytest.raises(
         ValueError, match=r"method='caption': choose one of \('composed', 'image', 'text', 'image\+text'\)"
     ):
@@ -146,7 +146,7 @@ def test_a_stream_skips_what_cannot_be_prepared_and_fills_its_batches(tiny_model
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_work_is_done_ahead_in_order_and_no_further_than_asked(threads):
+def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
     started = []
 
     def work(task):

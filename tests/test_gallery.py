@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset, DatasetDict, List
 from datasets import Image as DatasetImage
 from error_bounds import dot_error, squares_error, unit_error
@@ -34,6 +35,7 @@ from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.models.image_processing_pvlf import to_rgb
 from pvlf_hf.search import indexing as module
 from pvlf_hf.search.gallery import Gallery
+from pvlf_hf.search.results_page import search_page
 from pvlf_hf.search.vector_index import ExactIndex, connect, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
@@ -43,7 +45,7 @@ NEEDS = {"faiss": "faiss", "milvus": "milvus_lite"}
 
 @pytest.fixture
 def photos(tmp_path):
-    """Nine squares, one in a subfolder, and a file that is no picture."""
+    """Nine squares, one in a subfolder, and a file that is no image."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     for row, colour in enumerate(COLOURS):
@@ -60,7 +62,7 @@ def build(photos, tiny_model, tiny_processor):
 
 @contextmanager
 def counting(model, fail_at=None):
-    """Counts the pictures that pass the image encoder; interrupts at one of them."""
+    """Counts the images that pass the image encoder; interrupts at one of them."""
     counts = [0]
 
     def count(_, args, kwargs, output):
@@ -120,7 +122,7 @@ def test_indices_find_the_nearest_neighbours(name, tmp_path):
 
 @pytest.mark.parametrize("width", [1, 2, 33, 256, 1024])
 def test_exact_search_allows_for_half_precision(width):
-    """Pictures whose cosines lie closer together than it can tell apart."""
+    """Images whose cosines lie closer together than it can tell apart."""
     generator = torch.Generator().manual_seed(width)
     query = F.normalize(torch.rand(width, generator=generator) + 0.5, dim=0)
     jitter = 10.0 ** -torch.linspace(1, 6, 3000)[:, None]
@@ -217,7 +219,7 @@ def test_loaded_equals_saved(build, tiny_model, tiny_processor, tmp_path):
     assert result.ids == gallery.search(query=result.query).ids
 
 
-def test_another_model_is_refused(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_a_gallery_of_another_model_is_refused(build, photos, tiny_model, tiny_processor, tmp_path):
     path, other = tmp_path / "kept", make_model(seed=1)
     gallery = build(path=path)
     draw(1).rotate(90).save(photos / "new.png")
@@ -234,7 +236,7 @@ def test_another_model_is_refused(build, photos, tiny_model, tiny_processor, tmp
         elsewhere.search(query=gallery.query(text=TEXT))
 
 
-def test_weights_lead_from_the_picture_to_the_words(build, tiny_model):
+def test_weights_lead_from_the_image_to_the_text(build, tiny_model):
     gallery, red = build(), draw(0)
     query = gallery.query(red, TEXT)
     with counting(tiny_model) as counts:
@@ -256,7 +258,7 @@ def test_weights_lead_from_the_picture_to_the_words(build, tiny_model):
         gallery.search(query=query, weights=(0, 0, 0))
 
 
-def test_several_pictures_are_averaged(build):
+def test_several_images_are_averaged(build):
     gallery, pictures = build(), [draw(0), draw(4), draw(7)]
     for text, name in ((TEXT, "query_embeds"), (None, "image_embeds")):
         each = torch.stack([gallery.query(picture, text).fused for picture in pictures])
@@ -294,7 +296,7 @@ def test_a_search_leaves_the_model_as_it_was(photos, tiny_processor, backbone):
     assert torch.equal(model(**inputs).query_embeds, before.query_embeds)
 
 
-def test_why(build, tiny_model, tiny_processor):
+def test_search_explains_weights_and_attention(build, tiny_model, tiny_processor):
     gallery, inputs = build(), tiny_processor.process_queries(draw(0), TEXT)
     tiny_model.train()
     result = gallery.search([draw(0), draw(1)], TEXT, explain=True)
@@ -321,7 +323,7 @@ def test_why(build, tiny_model, tiny_processor):
     assert gallery.search(draw(0), TEXT).why == ()
 
 
-def test_broken_pictures_are_skipped_and_listed(build, photos, tiny_model, tmp_path, caplog, monkeypatch):
+def test_broken_images_are_skipped_and_listed(build, photos, tiny_model, tmp_path, caplog, monkeypatch):
     clean, whole = build(), (photos / "red.png").read_bytes()
     (photos / "a_half.png").write_bytes(whole[: len(whole) // 2])
     (photos / "gone.png").symlink_to("nothing")
@@ -364,7 +366,7 @@ def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
         Gallery.from_folder(tmp_path, model, processor, progress=False, draft=True)  # limits are of the file
 
 
-def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_datasets_and_urls_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):
     folder = build()
     pictures = make_benchmark().gallery.rename_columns({"image": "photo", "image_id": "name"})  # holds the bytes
     names = {"image_column": "photo", "id_column": "name", "progress": False}
@@ -387,7 +389,7 @@ def test_data_sets_and_addresses_are_galleries_too(build, photos, tiny_model, ti
     assert mixed.ids == mixed.paths == [data, str(photos / "blue.png")]
 
 
-def test_what_is_wrong_is_said(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_invalid_calls_raise_a_message_with_the_remedy(build, photos, tiny_model, tiny_processor, tmp_path):
     gallery, both = build(), (tiny_model, tiny_processor)
     assert len(gallery.search(text=TEXT, k=1000).ids) == len(gallery) == 9
     empty, broken = tmp_path / "empty", tmp_path / "broken"
@@ -423,7 +425,7 @@ def test_what_is_wrong_is_said(build, photos, tiny_model, tiny_processor, tmp_pa
             call()
 
 
-def test_files_of_two_times_are_not_read_as_one(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_table_and_embeddings_of_different_runs_are_refused(build, photos, tiny_model, tiny_processor, tmp_path):
     path = tmp_path / "kept"
     build(path=path)
     table = (path / "gallery.parquet").read_bytes()
@@ -503,7 +505,7 @@ def test_what_looks_like_an_image_and_is_not_indexed_is_named_with_the_remedy(bu
     assert gallery.ids == ids and gallery.skipped == {
         "IMG_0001.HEIC": f"it is a HEIC {convert}",
         "download": "it is a JPEG image without the ending of one: name it download.jpg",
-        "from_phone.jpg": f"it is a HEIC {convert}",
+        "from_phone.jpg": f"cannot identify image file: it is a HEIC {convert}",
         "new.jxl": f"it is a JPEG XL {convert}",
         "raw.DNG": f"it is a camera raw {convert}",
         "shot.tmp": "it is a WebP image without the ending of one: name it shot.tmp.webp",
@@ -560,6 +562,7 @@ def test_threads_search_a_model_in_training_without_a_trace(photos, tiny_process
     gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
     expected = gallery.search(draw(0), TEXT, explain=True)
     model.train()
+    add_hook_to_module(model.aggregation, ModelHook())  # as device_map does: a forward of the module's own
     seen = set()
     for layer in model.fusion.layers:
         layer.register_forward_hook(lambda *_: seen.add((model.training, model.config._attn_implementation)))
@@ -680,6 +683,8 @@ def test_a_missing_image_costs_only_its_own_cell(build, photos, caplog, monkeypa
     assert f"a blank is shown instead: the image '{whole.ids[2]}' cannot be opened" in caplog.text
     columns = np.flatnonzero((sheets[0] != sheets[1]).any(axis=(0, 2)))
     assert 0 < len(columns) <= 78 and columns[-1] - columns[0] < 78  # one cell of the sheet
+    page = search_page(whole)
+    assert page.count("<li>") == page.count("data:image/jpeg") == 9 and f'alt="{whole.ids[2]}"' in page
     assert gallery.preview(whole.ids[2]).getextrema() != ((228, 228), (231, 231), (235, 235))  # the name is on it
     with pytest.raises(ValueError, match="cannot be opened"):
         whole.refine(TEXT, pick=2)

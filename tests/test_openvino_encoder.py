@@ -28,7 +28,7 @@ def model(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_it_embeds_as_pytorch_does(model, dtype):
+def test_openvino_embeds_as_pytorch_does(model, dtype):
     kind, pixels = model.config.vl_config.model_type, model.config.vl_config.vision_config.image_size
     fast = encode_by_openvino(copy.deepcopy(model).to(dtype))
     error = None
@@ -44,7 +44,7 @@ def test_it_embeds_as_pytorch_does(model, dtype):
         assert not found.target_embeds.equal(wanted.target_embeds)  # something else did compute
 
 
-def test_weights_stay_as_they_are(model, tmp_path):
+def test_openvino_leaves_weights_unchanged(model, tmp_path):
     fast = encode_by_openvino(copy.deepcopy(model))
     assert made_by(fast, make_processor()) == made_by(model, make_processor())
     fast.save_pretrained(tmp_path)
@@ -53,14 +53,14 @@ def test_weights_stay_as_they_are(model, tmp_path):
 
 
 @torch.no_grad()
-def test_twice_is_once():
+def test_encode_by_openvino_is_idempotent():
     model, inputs = make_model(), make_inputs()
     wanted, error = model(**inputs).query_embeds, embedding_error(model, inputs)["query_embeds"]
     fast = encode_by_openvino(encode_by_openvino(model))
     torch.testing.assert_close(fast(**inputs).query_embeds, wanted, rtol=0, atol=error)
 
 
-def test_several_threads_may_ask():
+def test_threads_share_an_encoder():
     fast, inputs = encode_by_openvino(make_model()), [make_inputs(batch=1 + row % 3) for row in range(32)]
     embed = torch.inference_mode()(lambda row: fast(**inputs[row]).query_embeds)
     with ThreadPoolExecutor(8) as pool:
@@ -70,7 +70,7 @@ def test_several_threads_may_ask():
         torch.testing.assert_close(found[row], embed(row), rtol=0, atol=error)
 
 
-def test_what_it_cannot_do_is_said(monkeypatch):
+def test_unsupported_models_raise_a_message(monkeypatch):
     fast = encode_by_openvino(make_model())
     with pytest.raises(ValueError, match="load the model again to train it"):
         fast.train()(**make_inputs())
@@ -94,7 +94,7 @@ assert not asked, asked
 """
 
 
-def test_nobody_is_told(tmp_path):
+def test_openvino_sends_no_telemetry(tmp_path):
     """OpenVINO's own converter sends statistics, unless it runs in a CI."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "CI"}

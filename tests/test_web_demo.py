@@ -116,7 +116,7 @@ def encoded(gallery):
 
 
 def grid(page):
-    """Row in the gallery and caption of every picture shown."""
+    """Row in the gallery and caption of every image shown."""
     cells = page.locator("#grid button").all()
     return [(int(Path(cell.locator("img").get_attribute("src")).stem), cell.inner_text().strip()) for cell in cells]
 
@@ -154,7 +154,7 @@ def test_a_session_clicked_through(browse, other_gallery, encoded):
         weighed = expected(truth, mine, "as a woman", balance)
         wait_for(page, weighed)
         assert weighed != first
-    assert weighed[0][0] == 7  # the picture alone finds itself
+    assert weighed[0][0] == 7  # the image alone finds itself
     assert encoded[0] == runs > 0
     slider.fill("0")
     wait_for(page, first)
@@ -183,12 +183,12 @@ def test_a_session_clicked_through(browse, other_gallery, encoded):
     assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == demo_session.SHOWN
 
 
-def test_starting_from_a_picture_of_the_gallery_from_an_example_and_from_words(browse, other_gallery):
+def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery):
     page, truth = browse(), other_gallery
     shown = grid(page)[3][0]
     page.locator("#grid button").nth(3).click()
     page.locator("#reference img").wait_for()
-    page.get_by_role("button", name="Search").click()  # by the picture alone: more like it
+    page.get_by_role("button", name="Search").click()  # by the image alone: more like it
     wait_for(page, expected(truth, truth.picture(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
     assert page.locator("#balance input[type=range]").is_disabled()
     image_id, text = web_demo.EXAMPLES[0]
@@ -201,7 +201,7 @@ def test_starting_from_a_picture_of_the_gallery_from_an_example_and_from_words(b
     assert page.locator("#trail button").all_inner_texts() == ["a flag"]
 
 
-def test_what_is_wrong_is_said(browse):
+def test_visitors_see_messages_for_invalid_input(browse):
     page = browse()
     page.get_by_role("button", name="Search").click()
     page.get_by_text("nothing to search by: drop or pick a picture").wait_for()
@@ -440,7 +440,7 @@ def test_a_hub_space_runs_it(gallery, tmp_path):
     assert set((tmp_path / "asked").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
 
 
-def test_a_mistake_in_the_environment_is_a_sentence(monkeypatch):
+def test_a_missing_environment_variable_is_named(monkeypatch):
     monkeypatch.delenv("PVLF_MODEL", raising=False)
     with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
         web_demo.main()

@@ -182,10 +182,9 @@ class Gallery:
                 f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; of a stream, "
                 "Dataset.from_list(list(stream.take(n)), features=stream.features)"
             )
-        if isinstance(dataset, Dataset):
-            dataset = dataset.with_format(None)  # whatever the caller reads it as
+        dataset = dataset.with_format(None)  # whatever the caller reads it as
         check_columns(dataset, (image_column, id_column), "gallery")
-        dataset = dataset.with_format(None).select_columns([image_column, id_column])
+        dataset = dataset.select_columns([image_column, id_column])
         dataset = dataset.rename_columns({image_column: "image", id_column: "image_id"})
         feature = dataset.features["image"]
         if not (isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("string", "binary"))):

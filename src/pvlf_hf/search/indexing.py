@@ -203,7 +203,7 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
             return to_rgb(image.convert(options.mode) if options.mode else image)
     except UnidentifiedImageError as error:
         reason = explain_unidentified(source) if isinstance(source, bytes) else None
-        raise ValueError(reason or "cannot identify image file: it is no image, or a damaged one") from error
+        raise ValueError(f"cannot identify image file: {reason or 'it is no image, or a damaged one'}") from error
 
 
 def report(skipped: dict[str, str], number: int) -> None:
