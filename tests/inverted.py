@@ -1,0 +1,72 @@
+"""Textual inversion by the reference implementations, as tensors: tiny checkpoints under our names.
+
+`tests/fixtures/inversion` was computed with the methods' public code at tiny random sizes, in float32; PALAVRA's with
+arithmetic of its formulas. Tolerances are those measured there against float64.
+"""
+
+from functools import cache
+from math import exp
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pvlf_hf import InversionConfig, InversionModel
+from pvlf_hf.checkpoints.convert import CLIP_NAMES, clip_config, translate
+from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+
+FIXTURES = Path(__file__).parent / "fixtures" / "inversion"
+
+FILES = {
+    "pic2word": "pic2word_img2text",
+    "searle": "searle_phi",
+    "lincir": "lincir_phi",
+    "context_i2w": "context_i2w_img2text",
+}
+PLACEHOLDERS = {"pic2word": 265, "searle": 259, "searle_oti": 259, "lincir": 259, "context_i2w": 297, "palavra": 265}
+
+
+@cache
+def io_of(method):
+    return load_file(FIXTURES / f"{method.removesuffix('_oti')}_io.safetensors")
+
+
+def clip_tensors(method):
+    return load_file(FIXTURES / f"{'context_i2w_' if method == 'context_i2w' else ''}clip_tiny.safetensors")
+
+
+def mapping_tensors(method):
+    return load_file(FIXTURES / f"{FILES[method]}.safetensors")
+
+
+def tiny_clip(method):
+    """Configuration and weights of the reference's CLIP, in Transformers' names."""
+    tensors = clip_tensors(method)
+    scale = tensors.pop("logit_scale")
+    weights = translate(tensors, CLIP_NAMES)
+    return clip_config(weights), weights, exp(-scale.item())
+
+
+def reference_model(method, **settings):
+    """Our model with the reference's weights, in eval mode, and without dropout in train mode."""
+    vl_config, clip, temperature = tiny_clip(method)
+    mapping = {}
+    if method in FILES:
+        heads = 2 if method == "context_i2w" else None
+        sizes, mapping = translate_mapping(mapping_tensors(method), vl_config, method, heads)
+        settings = {**sizes, **settings}
+    settings = {"placeholder_id": PLACEHOLDERS[method], "temperature": temperature, "dropout": 0.0, **settings}
+    model = InversionModel(InversionConfig(vl_config=vl_config, method=method, **settings))
+    model.backbone.load_state_dict(clip)
+    if mapping:
+        model.mapping.load_state_dict(mapping)
+    model.set_finetuning("frozen")
+    return model.eval()
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def within(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours.detach(), theirs, atol=atol, rtol=0)

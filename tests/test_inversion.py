@@ -1,0 +1,382 @@
+"""Textual inversion: numbers of the reference implementations, bad input, and what a saved model carries."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from inverted import FIXTURES, PLACEHOLDERS, io_of, mapping_tensors, reference_model, relative, tiny_clip, within
+from PIL import Image
+from safetensors.torch import load_file
+from test_convert import write_tokenizer
+from tiny import make_model
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, CLIPTokenizer
+
+import pvlf_hf
+from pvlf_hf import InversionConfig, InversionModel, InversionProcessor, PVLFImageProcessor
+from pvlf_hf.checkpoints.convert_inversion import NAMES, translate_mapping
+from pvlf_hf.models.configuration_inversion import METHODS
+
+MAPPED = ("pic2word", "searle", "lincir", "context_i2w")
+
+QUERIES = {
+    "pic2word": "query_input_ids",
+    "searle": "cirr_input_ids",
+    "lincir": "cirr_input_ids",
+    "context_i2w": "query_input_ids",
+}
+
+
+def query_of(method):
+    io = io_of(method)
+    return io["cirr_query" if "cirr_query" in io else "query"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", MAPPED)
+def test_queries_are_the_references(method):
+    model, io = reference_model(method), io_of(method)
+    query = model.get_query_features(io["pixel_values"], io[QUERIES[method]])
+    within(model.encode_images(io["pixel_values"])[1], io["image_features"])
+    within(query.image_embeds, F.normalize(io["image_features"], dim=-1), atol=2e-6)
+    within(query.pseudo_words, io["pseudo_word"])
+    within(query.pooler_output, query_of(method), atol=2e-6)
+    if "query_raw" in io:
+        within(model.encode_text(io[QUERIES[method]], None, query.pseudo_words), io["query_raw"])
+    words = model.get_pseudo_words(io["pixel_values"], io[QUERIES[method]])
+    assert torch.equal(words, query.pseudo_words)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["searle", "lincir"])
+def test_two_captions_of_fashioniq_are_the_mean_of_both_orders(method):
+    model, io = reference_model(method), io_of(method)
+    orders = ("fashioniq_input_ids", "fashioniq_input_ids_reversed")
+    embeds = sum(model.get_query_features(io["pixel_values"], io[order]).pooler_output for order in orders)
+    within(F.normalize(embeds, dim=-1), io["fashioniq_query"], atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "other"), [("searle", "all"), ("lincir", "first")])
+def test_searle_fills_the_first_placeholder_and_lincir_all(method, other):
+    model, io = reference_model(method), io_of(method)
+    ids = io["two_dollar_input_ids"]
+    assert (ids == 259).sum() == 8
+    within(model.encode_text(ids, None, io["pseudo_word"]), io["two_dollar_raw"])
+    model.config.replace = other
+    assert (model.encode_text(ids, None, io["pseudo_word"]) - io["two_dollar_raw"]).abs().max() > 0.5
+    once = io["cirr_input_ids"]
+    first = model.encode_text(once, None, io["pseudo_word"])
+    model.config.replace = METHODS[method].replace
+    assert torch.equal(model.encode_text(once, None, io["pseudo_word"]), first)
+
+
+@torch.no_grad()
+def test_lincir_on_normalised_features():
+    io = io_of("lincir")
+    within(
+        reference_model("lincir", normalize_features=True).get_pseudo_words(io["pixel_values"]),
+        io["pseudo_word_l2_normalize"],
+    )
+
+
+@torch.no_grad()
+def test_pic2word_of_a_domain_and_of_the_plain_text():
+    model, io = reference_model("pic2word"), io_of("pic2word")
+    ids = io["domain_input_ids"].expand(4, -1)
+    within(model.encode_text(ids, None, model.get_pseudo_words(io["pixel_values"])), io["domain_query_raw"])
+    within(model.encode_text(io["query_input_ids"]), io["text_features_plain"])
+
+
+@torch.no_grad()
+def test_every_step_of_context_i2w():
+    model, io = reference_model("context_i2w"), io_of("context_i2w")
+    mapping, ids = model.mapping, io["query_input_ids"]
+    tokens, _ = model.encode_images(io["pixel_values"])
+    within(tokens, io["image_tokens"])
+    context = model.encode_text(ids)
+    within(context, io["text_context"])
+    within(mapping.context(context), io["context"])
+    within(mapping.rotation(tokens), io["rotated"])
+    gated = mapping.gate_tokens(tokens, context)
+    latents = mapping.extract(gated[:, 1:])
+    within(latents, io["latents"])
+    within(mapping.whole(gated[:, 0]), io["pseudo_word_global"])
+    within(mapping.local(latents.mean(dim=1)), io["pseudo_word_local"])
+    mapping.local_gate.zero_()
+    within(model.get_pseudo_words(io["pixel_values"], ids), io["pseudo_word_gate0"])
+
+
+# Training.
+
+
+def prompts_of(method):
+    """ "a photo of", the placeholder put in before the end token."""
+    ids = io_of(method)["train_prompt_ids"][0].tolist()
+    return torch.tensor([[*ids[:4], PLACEHOLDERS[method], *ids[4:-1]]]).expand(4, -1)
+
+
+def training_inputs(method):
+    io = io_of(method)
+    if method == "pic2word":
+        return {"pixel_values": io["pixel_values"], "input_ids": prompts_of(method)}
+    if method == "context_i2w":
+        inputs = {"pixel_values": io["pixel_values"], "input_ids": prompts_of(method)}
+        return {**inputs, "caption_ids": io["train_replaced_ids"]}
+    if method == "searle":
+        ids = {"input_ids": io["phi.replaced_ids"], "caption_ids": io["phi.regularised_ids"]}
+        return {"pixel_values": io["pixel_values"], "teacher_words": io["oti_tokens"], **ids}
+    noise = io["train.noise_uniform"][0, :, None] * io["train.noise_normal"][0]
+    return {"input_ids": io["train.replaced_ids"], "caption_ids": io["train.original_ids"], "noise": noise}
+
+
+LOSSES = {"pic2word": "loss", "context_i2w": "loss", "searle": "phi.loss", "lincir": "train.losses"}
+GRADIENTS = {"pic2word": "grad.", "context_i2w": "grad.", "searle": "phi.grad.", "lincir": "train.grad."}
+
+
+@pytest.mark.parametrize("method", MAPPED)
+def test_losses_and_gradients_are_the_references(method):
+    model, io = reference_model(method), io_of(method)
+    output = model(**training_inputs(method), return_loss=True)
+    within(output.loss, io[LOSSES[method]][0])
+    output.loss.backward()
+    named = {name: tensor for name, tensor in io.items() if name.startswith(GRADIENTS[method])}
+    stored = {name.removeprefix(GRADIENTS[method]): tensor for name, tensor in named.items()}
+    assert len(stored) == (43 if method == "context_i2w" else 6)
+    vl_config = model.config.vl_config
+    names = {name: name for name in mapping_tensors(method)}
+    ours = dict(
+        zip(mapping_tensors(method), translate_mapping(mapping_tensors(method), vl_config, method, 2)[1], strict=True)
+    )
+    assert names.keys() == ours.keys()
+    for theirs, gradient in stored.items():
+        own = model.mapping.get_parameter(ours[theirs]).grad
+        own = own.T if theirs in ("proj", "proj_local") else own
+        if theirs == "local_gate":  # small by cancellation
+            within(own, gradient, atol=1e-6)
+        else:
+            assert relative(own, gradient) < 1e-4, theirs
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+
+
+def test_terms_of_searles_loss():
+    from pvlf_hf.models.loss_inversion import cosine_distance, nt_xent
+
+    model, io = reference_model("searle"), io_of("searle")
+    words = model.get_pseudo_words(io["pixel_values"])
+    within(nt_xent(io["oti_tokens"], words), io["phi.distillation_loss"][0])
+    replaced = model.encode_text(io["phi.replaced_ids"], None, words)
+    within(cosine_distance(replaced, model.encode_text(io["phi.regularised_ids"])), io["phi.gpt_loss"][0])
+
+
+def test_three_steps_of_pic2word():
+    model, io = reference_model("pic2word"), io_of("pic2word")
+    decays = [p for n, p in model.mapping.named_parameters() if n.endswith("weight")]
+    biases = [p for n, p in model.mapping.named_parameters() if n.endswith("bias")]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
+    for expected in io["trace.loss"]:
+        loss = model(**training_inputs("pic2word"), return_loss=True).loss
+        within(loss, expected)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    within(model.mapping.output.weight, io["trace.fc_out.weight"], atol=5e-6)
+    within(model.mapping.layers[0].bias, io["trace.layers.0.0.bias"], atol=5e-6)
+
+
+def test_three_steps_of_lincir():
+    model, io = reference_model("lincir"), io_of("lincir")
+    within(model.encode_text(io["train.original_ids"]), io["train.original_embeds"])
+    optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-3, weight_decay=0.01)
+    for step, expected in enumerate(io["train.losses"]):
+        noise = io["train.noise_uniform"][step, :, None] * io["train.noise_normal"][step]
+        loss = model(**{**training_inputs("lincir"), "noise": noise}, return_loss=True).loss
+        within(loss, expected)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    within(model.mapping.output.weight, io["train.after_3_steps.layers.6.weight"], atol=5e-6)
+
+
+def test_lincir_draws_its_noise():
+    model, inputs = reference_model("lincir"), training_inputs("lincir")
+    del inputs["noise"]
+    losses = [model(**inputs, return_loss=True).loss.item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    torch.manual_seed(0)
+    first = model(**inputs, return_loss=True).loss.item()
+    torch.manual_seed(0)
+    assert model(**inputs, return_loss=True).loss.item() == first
+
+
+def test_triplets_train_by_both_directions():
+    model, io = reference_model("pic2word"), io_of("pic2word")
+    inputs = {"pixel_values": io["pixel_values"], "input_ids": io["query_input_ids"]}
+    targets = io["pixel_values"].flip(0)
+    output = model(**inputs, target_pixel_values=targets)
+    logits = output.query_embeds @ output.target_embeds.T / model.config.temperature
+    rows = torch.arange(4)
+    expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+    within(output.loss, expected.detach())
+    # Two queries that want the same target are no negatives of each other, in both directions.
+    ids = torch.tensor([0, 0, 2, 3])
+    masked = logits.masked_fill((ids[:, None] == ids) & ~torch.eye(4, dtype=torch.bool), -math.inf)
+    expected = (F.cross_entropy(masked, rows) + F.cross_entropy(masked.T, rows)) / 2
+    loss = model.loss(output.query_embeds, output.target_embeds, target_ids=ids)
+    within(loss, expected.detach())
+    # Gathered targets: the own ones stand at an offset.
+    gathered = torch.cat([output.target_embeds.roll(1, 1), output.target_embeds])
+    assert torch.isfinite(model.loss(output.query_embeds, gathered, positives=rows + 4))
+
+
+# One text call.
+
+
+@torch.no_grad()
+def test_a_placeholder_replaced_by_its_own_embedding_changes_nothing():
+    model, io = reference_model("pic2word"), io_of("pic2word")
+    own = model.get_input_embeddings().weight[265].expand(4, -1)
+    assert torch.equal(model.encode_text(io["query_input_ids"], None, own), model.encode_text(io["query_input_ids"]))
+
+
+@torch.no_grad()
+def test_padding_makes_no_difference():
+    model, io = reference_model("searle"), io_of("searle")
+    ids, words = io["cirr_input_ids"], io["pseudo_word"]
+    ends = (ids == 299).long().argmax(dim=1)
+    mask = (torch.arange(20) <= ends[:, None]).long()
+    expected = model.encode_text(ids, None, words)
+    for padding in (0, 7, 299):
+        padded = ids.masked_fill(mask == 0, padding)
+        assert torch.equal(model.encode_text(padded, mask, words), expected)
+    assert torch.equal(model.encode_text(ids.masked_fill(mask == 0, 299), None, words), expected)
+
+
+@torch.no_grad()
+def test_images_and_captions_alone_are_clips(tmp_path):
+    vl_config, weights, _ = tiny_clip("searle")
+    clip = CLIPModel(vl_config).eval()
+    clip.load_state_dict(weights, strict=False)
+    clip.save_pretrained(tmp_path / "clip")
+    io = io_of("searle")
+    image = clip.get_image_features(pixel_values=io["pixel_values"]).pooler_output
+    text = clip.get_text_features(input_ids=io["cirr_input_ids"]).pooler_output
+    for method in METHODS:
+        if method == "context_i2w":
+            continue
+        model = InversionModel.from_vl_pretrained(tmp_path / "clip", method=method, mapping_width=8)
+        assert not model.training and model.config.method == method
+        assert torch.equal(model.get_image_features(io["pixel_values"]).pooler_output, F.normalize(image, dim=-1))
+        within(model.get_text_features(io["cirr_input_ids"]).pooler_output, F.normalize(text, dim=-1), atol=2e-6)
+        gallery = {*model.image_side["vision_model"].state_dict(), *model.image_side["visual_projection"].state_dict()}
+        assert len(model.image_side) == 2 and gallery
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_causal_in_every_implementation(attention):
+    model, io = reference_model("pic2word"), io_of("pic2word")
+    model.set_attn_implementation(attention)
+    assert model.backbone.text_model.config._attn_implementation == attention
+    query = model.get_query_features(io["pixel_values"], io["query_input_ids"])
+    within(query.pooler_output, io["query"], atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "passes"), [("pic2word", 1), ("searle", 1), ("lincir", 1), ("context_i2w", 2)])
+def test_a_query_costs_one_pass_of_each_tower(method, passes):
+    """Context-I2W reads the caption first: two passes of the text tower."""
+    model, io = reference_model(method), io_of(method)
+    counts = {"text": 0, "vision": 0}
+    for name, tower in (("text", model.backbone.text_model), ("vision", model.backbone.vision_model)):
+        tower.encoder.layers[0].register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    model.get_query_features(io["pixel_values"], io[QUERIES[method]])
+    assert counts == {"text": passes, "vision": 1}
+
+
+# Wrong details.
+
+
+def broken(method, **changes):
+    """The model with one detail made wrong."""
+    model = reference_model(method)
+    for path, value in changes.items():
+        *owners, name = path.split("__")
+        part = model
+        for owner in owners:
+            part = getattr(part, owner)
+        setattr(part, name, value)
+    return model
+
+
+def relu_less(mapping):
+    def forward(features):
+        features = F.relu(mapping.layers[0](features))
+        return mapping.output(mapping.layers[1](features))
+
+    return forward
+
+
+@torch.no_grad()
+def test_wrong_details_of_a_query_are_seen(monkeypatch):
+    """The smallest and the likeliest mistakes move a query further than the tolerance of 2e-6."""
+
+    def moves(model, method):
+        io = io_of(method)
+        query = model.get_query_features(io["pixel_values"], io[QUERIES[method]])
+        return max(
+            (query.pooler_output - query_of(method)).abs().max().item() / 2e-6,
+            (query.pseudo_words - io["pseudo_word"]).abs().max().item() / 1e-5,
+        )
+
+    for method in MAPPED:
+        assert moves(reference_model(method), method) < 1
+        assert moves(broken(method, config__normalize_features=True), method) > 1 or method == "context_i2w"
+        model = reference_model(method)
+        model.backbone.text_model.final_layer_norm = torch.nn.Identity()
+        assert moves(model, method) > 100
+    model = reference_model("pic2word")
+    model.mapping.forward = relu_less(model.mapping)
+    assert moves(model, "pic2word") > 100
+    model = reference_model("context_i2w")
+    model.mapping.local_gate.copy_(model.mapping.local_gate.tanh())
+    assert moves(model, "context_i2w") > 100
+    for name in ("gelu", "relu"):
+        changed = torch.nn.functional.relu if name == "gelu" else torch.nn.functional.gelu
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pvlf_hf.models.mapping_inversion.F.{name}", changed)
+            assert (
+                moves(
+                    reference_model("searle" if name == "gelu" else "pic2word"),
+                    "searle" if name == "gelu" else "pic2word",
+                )
+                > 100
+            )
+    exact = F.gelu
+    with monkeypatch.context() as patch:
+        patch.setattr("pvlf_hf.models.mapping_inversion.F.gelu", lambda x: exact(x, approximate="tanh"))
+        for method in ("searle", "lincir", "context_i2w"):
+            assert moves(reference_model(method), method) > 3, method
+
+
+def test_wrong_details_of_a_loss_are_seen():
+    wrong = {
+        "pic2word": {"input_ids": io_of("pic2word")["query_input_ids"]},
+        "searle": {"teacher_words": io_of("searle")["oti_tokens"].flip(0)},
+        "lincir": {"noise": torch.zeros(4, 48)},
+        "context_i2w": {"caption_ids": prompts_of("context_i2w")},
+    }
+    for method, changes in wrong.items():
+        loss = reference_model(method)(**{**training_inputs(method), **changes}, return_loss=True).loss
+        assert (loss - io_of(method)[LOSSES[method]][0]).abs() > 1e-3, method
+    for method, replace in (("searle", "all"), ("lincir", "first")):
+        loss = reference_model(method, replace=replace)(**training_inputs(method), return_loss=True).loss
+        assert (loss - io_of(method)[LOSSES[method]][0]).abs() > 1e-3, method
+    loss = reference_model("pic2word", temperature=0.07)(**training_inputs("pic2word"), return_loss=True).loss
+    assert (loss - io_of("pic2word")["loss"][0]).abs() > 0.1
