@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
-from pvlf_hf import InversionConfig, InversionModel
+from pvlf_hf import InversionConfig, InversionModel, InversionProcessor, PVLFImageProcessor
 from pvlf_hf.checkpoints.convert import CLIP_NAMES, clip_config, translate
 from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+from pvlf_hf.models.configuration_inversion import METHODS
 
 FIXTURES = Path(__file__).parent / "fixtures" / "inversion"
 
@@ -70,3 +72,36 @@ def relative(ours, theirs):
 
 def within(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours.detach(), theirs, atol=atol, rtol=0)
+
+
+def make_model(method, reference=True):
+    """The reference's model; or one of its sizes with fresh weights."""
+    if reference:
+        return reference_model(method)
+    vl_config, _, _ = tiny_clip(method)
+    torch.manual_seed(0)
+    return InversionModel(
+        InversionConfig(vl_config=vl_config, method=method, placeholder_id=PLACEHOLDERS[method], mapping_width=256)
+    ).eval()
+
+
+def make_tokenizer():
+    """A CLIP tokenizer of 300 tokens: letters, the placeholders under the ids of the fixtures, and "jekyll"."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789$*,.{}"
+    word = "jekyll"
+    starts = [word[:end] for end in range(1, 6)]
+    merges = [*zip(starts, [*word[1:5], "l</w>"], strict=True)]
+    fixed = {259: "$</w>", 265: "*</w>", 297: "jekyll</w>", 298: "<|startoftext|>", 299: "<|endoftext|>"}
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *starts[1:]]
+    rest = iter([*(token for token in tokens if token not in fixed.values()), *map("unused{}".format, range(300))])
+    return CLIPTokenizer(vocab={fixed.get(number) or next(rest): number for number in range(300)}, merges=merges)
+
+
+def make_processor(method, **settings):
+    """32 px images, and a context of 77 as CLIP's whatever the tiny text encoder has."""
+    images = PVLFImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size=32,
+        do_target_pad=METHODS[method].target_pad if method in METHODS else True,
+    )
+    return InversionProcessor(images, make_tokenizer(), **{"method": method, **settings})

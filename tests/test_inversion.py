@@ -9,18 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from inverted import FIXTURES, PLACEHOLDERS, io_of, mapping_tensors, reference_model, relative, tiny_clip, within
+from inverted import (
+    PLACEHOLDERS,
+    io_of,
+    make_model,
+    make_processor,
+    mapping_tensors,
+    reference_model,
+    relative,
+    tiny_clip,
+    within,
+)
 from PIL import Image
+from reference import CONFIGS
 from safetensors.torch import load_file
-from test_convert import write_tokenizer
-from tiny import make_model
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
 
 import pvlf_hf
-from pvlf_hf import InversionConfig, InversionModel, InversionProcessor, PVLFImageProcessor
-from pvlf_hf.checkpoints.convert_inversion import NAMES, translate_mapping
+from pvlf_hf import InversionConfig, InversionModel, InversionProcessor
+from pvlf_hf.checkpoints.convert_inversion import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
+
+PICTURE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
 
 MAPPED = ("pic2word", "searle", "lincir", "context_i2w")
 
@@ -380,3 +391,253 @@ def test_wrong_details_of_a_loss_are_seen():
         assert (loss - io_of(method)[LOSSES[method]][0]).abs() > 1e-3, method
     loss = reference_model("pic2word", temperature=0.07)(**training_inputs("pic2word"), return_loss=True).loss
     assert (loss - io_of("pic2word")["loss"][0]).abs() > 0.1
+
+
+# Queries in words.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_captions_are_put_into_the_template(method):
+    processor = make_processor(method)
+    batch = processor.process_queries([PICTURE, PICTURE], ["is red", "has longer sleeves and {caption}"])
+    facts = METHODS[method]
+    said = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert [" ".join(text.split()) for text in said] == [
+        facts.template.replace("{caption}", "is red"),
+        facts.template.replace("{caption}", "has longer sleeves and { caption }"),
+    ]
+    assert ((batch["input_ids"] == processor.placeholder_id).sum(dim=1) == 1).all()
+    assert ("prompt_ids" in batch) == bool(facts.steps)
+    alone = processor(text="is red")["input_ids"]
+    assert processor.tokenizer.decode(alone[0], skip_special_tokens=True).strip() == "is red"
+    assert processor.process_targets(PICTURE)["pixel_values"].shape == (1, 3, 32, 32)
+    if facts.mapping and method != "palavra":
+        query = make_model(method).get_query_features(**processor.process_queries(PICTURE, "is red"))
+        assert query.pooler_output.shape == (1, 48 if method != "context_i2w" else 64)
+
+
+def test_a_placeholder_in_another_token_is_none():
+    with pytest.raises(ValueError, match=r"with a blank or nothing on both sides"):
+        make_processor("searle", template="a photo of $, {caption}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "a photo of $"}, r"must hold \{caption\} once"),
+        ({"template": "{caption} $ {caption}"}, r"must hold \{caption\} once"),
+        ({"template": "a photo that {caption}"}, r"and '\$' with a blank"),
+        ({"placeholder": "red dog"}, r"placeholder 'red dog' must be one token of the vocabulary"),
+        ({"placeholder": "\u4e2d"}, r"must be one token of the vocabulary"),
+        ({"method": "searl"}, r"method='searl': choose one of \['context_i2w'"),
+    ],
+)
+def test_a_processor_refuses_what_cannot_hold_a_query(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(**{"method": "searle", **settings})
+
+
+@pytest.mark.parametrize(
+    ("method", "captions", "message"),
+    [
+        (
+            "searle",
+            ["is red", "costs $20"],
+            r"caption 1, 'costs \$20', holds '\$', the placeholder .* write it in other",
+        ),
+        ("pic2word", ["a * on the hat"], r"caption 0, 'a \* on the hat', holds '\*'"),
+        ("context_i2w", ["a jekyll and hyde poster"], r"caption 0, .* holds 'jekyll'"),
+        ("lincir", ["red", "$ $"], r"caption 1, '\$ \$', holds"),
+        (
+            "searle",
+            ["is red", "a " * 80],
+            r"caption 1 has 95 tokens in the template .* 18 more than the text encoder",
+        ),
+        ("searle", [" "], r"caption 0 is empty"),
+        ("searle", [], r"text is empty"),
+    ],
+)
+def test_captions_that_would_be_misread_are_refused(method, captions, message):
+    processor = make_processor(method)
+    for call in (processor.process_queries, lambda images, text: processor(images=images, text=text)):
+        with pytest.raises(ValueError, match=message):
+            call([PICTURE] * len(captions), captions)
+
+
+def test_a_template_that_would_be_cut_away_is_refused():
+    processor = make_processor("searle", template="{caption} , as in $")
+    processor.process_queries(PICTURE, "a " * 60)
+    with pytest.raises(ValueError, match=r"shorten it, or pass a shorter template"):
+        processor.process_queries(PICTURE, "a " * 74)
+
+
+def test_a_row_without_its_placeholder_is_refused():
+    model, io = reference_model("searle"), io_of("searle")
+    ids = io["cirr_input_ids"].clone()
+    ids[1:3][ids[1:3] == 259] = 17
+    with pytest.raises(ValueError, match=r"rows \[1, 2\] of input_ids hold no placeholder \(token 259\)"):
+        model.get_query_features(io["pixel_values"], ids)
+    with pytest.raises(ValueError, match=r"3 reference images but 4 captions"):
+        model.get_query_features(io["pixel_values"][:3], io["cirr_input_ids"])
+    model, io = reference_model("context_i2w"), io_of("context_i2w")
+    with pytest.raises(ValueError, match=r"depend on the caption: pass input_ids"):
+        model.get_pseudo_words(io["pixel_values"])
+    with pytest.raises(ValueError, match=r"3 reference images but 4 captions"):
+        model.get_query_features(io["pixel_values"][:3], io["query_input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vl_config": CONFIGS["blip"]}, r"model_type 'blip', but textual inversion is defined on CLIP alone"),
+        ({"vl_config": 3}, r"pass a CLIPConfig"),
+        ({"method": "pic2words"}, r"method='pic2words': choose one of"),
+        ({"replace": "last"}, r"choose 'first' or 'all'"),
+        ({"vl_config": CONFIGS["clip"]}, r"placeholder_id=265 is no token of vl_config, whose vocabulary has 80"),
+        ({"mapping_width": 0}, r"mapping_width=0 must be at least 1"),
+        ({"dropout": 1.0}, r"dropout=1.0 is out of range"),
+        (
+            {"method": "context_i2w", "vl_config": CONFIGS["clip"], "placeholder_id": 3},
+            r"not 32 and 128: use ViT-B/32",
+        ),
+    ],
+)
+def test_settings_that_cannot_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        InversionConfig(**settings)
+
+
+@pytest.mark.parametrize("method", MAPPED)
+def test_a_loss_names_the_inputs_that_it_lacks(method):
+    inputs = training_inputs(method)
+    for name in set(inputs) - {"noise"}:
+        with pytest.raises(ValueError, match=rf"the training loss of {method} needs .*\['{name}'\] missing"):
+            make_model(method)(**{k: v for k, v in inputs.items() if k != name}, return_loss=True)
+
+
+def test_an_image_alone_trains_pic2word():
+    model, processor = make_model("pic2word"), make_processor("pic2word")
+    batch = processor.process_prompts([PICTURE, PICTURE.rotate(90)])
+    assert (batch["input_ids"] == 265).sum() == 2
+    model.set_finetuning("frozen")
+    model.train()
+    model(**batch, return_loss=True).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.mapping.parameters())
+    assert not model.backbone.text_model.training and model.mapping.training
+
+
+# A checkpoint.
+
+
+STRANGER = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "pvlf_hf":
+            raise ImportError("pvlf_hf is hidden")
+
+sys.meta_path.insert(0, Hidden())
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+outputs = {}
+picture = Image.open(Path(sys.argv[1]) / "picture.png")
+for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert "pvlf_hf" not in sys.modules
+    with torch.no_grad():
+        query = model.get_query_features(**processor.process_queries(picture, "is red"))
+    outputs[folder.name] = query.pooler_output.contiguous()
+save_file(outputs, Path(sys.argv[1]) / "outputs.safetensors")
+"""
+
+TRAVELLING = {
+    "configuration_inversion.py",
+    "loss_inversion.py",
+    "mapping_inversion.py",
+    "modeling_inversion.py",
+    "processing_inversion.py",
+}
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
+    root = tmp_path / "checkpoints"
+    expected = {}
+    for method in MAPPED:
+        model, processor = make_model(method), make_processor(method)
+        model.save_pretrained(root / method)
+        processor.save_pretrained(root / method)
+        assert TRAVELLING <= {path.name for path in (root / method).glob("*.py")}
+        assert "modeling_pvlf.py" not in {path.name for path in (root / method).glob("*.py")}
+        config = json.loads((root / method / "config.json").read_text())
+        assert config["auto_map"]["AutoModel"] == "modeling_inversion.InversionModel"
+        query = model.get_query_features(**processor.process_queries(PICTURE, "is red"))
+        expected[method] = query.pooler_output
+        assert type(AutoConfig.from_pretrained(root / method)) is InversionConfig
+        loaded, again = AutoModel.from_pretrained(root / method), AutoProcessor.from_pretrained(root / method)
+        assert type(loaded) is InversionModel and type(again) is InversionProcessor
+        assert (again.method, again.template, again.placeholder) == (method, processor.template, processor.placeholder)
+        assert again.image_processor.do_target_pad == METHODS[method].target_pad
+        query = loaded.get_query_features(**again.process_queries(PICTURE, "is red"))
+        within(query.pooler_output, expected[method], atol=2e-6)
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        expected[method] = query.pooler_output  # of weights that lie in memory as they are loaded
+    PICTURE.save(root / "picture.png")
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    command = [sys.executable, "-c", STRANGER, str(root)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    theirs = load_file(root / "outputs.safetensors")
+    assert theirs.keys() == expected.keys()
+    for method, embeds in expected.items():
+        assert torch.equal(theirs[method], embeds), method
+
+
+@torch.no_grad()
+def test_a_template_of_ones_own_is_saved(tmp_path):
+    processor = make_processor("lincir", template="this * but {caption}", placeholder="*")
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    ids = again.process_queries(PICTURE, "is red")["input_ids"]
+    assert torch.equal(ids, processor.process_queries(PICTURE, "is red")["input_ids"]) and 265 in ids[0]
+
+
+def test_fresh_weights_are_those_of_pytorch(tmp_path):
+    """Not the library's normal(0, 0.02), and the gate of Context-I2W starts closed."""
+    for method in (*MAPPED, "palavra"):
+        for name, module in make_model(method, reference=False).mapping.named_modules():
+            if isinstance(module, torch.nn.Linear) and "projection" not in name:
+                bound = module.in_features**-0.5
+                assert 0.9 * bound < module.weight.abs().max() <= bound, (method, name)
+    mapping = make_model("context_i2w", reference=False).mapping
+    assert mapping.local_gate.item() == 0 and 0.9 < mapping.latents.std() < 1.1
+    plain = torch.nn.Linear(128, 128, bias=False).weight
+    rotated = mapping.rotation.gain * F.normalize(mapping.rotation.direction, dim=1)
+    assert abs(rotated.std() / plain.std() - 1) < 0.05
+
+
+def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
+    vl_config, weights, _ = tiny_clip("searle")
+    clip = CLIPModel(vl_config)
+    clip.load_state_dict(weights, strict=False)
+    clip.save_pretrained(tmp_path / "clip")
+    make_processor("searle").tokenizer.save_pretrained(tmp_path / "clip")
+    InversionModel.from_vl_pretrained(tmp_path / "clip", method="searle")
+    assert "6 weights of the mapping network are new" in caplog.text
+    processor = InversionProcessor.from_vl_pretrained(tmp_path / "clip", method="searle")
+    assert processor.image_processor.do_target_pad and processor.max_text_length == 20
+    with pytest.raises(ValueError, match="a device is set by model.to"):
+        InversionModel.from_vl_pretrained(tmp_path / "clip", device_map="cpu")
+    blip = Path(pvlf_hf.__file__).parents[2] / "model_cards" / "blip-emoji-tiny"
+    for build in (InversionModel.from_vl_pretrained, InversionProcessor.from_vl_pretrained):
+        with pytest.raises(ValueError, match="textual inversion is defined on CLIP alone"):
+            build(blip, method="searle")
