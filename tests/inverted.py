@@ -33,6 +33,12 @@ def io_of(method):
     return load_file(FIXTURES / f"{method.removesuffix('_oti')}_io.safetensors")
 
 
+def query_of(method):
+    """The query embeddings of the inference template."""
+    io = io_of(method)
+    return io["cirr_query" if "cirr_query" in io else "query"]
+
+
 def clip_tensors(method):
     return load_file(FIXTURES / f"{'context_i2w_' if method == 'context_i2w' else ''}clip_tiny.safetensors")
 

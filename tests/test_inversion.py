@@ -15,6 +15,7 @@ from inverted import (
     make_model,
     make_processor,
     mapping_tensors,
+    query_of,
     reference_model,
     relative,
     tiny_clip,
@@ -41,11 +42,6 @@ QUERIES = {
     "lincir": "cirr_input_ids",
     "context_i2w": "query_input_ids",
 }
-
-
-def query_of(method):
-    io = io_of(method)
-    return io["cirr_query" if "cirr_query" in io else "query"]
 
 
 @torch.no_grad()

@@ -187,9 +187,11 @@ def translate_mapping(
     expected = mapping.state_dict()
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(theirs[name] for name in weights.keys() - expected.keys())
-    for what, names in (("lacks", missing), ("has unknown", unknown)):
+    for what, names, whose in (("lacks", missing, "InversionModel's"), ("has unknown", unknown, "its own")):
         if names:
-            raise ValueError(f"it {what} {len(names)} weights: {names[:5]}; not a whole mapping network of {method}")
+            raise ValueError(
+                f"it {what} {len(names)} weights: {names[:5]} ({whose} names); not a whole mapping network of {method}"
+            )
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             raise ValueError(
