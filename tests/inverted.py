@@ -47,6 +47,29 @@ def mapping_tensors(method):
     return load_file(FIXTURES / f"{FILES[method]}.safetensors")
 
 
+PALAVRA_NAMES = {
+    "phi.0.": "layers.0.",
+    "phi.2.": "layers.1.",
+    "phi.4.": "layers.2.",
+    "Gamma": "element",
+    "Lambda": "mean",
+    "ro.1.": "hidden.",
+    "ro.4.": "output.",
+}
+
+
+def palavra_tensors(names, file):
+    """A file of PALAVRA's, of which none was released, under our names, float32."""
+    tensors = load_file(FIXTURES / f"{file}.safetensors")
+    return {renamed(name, names): tensor.float() for name, tensor in tensors.items()}
+
+
+def renamed(name, names):
+    for theirs, ours in names.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
 def tiny_clip(method):
     """Configuration and weights of the reference's CLIP, in Transformers' names."""
     tensors = clip_tensors(method)
@@ -63,11 +86,16 @@ def reference_model(method, **settings):
         heads = 2 if method == "context_i2w" else None
         sizes, mapping = translate_mapping(mapping_tensors(method), vl_config, method, heads)
         settings = {**sizes, **settings}
+    if method == "palavra":
+        settings = {"mapping_width": 36, **settings}
     settings = {"placeholder_id": PLACEHOLDERS[method], "temperature": temperature, "dropout": 0.0, **settings}
     model = InversionModel(InversionConfig(vl_config=vl_config, method=method, **settings))
     model.backbone.load_state_dict(clip)
     if mapping:
         model.mapping.load_state_dict(mapping)
+    if method == "palavra":
+        model.mapping.load_state_dict(palavra_tensors(PALAVRA_NAMES, "palavra_f_theta"))
+        model.text_map.load_state_dict(palavra_tensors({"layers.0.": ""}, "palavra_text_visual_map"))
     model.set_finetuning("frozen")
     return model.eval()
 
@@ -92,13 +120,14 @@ def make_model(method, reference=True):
 
 
 def make_tokenizer():
-    """A CLIP tokenizer of 300 tokens: letters, the placeholders under the ids of the fixtures, and "jekyll"."""
+    """A CLIP tokenizer of 300 tokens: letters, words of the templates, placeholders under the fixtures' ids."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789$*,.{}"
-    word = "jekyll"
-    starts = [word[:end] for end in range(1, 6)]
-    merges = [*zip(starts, [*word[1:5], "l</w>"], strict=True)]
+    merges, words = [], ("jekyll", "photo", "this", "contains", "illustration", "illustrations", "sketch", "diagram")
+    for word in words:
+        pairs = [(word[:end], word[end] + "</w>" * (end == len(word) - 1)) for end in range(1, len(word))]
+        merges += [pair for pair in pairs if pair not in merges]
     fixed = {259: "$</w>", 265: "*</w>", 297: "jekyll</w>", 298: "<|startoftext|>", 299: "<|endoftext|>"}
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *starts[1:]]
+    tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)])
     rest = iter([*(token for token in tokens if token not in fixed.values()), *map("unused{}".format, range(300))])
     return CLIPTokenizer(vocab={fixed.get(number) or next(rest): number for number in range(300)}, merges=merges)
 

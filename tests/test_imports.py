@@ -25,6 +25,8 @@ FOLDERS = {
         "configuration_inversion",
         "mapping_inversion",
         "loss_inversion",
+        "optimization_inversion",
+        "objectives_inversion",
         "modeling_inversion",
         "processing_inversion",
     ],

@@ -101,7 +101,7 @@ def convert_inversion(
         InversionConfig(vl_config=plain.config.vl_config, method=method, **word, **settings)
     )
     model.backbone = plain.backbone
-    model.mapping.load_state_dict(weights)  # type: ignore[union-attr]  # every released method has one
+    model.mapping.load_state_dict(weights)
     logger.warning(f"the licence of these weights is that of their repository: {LICENCES[method]}")
     write(output_dir, model.eval(), processor)
 

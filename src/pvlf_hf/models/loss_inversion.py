@@ -114,8 +114,37 @@ def reconstruction_loss(replaced_features: Tensor, caption_features: Tensor) -> 
     return F.mse_loss(replaced_features.float(), caption_features.float())
 
 
+def cycle_loss(
+    named_features: Tensor,
+    replaced_features: Tensor,
+    names: Tensor,
+    words: Tensor,
+    name_weight: float = 512.0,
+) -> Tensor:
+    """Computes PALAVRA's loss of its mapping network.
+
+    Args:
+        named_features: `(batch, d)`, features of sentences with the objects' names.
+        replaced_features: `(batch, d)`, features of the same with words for the names.
+        names: `(batch, w)`, token embeddings of the names.
+        words: `(batch, w)`, from the mapping network.
+        name_weight: weight of the second term, 512 in the reference.
+
+    Returns:
+        float32 scalar.
+    """
+    return nt_xent(named_features, replaced_features) + name_weight * alignment_loss(words, names)
+
+
+def alignment_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Computes the mean squared error of the normalised rows of two `(batch, w)`, a float32 scalar (PALAVRA)."""
+    return F.mse_loss(F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1))
+
+
 __all__ = [
+    "alignment_loss",
     "cosine_distance",
+    "cycle_loss",
     "distillation_loss",
     "nt_xent",
     "optimization_loss",

@@ -21,8 +21,10 @@ from transformers.utils import can_return_tuple, logging
 from .backbones_pvlf import ClipDualEncoder, load_pretrained_dual_encoder
 from .configuration_inversion import METHODS, InversionConfig
 from .interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput, QueryOutput, normalize
-from .loss_inversion import distillation_loss, reconstruction_loss, symmetric_info_nce
-from .mapping_inversion import Mapping, build_mapping
+from .loss_inversion import symmetric_info_nce
+from .mapping_inversion import Mapping, build_mapping, init_linear
+from .objectives_inversion import own_objective
+from .optimization_inversion import digests, palavra_words, searle_words, through_cache
 
 logger = logging.get_logger(__name__)
 
@@ -38,17 +40,12 @@ class InversionQueryOutput(QueryOutput):
     pseudo_words: Tensor | None = None
 
 
-OBJECTIVES = {
-    "pic2word": ("_image_contrast", ("pixel_values", "input_ids")),
-    "context_i2w": ("_image_contrast", ("pixel_values", "input_ids", "caption_ids")),
-    "searle": ("_distillation", ("pixel_values", "input_ids", "caption_ids", "teacher_words")),
-    "lincir": ("_reconstruction", ("input_ids", "caption_ids")),
-}
-"""Name of a method to what computes its own objective, and the inputs of `forward` that this takes."""
-
-
 class InversionModel(ComposedRetrievalModel):
     """Composed image retrieval by textual inversion; the mapping network is that of `config.method`.
+
+    Attributes:
+        inverted_words (`dict`): words that were optimised for images (SEARLE-OTI, PALAVRA), float32 on the CPU, by a
+            digest of the image. Clear it when weights or `config.inversion_steps` change.
 
     Example:
         >>> import torch
@@ -73,6 +70,9 @@ class InversionModel(ComposedRetrievalModel):
         super().__init__(config)
         self.backbone = ClipDualEncoder(config.vl_config)
         self.mapping = build_mapping(config)
+        # PALAVRA's A, from text features to image features.
+        self.text_map = nn.Linear(config.joint_width, config.joint_width) if config.method == "palavra" else None
+        self.inverted_words: dict[str, Tensor] = {}
         self.post_init()
 
     @classmethod
@@ -86,6 +86,8 @@ class InversionModel(ComposedRetrievalModel):
         super()._init_weights(module)
         if isinstance(module, Mapping):
             module.initialize()
+        elif isinstance(module, InversionModel) and module.text_map is not None:
+            init_linear(module.text_map)
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, method: str = "pic2word", **kwargs: Any) -> "InversionModel":
@@ -232,7 +234,11 @@ class InversionModel(ComposedRetrievalModel):
         return BaseModelOutputWithPooling(pooler_output=normalize(self.encode_text(input_ids, attention_mask)))
 
     def get_pseudo_words(
-        self, pixel_values: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **sentences: Tensor,
     ) -> Tensor:
         """Turns images into pseudo words, to be used in several queries.
 
@@ -240,18 +246,78 @@ class InversionModel(ComposedRetrievalModel):
             pixel_values: `(batch, 3, height, width)`.
             input_ids: int64 `(batch, n)`, captions; needed by Context-I2W alone, whose pseudo words depend on them.
             attention_mask: `(batch, n)`, 0 for padding.
+            **sentences: `prompt_ids`, `replaced_ids` and `phrase_ids`, see [`~InversionModel.invert`].
 
         Returns:
             `(batch, w)`.
 
         Raises:
-            ValueError: if the method reads captions and there are none.
+            ValueError: if the method reads captions, or prompts, and there are none.
         """
-        return self._pseudo_words(*self.encode_images(pixel_values), input_ids, attention_mask)
+        if METHODS[self.config.method].steps:
+            return self.invert(pixel_values, **sentences)
+        return self.pseudo_words_of(*self.encode_images(pixel_values), input_ids, attention_mask)
 
-    def _pseudo_words(
-        self, tokens: Tensor, features: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None
+    def invert(
+        self,
+        pixel_values: Tensor,
+        prompt_ids: Tensor | None = None,
+        replaced_ids: Tensor | None = None,
+        phrase_ids: Tensor | None = None,
     ) -> Tensor:
+        """Optimises a token for each image that was not inverted before (SEARLE-OTI, PALAVRA).
+
+        This takes `config.inversion_steps` passes of the text encoder and back for up to 32 images together, with a
+        progress bar. An image's token does not depend on the images beside it.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`.
+            prompt_ids: int64 `(prompts, n)`, from [`InversionProcessor.process_queries`].
+            replaced_ids: int64 `(batch, phrases, n)`, phrases about each image with the placeholder for its concept;
+                SEARLE-OTI's regularisation, left out by default.
+            phrase_ids: int64 `(batch, phrases, n)`, the phrases as they are.
+
+        Returns:
+            float32 `(batch, w)`, kept in `inverted_words`.
+
+        Raises:
+            ValueError: if an image is new and there are no prompts, or half of the phrases is missing.
+        """
+        if (replaced_ids is None) != (phrase_ids is None):
+            raise ValueError(
+                "replaced_ids and phrase_ids go together: the same phrases, with the placeholder and without"
+            )
+        keys, prompts = digests(pixel_values, replaced_ids, phrase_ids), prompt_ids
+        if prompts is None and not self.inverted_words.keys() >= {*keys}:
+            raise ValueError(
+                f"{self.config.method} optimises a token for each new image, by prompt_ids: pass all that "
+                "process_queries of this model's processor returns"
+            )
+
+        def invert(rows: list[int]) -> Tensor:
+            with torch.no_grad():
+                _, features = self.encode_images(pixel_values[rows].clone())
+                words = None if self.mapping is None else self.pseudo_words_of(features, features)
+            steps, ids = self.config.inversion_steps, prompts.clone()  # type: ignore[union-attr]  # checked above
+            if words is not None:
+                return palavra_words(self._encode_words, features, words, self.text_map, steps, ids)  # type: ignore[arg-type]
+            phrases = [None if t is None else t[rows].clone() for t in (replaced_ids, phrase_ids)]
+            kept = [keys[row] for row in rows]
+            return searle_words(self._encode_words, features, kept, self.config.word_width, steps, ids, *phrases)
+
+        return through_cache(self.inverted_words, keys, invert).to(pixel_values.device)
+
+    def _encode_words(self, input_ids: Tensor, pseudo_words: Tensor | None) -> Tensor:
+        return self.encode_text(input_ids, None, pseudo_words)
+
+    def pseudo_words_of(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Maps images that are encoded already, by [`~InversionModel.encode_images`], to pseudo words `(batch, w)`."""
         mapping: Any = self.mapping
         if not mapping.reads_tokens:
             return mapping(normalize(features).to(features.dtype) if self.config.normalize_features else features)
@@ -271,6 +337,9 @@ class InversionModel(ComposedRetrievalModel):
         attention_mask: Tensor | None = None,
         context_ids: Tensor | None = None,
         context_attention_mask: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        replaced_ids: Tensor | None = None,
+        phrase_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> InversionQueryOutput:
         """Embeds queries: captions in the method's template, with the reference image as one of their words.
@@ -282,6 +351,9 @@ class InversionModel(ComposedRetrievalModel):
             context_ids: int64 `(batch, k)`, other captions that Context-I2W's mapping network reads; by default those
                 of the query.
             context_attention_mask: `(batch, k)`, likewise.
+            prompt_ids: see [`~InversionModel.invert`], for methods that optimise tokens; as are the next two.
+            replaced_ids: likewise.
+            phrase_ids: likewise.
             **kwargs: `return_dict=False` for a tuple.
 
         Returns:
@@ -292,7 +364,10 @@ class InversionModel(ComposedRetrievalModel):
         """
         tokens, features = self.encode_images(pixel_values)
         context = (input_ids, attention_mask) if context_ids is None else (context_ids, context_attention_mask)
-        pseudo_words = self._pseudo_words(tokens, features, *context)
+        if METHODS[self.config.method].steps:
+            pseudo_words = self.invert(pixel_values, prompt_ids, replaced_ids, phrase_ids)
+        else:
+            pseudo_words = self.pseudo_words_of(tokens, features, *context)
         return InversionQueryOutput(
             pooler_output=normalize(self.encode_text(input_ids, attention_mask, pseudo_words)),
             image_embeds=normalize(features),
@@ -308,22 +383,12 @@ class InversionModel(ComposedRetrievalModel):
         target_pixel_values: Tensor | None = None,
         target_ids: Tensor | None = None,
         return_loss: bool | None = None,
-        caption_ids: Tensor | None = None,
-        caption_attention_mask: Tensor | None = None,
-        teacher_words: Tensor | None = None,
-        noise: Tensor | None = None,
         **kwargs: Any,
     ) -> ComposedRetrievalOutput:
         """Embeds queries, target images, or both; or computes the method's own objective, which needs no triplets.
 
         With target images, and without `return_loss=True`, see [`ComposedRetrievalModel.forward`]. With
-        `return_loss=True` and no target images the loss is the method's own:
-
-        - Pic2Word: each image against its prompt ("a photo of *"), `input_ids`.
-        - Context-I2W: the same, with masked captions in `caption_ids` that the mapping network reads.
-        - SEARLE: `teacher_words` of the images, phrases in `caption_ids`, and in `input_ids` the same with the
-          placeholder for the concept.
-        - LinCIR: no image; captions in `caption_ids`, and in `input_ids` the same with placeholders for keywords.
+        `return_loss=True` and no target images the loss is the method's own, see `OBJECTIVES`.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -332,11 +397,8 @@ class InversionModel(ComposedRetrievalModel):
             target_pixel_values: `(targets, 3, height, width)`.
             target_ids: int64 `(targets,)`, equal for equal targets.
             return_loss: compute a loss; by default whenever there are queries and targets.
-            caption_ids: int64 `(batch, k)`, sentences as they are.
-            caption_attention_mask: `(batch, k)`, 0 for padding.
-            teacher_words: `(batch, w)`, pseudo words to imitate.
-            noise: `(batch, d)`, what LinCIR adds to features of captions; drawn by default.
-            **kwargs: options of [`~InversionModel.get_query_features`], and `return_dict=False` for a tuple.
+            **kwargs: options of [`~InversionModel.get_query_features`], or further inputs of the method's own
+                objective; and `return_dict=False` for a tuple.
 
         Raises:
             ValueError: if inputs are missing.
@@ -345,71 +407,8 @@ class InversionModel(ComposedRetrievalModel):
             return super().forward(
                 pixel_values, input_ids, attention_mask, target_pixel_values, target_ids, return_loss, **kwargs
             )
-        given = {
-            "pixel_values": pixel_values,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "caption_ids": caption_ids,
-            "caption_attention_mask": caption_attention_mask,
-            "teacher_words": teacher_words,
-            "noise": noise,
-        }
-        return self._objective({name: tensor for name, tensor in given.items() if tensor is not None})
-
-    def _objective(self, inputs: dict[str, Tensor]) -> ComposedRetrievalOutput:
-        method = self.config.method
-        if method not in OBJECTIVES:
-            raise ValueError(f"{method} trains nothing: it optimises a token for each image")
-        objective, needed = OBJECTIVES[method]
-        if missing := [name for name in needed if name not in inputs]:
-            raise ValueError(f"the training loss of {method} needs {list(needed)}; {missing} missing")
-        return getattr(self, objective)(**inputs)
-
-    def _image_contrast(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        caption_ids: Tensor | None = None,
-        caption_attention_mask: Tensor | None = None,
-    ) -> ComposedRetrievalOutput:
-        """Contrasts images with the sentences that their pseudo words make (Pic2Word, Context-I2W)."""
-        query = self.get_query_features(pixel_values, input_ids, attention_mask, caption_ids, caption_attention_mask)
-        targets = query.image_embeds.detach()  # no gradient in the reference
-        return ComposedRetrievalOutput(
-            loss=self.loss(query.pooler_output, targets), query_embeds=query.pooler_output, target_embeds=targets
-        )
-
-    def _distillation(
-        self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
-        caption_ids: Tensor,
-        teacher_words: Tensor,
-        attention_mask: Tensor | None = None,
-        caption_attention_mask: Tensor | None = None,
-    ) -> ComposedRetrievalOutput:
-        """Distils optimised tokens into phi (SEARLE)."""
-        words = self.get_pseudo_words(pixel_values)
-        phrases = self.encode_text(caption_ids, caption_attention_mask).detach()
-        replaced = self.encode_text(input_ids, attention_mask, words)
-        return ComposedRetrievalOutput(loss=distillation_loss(words, teacher_words, replaced, phrases))
-
-    def _reconstruction(
-        self,
-        input_ids: Tensor,
-        caption_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        caption_attention_mask: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> ComposedRetrievalOutput:
-        """Reconstructs features of captions from their own pseudo words (LinCIR)."""
-        captions = self.encode_text(caption_ids, caption_attention_mask).detach()
-        if noise is None:  # a uniform scale for each row, a normal direction
-            noise = torch.rand_like(captions[:, :1]) * torch.randn_like(captions)
-        noisy = captions + noise
-        replaced = self.encode_text(input_ids, attention_mask, self._pseudo_words(noisy, noisy, None, None))
-        return ComposedRetrievalOutput(loss=reconstruction_loss(replaced, captions))
+        given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        return own_objective(self, {name: t for name, t in {**given, **kwargs}.items() if isinstance(t, Tensor)})
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
         """Computes [`symmetric_info_nce`] with this configuration's temperature."""
