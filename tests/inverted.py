@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from pvlf_hf import InversionConfig, InversionModel, InversionProcessor, PVLFImageProcessor
-from pvlf_hf.checkpoints.convert import CLIP_NAMES, clip_config, translate
+from pvlf_hf.checkpoints.convert import clip_config
 from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+from pvlf_hf.checkpoints.weight_names import CLIP_NAMES, translate
 from pvlf_hf.models.configuration_inversion import METHODS
 
 FIXTURES = Path(__file__).parent / "fixtures" / "inversion"

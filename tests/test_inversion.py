@@ -476,8 +476,10 @@ def test_an_image_is_inverted_once_whatever_stands_beside_it(method, monkeypatch
         batch = processor.process_queries([*pictures, PICTURE], ["is red"] * 4)
         together = again(**batch)
     assert len(again.inverted_words) == 3 and all(p.grad is None for p in again.parameters())
-    within(again.invert(batch["pixel_values"])[:3], alone_words, atol=2e-5)
-    within(together.query_embeds.clone()[:3], alone.detach(), atol=2e-5)
+    # Adam divides a rounding error by the gradient's size: allowed is a twentieth of one step; initial tokens of other
+    # images are thirty times as far away.
+    within(again.invert(batch["pixel_values"])[:3], alone_words, atol=1e-3)
+    within(together.query_embeds.clone()[:3], alone.detach(), atol=1e-3)
     assert torch.equal(again.invert(batch["pixel_values"])[3], again.invert(batch["pixel_values"])[0])
     # Known images take no step, new ones do.
     monkeypatch.setattr("pvlf_hf.models.optimization_inversion._step", lambda *_: pytest.fail("a step"))

@@ -11,7 +11,7 @@ Example:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import exp
 from os import PathLike
 from pathlib import Path
@@ -27,7 +27,8 @@ from ..models.configuration_inversion import METHODS, InversionConfig
 from ..models.mapping_inversion import build_mapping
 from ..models.modeling_inversion import InversionModel
 from ..models.processing_inversion import InversionProcessor
-from .convert import CLIP_NAMES, check_empty, naming, translate, write
+from .convert import check_empty, naming, write
+from .weight_names import CLIP_NAMES, rename, translate
 
 logger = logging.get_logger(__name__)
 
@@ -121,8 +122,7 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
         method: a name in `WRAPPERS`.
 
     Returns:
-        the state dicts of network and CLIP, without the prefix of DataParallel; the second is empty where the file has
-        none.
+        the state dicts of network and CLIP; the second is empty where the file has none.
 
     Raises:
         ValueError: if there is no such file, it is damaged, holds objects, or is another method's.
@@ -153,11 +153,7 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
             raise ValueError(f"holds a {type(part).__name__} where a state dict (names and tensors) belongs")
         if odd := [name for name, tensor in part.items() if not isinstance(tensor, Tensor)]:
             raise ValueError(f"{odd[:3]} are no tensors, and there is no {wrapper!r}: not a file of {method}")
-    return _unprefixed(state), _unprefixed(clip)
-
-
-def _unprefixed(tensors: Tensors) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return state, clip
 
 
 def translate_mapping(
@@ -178,7 +174,10 @@ def translate_mapping(
         ValueError: if they are not exactly those of the method's network, or of another CLIP.
     """
     kind = METHODS[method].mapping
-    weights = _rename(tensors, NAMES[kind])  # type: ignore[index]  # every released method has one
+    weights = {  # matrices named projection are for x @ W there
+        name: (tensor.T if name.endswith("projection.weight") else tensor).float().contiguous()
+        for name, tensor in rename(tensors, NAMES[kind]).items()  # type: ignore[index]  # every released method has one
+    }
     settings = _settings(weights, kind, extractor_heads)
     theirs = dict(zip(weights, tensors, strict=True))
     _check_widths(weights, vl_config, kind)
@@ -199,18 +198,6 @@ def translate_mapping(
                 f"{tuple(expected[name].shape)}"
             )
     return settings, weights
-
-
-def _rename(tensors: Tensors, names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    for theirs, tensor in tensors.items():
-        ours = theirs
-        for pattern, replacement in names:
-            ours = re.sub(pattern, replacement, ours)
-        if ours in renamed:
-            raise ValueError(f"{theirs} and another weight both become {ours}; keep one of them")
-        renamed[ours] = (tensor.T if theirs in ("proj", "proj_local") else tensor).float().contiguous()  # x @ W there
-    return renamed
 
 
 def _settings(weights: Tensors, kind: str | None, extractor_heads: int | None) -> dict[str, Any]:
@@ -264,8 +251,8 @@ def compare_clip(tensors: Tensors, model: InversionModel) -> float:
     Returns:
         the temperature of its logit scale.
     """
-    scale = tensors.get("logit_scale")
-    theirs = translate({name: t for name, t in tensors.items() if name != "logit_scale"}, CLIP_NAMES)
+    theirs = translate(tensors, CLIP_NAMES)
+    scale = theirs.pop("logit_scale", None)
     ours = model.backbone.state_dict()
     if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
         raise ValueError("the CLIP in it has other weights than the backbone: pass the CLIP that it was trained on")

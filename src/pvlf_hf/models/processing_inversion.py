@@ -85,7 +85,7 @@ class InversionProcessor(PVLFProcessor):
         InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # refuses what is no CLIP
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
         plain.image_processor.do_target_pad = METHODS[method].target_pad
-        return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)
+        return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)  # type: ignore[arg-type]
 
     def __call__(
         self,
