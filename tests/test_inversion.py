@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from inverted import (
+    FIXTURES,
     PALAVRA_NAMES,
     PLACEHOLDERS,
     io_of,
@@ -544,6 +545,22 @@ def test_captions_are_put_into_the_template(method):
     if facts.mapping and method != "palavra":
         query = make_model(method).get_query_features(**processor.process_queries(PICTURE, "is red"))
         assert query.pooler_output.shape == (1, 48 if method != "context_i2w" else 64)
+
+
+def test_placeholders_have_the_ids_of_the_real_tokenizers():
+    tokens = json.loads((FIXTURES / "tokens.json").read_text())
+    for method, sentence in (
+        ("pic2word", "a photo of * , is red"),
+        ("searle", "a photo of $ that is red"),
+        ("context_i2w", "a photo of <|replace|> , is red"),
+    ):
+        facts = METHODS[method]
+        if method != "context_i2w":
+            assert facts.template.replace("{caption}", "is red") == sentence
+        assert tokens[method][sentence].count(facts.placeholder_id) == 1
+    assert METHODS["context_i2w"].placeholder_id == tokens["searle"]["a jekyll and hyde poster"][2]
+    assert METHODS["searle"].placeholder_id not in tokens["searle"]["a photo of $, red"]
+    assert tokens["searle"]["a photo of $ that costs $20"].count(259) == 2
 
 
 def test_a_placeholder_in_another_token_is_none():
