@@ -170,7 +170,7 @@ def test_nothing_in_a_file_is_run(clips, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"Phi": mapping_tensors("searle"), "hyper": Path("x")}, "path.pt")
     torch.save({"Phi": mapping_tensors("searle"), "hyper": Harmful()}, "harmful.pt")
-    Path("pickle.pt").write_bytes(pickle.dumps(Harmful()))
+    Path("pickle.pt").write_bytes(pickle.dumps(Harmful(), protocol=2))
     Path("damaged.pt").write_bytes(b"PK\x03\x04")
     for name in ("path.pt", "harmful.pt", "pickle.pt", "damaged.pt"):
         with pytest.raises(ValueError, match=rf"{name}: cannot be read as tensors alone"):
