@@ -4,7 +4,16 @@ Imports `models`, `data`, `embeddings` and `evaluation`.
 """
 
 from .convert import convert_salesforce_blip, convert_transagg
+from .convert_inversion import convert_inversion
 from .golden import check_golden, write_golden
 from .model_card import render_card, write_card
 
-__all__ = ["check_golden", "convert_salesforce_blip", "convert_transagg", "render_card", "write_card", "write_golden"]
+__all__ = [
+    "check_golden",
+    "convert_inversion",
+    "convert_salesforce_blip",
+    "convert_transagg",
+    "render_card",
+    "write_card",
+    "write_golden",
+]

@@ -1,4 +1,4 @@
-"""Models: configuration, dual encoders, PVLF, its loss, its processors and its pipeline.
+"""Models: dual encoders, PVLF and textual inversion with their losses and processors, and the pipeline.
 
 The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_inversion import InversionConfig
 from .configuration_pvlf import PVLFConfig
 from .image_processing_pvlf import PVLFImageProcessor
 from .interface_pvlf import (
@@ -18,8 +19,10 @@ from .interface_pvlf import (
     QueryOutput,
 )
 from .loss_pvlf import focal_info_nce
+from .modeling_inversion import InversionModel, InversionQueryOutput
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
+from .processing_inversion import InversionProcessor
 from .processing_pvlf import PVLFProcessor
 
 
@@ -31,7 +34,10 @@ class Family(NamedTuple):
     processor: type[ComposedRetrievalProcessor]
 
 
-FAMILIES = (Family(PVLFConfig, PVLFModel, PVLFProcessor),)
+FAMILIES = (
+    Family(PVLFConfig, PVLFModel, PVLFProcessor),
+    Family(InversionConfig, InversionModel, InversionProcessor),
+)
 """Every model family of the package; a new one is one more entry."""
 
 for family in FAMILIES:
@@ -48,6 +54,10 @@ __all__ = [
     "ComposedRetrievalModel",
     "ComposedRetrievalOutput",
     "ComposedRetrievalProcessor",
+    "InversionConfig",
+    "InversionModel",
+    "InversionProcessor",
+    "InversionQueryOutput",
     "PVLFConfig",
     "PVLFImageProcessor",
     "PVLFModel",

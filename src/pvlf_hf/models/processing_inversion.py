@@ -1,0 +1,176 @@
+"""Processor of textual inversion: puts relative captions into the method's template. Travels with checkpoints."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .configuration_inversion import METHODS, InversionConfig
+from .processing_pvlf import Padding, PVLFProcessor
+
+
+class InversionProcessor(PVLFProcessor):
+    """Bundles the image processor, the tokenizer and the template of a textual inversion model.
+
+    A caption alone (`processor(text=...)`) stays as it is; one with its reference image is put into the template.
+
+    Args:
+        image_processor: [`PVLFImageProcessor`] with the image size of CLIP.
+        tokenizer: CLIP's.
+        max_text_length: tokens that the text encoder reads, special tokens included.
+        padding: see [`PVLFProcessor`].
+        method: a name in `METHODS`, which gives the next two.
+        template: sentence with `{caption}` and the placeholder in it, by default the method's.
+        placeholder: word of one token that stands for the reference image, by default the method's.
+
+    Attributes:
+        placeholder_id (`int`): id of that token, which [`InversionConfig`] must have, too.
+
+    Raises:
+        ValueError: if the method is unknown, the placeholder is not one token, or the template lacks one of the two.
+    """
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_length: int = 77,
+        padding: Padding = "longest",
+        method: str = "pic2word",
+        template: str | None = None,
+        placeholder: str | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, max_text_length, padding)
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: choose one of {sorted(METHODS)}")
+        self.method = method
+        self.template = METHODS[method].template if template is None else template
+        self.placeholder = METHODS[method].placeholder if placeholder is None else placeholder
+        ids = tokenizer(self.placeholder, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"placeholder {self.placeholder!r} must be one token of the vocabulary, but it is {ids}: choose a "
+                "rare word of the tokenizer, such as '*' or '$' of CLIP's"
+            )
+        self.placeholder_id = ids[0]
+        self._placeholders = self._ids_of([self.template.replace("{caption}", "")])[0].count(ids[0])
+        if self.template.count("{caption}") != 1 or not self._placeholders:
+            raise ValueError(
+                f"template {self.template!r} must hold {{caption}} once, and {self.placeholder!r} with a blank or "
+                f"nothing on both sides (else it is another token), as in {METHODS[method].template!r}"
+            )
+
+    @classmethod
+    def from_vl_pretrained(cls, name_or_path: str, method: str = "pic2word", **kwargs: Any) -> "InversionProcessor":
+        """Builds the processor that goes with [`InversionModel.from_vl_pretrained`] of the same checkpoint.
+
+        Args:
+            name_or_path: Hub name or local folder of a CLIP checkpoint.
+            method: a name in `METHODS`.
+            **kwargs: `template` and `placeholder`; the rest is passed to `from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: for a checkpoint other than CLIP.
+        """
+        settings = {name: kwargs.pop(name) for name in ("template", "placeholder") if name in kwargs}
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs), method, **settings)
+
+    @classmethod
+    def for_backbone(
+        cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, method: str = "pic2word", **settings: Any
+    ) -> "InversionProcessor":
+        """Builds the processor of a CLIP from its configuration and its tokenizer."""
+        InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # refuses what is no CLIP
+        plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
+        plain.image_processor.do_target_pad = METHODS[method].target_pad
+        return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Iterable[str] | None = None,
+        target_images: Any = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepares reference images, relative captions and target images, or some of them.
+
+        Args:
+            images: one or a batch of reference images.
+            text: one or a batch of relative captions. With images they are put into the template.
+            target_images: one or a batch of target images.
+            return_tensors: "pt" or "np".
+            **kwargs: overrides for the image processor.
+
+        Returns:
+            as [`PVLFProcessor`], and for queries of a method that optimises tokens `prompt_ids` int64
+            `(prompts, length)`.
+
+        Raises:
+            ValueError: as [`PVLFProcessor`]; if a caption holds the placeholder, or is too long for the template.
+        """
+        if images is None or text is None:
+            return super().__call__(images, text, target_images, return_tensors, **kwargs)
+        batch = super().__call__(images, self.fill_template(text), target_images, return_tensors, **kwargs)
+        if METHODS[self.method].steps:
+            batch["prompt_ids"] = self._tokenize(self.prompts, return_tensors)["input_ids"]
+        return batch
+
+    @property
+    def prompts(self) -> list[str]:
+        """Sentences of an image alone, with this processor's placeholder."""
+        facts = METHODS[self.method]
+        return [prompt.replace(facts.placeholder, self.placeholder) for prompt in facts.prompts]
+
+    def process_prompts(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Prepares images alone, each with the method's prompt, for training by `return_loss=True`.
+
+        Args:
+            images: one or a batch of images.
+            **kwargs: see `__call__`.
+
+        Returns:
+            `pixel_values`, `input_ids` and `attention_mask`.
+        """
+        batch = super().__call__(images, **kwargs)
+        return BatchFeature({**batch, **self._tokenize(self.prompts[:1] * len(batch["pixel_values"]), "pt")})
+
+    def fill_template(self, text: str | Iterable[str]) -> list[str]:
+        """Puts captions into the template.
+
+        Args:
+            text: one or a batch of relative captions.
+
+        Raises:
+            ValueError: naming the first caption that holds the placeholder, or is too long for the template.
+        """
+        captions = [text] if isinstance(text, str) else list(text)
+        self._tokenize(captions, "np")  # refuses what is no caption
+        sentences = [self.template.replace("{caption}", caption) for caption in captions]
+        for row, ids in enumerate(self._ids_of(sentences)):
+            if excess := max(0, len(ids) - self.max_text_length):
+                raise ValueError(
+                    f"caption {row} has {len(ids)} tokens in the template {self.template!r}, {excess} more than the "
+                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template"
+                )
+            if ids.count(self.placeholder_id) != self._placeholders:
+                raise ValueError(
+                    f"caption {row}, {captions[row]!r}, holds {self.placeholder!r}, the placeholder of the reference "
+                    "image: write it in other words, or pass a template with another placeholder"
+                )
+        return sentences
+
+    def _ids_of(self, sentences: list[str]) -> list[list[int]]:
+        return self.tokenizer(sentences, truncation=False, padding=False)["input_ids"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of everything `__call__` can return."""
+        return [*super().model_input_names, "prompt_ids"]
+
+
+InversionProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["InversionProcessor"]
