@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as DatasetImage
 from inverted import (
     FIXTURES,
     PALAVRA_NAMES,
@@ -28,10 +30,10 @@ from PIL import Image
 from reference import CONFIGS
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, pipeline
 
 import pvlf_hf
-from pvlf_hf import InversionConfig, InversionModel, InversionProcessor
+from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor
 from pvlf_hf.checkpoints.convert_inversion import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
 from pvlf_hf.models.loss_inversion import alignment_loss, cosine_distance, nt_xent
@@ -789,3 +791,21 @@ def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
     for build in (InversionModel.from_vl_pretrained, InversionProcessor.from_vl_pretrained):
         with pytest.raises(ValueError, match="textual inversion is defined on CLIP alone"):
             build(blip, method="searle")
+
+
+@pytest.mark.parametrize("method", ["pic2word", "context_i2w"])
+def test_pipeline_and_gallery_search_by_inversion(method):
+    """They prepare the caption apart from its image, in the template all the same."""
+    model, processor = make_model(method), make_processor(method)
+    side = processor.image_processor.crop_size["height"]
+    images = [Image.new("RGB", (side, side), colour) for colour in ("red", "gold", "navy")]
+    search = pipeline("composed-image-retrieval", model=model, processor=processor, gallery=images)
+    with torch.no_grad():
+        query = model.get_query_features(**processor.process_queries(images[0], "is blue")).pooler_output
+        gallery = model.get_image_features(**processor.process_targets(images)).pooler_output
+    order = (query @ gallery.T)[0].argsort(descending=True).tolist()
+    assert [result["index"] for result in search({"image": images[0], "text": "is blue"})] == order
+    features = Features({"image": DatasetImage(), "image_id": Value("string")})
+    rows = Dataset.from_dict({"image": images, "image_id": list("abc")}, features)
+    found = Gallery.from_dataset(rows, model, processor, progress=False).search(images[0], "is blue", k=3)
+    assert found.ids == ["abc"[index] for index in order]

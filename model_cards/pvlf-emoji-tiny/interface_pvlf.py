@@ -247,6 +247,14 @@ class ComposedRetrievalProcessor(ProcessorMixin):
         """
         raise NotImplementedError
 
+    def process_captions(self, text: Any, **kwargs: Any) -> BatchFeature:
+        """Prepare the relative captions of queries whose images are prepared apart, as a pipeline does.
+
+        Returns:
+            all inputs of a query but `pixel_values`.
+        """
+        return self(text=text, **kwargs)
+
     def process_targets(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Prepare gallery images.
 

@@ -74,7 +74,7 @@ NAMES = {"mlp": MLP_NAMES, "phi": PHI_NAMES, "context": CONTEXT_NAMES}
 def convert_inversion(
     checkpoint: File, method: str, backbone: str, output_dir: File, extractor_heads: int | None = None
 ) -> None:
-    """Writes a released mapping network with its CLIP as an [`InversionModel`] folder, processor included.
+    """Write a released mapping network with its CLIP as an [`InversionModel`] folder, processor included.
 
     Args:
         checkpoint: file of the mapping network, `.pt` or `.safetensors`.
@@ -108,14 +108,14 @@ def convert_inversion(
 
 
 def check_method(method: str) -> str:
-    """Returns the method; raises a `ValueError` where nothing of it was released."""
+    """Return the method; raises a `ValueError` where nothing of it was released."""
     if method not in WRAPPERS:
         raise ValueError(f"method={method!r}: weights were released of {sorted(WRAPPERS)} alone")
     return method
 
 
 def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Reads the mapping network in a file, and the CLIP beside it, without running anything in the file.
+    """Read the mapping network in a file, and the CLIP beside it, without running anything in the file.
 
     Args:
         file: what the method's code saved (a dict that holds the network's state dict), or the state dict alone.
@@ -159,7 +159,7 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
 def translate_mapping(
     tensors: Tensors, vl_config: PreTrainedConfig, method: str, extractor_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Renames a released mapping network and reads its configuration off the shapes.
+    """Rename a released mapping network and reads its configuration off the shapes.
 
     Args:
         tensors: the whole state dict, in the names of the method's own code; the meta device will do.
@@ -201,7 +201,7 @@ def translate_mapping(
 
 
 def _settings(weights: Tensors, kind: str | None, extractor_heads: int | None) -> dict[str, Any]:
-    """Reads sizes off the shapes; what is absent here is found when the names are compared."""
+    """Read sizes off the shapes; what is absent here is found when the names are compared."""
     mlp = "whole.mlp." if kind == "context" else ""
     settings: dict[str, Any] = {}
     if f"{mlp}output.weight" in weights:
@@ -227,7 +227,7 @@ def _count(weights: Tensors, prefix: str) -> int:
 
 
 def _check_widths(weights: Tensors, vl_config: PreTrainedConfig, kind: str | None) -> None:
-    """Raises a `ValueError` naming both widths where the network belongs to another CLIP."""
+    """Raise a `ValueError` naming both widths where the network belongs to another CLIP."""
     config = InversionConfig(vl_config=vl_config, method="searle_oti", placeholder_id=0)
     ends = ("context.weight", "whole.mlp.output.weight") if kind == "context" else ("layers.0.weight", "output.weight")
     for name, axis, width, what in (
@@ -242,7 +242,7 @@ def _check_widths(weights: Tensors, vl_config: PreTrainedConfig, kind: str | Non
 
 
 def compare_clip(tensors: Tensors, model: InversionModel) -> float:
-    """Compares the CLIP beside a mapping network with the backbone, and says in the log where they differ.
+    """Compare the CLIP beside a mapping network with the backbone, and says in the log where they differ.
 
     Args:
         tensors: CLIP's state dict in OpenAI's names.

@@ -191,7 +191,7 @@ class InversionConfig(PreTrainedConfig):
         return self.vl_config.text_config.hidden_size
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Returns the text encoder's configuration, which has the vocabulary and the special tokens."""
+        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
         return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
@@ -225,7 +225,7 @@ class InversionConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
 

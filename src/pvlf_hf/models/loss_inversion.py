@@ -15,7 +15,7 @@ def symmetric_info_nce(
     target_ids: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Computes the mean of the cross-entropies from queries to targets and back (CLIP's loss, Pic2Word).
+    """Compute the mean of the cross-entropies from queries to targets and back (CLIP's loss, Pic2Word).
 
     Args:
         query_embeds: `(batch, d)`, L2-normalised.
@@ -39,7 +39,7 @@ def symmetric_info_nce(
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.25) -> Tensor:
-    """Computes the contrastive loss of pairs of vectors, each against all others of both kinds (SEARLE, PALAVRA).
+    """Compute the contrastive loss of pairs of vectors, each against all others of both kinds (SEARLE, PALAVRA).
 
     Args:
         first: `(batch, w)`.
@@ -57,7 +57,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.25) -> Tensor:
 
 
 def cosine_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Computes the mean of 1 - cosine of the rows of two `(batch, d)` (SEARLE), as a float32 scalar."""
+    """Compute the mean of 1 - cosine of the rows of two `(batch, d)` (SEARLE), as a float32 scalar."""
     return (1 - F.cosine_similarity(first.float(), second.float(), dim=-1)).mean()
 
 
@@ -68,7 +68,7 @@ def distillation_loss(
     phrase_features: Tensor,
     phrase_weight: float = 0.75,
 ) -> Tensor:
-    """Computes SEARLE's loss of phi.
+    """Compute SEARLE's loss of phi.
 
     Args:
         pseudo_words: `(batch, w)`, from phi.
@@ -90,7 +90,7 @@ def optimization_loss(
     phrase_features: Tensor | None = None,
     phrase_weight: float = 0.5,
 ) -> Tensor:
-    """Computes SEARLE-OTI's loss of a token, the weighted mean of two cosine distances.
+    """Compute SEARLE-OTI's loss of a token, the weighted mean of two cosine distances.
 
     Args:
         prompt_features: `(batch, d)`, features of templates with the token.
@@ -110,7 +110,7 @@ def optimization_loss(
 
 
 def reconstruction_loss(replaced_features: Tensor, caption_features: Tensor) -> Tensor:
-    """Computes LinCIR's loss: the mean squared error of unnormalised `(batch, d)` features, a float32 scalar."""
+    """Compute LinCIR's loss: the mean squared error of unnormalised `(batch, d)` features, a float32 scalar."""
     return F.mse_loss(replaced_features.float(), caption_features.float())
 
 
@@ -121,7 +121,7 @@ def cycle_loss(
     words: Tensor,
     name_weight: float = 512.0,
 ) -> Tensor:
-    """Computes PALAVRA's loss of its mapping network.
+    """Compute PALAVRA's loss of its mapping network.
 
     Args:
         named_features: `(batch, d)`, features of sentences with the objects' names.
@@ -137,7 +137,7 @@ def cycle_loss(
 
 
 def alignment_loss(first: Tensor, second: Tensor) -> Tensor:
-    """Computes the mean squared error of the normalised rows of two `(batch, w)`, a float32 scalar (PALAVRA)."""
+    """Compute the mean squared error of the normalised rows of two `(batch, w)`, a float32 scalar (PALAVRA)."""
     return F.mse_loss(F.normalize(first.float(), dim=-1), F.normalize(second.float(), dim=-1))
 
 

@@ -15,7 +15,7 @@ from .configuration_inversion import METHODS, InversionConfig
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Initialises as `nn.Linear` does, through the library's functions, which leave loaded weights alone."""
+    """Initialise as `nn.Linear` does, through the library's functions, which leave loaded weights alone."""
     bound = linear.in_features**-0.5
     init.uniform_(linear.weight, -bound, bound)
     if linear.bias is not None:
@@ -32,7 +32,7 @@ class Mapping(nn.Module):
     reads_tokens = False
 
     def initialize(self) -> None:
-        """Initialises the weights as the method's own code does: PyTorch's defaults for linear layers."""
+        """Initialise the weights as the method's own code does: PyTorch's defaults for linear layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
@@ -50,7 +50,7 @@ class MLPMapping(Mapping):
         self.dropout = nn.Dropout(config.dropout)  # type: ignore[arg-type]  # set by the configuration
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps `(..., d)` to pseudo words `(..., w)`."""
+        """Map `(..., d)` to pseudo words `(..., w)`."""
         for layer in self.layers:
             features = F.relu(self.dropout(layer(features)))
         return self.output(features)
@@ -67,7 +67,7 @@ class PhiMapping(Mapping):
         self.dropout = nn.Dropout(config.dropout)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps `(..., d)` to pseudo words `(..., w)`."""
+        """Map `(..., d)` to pseudo words `(..., w)`."""
         for layer in self.layers:
             features = self.dropout(F.gelu(layer(features)))
         return self.output(features)
@@ -82,7 +82,7 @@ class Rotation(nn.Module):
         self.gain = nn.Parameter(torch.empty(width, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps `(..., v)` to `(..., v)`."""
+        """Map `(..., v)` to `(..., v)`."""
         return F.linear(tokens, self.gain * F.normalize(self.direction, dim=1))
 
 
@@ -101,7 +101,7 @@ class ExtractorLayer(nn.Module):
         self.fc2 = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Updates latents `(batch, latents, v)` by image tokens `(batch, m, v)`."""
+        """Update latents `(batch, latents, v)` by image tokens `(batch, m, v)`."""
         normed = self.norm_latents(latents)
         key_value = self.key_value(torch.cat([self.norm_tokens(tokens), normed], dim=1))
         parts = (self.query(normed), *key_value.chunk(2, dim=-1))
@@ -121,7 +121,7 @@ class WordBranch(nn.Module):
         self.mlp = MLPMapping(config, config.word_width)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps `(batch, v)` to `(batch, w)`."""
+        """Map `(batch, v)` to `(batch, w)`."""
         return self.mlp(self.projection(self.norm(features)))
 
 
@@ -146,7 +146,7 @@ class ContextMapping(Mapping):
         self.local_gate = nn.Parameter(torch.empty(1))
 
     def initialize(self) -> None:
-        """Initialises the weights, see [`Mapping.initialize`]; latents and projections are normal."""
+        """Initialise the weights, see [`Mapping.initialize`]; latents and projections are normal."""
         super().initialize()
         init.normal_(self.latents)
         init.zeros_(self.local_gate)
@@ -158,7 +158,7 @@ class ContextMapping(Mapping):
             init.normal_(branch.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, text_features: Tensor) -> Tensor:
-        """Maps images in the light of captions to pseudo words.
+        """Map images in the light of captions to pseudo words.
 
         Args:
             tokens: `(batch, 1 + m, v)`, outputs of the last image encoder layer, before its final norm.
@@ -192,7 +192,7 @@ class EquivariantLayer(nn.Module):
         self.mean = nn.Linear(in_width, width, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps `(batch, set, in_width)` to `(batch, set, width)`."""
+        """Map `(batch, set, in_width)` to `(batch, set, width)`."""
         return F.elu(self.element(features) - self.mean(features.mean(dim=1, keepdim=True)))
 
 
@@ -208,7 +208,7 @@ class DeepSetMapping(Mapping):
         self.dropout = nn.Dropout(config.dropout)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps features `(batch, d)`, or sets of them `(batch, set, d)`, L2-normalised, to `(batch, w)`."""
+        """Map features `(batch, d)`, or sets of them `(batch, set, d)`, L2-normalised, to `(batch, w)`."""
         if features.ndim == 2:
             features = features[:, None]
         for layer in self.layers:
@@ -227,7 +227,7 @@ MAPPINGS: dict[str, Any] = {
 
 
 def build_mapping(config: InversionConfig) -> Mapping | None:
-    """Builds the mapping network of a configuration's method; None for one that has none."""
+    """Build the mapping network of a configuration's method; None for one that has none."""
     kind = METHODS[config.method].mapping
     return None if kind is None else MAPPINGS[kind](config)
 

@@ -77,12 +77,12 @@ class InversionModel(ComposedRetrievalModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False: in custom code the library initialises only modules that hold weights themselves."""
+        """Return False: in custom code the library initialises only modules that hold weights themselves."""
         return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises a mapping network as its method's own code does, unlike the base class's normal(0, 0.02)."""
+        """Initialise a mapping network as its method's own code does, unlike the base class's normal(0, 0.02)."""
         super()._init_weights(module)
         if isinstance(module, Mapping):
             module.initialize()
@@ -91,7 +91,7 @@ class InversionModel(ComposedRetrievalModel):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, method: str = "pic2word", **kwargs: Any) -> "InversionModel":
-        """Builds a model on a pretrained CLIP, with a fresh mapping network.
+        """Build a model on a pretrained CLIP, with a fresh mapping network.
 
         Args:
             name_or_path: Hub name or local folder of a `CLIPModel` checkpoint.
@@ -124,11 +124,11 @@ class InversionModel(ComposedRetrievalModel):
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Returns the text encoder's token embeddings."""
+        """Return the text encoder's token embeddings."""
         return self.backbone.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the text encoder's token embeddings."""
+        """Replace the text encoder's token embeddings."""
         self.backbone.text_model.set_input_embeddings(value)
 
     @property
@@ -142,7 +142,7 @@ class InversionModel(ComposedRetrievalModel):
         return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes images by CLIP, once for all that a method reads.
+        """Encode images by CLIP, once for all that a method reads.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -158,7 +158,7 @@ class InversionModel(ComposedRetrievalModel):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pseudo_words: Tensor | None = None
     ) -> Tensor:
-        """Encodes captions by CLIP, with pseudo words in the position of their placeholders.
+        """Encode captions by CLIP, with pseudo words in the position of their placeholders.
 
         A pseudo word replaces the token's embedding before the position embedding is added.
 
@@ -189,7 +189,7 @@ class InversionModel(ComposedRetrievalModel):
         return self.backbone.text_projection(text_model.final_layer_norm(last))
 
     def _placeholders(self, input_ids: Tensor, words: int) -> Tensor:
-        """Marks the tokens that pseudo words replace, bool `(batch, n)`."""
+        """Mark the tokens that pseudo words replace, bool `(batch, n)`."""
         if words != len(input_ids):
             raise ValueError(f"{words} reference images but {len(input_ids)} captions: one of each makes a query")
         mask = input_ids == self.config.placeholder_id
@@ -240,7 +240,7 @@ class InversionModel(ComposedRetrievalModel):
         attention_mask: Tensor | None = None,
         **sentences: Tensor,
     ) -> Tensor:
-        """Turns images into pseudo words, to be used in several queries.
+        """Turn images into pseudo words, to be used in several queries.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -317,7 +317,7 @@ class InversionModel(ComposedRetrievalModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Maps images that are encoded already, by [`~InversionModel.encode_images`], to pseudo words `(batch, w)`."""
+        """Map images that are encoded already, by [`~InversionModel.encode_images`], to pseudo words `(batch, w)`."""
         mapping: Any = self.mapping
         if not mapping.reads_tokens:
             return mapping(normalize(features).to(features.dtype) if self.config.normalize_features else features)
@@ -411,7 +411,7 @@ class InversionModel(ComposedRetrievalModel):
         return own_objective(self, {name: t for name, t in {**given, **kwargs}.items() if isinstance(t, Tensor)})
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
-        """Computes [`symmetric_info_nce`] with this configuration's temperature."""
+        """Compute [`symmetric_info_nce`] with this configuration's temperature."""
         return symmetric_info_nce(query_embeds, target_embeds, self.config.temperature, **kwargs)
 
 

@@ -104,7 +104,7 @@ def cycle(
     caption_attention_mask: Tensor | None = None,
     align_attention_mask: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
-    """Makes a token of a set of images of one object stand for the object's name (PALAVRA).
+    """Make a token of a set of images of one object stand for the object's name (PALAVRA).
 
     Trains the map A beside it, whose loss shares no weights with the other.
 
@@ -139,7 +139,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., ComposedRetrievalOutput], tuple[str, .
 
 
 def own_objective(model: Any, inputs: dict[str, Tensor]) -> ComposedRetrievalOutput:
-    """Computes the objective of the model's own method.
+    """Compute the objective of the model's own method.
 
     Raises:
         ValueError: if the method has none, or inputs are missing.

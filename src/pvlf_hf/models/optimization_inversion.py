@@ -118,7 +118,7 @@ def optimize_palavra(
 
 
 def _step(optimizer: torch.optim.Optimizer, words: Tensor, loss: Tensor) -> float:
-    """Takes one step by the gradient of the words alone: none is computed for the text encoder's weights."""
+    """Take one step by the gradient of the words alone: none is computed for the text encoder's weights."""
     (words.grad,) = torch.autograd.grad(loss, [words])
     optimizer.step()
     return loss.item()
@@ -150,7 +150,7 @@ def draw(keys: list[str], width: int, steps: int, choices: int, phrases: int) ->
 
 
 def digests(*batches: Tensor | None) -> list[str]:
-    """Returns a hexadecimal digest of each row of some batches, taken together."""
+    """Return a hexadecimal digest of each row of some batches, taken together."""
     raw = [batch.detach().cpu().contiguous() for batch in batches if batch is not None]
     keys = []
     for row in range(len(raw[0])):
@@ -162,7 +162,7 @@ def digests(*batches: Tensor | None) -> list[str]:
 
 
 def through_cache(cache: dict[str, Tensor], keys: list[str], invert: Callable[[list[int]], Tensor]) -> Tensor:
-    """Looks up words of images by their keys, and inverts those that are not known, once each.
+    """Look up words of images by their keys, and inverts those that are not known, once each.
 
     Args:
         cache: key to word, float32 on the CPU; new ones are added.
@@ -183,12 +183,12 @@ def through_cache(cache: dict[str, Tensor], keys: list[str], invert: Callable[[l
 
 
 def progress_bar(steps: int, images: int) -> Iterable[int]:
-    """Counts optimisation steps, with the library's progress bar."""
+    """Count optimisation steps, with the library's progress bar."""
     return logging.tqdm(range(steps), desc=f"inverting {images} images")
 
 
 def align(text_map: torch.nn.Linear, features: Tensor) -> Tensor:
-    """Maps text features `(batch, d)` into the space of image features (PALAVRA's A)."""
+    """Map text features `(batch, d)` into the space of image features (PALAVRA's A)."""
     return text_map(features) + features
 
 

@@ -162,7 +162,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
     ) -> dict[str, Tensor]:
         # Captions are tokenised a batch at a time: the library would pad them on the side that the tokenizer names,
         # but BLIP's text embedding is the token at position 0.
-        tokens = self.processor(text=model_inputs["text"]).to(self.device)
+        tokens = self.processor.process_captions(model_inputs["text"]).to(self.device)
         query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
         best = (query @ gallery_embeds.T).sort(dim=1, descending=True, stable=True)  # (batch, n)
         return {"scores": best.values[:, :top_k], "indices": best.indices[:, :top_k]}

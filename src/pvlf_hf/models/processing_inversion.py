@@ -63,7 +63,7 @@ class InversionProcessor(PVLFProcessor):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, method: str = "pic2word", **kwargs: Any) -> "InversionProcessor":
-        """Builds the processor that goes with [`InversionModel.from_vl_pretrained`] of the same checkpoint.
+        """Build the processor that goes with [`InversionModel.from_vl_pretrained`] of the same checkpoint.
 
         Args:
             name_or_path: Hub name or local folder of a CLIP checkpoint.
@@ -81,7 +81,7 @@ class InversionProcessor(PVLFProcessor):
     def for_backbone(
         cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, method: str = "pic2word", **settings: Any
     ) -> "InversionProcessor":
-        """Builds the processor of a CLIP from its configuration and its tokenizer."""
+        """Build the processor of a CLIP from its configuration and its tokenizer."""
         InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # refuses what is no CLIP
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
         plain.image_processor.do_target_pad = METHODS[method].target_pad
@@ -95,7 +95,7 @@ class InversionProcessor(PVLFProcessor):
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepares reference images, relative captions and target images, or some of them.
+        """Prepare reference images, relative captions and target images, or some of them.
 
         Args:
             images: one or a batch of reference images.
@@ -114,6 +114,15 @@ class InversionProcessor(PVLFProcessor):
         if images is None or text is None:
             return super().__call__(images, text, target_images, return_tensors, **kwargs)
         batch = super().__call__(images, self.fill_template(text), target_images, return_tensors, **kwargs)
+        return self._with_prompts(batch, return_tensors)
+
+    def process_captions(self, text: str | Iterable[str], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+        """Prepare relative captions in the template, see [`ComposedRetrievalProcessor.process_captions`]."""
+        batch = super().__call__(None, self.fill_template(text), None, return_tensors, **kwargs)
+        return self._with_prompts(batch, return_tensors)
+
+    def _with_prompts(self, batch: BatchFeature, return_tensors: str) -> BatchFeature:
+        """Add the prompts of a method that optimises tokens."""
         if METHODS[self.method].steps:
             batch["prompt_ids"] = self._tokenize(self.prompts, return_tensors)["input_ids"]
         return batch
@@ -125,7 +134,7 @@ class InversionProcessor(PVLFProcessor):
         return [prompt.replace(facts.placeholder, self.placeholder) for prompt in facts.prompts]
 
     def process_prompts(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Prepares images alone, each with the method's prompt, for training by `return_loss=True`.
+        """Prepare images alone, each with the method's prompt, for training by `return_loss=True`.
 
         Args:
             images: one or a batch of images.
@@ -138,7 +147,7 @@ class InversionProcessor(PVLFProcessor):
         return BatchFeature({**batch, **self._tokenize(self.prompts[:1] * len(batch["pixel_values"]), "pt")})
 
     def fill_template(self, text: str | Iterable[str]) -> list[str]:
-        """Puts captions into the template.
+        """Put captions into the template.
 
         Args:
             text: one or a batch of relative captions.
