@@ -318,6 +318,8 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         # Autocast leaves half precision behind, and so does the feature cache (TransAgg casts here, too).
         image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
+        if attention_mask is not None:  # the global text feature takes part, also where it stands on padding (SigLIP)
+            attention_mask = attention_mask.scatter(1, text_position[:, None], 1)
         image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.num_prompts)
         pooled_positions = torch.stack([image_position, text_position], dim=1)
         keep_all = output_attentions or output_hidden_states

@@ -23,20 +23,20 @@ class BackboneSpec:
         width_field: path in its configuration to the joint width `d`.
         text_length: tokens that captions are truncated to, special tokens included.
         padding: `"longest"` of the batch, or `"max_length"` for text encoders trained with all positions filled.
-        padding_side: side of a caption that padding is on.
         image_mean: mean of each channel of an image whose values are in [0, 1].
         image_std: standard deviation, likewise.
         text_settings: settings of its text configuration that are always these.
+        tokenizers: class of a checkpoint's tokenizer to the class that is loaded in its place.
     """
 
     loader: str
     width_field: str
     text_length: int
     padding: str = "longest"
-    padding_side: str = "right"
     image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     text_settings: tuple[tuple[str, Any], ...] = ()
+    tokenizers: tuple[tuple[str, str], ...] = ()
 
 
 BACKBONES = {
@@ -46,6 +46,18 @@ BACKBONES = {
     ),  # 35 tokens: TransAgg
     "clip": BackboneSpec("CLIPModel", "projection_dim", text_length=77),
     "metaclip_2": BackboneSpec("MetaClip2Model", "projection_dim", text_length=77),
+    # SigLIP, and SigLIP 2 of fixed resolution. The text encoder has no mask: it was trained on 64 filled positions.
+    "siglip": BackboneSpec(
+        "SiglipModel",
+        "vision_config.hidden_size",
+        text_length=64,
+        padding="max_length",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        # SigLIP's own class is not one of the tokenizers library. SigLIP 2 was trained on lower case, its checkpoints
+        # name Gemma's, which keeps the case.
+        tokenizers=(("SiglipTokenizer", "PreTrainedTokenizerFast"), ("GemmaTokenizer", "Siglip2Tokenizer")),
+    ),
 }
 """`model_type` of a dual encoder to what is known of its family."""
 
