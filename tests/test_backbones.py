@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from pvlf_hf import PVLFModel, PVLFProcessor, cache_features
+from pvlf_hf.export import export_program
 from pvlf_hf.models import backbones_pvlf
 from pvlf_hf.models.backbones_pvlf import DUAL_ENCODERS, MetaClip2DualEncoder, SiglipDualEncoder
 from pvlf_hf.models.configuration_pvlf import BACKBONES
@@ -184,3 +185,12 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     with torch.no_grad():
         from_cache = model(**collator(list(cached))).query_embeds  # kept in half precision
         close(from_cache, model(**PVLFCollator(processor)(list(triplets))).query_embeds, tolerance=1e-3)
+
+
+@torch.no_grad()
+def test_siglip_is_exported_at_its_only_length(siglip):
+    _, model = siglip
+    processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
+    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    exported = export_program(model, "query").module()(**inputs)
+    close(exported, model.get_query_features(**inputs).pooler_output, tolerance=1e-5)

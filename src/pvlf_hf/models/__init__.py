@@ -1,4 +1,4 @@
-"""Models: configuration, dual encoders, PVLF, its loss, its processors and its pipeline.
+"""Models: configuration, dual encoders, PVLF, training-free compositions, the loss, processors and the pipeline.
 
 The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_pvlf import PVLFConfig
+from .configuration_training_free import TrainingFreeConfig
 from .image_processing_pvlf import PVLFImageProcessor
 from .interface_pvlf import (
     ComposedRetrievalModel,
@@ -19,6 +20,7 @@ from .interface_pvlf import (
 )
 from .loss_pvlf import focal_info_nce
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
+from .modeling_training_free import TrainingFreeModel
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
 from .processing_pvlf import PVLFProcessor
 
@@ -31,7 +33,10 @@ class Family(NamedTuple):
     processor: type[ComposedRetrievalProcessor]
 
 
-FAMILIES = (Family(PVLFConfig, PVLFModel, PVLFProcessor),)
+FAMILIES = (
+    Family(PVLFConfig, PVLFModel, PVLFProcessor),
+    Family(TrainingFreeConfig, TrainingFreeModel, PVLFProcessor),
+)
 """Every model family of the package; a new one is one more entry."""
 
 for family in FAMILIES:
@@ -55,5 +60,7 @@ __all__ = [
     "PVLFProcessor",
     "PVLFQueryOutput",
     "QueryOutput",
+    "TrainingFreeConfig",
+    "TrainingFreeModel",
     "focal_info_nce",
 ]

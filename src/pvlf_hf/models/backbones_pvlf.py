@@ -234,8 +234,8 @@ class SiglipDualEncoder(DualEncoder):
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Embeds images, see [`DualEncoder.image_tokens`]."""
-        output = self.vision_model(pixel_values=pixel_values)
-        return torch.cat([output.pooler_output[:, None], self.attended_alone(output.last_hidden_state)], dim=1)
+        hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return torch.cat([self.vision_model.head(hidden)[:, None], self.attended_alone(hidden)], dim=1)
 
     def attended_alone(self, hidden_states: Tensor) -> Tensor:
         """Computes the head's output as if the probe attended to one patch alone, for each: `(batch, m, d)`."""
@@ -299,6 +299,12 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
     return encoder
 
 
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Selects from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    return tokens[rows if positions.ndim == 1 else rows[:, None], positions]
+
+
 __all__ = [
     "DUAL_ENCODERS",
     "BlipDualEncoder",
@@ -306,5 +312,6 @@ __all__ = [
     "DualEncoder",
     "MetaClip2DualEncoder",
     "SiglipDualEncoder",
+    "gather_tokens",
     "load_pretrained_dual_encoder",
 ]

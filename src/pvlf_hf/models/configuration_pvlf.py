@@ -81,7 +81,61 @@ BLIP_BASE = {
 
 
 @strict
-class PVLFConfig(PreTrainedConfig):
+class DualEncoderConfig(PreTrainedConfig):
+    """Base class of the configurations of models on a pretrained dual encoder.
+
+    Args:
+        vl_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BLIP base): the dual encoder. Its joint width
+            is the width `d` of embeddings.
+    """
+
+    sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
+
+    vl_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vl_config is None:
+            self.vl_config = BLIP_BASE
+        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
+            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
+        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
+        # Where the package has registered the pipeline, naming it again would ask the user to trust remote code.
+        registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
+        kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
+        super().__post_init__(**kwargs)
+        if self.vl_config.model_type in BACKBONES:
+            for name, value in BACKBONES[self.vl_config.model_type].text_settings:
+                setattr(self.vl_config.text_config, name, value)
+
+    @property
+    def joint_width(self) -> int:
+        """Width `d` of every projected token, prompt and embedding."""
+        return joint_width(self.vl_config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width `d`, under the name that Transformers and Accelerate look for."""
+        return self.joint_width
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Returns the text encoder's configuration, which has the vocabulary and the special tokens."""
+        return self.vl_config.get_text_config(*args, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        if self.vl_config.model_type not in BACKBONES:
+            raise ValueError(
+                f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
+                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
+
+
+@strict
+class PVLFConfig(DualEncoderConfig):
     """Configuration of a [`PVLFModel`].
 
     Sections and equations are those of "Prompting Vision-Language Fusion for Zero-Shot Composed Image Retrieval"
@@ -129,10 +183,8 @@ class PVLFConfig(PreTrainedConfig):
     """
 
     model_type = "pvlf"
-    sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
     attribute_map = {"num_hidden_layers": "fusion_layers", "num_attention_heads": "fusion_heads"}
 
-    vl_config: Any = None
     num_prompts: int = 25
     prompt_depth: int | None = None
     prompt_init_std: float | int = 1.0
@@ -150,45 +202,16 @@ class PVLFConfig(PreTrainedConfig):
     temperature: float | int = 0.01
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.vl_config is None:
-            self.vl_config = BLIP_BASE
-        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
-            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
-        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
-        # Where the package has registered the pipeline, naming it again would ask the user to trust remote code.
-        registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
-        kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
-        if self.vl_config.model_type in BACKBONES:
-            for name, value in BACKBONES[self.vl_config.model_type].text_settings:
-                setattr(self.vl_config.text_config, name, value)
         if self.prompt_depth is None:
             self.prompt_depth = self.fusion_layers
         # `@strict` validates once more after this, and when saving, but wraps what it catches in an exception that is
         # no ValueError.
         self.validate_architecture()
 
-    @property
-    def joint_width(self) -> int:
-        """Width `d` of every projected token, prompt and embedding."""
-        return joint_width(self.vl_config)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width `d`, under the name that Transformers and Accelerate look for."""
-        return self.joint_width
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
-        return self.vl_config.get_text_config(*args, **kwargs)
-
     def validate_architecture(self) -> None:
-        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
-        if self.vl_config.model_type not in BACKBONES:
-            raise ValueError(
-                f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
-                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
-            )
+        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        super().validate_architecture()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
@@ -220,10 +243,6 @@ class PVLFConfig(PreTrainedConfig):
                 f"prompt_init_std={self.prompt_init_std}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
-        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
-
     @classmethod
     def transagg(cls, **kwargs: Any) -> "PVLFConfig":
         """Configure the TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
@@ -241,4 +260,4 @@ def joint_width(vl_config: PreTrainedConfig) -> int:
 
 PVLFConfig.register_for_auto_class()
 
-__all__ = ["BACKBONES", "BackboneSpec", "PVLFConfig"]
+__all__ = ["BACKBONES", "BackboneSpec", "DualEncoderConfig", "PVLFConfig"]
