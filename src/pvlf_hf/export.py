@@ -86,7 +86,9 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         raise ValueError(f"tower={tower!r}: choose one of {sorted(AXES)}")
     if model.training:
         raise ValueError("the model is in train mode, where dropout is on: call model.eval() first")
-    config = model.config.vl_config
+    config = model.encoder_config
+    if config.model_type not in BACKBONES:
+        raise ValueError(f"{type(model).__name__} is not exported: only models on one of {sorted(BACKBONES)} are")
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     spec, longest = BACKBONES[config.model_type], config.text_config.max_position_embeddings

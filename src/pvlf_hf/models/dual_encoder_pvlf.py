@@ -119,6 +119,11 @@ class DualEncoderModel(ComposedRetrievalModel):
         return embeddings
 
     @property
+    def encoder_config(self) -> PreTrainedConfig:
+        """The dual encoder's configuration, see [`ComposedRetrievalModel.encoder_config`]."""
+        return self.config.vl_config
+
+    @property
     def image_side(self) -> dict[str, nn.Module]:
         """Modules that embed images, see [`ComposedRetrievalModel.image_side`]."""
         return {name: getattr(self.backbone, name) for name in self.backbone.vision_modules}
