@@ -23,20 +23,20 @@ class BackboneSpec:
         width_field: path in its configuration to the joint width `d`.
         text_length: tokens that captions are truncated to, special tokens included.
         padding: `"longest"` of the batch, or `"max_length"` for text encoders trained with all positions filled.
-        padding_side: side of a caption that padding is on.
         image_mean: mean of each channel of an image whose values are in [0, 1].
         image_std: standard deviation, likewise.
         text_settings: settings of its text configuration that are always these.
+        tokenizers: class of a checkpoint's tokenizer to the class that is loaded in its place.
     """
 
     loader: str
     width_field: str
     text_length: int
     padding: str = "longest"
-    padding_side: str = "right"
     image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     text_settings: tuple[tuple[str, Any], ...] = ()
+    tokenizers: tuple[tuple[str, str], ...] = ()
 
 
 BACKBONES = {
@@ -46,6 +46,18 @@ BACKBONES = {
     ),  # 35 tokens: TransAgg
     "clip": BackboneSpec("CLIPModel", "projection_dim", text_length=77),
     "metaclip_2": BackboneSpec("MetaClip2Model", "projection_dim", text_length=77),
+    # SigLIP, and SigLIP 2 of fixed resolution. The text encoder has no mask: it was trained on 64 filled positions.
+    "siglip": BackboneSpec(
+        "SiglipModel",
+        "vision_config.hidden_size",
+        text_length=64,
+        padding="max_length",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        # SigLIP's own class is not one of the tokenizers library. SigLIP 2 was trained on lower case, its checkpoints
+        # name Gemma's, which keeps the case.
+        tokenizers=(("SiglipTokenizer", "PreTrainedTokenizerFast"), ("GemmaTokenizer", "Siglip2Tokenizer")),
+    ),
 }
 """`model_type` of a dual encoder to what is known of its family."""
 
@@ -69,7 +81,61 @@ BLIP_BASE = {
 
 
 @strict
-class PVLFConfig(PreTrainedConfig):
+class DualEncoderConfig(PreTrainedConfig):
+    """Base class of the configurations of models on a pretrained dual encoder.
+
+    Args:
+        vl_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BLIP base): the dual encoder. Its joint width
+            is the width `d` of embeddings.
+    """
+
+    sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
+
+    vl_config: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vl_config is None:
+            self.vl_config = BLIP_BASE
+        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
+            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
+        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
+        # Where the package has registered the pipeline, naming it again would ask the user to trust remote code.
+        registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
+        kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
+        super().__post_init__(**kwargs)
+        if self.vl_config.model_type in BACKBONES:
+            for name, value in BACKBONES[self.vl_config.model_type].text_settings:
+                setattr(self.vl_config.text_config, name, value)
+
+    @property
+    def joint_width(self) -> int:
+        """Width `d` of every projected token, prompt and embedding."""
+        return joint_width(self.vl_config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width `d`, under the name that Transformers and Accelerate look for."""
+        return self.joint_width
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
+        return self.vl_config.get_text_config(*args, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        if self.vl_config.model_type not in BACKBONES:
+            raise ValueError(
+                f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
+                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
+
+
+@strict
+class PVLFConfig(DualEncoderConfig):
     """Configuration of a [`PVLFModel`].
 
     Sections and equations are those of "Prompting Vision-Language Fusion for Zero-Shot Composed Image Retrieval"
@@ -117,10 +183,8 @@ class PVLFConfig(PreTrainedConfig):
     """
 
     model_type = "pvlf"
-    sub_configs_defaults = {"vl_config": SubConfigSpec(config_class=AutoConfig, model_type="blip")}
     attribute_map = {"num_hidden_layers": "fusion_layers", "num_attention_heads": "fusion_heads"}
 
-    vl_config: Any = None
     num_prompts: int = 25
     prompt_depth: int | None = None
     prompt_init_std: float | int = 1.0
@@ -138,45 +202,16 @@ class PVLFConfig(PreTrainedConfig):
     temperature: float | int = 0.01
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.vl_config is None:
-            self.vl_config = BLIP_BASE
-        elif not isinstance(self.vl_config, dict | PreTrainedConfig):
-            raise ValueError(f"vl_config={self.vl_config!r}: pass a BlipConfig, a CLIPConfig or a dict of one")
-        self.vl_config = deepcopy(self.vl_config)  # it is changed below, and belongs to the caller
-        # Where the package has registered the pipeline, naming it again would ask the user to trust remote code.
-        registered = CUSTOM_PIPELINES.keys() <= PIPELINE_REGISTRY.supported_tasks.keys()
-        kwargs["custom_pipelines"] = {} if registered else deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
-        if self.vl_config.model_type in BACKBONES:
-            for name, value in BACKBONES[self.vl_config.model_type].text_settings:
-                setattr(self.vl_config.text_config, name, value)
         if self.prompt_depth is None:
             self.prompt_depth = self.fusion_layers
         # `@strict` validates once more after this, and when saving, but wraps what it catches in an exception that is
         # no ValueError.
         self.validate_architecture()
 
-    @property
-    def joint_width(self) -> int:
-        """Width `d` of every projected token, prompt and embedding."""
-        return joint_width(self.vl_config)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width `d`, under the name that Transformers and Accelerate look for."""
-        return self.joint_width
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
-        return self.vl_config.get_text_config(*args, **kwargs)
-
     def validate_architecture(self) -> None:
-        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
-        if self.vl_config.model_type not in BACKBONES:
-            raise ValueError(
-                f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
-                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
-            )
+        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        super().validate_architecture()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
@@ -208,10 +243,6 @@ class PVLFConfig(PreTrainedConfig):
                 f"prompt_init_std={self.prompt_init_std}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
-        return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
-
     @classmethod
     def transagg(cls, **kwargs: Any) -> "PVLFConfig":
         """Configure the TransAgg baseline: one shallow prompt (its separator token) and plain cross-entropy.
@@ -229,4 +260,4 @@ def joint_width(vl_config: PreTrainedConfig) -> int:
 
 PVLFConfig.register_for_auto_class()
 
-__all__ = ["BACKBONES", "BackboneSpec", "PVLFConfig"]
+__all__ = ["BACKBONES", "BackboneSpec", "DualEncoderConfig", "PVLFConfig"]

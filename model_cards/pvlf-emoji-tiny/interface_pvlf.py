@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -126,6 +126,11 @@ class ComposedRetrievalModel(PreTrainedModel):
     def embedding_width(self) -> int:
         """Width `d` of embeddings."""
         return self.config.hidden_size
+
+    @property
+    def encoder_config(self) -> PreTrainedConfig:
+        """Part of the configuration that the encoders are built from; the whole, unless a subclass knows better."""
+        return self.config
 
     @property
     def image_side(self) -> dict[str, nn.Module]:

@@ -15,7 +15,8 @@ _NAMES_OF = {
     "models": """
         ComposedImageRetrievalPipeline ComposedRetrievalModel ComposedRetrievalOutput ComposedRetrievalProcessor
         InversionConfig InversionModel InversionProcessor InversionQueryOutput
-        PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput PVLFProcessor PVLFQueryOutput QueryOutput focal_info_nce
+        PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput PVLFProcessor PVLFQueryOutput QueryOutput
+        TrainingFreeConfig TrainingFreeModel focal_info_nce
     """,
     "data": """
         CIRBenchmark Protocol benchmark_from_triplets load_circo load_cirr load_cirr_train

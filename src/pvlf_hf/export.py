@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoModel, AutoProcessor
 
 from . import onnx_encoder
+from .models.configuration_pvlf import BACKBONES
 from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .onnx_encoder import OnnxEncoder
 
@@ -85,16 +86,20 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         raise ValueError(f"tower={tower!r}: choose one of {sorted(AXES)}")
     if model.training:
         raise ValueError("the model is in train mode, where dropout is on: call model.eval() first")
-    config = model.config.vl_config
+    config = model.encoder_config
+    if config.model_type not in BACKBONES:
+        raise ValueError(f"{type(model).__name__} is not exported: only models on one of {sorted(BACKBONES)} are")
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    tokens = torch.ones(2, 8, dtype=torch.int64, device=model.device)
+    spec, longest = BACKBONES[config.model_type], config.text_config.max_position_embeddings
+    fixed = min(spec.text_length, longest) if spec.padding == "max_length" else None  # the only length it takes
+    tokens = torch.ones(2, fixed or 8, dtype=torch.int64, device=model.device)
     example = {
         "pixel_values": torch.zeros(2, 3, height, width, device=model.device),
         "input_ids": tokens,
         "attention_mask": tokens.clone(),
     }
-    dims = {"batch": Dim("batch"), "length": Dim("length", max=config.text_config.max_position_embeddings)}
+    dims = {"batch": Dim("batch"), "length": fixed or Dim("length", max=longest)}
     shapes = {name: {axis: dims[dim] for axis, dim in axes.items()} for name, axes in AXES[tower].items()}
     module = (QueryTower if tower == "query" else GalleryTower)(model).eval()
     return torch.export.export(module, (), {name: example[name] for name in shapes}, dynamic_shapes=shapes)

@@ -60,7 +60,7 @@ class PVLFSentenceModule(InputModule):
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int) -> None:
-        longest = self.model.config.get_text_config().max_position_embeddings
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", tokens)
         if not self.tokenizer.num_special_tokens_to_add() < tokens <= longest:
             raise ValueError(f"max_seq_length={tokens}: the text encoder takes up to {longest} tokens")
         self.processor.max_text_length = tokens

@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..atomic_files import locked, whole
-from ..models.configuration_pvlf import PVLFConfig
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .fingerprints import fingerprint, image_settings, text_settings
+from .fingerprints import fingerprint, image_settings, own_settings, text_settings
 
 Key = tuple[Any, ...]
 """Key of a row: `(image_id,)` or `(reference_id, caption)`; what the method ignores is dropped."""
@@ -142,8 +141,7 @@ def read_rows(file: Path) -> tuple[list[Key], Tensor]:
 
 def made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
     """Returns the provenance of embeddings: `fingerprint` of weights, config and preprocessing, and `dtype`."""
-    config = [getattr(model.config, name) for name in PVLFConfig.__annotations__ if name != "vl_config"]
-    settings = image_settings(processor) + text_settings(processor) + json.dumps(config)
+    settings = image_settings(processor) + text_settings(processor) + own_settings(model)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 

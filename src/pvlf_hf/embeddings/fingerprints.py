@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..digests import sequence_digest
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
@@ -45,15 +47,28 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # A config loses and gains these on the way through a file; the weights below tell their dtype themselves.
-    config = json.loads(model.config.vl_config.to_json_string(use_diff=False))
-    for part in (config, config["vision_config"], config["text_config"]):
-        for name in ("dtype", "transformers_version", "_name_or_path"):
+    lost = ["dtype", "transformers_version", "_name_or_path"]
+    if model.encoder_config is model.config:  # which says where the code of a model is
+        lost += ["architectures", "auto_map", "custom_pipelines"]
+    config = json.loads(model.encoder_config.to_json_string(use_diff=False))
+    for part in (config, *config.values()):
+        for name in lost if isinstance(part, dict) else ():
             part.pop(name, None)
     parts: list[bytes | str] = [json.dumps(config, sort_keys=True), str(autocast), preprocessing]
     for module in modules:
         for name, value in module.state_dict().items():
             parts += _state_parts(name, value)
     return sequence_digest(*parts)
+
+
+def own_settings(model: ComposedRetrievalModel) -> str:
+    """Returns the settings that a model has beside those of its encoders, as JSON."""
+    config = model.config
+    if model.encoder_config is config:
+        return "[]"
+    kinds = [kind for kind in reversed(type(config).__mro__) if issubclass(kind, PreTrainedConfig)]
+    names = [name for kind in kinds if kind is not PreTrainedConfig for name in get_annotations(kind)]
+    return json.dumps([value for name in names if (value := getattr(config, name)) is not model.encoder_config])
 
 
 def image_settings(processor: ComposedRetrievalProcessor) -> str:
@@ -99,4 +114,4 @@ def _raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-__all__ = ["fingerprint", "image_settings", "picture_digests", "text_settings"]
+__all__ = ["fingerprint", "image_settings", "own_settings", "picture_digests", "text_settings"]

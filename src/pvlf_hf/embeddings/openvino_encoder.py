@@ -55,9 +55,11 @@ def encode_by_openvino(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
         raise ValueError(f"OpenVINO encodes on the CPU, and the model is on {model.device}: leave one of the two out")
     if model.dtype not in PRECISIONS:
         raise ValueError(f"OpenVINO encodes in float32, bfloat16 or float16, and the model is in {model.dtype}")
-    vision_model: Any = model.eval().backbone.vision_model
+    if "vision_model" not in model.image_side:
+        raise ValueError(f"OpenVINO encodes by dual encoders, and {type(model).__name__} has none: leave it out")
+    vision_model: Any = model.eval().image_side["vision_model"]
     vars(vision_model).pop("forward", None)  # of an earlier call: tracing would record its result as a constant
-    request = _compile(vision_model, model.config.vl_config.vision_config.image_size, PRECISIONS[model.dtype])
+    request = _compile(vision_model, model.encoder_config.vision_config.image_size, PRECISIONS[model.dtype])
     lock = Lock()
 
     def forward(pixel_values: Tensor, **_: Any) -> BaseModelOutput:

@@ -1,4 +1,4 @@
-"""Models: dual encoders, PVLF and textual inversion with their losses and processors, and the pipeline.
+"""Models: dual encoders, PVLF, training-free compositions and textual inversion, their processors, and the pipeline.
 
 The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
@@ -11,6 +11,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_inversion import InversionConfig
 from .configuration_pvlf import PVLFConfig
+from .configuration_training_free import TrainingFreeConfig
 from .image_processing_pvlf import PVLFImageProcessor
 from .interface_pvlf import (
     ComposedRetrievalModel,
@@ -21,6 +22,7 @@ from .interface_pvlf import (
 from .loss_pvlf import focal_info_nce
 from .modeling_inversion import InversionModel, InversionQueryOutput
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
+from .modeling_training_free import TrainingFreeModel
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
 from .processing_inversion import InversionProcessor
 from .processing_pvlf import PVLFProcessor
@@ -37,6 +39,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(PVLFConfig, PVLFModel, PVLFProcessor),
     Family(InversionConfig, InversionModel, InversionProcessor),
+    Family(TrainingFreeConfig, TrainingFreeModel, PVLFProcessor),
 )
 """Every model family of the package; a new one is one more entry."""
 
@@ -65,5 +68,7 @@ __all__ = [
     "PVLFProcessor",
     "PVLFQueryOutput",
     "QueryOutput",
+    "TrainingFreeConfig",
+    "TrainingFreeModel",
     "focal_info_nce",
 ]

@@ -18,6 +18,8 @@ from transformers import (
     MetaClip2TextModel,
     MetaClip2VisionModel,
     PreTrainedConfig,
+    SiglipTextModel,
+    SiglipVisionModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
@@ -56,7 +58,8 @@ class DualEncoder(nn.Module):
             attention_mask: `(batch, length)`, 1 for tokens and 0 for padding; None when nothing is padded.
 
         Returns:
-            `(batch, length, d)`, not normalised, and int64 `(batch,)`, the position of the global text feature.
+            `(batch, length, d)`, not normalised, and int64 `(batch,)`, the position of the global text feature, which
+            counts as a token even where the mask calls it padding.
         """
         raise NotImplementedError
 
@@ -195,10 +198,74 @@ class MetaClip2DualEncoder(ClipDualEncoder):
     misnamed_end_token: dict[int, int] = {}  # 2 is its end token
 
 
+class SiglipDualEncoder(DualEncoder):
+    """SigLIP's two encoders, and SigLIP 2's at a fixed resolution.
+
+    SigLIP has neither a [CLS] token nor an image projection. A head pools the patches: a learnt probe attends to them,
+    and a residual MLP follows, `head(X) = r + MLP(LN(r))` with `r = W_out (sum_j a_j W_value x_j)`. The heads' weights
+    `a` sum to 1, so a patch that alone is attended to has the feature `head` at `r = W_out W_value x_j`: this is how
+    each patch is brought into the joint space here (our choice). The image feature itself is row 0.
+
+    Text: every token passes `head`, the linear layer after the encoder; the feature is that of the last position.
+    """
+
+    vision_modules = ("vision_model",)
+    text_modules = ("text_model",)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.vision_model = SiglipVisionModel(config.vision_config)
+        self.text_model = SiglipTextModel(config.text_config)
+        self.text_length = min(BACKBONES["siglip"].text_length, config.text_config.max_position_embeddings)
+
+    @classmethod
+    def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
+        """Refuses encoders without a joint space, see [`DualEncoder.check_checkpoint`]."""
+        if not config.vision_config.vision_use_head:
+            raise ValueError(
+                f"{name_or_path}: its config says vision_use_head=false, so it has no image feature to compare with "
+                "text; pass a checkpoint trained on image-text pairs, such as google/siglip2-base-patch16-256"
+            )
+        if joint_width(config) != config.text_config.projection_size:
+            raise ValueError(
+                f"{name_or_path}: its image features have width {joint_width(config)}, its text features "
+                f"{config.text_config.projection_size}; pass a checkpoint trained on image-text pairs"
+            )
+
+    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Embeds images, see [`DualEncoder.image_tokens`]."""
+        hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return torch.cat([self.vision_model.head(hidden)[:, None], self.attended_alone(hidden)], dim=1)
+
+    def attended_alone(self, hidden_states: Tensor) -> Tensor:
+        """Compute the head's output as if the probe attended to one patch alone, for each: `(batch, m, d)`."""
+        head = self.vision_model.head
+        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
+        pooled = head.attention.out_proj(F.linear(hidden_states, weight, bias))
+        return pooled + head.mlp(head.layernorm(pooled))
+
+    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embeds captions, see [`DualEncoder.text_tokens`].
+
+        Raises:
+            ValueError: if captions are not padded to the length that SigLIP was trained with.
+        """
+        batch, length = input_ids.shape
+        if length != self.text_length:
+            raise ValueError(
+                f"captions are {length} tokens long, but SigLIP pools at position {self.text_length - 1}: pad them "
+                f'to {self.text_length} with padding="max_length", as the processor saved with this checkpoint does'
+            )
+        # No mask: the encoder was trained to attend to padding.
+        tokens = self.text_model.head(self.text_model(input_ids=input_ids).last_hidden_state)
+        return tokens, input_ids.new_full((batch,), length - 1)
+
+
 DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
     "blip": BlipDualEncoder,
     "clip": ClipDualEncoder,
     "metaclip_2": MetaClip2DualEncoder,
+    "siglip": SiglipDualEncoder,
 }
 
 
@@ -232,11 +299,19 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
     return encoder
 
 
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Select from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    return tokens[rows if positions.ndim == 1 else rows[:, None], positions]
+
+
 __all__ = [
     "DUAL_ENCODERS",
     "BlipDualEncoder",
     "ClipDualEncoder",
     "DualEncoder",
     "MetaClip2DualEncoder",
+    "SiglipDualEncoder",
+    "gather_tokens",
     "load_pretrained_dual_encoder",
 ]

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .backbones_pvlf import gather_tokens
 from .configuration_pvlf import PVLFConfig
 
 
@@ -212,12 +213,6 @@ class PVLFAggregation(nn.Module):
         return w_image * sum_image + w_fused * fused + w_text * sum_text, weights
 
 
-def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Select from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
-    rows = torch.arange(tokens.shape[0], device=tokens.device)
-    return tokens[rows if positions.ndim == 1 else rows[:, None], positions]
-
-
 __all__ = [
     "PVLFAggregation",
     "PVLFFusion",
@@ -225,5 +220,4 @@ __all__ = [
     "PVLFFusionLayer",
     "attention_weights",
     "eager_attention_forward",
-    "gather_tokens",
 ]

@@ -13,18 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
-from .backbones_pvlf import DUAL_ENCODERS, load_pretrained_dual_encoder
+from .backbones_pvlf import gather_tokens
 from .configuration_pvlf import PVLFConfig
-from .fusion_pvlf import PVLFAggregation, PVLFFusion, PVLFFusionAttention, PVLFFusionLayer, gather_tokens
-from .interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput, QueryOutput, normalize
+from .dual_encoder_pvlf import DualEncoderModel
+from .fusion_pvlf import PVLFAggregation, PVLFFusion, PVLFFusionAttention, PVLFFusionLayer
+from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
 from .loss_pvlf import focal_info_nce
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -58,25 +55,12 @@ class PVLFOutput(ComposedRetrievalOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class PVLFPreTrainedModel(ComposedRetrievalModel):
+class PVLFPreTrainedModel(DualEncoderModel):
     """Class-level facts of PVLF and the initialisation of its own weights."""
 
     config_class = PVLFConfig
     base_model_prefix = "pvlf"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PVLFFusionLayer"]  # the backbone adds its layers
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """Return False: in custom code the library initialises only modules that hold weights themselves.
-
-        PVLF's weights are set by the module around them, through `transformers.initialization`, which leaves loaded
-        weights alone.
-        """
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -123,18 +107,17 @@ class PVLFModel(PVLFPreTrainedModel):
 
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__(config)
-        self.backbone = DUAL_ENCODERS[config.vl_config.model_type](config.vl_config)
         self.fusion = PVLFFusion(config)
         self.aggregation = PVLFAggregation(config)
         self.post_init()
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFModel":
-        """Build PVLF on a pretrained BLIP or CLIP, with fresh fusion weights.
+        """Build PVLF on a pretrained dual encoder, with fresh fusion weights.
 
         Args:
-            name_or_path: Hub name or local folder of a `BlipForImageTextRetrieval`
-                (`Salesforce/blip-itm-base-coco` is the paper's) or `CLIPModel` checkpoint.
+            name_or_path: Hub name or local folder of a checkpoint of one of `BACKBONES`
+                (`Salesforce/blip-itm-base-coco` is the paper's).
             kwargs: settings of [`PVLFConfig`] (`num_prompts=10`); the rest is passed to `from_pretrained`
                 (`revision`, `token`, `cache_dir`, ...). `attn_implementation` is that of the fusion Transformer.
 
@@ -144,119 +127,7 @@ class PVLFModel(PVLFPreTrainedModel):
         Raises:
             ValueError: if the checkpoint is not one of a supported dual encoder.
         """
-        # Annotations are the fields of this class alone: dtype, which is inherited, goes to from_pretrained.
-        settings = {k: kwargs.pop(k) for k in PVLFConfig.__annotations__ if k in kwargs}
-        if refused := {"vl_config", "device_map"} & {*settings, *kwargs}:
-            raise ValueError(
-                f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
-            )
-        attention = {"": kwargs.pop("attn_implementation", None)}  # of the fusion: Transformers' BLIP has eager only
-        vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
-        config = PVLFConfig(vl_config=vl_config, **settings)
-        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
-        model = cls._from_config(config, attn_implementation=attention)
-        model.backbone = encoder
-        model.to(dtype=next(encoder.parameters()).dtype)
-        new = sorted(n for n, _ in model.named_parameters() if not n.startswith("backbone."))
-        logger.warning(
-            f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the fusion "
-            f"Transformer and the aggregation are new and must be trained before use: {new}"
-        )
-        return model.eval()
-
-    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """Switch the attention of the fusion Transformer, and of encoders whose Transformers class can switch.
-
-        Args:
-            attn_implementation: `"eager"`, `"sdpa"`, ...; `{"": name}` switches the fusion Transformer alone.
-            allow_all_kernels: see the library.
-        """
-        # The library's own would set the encoders' configurations without asking whether they can switch.
-        by_part = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
-        if by_part.keys() != {""}:
-            super().set_attn_implementation(attn_implementation, allow_all_kernels)
-            return
-        name = self.get_correct_attn_implementation(by_part[""])
-        self.config._attn_implementation = {"": name, "vl_config": {}}
-        if by_part is not attn_implementation:
-            self.backbone.set_attn_implementation(name)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the text encoder's token embeddings."""
-        return getattr(self.backbone, self.backbone.text_modules[0]).get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text encoder's token embeddings."""
-        getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
-
-    def enable_input_require_grads(self) -> None:
-        """Let gradients reach adapters through checkpointed layers, see the library."""
-        super().enable_input_require_grads()
-        # BLIP adds positions to the embeddings in place, which autograd forbids for the tensors marked by the library.
-        copies = self.get_input_embeddings().register_forward_hook(_copy_output)
-        self._require_grads_hooks.append(copies)
-
-    def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
-        self, new_num_tokens: int | None = None, **kwargs: Any
-    ) -> nn.Module:
-        """Resize the text encoder's vocabulary, and record it where the encoder is built from."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
-        self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
-        return embeddings
-
-    @property
-    def image_side(self) -> dict[str, nn.Module]:
-        """Modules that embed images, see [`ComposedRetrievalModel.image_side`]."""
-        return {name: getattr(self.backbone, name) for name in self.backbone.vision_modules}
-
-    @property
-    def text_side(self) -> dict[str, nn.Module]:
-        """Modules that embed captions, see [`ComposedRetrievalModel.text_side`]."""
-        return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
-
-    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
-        size = self.config.vl_config.vision_config.image_size
-        expected = (size, size) if isinstance(size, int) else tuple(size)
-        if tuple(pixel_values.shape[-2:]) != expected:
-            raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for "
-                f"{expected}: use the processor saved with this checkpoint, or set its size and crop_size"
-            )
-        return self.backbone.image_tokens(pixel_values.to(self.dtype))
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embed images: gallery images and training targets.
-
-        Args:
-            pixel_values: `(batch, 3, height, width)`, from [`PVLFProcessor.process_targets`].
-            **kwargs: `return_dict=False` for a tuple.
-
-        Returns:
-            `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, 1 + m, d)`, all
-            projected tokens, not normalised.
-        """
-        tokens = self._image_tokens(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=normalize(tokens[:, 0]))
-
-    @can_return_tuple
-    def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Embed captions alone, in the same space as [`~PVLFModel.get_image_features`].
-
-        Args:
-            input_ids: int64 `(batch, n)`.
-            attention_mask: `(batch, n)`, 0 for padding; None when nothing is padded.
-            **kwargs: `return_dict=False` for a tuple.
-
-        Returns:
-            `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, n, d)`, all projected
-            tokens, not normalised.
-        """
-        tokens, position = self.backbone.text_tokens(input_ids, attention_mask)
-        pooled = normalize(gather_tokens(tokens, position))
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+        return super().from_vl_pretrained(name_or_path, **kwargs)  # type: ignore[return-value]
 
     @can_return_tuple
     def get_query_features(
@@ -318,6 +189,8 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         # Autocast leaves half precision behind, and so does the feature cache (TransAgg casts here, too).
         image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
+        if attention_mask is not None:  # the global text feature takes part, also where it stands on padding (SigLIP)
+            attention_mask = attention_mask.scatter(1, text_position[:, None], 1)
         image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.num_prompts)
         pooled_positions = torch.stack([image_position, text_position], dim=1)
         keep_all = output_attentions or output_hidden_states
@@ -396,10 +269,6 @@ class PVLFModel(PVLFPreTrainedModel):
         """Compute [`focal_info_nce`] with this configuration's temperature, alpha and gamma."""
         c = self.config
         return focal_info_nce(query_embeds, target_embeds, c.temperature, c.alpha, c.gamma, **kwargs)
-
-
-def _copy_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.clone()
 
 
 PVLFModel.register_for_auto_class("AutoModel")

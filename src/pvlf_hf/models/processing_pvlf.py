@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from os import PathLike
 from typing import Any, Literal
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -77,7 +78,11 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             raise ValueError(
                 f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {sorted(BACKBONES)}"
             )
-        return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        replaced_by = dict(BACKBONES[config.model_type].tokenizers).get(type(tokenizer).__name__)
+        if replaced_by is not None:
+            tokenizer = getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs)
+        return cls.for_backbone(config, tokenizer)
 
     @classmethod
     def for_backbone(cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "PVLFProcessor":
@@ -214,6 +219,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             "padding": self.padding,
             "truncation": True,
             "max_length": self.max_text_length,
+            "return_attention_mask": True,  # the fusion needs one also where the text encoder does not
             "return_tensors": return_tensors,
         }
         # On the right whatever the tokenizer says: BLIP's text embedding is the token at position 0.

@@ -195,7 +195,7 @@ def _encode(
     why: list[Explanation] = []
     if explain:
         tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-        why = [explanation(output, row, tokens, model.config.num_prompts) for row in range(len(images))]
+        why = [explanation(output, row, tokens, getattr(model.config, "num_prompts", 0)) for row in range(len(images))]
     fused, image_embeds, text_embeds = map(mean_embedding, (output.pooler_output, of_images, of_text))
     return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why))
 

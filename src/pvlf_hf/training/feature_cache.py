@@ -266,8 +266,10 @@ def cache_features(
     def encode_texts(places: list[int]) -> tuple[list[Tensor], list[int]]:
         inputs = processor(text=[captions[p] for p in places]).to(model.device)
         tokens, positions = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        return [t[:length] for t, length in zip(tokens, lengths, strict=True)], positions.tolist()
+        # Padding is left out, unless it has the global feature (SigLIP); the fusion has no positions to move.
+        kept = inputs["attention_mask"].scatter(1, positions[:, None], 1).bool()
+        places = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
+        return [t[k] for t, k in zip(tokens, kept, strict=True)], places
 
     was_training = model.training
     model.eval()

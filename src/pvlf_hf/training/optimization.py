@@ -14,6 +14,8 @@ from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_optimizer import is_optimizer_factory
 
+from ..models.interface_pvlf import unwrap
+
 METRIC_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 """Schedules that follow the metric of each evaluation instead of the step."""
 
@@ -29,14 +31,24 @@ def parameter_groups(model: nn.Module, args: Any, decayed: set[str]) -> tuple[li
 
     Returns:
         The optimiser's groups, and for each the argument that holds its learning rate.
+
+    Raises:
+        ValueError: if no weight trains.
     """
+    sides = unwrap(model)
+    encoders = {p for module in (*sides.image_side.values(), *sides.text_side.values()) for p in module.parameters()}
     weights: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = args.decay_norms_and_biases or (name in decayed and not name.endswith("prompts"))
-            is_encoder = "backbone." in name and "lora_" not in name
+            is_encoder = parameter in encoders and "lora_" not in name
             rate = "encoder_learning_rate" if is_encoder else "learning_rate"
             weights.setdefault((rate, decays), []).append(parameter)
+    if not weights:
+        raise ValueError(
+            f"nothing trains: {type(sides).__name__} has no weights beside its encoders, and finetuning="
+            f"{args.finetuning!r} freezes them; choose 'text' or 'both'"
+        )
     groups = [
         {"params": parameters, "lr": getattr(args, rate), "weight_decay": args.weight_decay if decays else 0.0}
         for (rate, decays), parameters in weights.items()

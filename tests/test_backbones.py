@@ -1,0 +1,196 @@
+"""Backbones: each family's embeddings are the library's own, and PVLF stands on any of them."""
+
+import inspect
+
+import pytest
+import torch
+from datasets import Dataset, Image
+from dual_encoders import FAMILIES, save_dual_encoder, tokenizer_of
+from numpy.random import default_rng
+from PIL import Image as PILImage
+from torch.nn import functional as F
+from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
+
+from pvlf_hf import PVLFModel, PVLFProcessor, cache_features
+from pvlf_hf.export import export_program
+from pvlf_hf.models import backbones_pvlf
+from pvlf_hf.models.backbones_pvlf import DUAL_ENCODERS, MetaClip2DualEncoder, SiglipDualEncoder
+from pvlf_hf.models.configuration_pvlf import BACKBONES
+from pvlf_hf.training.batches import PVLFCollator
+
+CAPTIONS = ["the same but Red", "dog", "a face with a hat and no glasses"]
+
+
+def pictures(count, seed=0):
+    pixels = default_rng(seed).integers(0, 256, (count, 40, 56, 3), dtype="uint8")
+    return [PILImage.fromarray(p) for p in pixels]
+
+
+def close(ours, theirs, tolerance=1e-6):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pretrained(request, tmp_path_factory):
+    """Name of a family, its checkpoint, and the library's own model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, save_dual_encoder(request.param, folder)
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    return save_dual_encoder("siglip", tmp_path), PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4, num_prompts=3)
+
+
+def test_every_family_is_in_both_tables():
+    assert BACKBONES.keys() == DUAL_ENCODERS.keys() == FAMILIES.keys()
+
+
+def test_a_family_takes_an_entry_and_a_short_class():
+    assert len(inspect.getsource(MetaClip2DualEncoder).splitlines()) < 40
+    sources = [inspect.getsource(inspect.getmodule(kind)) for kind in (PVLFModel, PVLFProcessor, SiglipDualEncoder)]
+    for source in (*sources, inspect.getsource(backbones_pvlf)):
+        assert "model_type ==" not in source
+
+
+@torch.no_grad()
+def test_embeddings_are_the_librarys_own(pretrained):
+    family, folder, original = pretrained
+    model, processor = PVLFModel.from_vl_pretrained(folder, fusion_heads=4), PVLFProcessor.from_vl_pretrained(folder)
+    inputs = processor(images=pictures(3), text=CAPTIONS)
+    pixels, ids, mask = inputs["pixel_values"], inputs["input_ids"], inputs["attention_mask"]
+    image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
+    if family == "blip":  # no get_*_features of its own, but the cosines of images with captions
+        close(image @ text.T, original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score)
+        return
+    text_inputs = {"input_ids": ids} if family == "siglip" else {"input_ids": ids, "attention_mask": mask}
+    close(image, F.normalize(original.get_image_features(pixels).pooler_output, dim=-1))
+    close(text, F.normalize(original.get_text_features(**text_inputs).pooler_output, dim=-1))
+    assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
+
+
+def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path):
+    _, folder, _ = pretrained
+    model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)
+    processor = PVLFProcessor.from_vl_pretrained(folder)
+    inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    model.train()(**inputs).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert again.embedding_width == 32 and type(again) is PVLFModel
+    again_inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    with torch.no_grad():
+        assert torch.equal(again(**again_inputs).similarity, model(**inputs).similarity)
+        # One query alone, its caption padded to another length, gives what it gives in a batch.
+        alone = model.get_query_features(**processor.process_queries(pictures(3)[:1], CAPTIONS[:1])).pooler_output
+        close(alone, model(**inputs).query_embeds[:1], tolerance=1e-5)
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alone(siglip):
+    original, model = siglip
+    processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
+    pixels = processor(images=pictures(2))["pixel_values"]
+    tokens = model.get_image_features(pixels).last_hidden_state
+    hidden, head = original.vision_model(pixels).last_hidden_state, original.vision_model.head
+    assert tokens.shape == (2, 1 + 16, 32)
+    close(tokens[:, 0], head(hidden))
+    weights = head.attention(head.probe.repeat(2, 1, 1), hidden, hidden)[1]
+    assert weights.max() < 0.5  # it attends to many patches: row 0 is none of them
+    for patch in (0, 7, 15):
+        # A key projection under which this patch's score is far above the others': the weights are a delta on it.
+        attention = head.attention
+        keys = attention.in_proj_weight.detach().clone()
+        wanted = torch.linalg.pinv(hidden[0]) @ F.one_hot(torch.tensor(patch), 16).float()  # (d,): hidden @ wanted
+        query = attention.in_proj_weight[:32] @ head.probe[0, 0]
+        attention.in_proj_weight[32:64] = torch.outer(query, wanted) * 1e4 / query.square().sum()
+        weights = attention(head.probe, hidden[:1], hidden[:1], average_attn_weights=False)[1][0, :, 0]  # (heads, m)
+        assert torch.equal(weights.argmax(-1), torch.full((4,), patch)) and weights.max(-1).values.min() > 0.999999
+        close(head(hidden[:1])[0], tokens[0, 1 + patch], tolerance=1e-5)
+        attention.in_proj_weight.copy_(keys)
+
+
+@torch.no_grad()
+def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_at(siglip):
+    _, model = siglip
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(1, 17, 32, generator=generator), torch.randn(1, 64, 32, generator=generator)
+    mask, last = (torch.arange(64) < 5).long()[None], torch.tensor([63])
+
+    def query(mask, changed=None):
+        tokens = text.clone()
+        if changed is not None:
+            tokens[0, changed] += torch.randn(32, generator=torch.Generator().manual_seed(1))
+        return model.compose(image, tokens, last, mask).pooler_output
+
+    before = query(mask)
+    assert torch.equal(query(mask, changed=30), before)  # padding
+    assert (query(mask, changed=2) - before).norm() > 1e-4
+    assert torch.equal(before, query(mask.index_fill(1, last, 1)))  # the others attend to the pooled position, too
+    assert (before - query(mask.index_fill(1, torch.tensor([30]), 1))).norm() > 1e-4
+
+
+def test_siglip_refuses_captions_that_are_not_padded_to_its_length(siglip):
+    _, model = siglip
+    with pytest.raises(ValueError, match=r'captions are 7 tokens long.*pad them to 64 with padding="max_length"'):
+        model.get_text_features(torch.ones(1, 7, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "advice"),
+    [
+        ({"vision_use_head": False}, {}, "vision_use_head=false"),
+        ({}, {"projection_size": 24}, "image features have width 32, its text features 24"),
+    ],
+)
+def test_siglip_without_a_joint_space_is_refused(vision, text, advice, tmp_path):
+    vision = SiglipVisionConfig(**{**FAMILIES["siglip"]["vision_config"], **vision})
+    text = SiglipTextConfig(**{**FAMILIES["siglip"]["text_config"], **text})
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=advice):
+        PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4)
+
+
+def test_siglip_2_reads_lower_case_and_all_its_positions(siglip, tmp_path):
+    processor = PVLFProcessor.from_vl_pretrained(tmp_path)
+    assert type(processor.tokenizer).__name__ == "Siglip2Tokenizer"
+    processor.save_pretrained(tmp_path / "saved")
+    for loaded in (processor, PVLFProcessor.from_pretrained(tmp_path / "saved")):
+        inputs = loaded(text=["Make It RED", "make it red", "a dog"])
+        assert inputs["input_ids"].shape == (3, 64)
+        assert torch.equal(inputs["input_ids"][0], inputs["input_ids"][1])
+        assert inputs["attention_mask"].sum(dim=1).tolist() == [11, 11, 5]
+        images = loaded.image_processor
+        assert [*images.image_mean, *images.image_std] == [0.5] * 6
+
+
+def test_cached_features_give_the_same_queries(pretrained, tmp_path):
+    _, folder, _ = pretrained
+    model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)
+    model.set_finetuning("frozen")
+    processor = PVLFProcessor.from_vl_pretrained(folder)
+    paths = []
+    for number, picture in enumerate(pictures(6)):
+        picture.save(tmp_path / f"{number}.png")
+        paths.append(str(tmp_path / f"{number}.png"))
+    columns = {"reference": paths[:3], "caption": CAPTIONS, "target": paths[3:], "target_id": ["a", "b", "c"]}
+    triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
+    cached, collator = cache_features(model, processor, triplets, tmp_path / "cache", progress=False)
+    with torch.no_grad():
+        from_cache = model(**collator(list(cached))).query_embeds  # kept in half precision
+        close(from_cache, model(**PVLFCollator(processor)(list(triplets))).query_embeds, tolerance=1e-3)
+
+
+@torch.no_grad()
+def test_siglip_is_exported_at_its_only_length(siglip):
+    _, model = siglip
+    processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
+    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    exported = export_program(model, "query").module()(**inputs)
+    close(exported, model.get_query_features(**inputs).pooler_output, tolerance=1e-5)

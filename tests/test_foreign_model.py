@@ -1,0 +1,216 @@
+"""All that stands around a model takes one that has nothing of PVLF inside, by its interface alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from foreign import ColourModel, make_foreign
+from hub_server import serving
+from PIL import Image as PILImage
+from squares import each_with_each
+from test_hub import TOKENS, run
+from tiny import make_model, make_processor
+from transformers import AutoModel, AutoProcessor, pipeline
+
+from pvlf_hf import (
+    CIRBenchmark,
+    EmbeddingStore,
+    Gallery,
+    PVLFTrainer,
+    PVLFTrainingArguments,
+    encode_by_openvino,
+    evaluate,
+)
+from pvlf_hf.checkpoints.golden import check_golden, write_golden
+from pvlf_hf.embeddings.embedding_store import made_by
+from pvlf_hf.embeddings.encoding import QUERY_METHODS
+from pvlf_hf.embeddings.fingerprints import image_settings, sequence_digest, text_settings
+from pvlf_hf.export import export_program
+
+COLOURS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright", "yellow": "hat"}
+
+
+@pytest.fixture
+def squares(tmp_path):
+    return each_with_each(tmp_path, list(COLOURS), lambda _, target: f"make it {COLOURS[target]}")
+
+
+@pytest.fixture
+def benchmark(squares, tmp_path):
+    references = [a for a in COLOURS for b in COLOURS if a != b]
+    files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
+    gallery = Dataset.from_dict({"image": files, "image_id": list(COLOURS)}).cast_column("image", Image())
+    return CIRBenchmark("squares", squares.add_column("reference_id", references).remove_columns("target"), gallery)
+
+
+def train(model, processor, squares, folder, **settings):
+    args = PVLFTrainingArguments(
+        str(folder), use_cpu=True, disable_tqdm=True, report_to="none", max_steps=60, save_steps=60, **settings
+    )
+    trainer = PVLFTrainer(model, args, squares, processing_class=processor)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
+def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
+    model, processor = make_foreign()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = evaluate(model, processor, benchmark, progress=False).metrics["recall@1"]
+    if finetuning == "frozen":
+        with pytest.raises(
+            ValueError, match="nothing trains: ColourModel has no weights beside its encoders.*'text' or"
+        ):
+            train(model, processor, squares, tmp_path / "run", finetuning=finetuning, per_device_train_batch_size=5)
+        return
+    settings = {"finetuning": finetuning, "encoder_learning_rate": 0.1, "per_device_train_batch_size": 15}
+    trainer = train(model, processor, squares, tmp_path / "run", **settings)
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    assert moved == ({"words"} if finetuning == "text" else {"words", "colours"})
+    assert evaluate(model, processor, benchmark, progress=False).metrics["recall@1"] > max(start, 0.5)
+    assert type(AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-60")) is ColourModel
+    assert trainer.state.log_history[-1]["step"] == 60
+
+
+def test_its_embeddings_are_kept_and_found_again(benchmark, tmp_path):
+    model, processor = make_foreign()
+    for method in QUERY_METHODS:
+        kept = evaluate(model, processor, benchmark, method, store=EmbeddingStore(tmp_path / "kept"), progress=False)
+        again = evaluate(None, None, benchmark, method, store=EmbeddingStore(tmp_path / "kept"), progress=False)
+        assert kept.metrics == again.metrics
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
+    assert made_by(*again) == made_by(model, processor)
+    other, _ = make_foreign(seed=1)
+    with pytest.raises(ValueError, match="embeddings of another model"):
+        EmbeddingStore(tmp_path / "kept").claim(other, processor)
+    model.config.hidden_size = 9
+    assert made_by(model, processor) != made_by(*again)
+
+
+def test_it_indexes_and_searches(squares, tmp_path):
+    model, processor = make_foreign()
+    gallery = Gallery.from_folder(tmp_path, model, processor, path=tmp_path / "index", progress=False)
+    image = PILImage.open(tmp_path / "red.png")
+    query = processor.process_queries(image, "make it blue")
+    with torch.no_grad():
+        scores = model.get_query_features(**query).pooler_output @ gallery.embeds.T
+    loaded = Gallery.load(tmp_path / "index", model, processor)
+    result = loaded.search(image, "make it blue", k=3)
+    assert result.ids == [loaded.ids[row] for row in scores[0].topk(3).indices]
+    for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):  # the halves, which this model does not hand over
+        assert loaded.search(query=result.query, weights=weights).ids
+    assert result.refine("make it green").ids and loaded.search(image).ids and loaded.search(text="green").ids
+    with pytest.raises(ValueError, match="explain=True: this model does not return"):
+        loaded.search(image, "make it blue", explain=True)
+    pipe = pipeline(
+        "composed-image-retrieval", model=model, processor=processor, gallery=list(map(image_of, loaded.paths))
+    )
+    found = pipe({"image": image, "text": "make it blue"}, top_k=3)
+    assert [loaded.ids[one["index"]] for one in found] == result.ids
+
+
+def image_of(path):
+    return PILImage.open(path).convert("RGB")
+
+
+def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
+    from pvlf_hf.sentence_transformer import PVLFSentenceModule
+
+    model, processor = make_foreign()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    write_golden(tmp_path)
+    assert max(check_golden(tmp_path).values()) == 0
+    module = PVLFSentenceModule.load(str(tmp_path))
+    image = PILImage.new("RGB", (16, 16), "red")
+    with torch.no_grad():
+        embeds = module(module.preprocess([{"image": image, "text": "a hat"}, "a hat", image]))["sentence_embedding"]
+        query = model.get_query_features(**processor.process_queries(image, "a hat")).pooler_output
+    torch.testing.assert_close(embeds[:1], query)
+    assert embeds.shape == (3, module.get_embedding_dimension()) == (3, 8)
+    module.max_seq_length = 12
+    assert module.max_seq_length == 12
+
+
+def test_what_needs_a_dual_encoder_says_so(tmp_path):
+    model, _ = make_foreign()
+    with pytest.raises(ValueError, match="ColourModel is not exported: only models on one of"):
+        export_program(model, "query")
+    with pytest.raises(ValueError, match="OpenVINO encodes by dual encoders, and ColourModel has none"):
+        encode_by_openvino(model)
+
+
+PUBLISH = """
+from foreign import make_foreign
+
+model, processor = make_foreign()
+model.push_to_hub("you/colours")
+processor.push_to_hub("you/colours")
+"""
+
+LOAD = """
+import sys
+
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("you/colours", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("you/colours", trust_remote_code=True)
+inputs = processor.process_queries(__import__("PIL.Image").Image.new("RGB", (16, 16), "red"), "a hat")
+print(model.get_query_features(**inputs).pooler_output.tolist(), file=open(sys.argv[1], "w"))
+"""
+
+
+def test_it_is_pushed_and_loaded_with_its_own_class(tmp_path):
+    with serving(TOKENS) as hub:
+        run(PUBLISH, hub, tmp_path, HF_TOKEN="hf_owner")
+        files = hub.repositories["you/colours"].commits[hub.repositories["you/colours"].branches["main"]].files
+        assert json.loads(files["config.json"].content)["auto_map"]["AutoModel"] == "foreign.ColourModel"
+        run(LOAD, hub, tmp_path, tmp_path / "embeds.json")
+    model, processor = make_foreign()
+    inputs = processor.process_queries(PILImage.new("RGB", (16, 16), "red"), "a hat")
+    theirs = json.loads((tmp_path / "embeds.json").read_text())
+    np.testing.assert_allclose(theirs, model.get_query_features(**inputs).pooler_output.tolist(), atol=1e-6)
+
+
+# --- the fingerprint of PVLF ----------------------------------------------------------------------------------------
+
+# The settings that the first fingerprints listed, in their order.
+SETTINGS = """num_prompts prompt_depth prompt_init_std fusion_layers fusion_heads fusion_ffn_size dropout
+layer_norm_eps residual aggregation_mlp_input aggregation_sum_input text_padding alpha gamma temperature""".split()
+
+
+def first_fingerprint(model, processor):
+    """What 0.1.0 wrote beside embeddings of PVLF, on the CPU without autocast."""
+    settings = image_settings(processor) + text_settings(processor)
+    settings += json.dumps([getattr(model.config, name) for name in SETTINGS])
+    config = json.loads(model.config.vl_config.to_json_string(use_diff=False))
+    for part in (config, config["vision_config"], config["text_config"]):
+        for name in ("dtype", "transformers_version", "_name_or_path"):
+            part.pop(name, None)
+    parts = [json.dumps(config, sort_keys=True), "None", settings]
+    for name, tensor in model.state_dict().items():
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor.contiguous().numpy().tobytes()]
+    return sequence_digest(*parts)
+
+
+@pytest.mark.parametrize("backbone", ["blip", "clip"])
+def test_embeddings_of_pvlf_that_were_kept_before_stay_valid(backbone):
+    model, processor = make_model(backbone), make_processor()
+    assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
+    model.config.gamma = 1.0
+    assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
+
+
+def test_the_published_checkpoint_has_the_fingerprint_it_had():
+    import tokenizers
+    import transformers
+
+    if (transformers.__version__, tokenizers.__version__) != ("5.23.0", "0.23.3"):
+        pytest.skip("libraries of other versions write other configurations")
+    folder = "model_cards/pvlf-emoji-tiny"
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert made_by(model, processor)["fingerprint"] == "9d35cf90cab62a242ff160bf434af581"

@@ -1,0 +1,209 @@
+"""Training-free models: the formulas, and a plain dual encoder as a model of its own."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dual_encoders import FAMILIES, save_dual_encoder
+from safetensors.torch import load_file, save_file
+from test_backbones import CAPTIONS, close, pictures
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+from pvlf_hf import PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+from pvlf_hf.models.compositions_training_free import COMPOSITIONS
+
+
+def unit(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, 7, generator=generator, dtype=torch.float64), dim=-1)
+
+
+# --- formulas -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.8, 1.0])
+def test_slerp_divides_the_angle_and_stays_in_the_plane(weight):
+    image, text = unit(50), unit(50, seed=1)
+    query = COMPOSITIONS["slerp"].compose(image, text, weight)
+    angle = (image * text).sum(-1).acos()
+    torch.testing.assert_close((query * image).sum(-1), (weight * angle).cos())
+    torch.testing.assert_close((query * text).sum(-1), ((1 - weight) * angle).cos())
+    torch.testing.assert_close(query.norm(dim=-1), torch.ones(50, dtype=torch.float64))
+
+
+def test_slerp_in_numbers():
+    image, text = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    query = COMPOSITIONS["slerp"].compose(image, text, 0.8)
+    close(query, torch.tensor([[math.cos(0.8 * math.pi / 2), math.sin(0.8 * math.pi / 2)]]))
+    query = COMPOSITIONS["sum"].compose(image, text, 0.8)
+    close(query, torch.tensor([[0.2, 0.8]]) / math.hypot(0.2, 0.8))
+
+
+def test_slerp_is_linear_where_the_sine_vanishes():
+    v = unit(1)
+    for t in (v, F.normalize(v + 1e-4 * unit(1, seed=3), dim=-1), -v):
+        image, text = v.clone().requires_grad_(), t.clone().requires_grad_()
+        query = COMPOSITIONS["slerp"].compose(image, text, 0.8)
+        close(query, F.normalize(0.8 * text + 0.2 * image, dim=-1), tolerance=1e-15)
+        query.sum().backward()
+        assert image.grad.isfinite().all() and text.grad.isfinite().all()
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_a_composition_has_its_published_weight_unless_told_otherwise():
+    assert TrainingFreeConfig().composition == "slerp"
+    for name, composition in COMPOSITIONS.items():
+        assert TrainingFreeConfig(composition=name).composition_weight == composition.default_weight == 0.8
+    assert TrainingFreeConfig(composition_weight=0).composition_weight == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"composition": "product"}, r"composition='product': choose one of \['slerp', 'sum'\]"),
+        ({"composition_weight": 1.5}, "composition_weight=1.5.*from 0 .the image alone. to 1 .the text alone"),
+        ({"temperature": 0}, "temperature=0 must be above 0"),
+        ({"vl_config": {"model_type": "bert"}}, "vl_config has model_type 'bert'.*one of .'blip', 'clip'"),
+    ],
+)
+def test_impossible_settings_say_what_to_change(settings, advice):
+    with pytest.raises(ValueError, match=advice):
+        TrainingFreeConfig(**settings)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pretrained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    save_dual_encoder(request.param, folder)
+    return folder
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@torch.no_grad()
+def test_a_plain_dual_encoder_composes_queries(pretrained, composition, caplog):
+    model = TrainingFreeModel.from_vl_pretrained(pretrained, composition=composition)
+    processor = PVLFProcessor.from_vl_pretrained(pretrained)
+    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    output = model.get_query_features(**inputs)
+    pvlf = PVLFModel.from_vl_pretrained(pretrained, fusion_heads=4)
+    caplog.clear()
+    image = pvlf.get_image_features(inputs["pixel_values"]).pooler_output
+    text = pvlf.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    assert torch.equal(output.image_embeds, image) and torch.equal(output.text_embeds, text)
+    assert torch.equal(output.pooler_output, COMPOSITIONS[composition].compose(image, text, 0.8))
+    assert model.embedding_width == 32 and not model.training
+    targets = processor.process_targets(pictures(3, seed=1))["pixel_values"]
+    assert torch.equal(
+        model(target_pixel_values=targets).target_embeds, pvlf.get_image_features(targets).pooler_output
+    )
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in pvlf.named_parameters() if name.startswith("backbone.")
+    }
+
+
+def test_it_can_be_fine_tuned_side_by_side(pretrained):
+    model = TrainingFreeModel.from_vl_pretrained(pretrained)
+    processor = PVLFProcessor.from_vl_pretrained(pretrained)
+    inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    output = model.train()(**inputs)
+    logits = output.query_embeds @ output.target_embeds.T / 0.07
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits, torch.arange(3)))
+    output.loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    model.set_finetuning("text")
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trains and all("text" in name for name in trains)
+
+
+def test_mistaken_inputs_are_refused(pretrained):
+    model = TrainingFreeModel.from_vl_pretrained(pretrained)
+    inputs = PVLFProcessor.from_vl_pretrained(pretrained)(images=pictures(3), text=CAPTIONS)
+    with pytest.raises(ValueError, match="2 reference images but 3 relative captions"):
+        model.get_query_features(inputs["pixel_values"][:2], inputs["input_ids"])
+    with pytest.raises(ValueError, match="output_attentions.*'slerp' is a formula"):
+        model.get_query_features(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="vl_config.*the checkpoint is its own vl_config"):
+        TrainingFreeModel.from_vl_pretrained(pretrained, vl_config={})
+
+
+# Without the package, as on a machine that has only Transformers.
+STRANGER = """
+import sys
+
+sys.modules["pvlf_hf"] = None
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor, pipeline
+
+root = Path(sys.argv[1])
+picture, outputs = Image.open(root / "picture.png"), {}
+for family in sys.argv[2:]:
+    folder = root / family
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        outputs[family] = model(**processor(images=picture, text="red", target_images=picture)).similarity
+    pipe = pipeline(
+        "composed-image-retrieval", model=str(folder), trust_remote_code=True, gallery=[picture], device="cpu"
+    )
+    (result,) = pipe(picture, text="red")
+    assert abs(result["score"] - outputs[family].item()) < 1e-6
+    model.save_pretrained(root / "again" / family)
+    processor.save_pretrained(root / "again" / family)
+save_file(outputs, root / "outputs.safetensors")
+"""
+
+
+def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
+    (picture,) = pictures(1)
+    picture.save(tmp_path / "picture.png")
+    ours = {}
+    for family, composition in zip(FAMILIES, ("slerp", "sum", "sum", "slerp"), strict=True):
+        folder = tmp_path / family
+        save_dual_encoder(family, tmp_path / "pretrained")
+        model = TrainingFreeModel.from_vl_pretrained(
+            tmp_path / "pretrained", composition=composition, composition_weight=0.6
+        )
+        model.save_pretrained(folder)
+        PVLFProcessor.from_vl_pretrained(tmp_path / "pretrained").save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == "training_free_cir" and config["composition"] == composition
+        assert config["auto_map"] == {
+            "AutoConfig": "configuration_training_free.TrainingFreeConfig",
+            "AutoModel": "modeling_training_free.TrainingFreeModel",
+        }
+        assert type(AutoConfig.from_pretrained(folder)) is TrainingFreeConfig
+        again, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert type(again) is TrainingFreeModel and type(processor) is PVLFProcessor
+        assert again.config.composition_weight == 0.6
+        inputs = processor(images=picture, text="red", target_images=picture)
+        with torch.no_grad():
+            ours[family] = again(**inputs).similarity
+            assert torch.equal(ours[family], model(**inputs).similarity)
+        pipe = pipeline("composed-image-retrieval", model=str(folder), gallery=[picture], device="cpu")
+        assert abs(pipe(picture, text="red")[0]["score"] - ours[family].item()) < 1e-6
+    save_file(ours, tmp_path / "ours.safetensors")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", STRANGER, str(tmp_path), *FAMILIES]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    theirs = load_file(tmp_path / "outputs.safetensors")
+    assert all(torch.equal(theirs[family], ours[family]) for family in FAMILIES)
+    names = sorted(path.name for path in (tmp_path / "clip").glob("*.py"))
+    assert names == sorted(path.name for path in (tmp_path / "again" / "clip").glob("*.py"))
+    assert "modeling_training_free.py" in names and "modeling_pvlf.py" not in names
