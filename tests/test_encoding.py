@@ -34,8 +34,8 @@ def emoji():
 
 def method_error(method):
     """How far apart a query's embeddings of two batches may be: of "image+text", for a sum no shorter than 1."""
-    names = {"pvlf": ["query_embeds"], "image+text": ["image_embeds", "text_embeds"]}.get(method, [f"{method}_embeds"])
-    return sum(squares_error()[name] for name in names)
+    halves = {"composed": ["query"], "image+text": ["image", "text"]}.get(method, [method])
+    return sum(squares_error()[f"{half}_embeds"] for half in halves)
 
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
@@ -84,7 +84,7 @@ def test_captions_of_a_query_are_averaged(tiny_model, tiny_processor):
     )
     total = first + last
     assert total.norm(dim=-1).min() >= 1
-    torch.testing.assert_close(mean, F.normalize(total, dim=-1), rtol=0, atol=2 * method_error("pvlf"))
+    torch.testing.assert_close(mean, F.normalize(total, dim=-1), rtol=0, atol=2 * method_error("composed"))
     assert not torch.allclose(first[1], last[1], atol=1e-3)
 
 
