@@ -220,7 +220,7 @@ class SiglipDualEncoder(DualEncoder):
 
     @classmethod
     def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
-        """Refuses encoders without a joint space, see [`DualEncoder.check_checkpoint`]."""
+        """Refuse encoders without a joint space, see [`DualEncoder.check_checkpoint`]."""
         if not config.vision_config.vision_use_head:
             raise ValueError(
                 f"{name_or_path}: its config says vision_use_head=false, so it has no image feature to compare with "
@@ -233,7 +233,7 @@ class SiglipDualEncoder(DualEncoder):
             )
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embeds images, see [`DualEncoder.image_tokens`]."""
+        """Embed images, see [`DualEncoder.image_tokens`]."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         return torch.cat([self.vision_model.head(hidden)[:, None], self.attended_alone(hidden)], dim=1)
 
@@ -245,7 +245,7 @@ class SiglipDualEncoder(DualEncoder):
         return pooled + head.mlp(head.layernorm(pooled))
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds captions, see [`DualEncoder.text_tokens`].
+        """Embed captions, see [`DualEncoder.text_tokens`].
 
         Raises:
             ValueError: if captions are not padded to the length that SigLIP was trained with.

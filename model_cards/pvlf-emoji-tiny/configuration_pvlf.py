@@ -122,7 +122,7 @@ class DualEncoderConfig(PreTrainedConfig):
         return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         if self.vl_config.model_type not in BACKBONES:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
@@ -210,7 +210,7 @@ class PVLFConfig(DualEncoderConfig):
         self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         super().validate_architecture()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

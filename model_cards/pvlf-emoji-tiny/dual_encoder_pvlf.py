@@ -79,7 +79,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         return model.eval()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """Switches the attention of the model's own layers, and of encoders whose Transformers class can switch.
+        """Switch the attention of the model's own layers, and of encoders whose Transformers class can switch.
 
         Args:
             attn_implementation: `"eager"`, `"sdpa"`, ...; `{"": name}` leaves the encoders as they are.
@@ -104,7 +104,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
 
     def enable_input_require_grads(self) -> None:
-        """Lets gradients reach adapters through checkpointed layers, see the library."""
+        """Let gradients reach adapters through checkpointed layers, see the library."""
         super().enable_input_require_grads()
         # BLIP adds positions to the embeddings in place, which autograd forbids for the tensors marked by the library.
         copies = self.get_input_embeddings().register_forward_hook(_copy_output)
@@ -113,7 +113,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Resizes the text encoder's vocabulary, and records it where the encoder is built from."""
+        """Resize the text encoder's vocabulary, and records it where the encoder is built from."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
@@ -145,7 +145,7 @@ class DualEncoderModel(ComposedRetrievalModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embeds images: what a gallery is indexed by, and a training target.
+        """Embed images: what a gallery is indexed by, and a training target.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, from the processor's `process_targets`.
@@ -162,7 +162,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embeds captions alone, in the same space as [`~DualEncoderModel.get_image_features`].
+        """Embed captions alone, in the same space as [`~DualEncoderModel.get_image_features`].
 
         Args:
             input_ids: int64 `(batch, n)`.

@@ -27,7 +27,7 @@ def blip(
     vision_heads: int | None,
     text_heads: int | None,
 ) -> None:
-    """Converts BLIP as Salesforce released it, and prints what was written."""
+    """Convert BLIP as Salesforce released it, and prints what was written."""
     convert_salesforce_blip(checkpoint, output_dir, tokenizer, image_size, vision_heads, text_heads)
     describe("blip", output_dir, bool(tokenizer))
 
@@ -35,13 +35,13 @@ def blip(
 def transagg(
     checkpoint: Path, output_dir: Path, tokenizer: str | None, vision_heads: int | None, text_heads: int | None
 ) -> None:
-    """Converts TransAgg, and prints what was written."""
+    """Convert TransAgg, and prints what was written."""
     convert_transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
     describe("transagg", output_dir, bool(tokenizer))
 
 
 def describe(kind: str, folder: Path, with_processor: bool) -> None:
-    """Prints what was written and how to load it."""
+    """Print what was written and how to load it."""
     typer.echo(f"{folder} holds:")
     for path in sorted(folder.iterdir()):
         typer.echo(f"  {path.name:32} {path.stat().st_size:>13,} bytes")

@@ -83,7 +83,7 @@ class EvaluationArguments:
 
 
 def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
-    """Encodes the data of the protocols, ranks it and writes the results; several processes each encode a share.
+    """Encode the data of the protocols, rank it and write the results; several processes each encode a share.
 
     Returns:
         The evaluations, and the files written for test servers.
@@ -124,7 +124,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
 def load_model(
     name: str, baselines_only: bool = False, dtype: str = "auto"
 ) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Loads a PVLF model with its processor.
+    """Load a PVLF model with its processor.
 
     Args:
         name: a name on the Hub or a folder.
@@ -155,13 +155,13 @@ def load_model(
 
 
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
-    """Measures Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    """Measure Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
     model, processor = load_model(name, baselines_only=True)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 
 
 def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments) -> None:
-    """Writes `results.json`, the values of every query beside it, and `results.md`."""
+    """Write `results.json`, the values of every query beside it, and `results.md`."""
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
     write_results(folder / "results.json", evaluations, arguments=arguments)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments
 
 
 def summary(args: EvaluationArguments, evaluations: list[Evaluation], submissions: list[Path]) -> str:
-    """Returns the output of the command: tables, or the content of `results.json`."""
+    """Return the output of the command: tables, or the content of `results.json`."""
     folder = Path(args.output_dir)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     if args.json:
@@ -187,7 +187,7 @@ def summary(args: EvaluationArguments, evaluations: list[Evaluation], submission
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """Runs the command line of `pvlf-hf evaluate`."""
+    """Run the command line of `pvlf-hf evaluate`."""
     kind: Any = EvaluationArguments
     parser = HfArgumentParser(
         kind,

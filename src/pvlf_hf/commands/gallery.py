@@ -36,7 +36,7 @@ def index(
     include_hidden: bool,
     as_json: bool,
 ) -> None:
-    """Embeds a folder of images, and prints what was indexed and what was skipped."""
+    """Embed a folder of images, and prints what was indexed and what was skipped."""
     known = set(pq.read_table(path / TABLE)["digest"].to_pylist()) if is_gallery(path) else set()
     encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype)
     if openvino:
@@ -65,7 +65,7 @@ def search(
     explain: bool,
     as_json: bool,
 ) -> None:
-    """Searches an index, and prints or draws the results."""
+    """Search an index, and prints or draws the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path)))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)
@@ -89,7 +89,7 @@ def search(
 
 
 def demo(images: Path | None, model: str, host: str, port: int | None, browser: bool) -> None:
-    """Serves the web demo until interrupted."""
+    """Serve the web demo until interrupted."""
     from ..search.web_demo import launch  # Gradio is an extra
 
     dtype = index_dtype(images) if images and is_gallery(images) else "auto"
@@ -97,7 +97,7 @@ def demo(images: Path | None, model: str, host: str, port: int | None, browser: 
 
 
 def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
-    """Writes a contact sheet, if one is asked for, as an image or a page by its ending."""
+    """Write a contact sheet, if one is asked for, as an image or a page by its ending."""
     if sheet and sheet.suffix == ".png":
         result.sheet(k=k).save(sheet)
     elif sheet:
@@ -105,7 +105,7 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
 
 
 def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
-    """Opens an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
+    """Open an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
     if images is None:
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"
         return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
@@ -115,19 +115,19 @@ def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: 
 
 
 def index_dtype(path: Path) -> str:
-    """Returns the dtype that the embeddings of an index were computed in, `"auto"` where there is no index yet."""
+    """Return the dtype that the embeddings of an index were computed in, `"auto"` where there is no index yet."""
     provenance = EmbeddingStore(path).model
     return provenance["dtype"] if provenance else "auto"
 
 
 def load(name: str, dtype: str) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Loads model and processor, on the accelerator if there is one."""
+    """Load model and processor, on the accelerator if there is one."""
     model, processor = load_model(name, dtype=dtype)
     return model.to(PartialState().device), processor
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Reports words that the model does not know; raises a `ValueError` if it knows none, as of another script."""
+    """Report words that the model does not know; raises a `ValueError` if it knows none, as of another script."""
     words = {word: tokenizer.tokenize(word) for word in text.split()}
     unknown = [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
     if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
@@ -137,6 +137,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 
 def explained(why: Explanation) -> dict[str, Any]:
-    """Returns the weights of eq. 13, and the attention of the prompts to each token in the last layer."""
+    """Return the weights of eq. 13, and the attention of the prompts to each token in the last layer."""
     weights = dict(zip(("picture", "composition", "words"), why.weights, strict=True))
     return {"weights": weights, "tokens": why.tokens, "attention": why.words()}

@@ -7,5 +7,5 @@ import typer
 
 
 def print_json(**content: Any) -> None:
-    """Prints one JSON object, the only content of stdout under `--json`."""
+    """Print one JSON object, the only content of stdout under `--json`."""
     typer.echo(json.dumps(content, indent=2))

@@ -98,13 +98,13 @@ class ModelArguments:
     )
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that differ from the defaults of PVLFConfig."""
+        """Return the settings that differ from the defaults of PVLFConfig."""
         baseline = TRANSAGG if self.method == "transagg" else {}
         given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
         return {**baseline, **given}
 
     def build(self) -> PVLFModel:
-        """Builds the model on its pretrained dual encoder, with new weights in fusion and aggregation."""
+        """Build the model on its pretrained dual encoder, with new weights in fusion and aggregation."""
         return PVLFModel.from_vl_pretrained(self.model, **self.settings())
 
 
@@ -152,7 +152,7 @@ class DataArguments:
     )
 
     def load(self) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
-        """Loads training triplets, and the validation benchmark, or benchmarks by name if the protocol has several.
+        """Load training triplets, and the validation benchmark, or benchmarks by name if the protocol has several.
 
         Raises:
             ValueError: if arguments exclude each other, or none names triplets.
@@ -195,7 +195,7 @@ class DataArguments:
         return None
 
     def load_protocols(self, names: Sequence[str]) -> list[CIRBenchmark]:
-        """Loads the benchmarks of protocols from `data_root`."""
+        """Load the benchmarks of protocols from `data_root`."""
         return [
             benchmark
             for name in names
@@ -205,7 +205,7 @@ class DataArguments:
         ]
 
     def final_benchmarks(self, validation: CIRBenchmark | dict[str, CIRBenchmark] | None) -> list[CIRBenchmark]:
-        """Returns the benchmarks of the final evaluation: `evaluate_on`, EmojiCIR's test tiers, or validation."""
+        """Return the benchmarks of the final evaluation: `evaluate_on`, EmojiCIR's test tiers, or validation."""
         if self.evaluate_on:
             return self.load_protocols(self.evaluate_on)
         if self.dataset == "emoji-cir":
@@ -221,7 +221,7 @@ def train(
     args: PVLFTrainingArguments,
     benchmarks: list[CIRBenchmark] | None = None,
 ) -> list[Evaluation]:
-    """Trains from the last checkpoint or from the start, saves model and processor, evaluates, writes `results.json`.
+    """Train from the last checkpoint or from the start, saves model and processor, evaluates, writes `results.json`.
 
     Args:
         model_args: arguments of the model.
@@ -258,7 +258,7 @@ def train(
 
 
 def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArguments, PVLFTrainingArguments]:
-    """Parses flags, or a YAML recipe and the flags after it, which override it.
+    """Parse flags, or a YAML recipe and the flags after it, which override it.
 
     Raises:
         ValueError: if a flag or a line of the recipe is unknown; names file, line and key.
@@ -276,7 +276,7 @@ def parse_arguments(command_line: list[str]) -> tuple[ModelArguments, DataArgume
 
 
 def read_recipe(file: Path, known: set[str]) -> list[str]:
-    """Returns the lines of a YAML recipe as flags.
+    """Return the lines of a YAML recipe as flags.
 
     A relative folder as `model` may be relative to any folder above the recipe.
 
@@ -310,7 +310,7 @@ def read_recipe(file: Path, known: set[str]) -> list[str]:
 
 
 def main(command_line: list[str] | None = None) -> None:
-    """Runs the command line of `pvlf-hf train`."""
+    """Run the command line of `pvlf-hf train`."""
     train(*parse_arguments(sys.argv[1:] if command_line is None else command_line))
     leave()
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_file(root: Path, paths: Sequence[str]) -> Path:
-    """Returns the first of the paths below `root` that is a file; raises a `ValueError` that lists them if none is."""
+    """Return the first of the paths below `root` that is a file; raises a `ValueError` that lists them if none is."""
     tried = [root / path for path in paths]
     for file in tried:
         if file.is_file():
@@ -29,7 +29,7 @@ def find_file(root: Path, paths: Sequence[str]) -> Path:
 
 
 def read_json(file: Path, expected: type | Any) -> Any:
-    """Reads JSON (UTF-8) that must be of a type, such as `dict` or `list[str]`.
+    """Read JSON (UTF-8) that must be of a type, such as `dict` or `list[str]`.
 
     Raises:
         ValueError: names the file, and the position where it is not JSON, or a key that is given twice.
@@ -49,19 +49,19 @@ def read_json(file: Path, expected: type | Any) -> Any:
 
 
 def read_records(file: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Reads a JSON list of objects, see [`check_records`]."""
+    """Read a JSON list of objects, see [`check_records`]."""
     records = read_json(file, list)
     check_records(file, numbered(records), fields)
     return records
 
 
 def numbered(records: Sequence[Any], what: str = "row") -> dict[str, Any]:
-    """Returns objects by their names in errors: `"row 0"`, `"row 1"`."""
+    """Return objects by their names in errors: `"row 0"`, `"row 1"`."""
     return {f"{what} {number}": record for number, record in enumerate(records)}
 
 
 def check_records(file: Path, records: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    """Checks objects read from a file.
+    """Check objects read from a file.
 
     Args:
         file: named in errors.
@@ -102,13 +102,13 @@ def _describe(expected: Any) -> str:
 
 
 def check_unique(file: Path, what: str, ids: Iterable[Any]) -> None:
-    """Raises a `ValueError` that names the first ids that repeat."""
+    """Raise a `ValueError` that names the first ids that repeat."""
     if repeated := [i for i, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"{file}: {len(repeated)} {what} are given more than once, first: {repeated[:3]}")
 
 
 def check_counts_of(name: str, **actual_and_expected: tuple[int, int]) -> None:
-    """Raises a `ValueError` unless actual and expected counts, such as `queries=(220, 220)`, are equal."""
+    """Raise a `ValueError` unless actual and expected counts, such as `queries=(220, 220)`, are equal."""
     for what, (actual, expected) in actual_and_expected.items():
         if actual != expected:
             raise ValueError(
@@ -125,7 +125,7 @@ def make_benchmark(
     protocol: Protocol,
     allow_missing: bool,
 ) -> CIRBenchmark:
-    """Joins annotated queries and the image files of a gallery.
+    """Join annotated queries and the image files of a gallery.
 
     Args:
         name: name of the benchmark.
@@ -157,7 +157,7 @@ def make_triplets(
     folders: Sequence[Path],
     allow_missing: bool,
 ) -> Dataset:
-    """Joins annotated triplets and their image files.
+    """Join annotated triplets and their image files.
 
     Args:
         name: name of the data set in errors.
@@ -188,7 +188,7 @@ def _with_files(
     folders: Sequence[Path],
     allow_missing: bool,
 ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
-    """Returns the rows whose images all have a file, and by image id the paths of images that have one."""
+    """Return the rows whose images all have a file, and by image id the paths of images that have one."""
     if unknown := list(dict.fromkeys(i for row in rows for i in named_images(row) if i not in images)):
         raise ValueError(
             f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
@@ -213,7 +213,7 @@ def _with_files(
 
 
 def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Returns by image id the paths of images that are in a folder.
+    """Return by image id the paths of images that are in a folder.
 
     Each folder is listed once, because 123,403 requests to a file server take long. Links are followed, because people
     keep images on other disks. Names that lead out of the folder are left out.
@@ -235,7 +235,7 @@ def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str
 
 
 def named_images(row: Mapping[str, Any]) -> Iterable[str]:
-    """Yields the ids of all images that a query or triplet names, with repetitions."""
+    """Yield the ids of all images that a query or triplet names, with repetitions."""
     yield from (row[column] for column in ("reference_id", "target_id") if column in row)
     yield from (i for column in ("target_ids", "subset_ids") for i in row.get(column, ()))
 

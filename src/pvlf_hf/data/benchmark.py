@@ -119,7 +119,7 @@ class CIRBenchmark:
 
 
 def _caption_problem(caption: Any) -> str | None:
-    """Returns what is wrong with a query's caption or the first bad one of several, or None."""
+    """Return what is wrong with a query's caption or the first bad one of several, or None."""
     if caption is None:
         return "is empty"
     if not isinstance(caption, list):
@@ -128,19 +128,19 @@ def _caption_problem(caption: Any) -> str | None:
 
 
 def query_ids(benchmark: CIRBenchmark) -> list[str]:
-    """Returns the ids of queries in results and submission files: `query_id`, or else the row."""
+    """Return the ids of queries in results and submission files: `query_id`, or else the row."""
     if "query_id" in benchmark.queries.column_names:
         return list(benchmark.queries["query_id"])
     return [str(row) for row in range(len(benchmark.queries))]
 
 
 def excluded_rows(benchmark: CIRBenchmark) -> Tensor | None:
-    """Returns int64 `(queries,)`, the gallery row that is left out of each query's ranking; None if none is."""
+    """Return int64 `(queries,)`, the gallery row that is left out of each query's ranking; None if none is."""
     return gallery_rows(benchmark, "reference_id") if benchmark.protocol.reference == "removed" else None
 
 
 def gallery_rows(benchmark: CIRBenchmark, column: str) -> Tensor:
-    """Returns gallery rows of the ids in a column: int64 `(queries,)`; for lists `(queries, most)`, padded with -1."""
+    """Return gallery rows of the ids in a column: int64 `(queries,)`; for lists `(queries, most)`, padded with -1."""
     row_of = first_rows(benchmark.gallery["image_id"])
     if column in ("target_ids", "subset_ids"):
         if column not in benchmark.queries.column_names:
@@ -151,7 +151,7 @@ def gallery_rows(benchmark: CIRBenchmark, column: str) -> Tensor:
 
 
 def first_rows(ids: Iterable[IdT]) -> dict[IdT, int]:
-    """Returns the row at which each id occurs first, in the order of these rows."""
+    """Return the row at which each id occurs first, in the order of these rows."""
     row_of: dict[IdT, int] = {}
     for row, value in enumerate(ids):
         row_of.setdefault(value, row)

@@ -33,7 +33,7 @@ _HOW_TO_ADD = {
 
 
 def as_path(argument: str, value: object) -> Path:
-    """Returns a path.
+    """Return a path.
 
     Raises:
         TypeError: if the value is no path; names the argument.
@@ -44,25 +44,25 @@ def as_path(argument: str, value: object) -> Path:
 
 
 def check_integer(argument: str, value: object) -> None:
-    """Raises a `TypeError` unless the value is an integer."""
+    """Raise a `TypeError` unless the value is an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} is {value!r:.80} ({type(value).__name__}), but it takes an integer")
 
 
 def check_choice(what: str, choice: object, choices: Collection[str]) -> None:
-    """Raises a `ValueError` unless the choice is one of the choices."""
+    """Raise a `ValueError` unless the choice is one of the choices."""
     if choice not in list(choices):
         raise ValueError(f"unknown {what} {choice!r}; choose from {list(choices)}")
 
 
 def check_list(argument: str, value: object) -> None:
-    """Raises a `TypeError` for a single string where several are expected: it would be read letter by letter."""
+    """Raise a `TypeError` for a single string where several are expected: it would be read letter by letter."""
     if isinstance(value, str):
         raise TypeError(f"{argument} is the string {value!r}, but it takes a list: [{value!r}]")
 
 
 def check_columns(dataset: Any, required: Sequence[str], what: str, streams: bool = False) -> None:
-    """Checks that a data set is one, and has some columns.
+    """Check that a data set is one, and has some columns.
 
     Args:
         dataset: a `datasets.Dataset`; anything else is refused.
@@ -107,7 +107,7 @@ def _check_type(dataset: Any, what: str, streams: bool) -> None:
 
 
 def _remedy(missing: Sequence[str], names: Sequence[str]) -> str:
-    """Says how a data set gets the columns that it lacks."""
+    """Say how a data set gets the columns that it lacks."""
     alike = names_alike(missing, names)
     if alike:
         renames = ", ".join(f'("{name}", "{wanted}")' for wanted, name in alike.items())
@@ -118,13 +118,13 @@ def _remedy(missing: Sequence[str], names: Sequence[str]) -> str:
 
 
 def names_alike(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """Returns by wanted name the one that differs only in case or outer blanks, where there is one."""
+    """Return by wanted name the one that differs only in case or outer blanks, where there is one."""
     plain = {name.strip().casefold(): name for name in names}
     return {name: plain[name.casefold()] for name in wanted if name.casefold() in plain}
 
 
 def caption_problem(caption: object) -> str | None:
-    """Returns what is wrong with a caption (`"is None, not text"`), or None if it is text that can be tokenized."""
+    """Return what is wrong with a caption (`"is None, not text"`), or None if it is text that can be tokenized."""
     if not isinstance(caption, str):
         return f"is {caption!r:.80}, not text"
     if not caption.strip():
@@ -133,13 +133,13 @@ def caption_problem(caption: object) -> str | None:
 
 
 def surrogate_problem(text: str) -> str | None:
-    """Returns what is wrong with text that contains a lone surrogate, which no encoding can hold; else None."""
+    """Return what is wrong with text that contains a lone surrogate, which no encoding can hold; else None."""
     half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
     return half and f"contains {half!r}, a lone surrogate, which is no valid character: fix the text's encoding"
 
 
 def check_rows(dataset: Dataset, what: str, first_row: int = 0) -> None:
-    """Checks captions and, where there is such a column, target ids of all rows; images are not read.
+    """Check captions and, where there is such a column, target ids of all rows; images are not read.
 
     Args:
         dataset: with the column `caption`.
@@ -164,7 +164,7 @@ def check_rows(dataset: Dataset, what: str, first_row: int = 0) -> None:
 
 
 def row_problem(row: dict[str, Any]) -> str | None:
-    """Returns what is wrong with the caption or target id of a triplet, or None."""
+    """Return what is wrong with the caption or target id of a triplet, or None."""
     problem = caption_problem(row.get("caption"))
     if "target_id" not in row:
         return problem and f"caption {problem}"

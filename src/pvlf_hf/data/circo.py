@@ -43,7 +43,7 @@ def load_circo(
     allow_missing: bool = False,
     check_counts: bool = True,
 ) -> CIRBenchmark:
-    """Loads a split for evaluation.
+    """Load a split for evaluation.
 
     Args:
         root: has `annotations/<split>.json` (also directly) and `COCO2017_unlabeled/` with the images in
@@ -84,7 +84,7 @@ def load_circo(
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
-    """Returns the columns of the queries except the images, checked row by row."""
+    """Return the columns of the queries except the images, checked row by row."""
     fields: dict[str, Any] = {"id": int, "reference_img_id": int, "relative_caption": str}
     if has_targets:
         fields |= {"target_img_id": int, "gt_img_ids": list[int]}
@@ -110,7 +110,7 @@ def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
 
 
 def read_images(file: Path) -> dict[str, list[str]]:
-    """Returns file names by image id."""
+    """Return file names by image id."""
     content = read_json(file, dict)
     check_records(file, {"the object": content}, {"images": list})
     check_records(file, numbered(content["images"], "image"), {"id": int, "file_name": str})

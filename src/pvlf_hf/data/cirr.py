@@ -34,7 +34,7 @@ IMAGE_FOLDERS = (".", "img_raw", "images", "NLVR2/images")
 def load_cirr(
     root: str | Path, split: str = "val", allow_missing: bool = False, check_counts: bool = True
 ) -> CIRBenchmark:
-    """Loads a split for evaluation.
+    """Load a split for evaluation.
 
     Args:
         root: has `cirr/captions/` and `cirr/image_splits/` (also without `cirr/`), and the images, `dev/`, `test1/`
@@ -66,7 +66,7 @@ def load_cirr(
 
 
 def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts: bool = True) -> Dataset:
-    """Loads the training triplets (the paper's zero-shot models do not use them).
+    """Load the training triplets (the paper's zero-shot models do not use them).
 
     Args:
         root: see [`load_cirr`].
@@ -88,7 +88,7 @@ def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts:
 def read_annotations(
     root: Path, split: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
-    """Returns queries, file names by image id, and the revision of a split."""
+    """Return queries, file names by image id, and the revision of a split."""
     captions, gallery = (
         find_file(root, [f"cirr/{name}", name])
         for name in (f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json")
@@ -107,7 +107,7 @@ def read_annotations(
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
-    """Returns the columns of the queries except the images, checked row by row."""
+    """Return the columns of the queries except the images, checked row by row."""
     # target_soft is not used: 37 of the hard targets of val are not in it.
     target = {"target_hard": str} if has_targets else {}
     records = read_records(file, {"pairid": int, "reference": str, "caption": str, "img_set": dict, **target})
@@ -126,7 +126,7 @@ def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
 
 
 def _check_subsets(name: str, rows: list[dict[str, Any]]) -> None:
-    """Raises a `ValueError` unless subsets are six images, the reference among them.
+    """Raise a `ValueError` unless subsets are six images, the reference among them.
 
     Every benchmark checks that the target is one of them too.
     """

@@ -19,7 +19,7 @@ from .triplets import read_triplet_table
 def examine_cirr(
     root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
 ) -> Report:
-    """Examines a split of CIRR.
+    """Examine a split of CIRR.
 
     Args:
         root: see [`~pvlf_hf.data.cirr.load_cirr`].
@@ -48,7 +48,7 @@ def examine_cirr(
 def examine_fashioniq(
     root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
 ) -> Report:
-    """Examines a split of the three categories of FashionIQ; arguments as in [`examine_cirr`]."""
+    """Examine a split of the three categories of FashionIQ; arguments as in [`examine_cirr`]."""
     root = as_path("root", root)
 
     def read_category(category: str) -> Tree:
@@ -79,7 +79,7 @@ def examine_fashioniq(
 def examine_circo(
     root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
 ) -> Report:
-    """Examines a split of CIRCO and its gallery of 123,403 images; arguments as in [`examine_cirr`]."""
+    """Examine a split of CIRCO and its gallery of 123,403 images; arguments as in [`examine_cirr`]."""
     root = as_path("root", root)
 
     def read() -> list[Tree]:
@@ -106,7 +106,7 @@ def examine_laion_cir(
     tokenizer: PreTrainedTokenizerBase | None = None,
     check_counts: bool = True,
 ) -> Report:
-    """Examines training triplets of Laion-CIR.
+    """Examine training triplets of Laion-CIR.
 
     Args:
         root: see [`~pvlf_hf.data.laion_cir.load_laion_cir`].
@@ -141,7 +141,7 @@ def examine_laion_cir(
 def examine_triplets(
     file: str | Path, image_folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Report:
-    """Examines a user's own triplets.
+    """Examine a user's own triplets.
 
     Args:
         file: see [`~pvlf_hf.data.triplets.load_triplets`].
@@ -196,7 +196,7 @@ def examine(
     tokenizer: str | None = None,
     check_counts: bool = True,
 ) -> Report:
-    """Examines a data set by name.
+    """Examine a data set by name.
 
     Args:
         subject: `"laion-cir"`, `"cirr"`, `"fashioniq"`, `"circo"` or `"triplets"`.

@@ -114,7 +114,7 @@ class Tree:
 def examine_trees(
     subject: str, read: Callable[[], list[Tree]], tokenizer: PreTrainedTokenizerBase | None, check_counts: bool
 ) -> Report:
-    """Examines a data set.
+    """Examine a data set.
 
     Args:
         subject: name of the data set.
@@ -203,7 +203,7 @@ def _examine_files(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
 
 
 def _look_at(file: str) -> tuple[str, str | None]:
-    """Returns the digest of a file, and what is wrong with the image, or None."""
+    """Return the digest of a file, and what is wrong with the image, or None."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:
@@ -251,7 +251,7 @@ def _examine_loading(tree: Tree) -> list[Finding]:
 
 
 def _effect(tree: Tree, lost: Iterable[str]) -> str:
-    """Returns the effect on the numbers if some images are left out."""
+    """Return the effect on the numbers if some images are left out."""
     lost, rows = set(lost), len(tree.rows)
     hit = sum(not lost.isdisjoint(named_images(row)) for row in tree.rows)
     if tree.is_training:
@@ -271,6 +271,6 @@ def _effect(tree: Tree, lost: Iterable[str]) -> str:
 
 
 def first_of(examples: Iterable[str], number: int = 3) -> tuple[str, ...]:
-    """Returns the first examples, and dots if there are more."""
+    """Return the first examples, and dots if there are more."""
     listed = list(examples)
     return (*listed[:number], "...") if len(listed) > number else tuple(listed)

@@ -68,7 +68,7 @@ def load_fashioniq(
     allow_missing: bool = False,
     check_counts: bool = True,
 ) -> CIRBenchmark:
-    """Loads a split of one category for evaluation; results are averaged over the three.
+    """Load a split of one category for evaluation; results are averaged over the three.
 
     Args:
         root: has `captions/` (or `json/`), `image_splits/`, and the images in `images/`, in folders by category in
@@ -120,7 +120,7 @@ def load_fashioniq_train(
     allow_missing: bool = False,
     check_counts: bool = True,
 ) -> Dataset:
-    """Loads the training triplets (the paper's zero-shot models do not use them).
+    """Load the training triplets (the paper's zero-shot models do not use them).
 
     Args:
         root: see [`load_fashioniq`].
@@ -148,7 +148,7 @@ def load_fashioniq_train(
 
 
 def compose_captions(captions: Sequence[str], style: str = "and") -> str | list[str]:
-    """Makes the text of a query of its two captions, by one of `CAPTION_STYLES`; one caption may be blank."""
+    """Make the text of a query of its two captions, by one of `CAPTION_STYLES`; one caption may be blank."""
     first, second = captions
     forward, backward = _join(first, second), _join(second, first)
     with_text = [caption for caption in captions if has_text(caption)]
@@ -163,12 +163,12 @@ def compose_captions(captions: Sequence[str], style: str = "and") -> str | list[
 
 
 def has_text(caption: str) -> bool:
-    """Returns whether a caption holds more than punctuation."""
+    """Return whether a caption holds more than punctuation."""
     return bool(caption.strip(".?, "))
 
 
 def _join(first: str, second: str) -> str:
-    """Joins two captions as TransAgg and CLIP4Cir do.
+    """Join two captions as TransAgg and CLIP4Cir do.
 
     `capitalize` also lower-cases all but the first letter of the first caption.
     """
@@ -178,7 +178,7 @@ def _join(first: str, second: str) -> str:
 def read_annotations(
     root: Path, category: str, split: str, style: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
-    """Returns queries, possible file names by ASIN, and the revision of a split."""
+    """Return queries, possible file names by ASIN, and the revision of a split."""
     check_choice("category", category, CATEGORIES)
     check_choice("split", split, SPLITS)
     captions = find_file(root, [f"{folder}/cap.{category}.{split}.json" for folder in ("captions", "json")])

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def check_image_files(
     folder: Path, names: Collection[str], open_them: bool = True, allow_links: bool = False
 ) -> dict[str, str]:
-    """Checks that names stand for images in a folder.
+    """Check that names stand for images in a folder.
 
     Args:
         folder: the images' folder.
@@ -57,7 +57,7 @@ def check_image_files(
 
 
 def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Finds the files of a folder that names stand for.
+    """Find the files of a folder that names stand for.
 
     Names that are not spelled as a file's are taken for the one file, if there is just one, that differs in Unicode
     form, in slashes or in outer blanks only.
@@ -103,7 +103,7 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _one_name_each(folder: Path, found: dict[str, str]) -> dict[str, str]:
-    """Gives links and the files that they lead to one name: the file's, or the first where that is elsewhere."""
+    """Give links and the files that they lead to one name: the file's, or the first where that is elsewhere."""
     top = os.path.realpath(folder)
     own: dict[str, str] = {}
     for name in sorted(set(found.values())):
@@ -117,22 +117,22 @@ RESPELLED = "that differ from them in Unicode form, slashes or outer blanks"
 
 
 def is_respelled(folder: Path, name: str) -> bool:
-    """Returns whether no file has just this name."""
+    """Return whether no file has just this name."""
     return "\0" in name or not os.path.lexists(folder / name)
 
 
 def _with_slashes(name: str) -> str:
-    """Returns a name with slashes for backslashes and without outer blanks."""
+    """Return a name with slashes for backslashes and without outer blanks."""
     return name.strip().replace("\\", "/")
 
 
 def _form(name: str) -> str:
-    """Returns a name in the form in which names that differ in Unicode form, slashes or outer blanks are equal."""
+    """Return a name in the form in which names that differ in Unicode form, slashes or outer blanks are equal."""
     return unicodedata.normalize("NFC", _with_slashes(name))
 
 
 def _relative(folder: Path, name: str) -> str | None:
-    """Returns a name relative to the folder, normalised; None if it leads out of it."""
+    """Return a name relative to the folder, normalised; None if it leads out of it."""
     top = os.path.normpath(folder.absolute())
     path = Path(os.path.normpath(folder.absolute() / name))
     if path.is_relative_to(top):
@@ -144,12 +144,12 @@ def _relative(folder: Path, name: str) -> str | None:
 
 
 def escapes_folder(folder: Path, name: str) -> bool:
-    """Returns whether a name leads out of the folder, by `..` or as an absolute path, with slashes of any kind."""
+    """Return whether a name leads out of the folder, by `..` or as an absolute path, with slashes of any kind."""
     return _relative(folder, name) is None or _relative(folder, _with_slashes(name)) is None
 
 
 def _plain(name: str) -> str:
-    """Returns a name without what is hard to see: compatibility forms, escapes, quotes, blanks, control characters."""
+    """Return a name without what is hard to see: compatibility forms, escapes, quotes, blanks, control characters."""
     text = unicodedata.normalize("NFKC", unquote(name)).strip("'\"")
     return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf", "Zs"))
 
@@ -170,7 +170,7 @@ image, and the function that removes the difference. Each comes on top of those 
 def similar_files(
     folders: Sequence[Path], names: Iterable[str], taken: Collection[str] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Finds files that names without a file may mean.
+    """Find files that names without a file may mean.
 
     Args:
         folders: where the images may be, subfolders included.
@@ -202,7 +202,7 @@ def similar_files(
 
 
 def _what_is_there(folder: Path, missing: Sequence[str], taken: Collection[str]) -> str:
-    """Says for missing names which files are similar, and how they differ."""
+    """Say for missing names which files are similar, and how they differ."""
     similar = similar_files([folder], missing, taken)
     if not similar:
         return "Names must be given with their ending, relative to the image folder."
@@ -216,7 +216,7 @@ def _what_is_there(folder: Path, missing: Sequence[str], taken: Collection[str])
 
 
 def check_links(folder: Path, names: Iterable[str]) -> None:
-    """Raises a `ValueError` that lists names that are, or lie behind, links out of the folder."""
+    """Raise a `ValueError` that lists names that are, or lie behind, links out of the folder."""
     folder = folder.resolve()
     # A snapshot in the Hub's cache is made of links to the blobs beside it.
     snapshots = [parent for parent in (folder, *folder.parents) if parent.parent.name == "snapshots"]
@@ -230,7 +230,7 @@ def check_links(folder: Path, names: Iterable[str]) -> None:
 
 
 def files_below(folder: Path, allow_links: bool) -> list[Path]:
-    """Lists all files of a folder and its subfolders, sorted.
+    """List all files of a folder and its subfolders, sorted.
 
     Args:
         folder: the folder.
@@ -252,7 +252,7 @@ def files_below(folder: Path, allow_links: bool) -> list[Path]:
 
 
 def unreadable(file: Path) -> str | None:
-    """Returns why the image processor cannot decode the file, or None if it can."""
+    """Return why the image processor cannot decode the file, or None if it can."""
     try:
         open_rgb(file)
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files

@@ -24,7 +24,7 @@ IMAGE_FOLDERS = (".", "images", "laion_cir_{}")
 def load_laion_cir(
     root: str | Path, subset: str = "combined", allow_missing: bool = False, check_counts: bool = True
 ) -> Dataset:
-    """Loads the training triplets.
+    """Load the training triplets.
 
     Args:
         root: has `laion_<subset>_info.json` (also in `files/` or `data/files/`) and the images, `0000042.png` (also
@@ -56,7 +56,7 @@ def load_laion_cir(
 
 
 def read_triplets(file: Path) -> list[dict[str, str]]:
-    """Reads triplets in either published form: a list, or an object whose keys are the references."""
+    """Read triplets in either published form: a list, or an object whose keys are the references."""
     content: Any = read_json(file, list | dict)
     fields: dict[str, Any] = {"tgt_image_id": str | int, "relative_cap": str}
     if isinstance(content, dict):

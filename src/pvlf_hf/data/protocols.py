@@ -82,7 +82,7 @@ PROTOCOLS = {
 def load_protocol(
     name: str, data_root: str | Path = ".", allow_missing: bool = False, check_counts: bool = True
 ) -> list[CIRBenchmark]:
-    """Loads the benchmarks of a protocol: one, or FashionIQ's three categories, or EmojiCIR's three tiers.
+    """Load the benchmarks of a protocol: one, or FashionIQ's three categories, or EmojiCIR's three tiers.
 
     Args:
         name: from `PROTOCOLS`.
@@ -103,7 +103,7 @@ def load_protocol(
 
 
 def describe_protocols() -> str:
-    """Returns a line for each protocol."""
+    """Return a line for each protocol."""
     width = max(map(len, PROTOCOLS))
     return "\n".join(f"{name:{width}}  {protocol.summary}" for name, protocol in PROTOCOLS.items())
 

@@ -49,7 +49,7 @@ _FEATURES = Features(
 def write_shards(
     triplets: Dataset, folder: str | Path, rows_per_shard: int = 1000, format: Literal["parquet", "tar"] = "parquet"
 ) -> list[Path]:
-    """Writes triplets as shards with the encoded images inside, byte for byte as they are.
+    """Write triplets as shards with the encoded images inside, byte for byte as they are.
 
     An interrupted call resumes after the last finished shard.
 
@@ -95,7 +95,7 @@ def write_shards(
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Records the settings of a folder's shards; raises a `ValueError` if it holds shards of other triplets."""
+    """Record the settings of a folder's shards; raises a `ValueError` if it holds shards of other triplets."""
     note = folder / "shards.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
@@ -104,7 +104,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields number and columns of each row, images as encoded bytes."""
+    """Yield number and columns of each row, images as encoded bytes."""
     for number, row in enumerate(rows, first):
         try:
             images = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
@@ -116,7 +116,7 @@ def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def encoded_bytes(image: dict[str, Any]) -> bytes:
-    """Returns the bytes of a cell of an `Image(decode=False)` column, or those of the file or URL that it names."""
+    """Return the bytes of a cell of an `Image(decode=False)` column, or those of the file or URL that it names."""
     if image["bytes"] is not None:
         return image["bytes"]
     with fsspec.open(image["path"], "rb") as stream:
@@ -141,7 +141,7 @@ def _write_tar(file: Path, rows: Dataset, first: int) -> None:
 
 
 def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, seed: int = 0) -> IterableDataset:
-    """Streams triplets from shards on disk or anywhere that `fsspec` reaches.
+    """Stream triplets from shards on disk or anywhere that `fsspec` reaches.
 
     Args:
         shards: Parquet or tar files with the contents that [`write_shards`] describes: a file, a URL (`https://...`,
@@ -169,7 +169,7 @@ def stream_triplets(shards: str | Path | list[str], shuffle_buffer: int = 1000, 
 
 
 def find_shards(shards: str | Path | list[str]) -> list[str]:
-    """Returns the files and URLs of the shards that a file, URL, pattern, folder or list of these names, each once.
+    """Return the files and URLs of the shards that a file, URL, pattern, folder or list of these names, each once.
 
     Raises:
         TypeError: if something is neither a path nor a URL.
@@ -228,7 +228,7 @@ def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _open_shard(shard: str) -> tuple[IterableDataset, dict[str, str]]:
-    """Returns a shard with images still encoded, and its names of the columns, `text` for a tar's JSON members."""
+    """Return a shard with images still encoded, and its names of the columns, `text` for a tar's JSON members."""
     try:
         stream = load_dataset(BUILDERS[_ending(shard)], data_files=shard, split="train", streaming=True)
     except Exception as error:  # see `_rows_of`
@@ -247,7 +247,7 @@ def _open_shard(shard: str) -> tuple[IterableDataset, dict[str, str]]:
 def load_hub_triplets(
     name: str, split: str = "train", columns: dict[str, str] | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Loads triplets from a dataset of the Hub, or from a folder that `datasets.load_dataset` reads.
+    """Load triplets from a dataset of the Hub, or from a folder that `datasets.load_dataset` reads.
 
     Args:
         name: `"user/dataset"`, or a folder.
@@ -305,7 +305,7 @@ def load_hub_triplets(
 
 
 def _with_target_ids(dataset: Any) -> Any:
-    """Adds digests of undecoded targets."""
+    """Add digests of undecoded targets."""
 
     def target_id(row: dict[str, Any]) -> dict[str, str]:
         return {"target_id": content_digest([encoded_bytes(row["target"])])}
@@ -318,7 +318,7 @@ def _with_target_ids(dataset: Any) -> Any:
 
 
 def own_share(stream: IterableDataset) -> IterableDataset:
-    """Returns this process's share of a stream: no row is in two processes' shares, and none is left out.
+    """Return this process's share of a stream: no row is in two processes' shares, and none is left out.
 
     Whole shards if their number is a multiple of the number of processes. Otherwise every process reads all shards
     and keeps each n-th row, with a warning. A stream that is a share already stays as it is.
@@ -337,7 +337,7 @@ def own_share(stream: IterableDataset) -> IterableDataset:
 
 
 def _process() -> tuple[int, int]:
-    """Returns rank and number of processes, as torchrun and `accelerate launch` set them."""
+    """Return rank and number of processes, as torchrun and `accelerate launch` set them."""
     # Not accelerate's `PartialState`: until the Trainer's arguments select the CPU, it reports one process.
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -372,7 +372,7 @@ class EndlessTriplets(torch.utils.data.IterableDataset):
 def triplet_batches(
     stream: IterableDataset, batch_size: int, collate: Callable[[list[dict[str, Any]]], Any], **settings: Any
 ) -> DataLoader:
-    """Returns full batches of this process's share of a stream, without end; not to be prepared by Accelerate.
+    """Return full batches of this process's share of a stream, without end; not to be prepared by Accelerate.
 
     Args:
         stream: with `TRIPLET_COLUMNS`, e.g. of [`stream_triplets`]; [`own_share`] of it is taken.

@@ -26,7 +26,7 @@ Columns = dict[str, list[Any]]
 
 
 def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Reads some columns of a table.
+    """Read some columns of a table.
 
     Args:
         file: `.csv` (commas, UTF-8, a header), `.jsonl` or `.json` (an object a line, or a list of them), `.parquet`.
@@ -82,7 +82,7 @@ def _read_csv(file: Path, required: Sequence[str], optional: Sequence[str]) -> C
 
 
 def _is_blank(row: list[str]) -> bool:
-    """Returns whether a line holds nothing, as opposed to empty cells."""
+    """Return whether a line holds nothing, as opposed to empty cells."""
     return not row or (len(row) == 1 and not row[0].strip())
 
 
@@ -117,7 +117,7 @@ def _read_json(file: Path, required: Sequence[str], optional: Sequence[str]) -> 
 
 
 def _parse(text: str, where: str, whole: str = "") -> Any:
-    """Parses JSON, leaving numbers as they are spelled."""
+    """Parse JSON, leaving numbers as they are spelled."""
     try:
         return json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=object_of)
     except json.JSONDecodeError as error:
@@ -137,7 +137,7 @@ def _parse(text: str, where: str, whole: str = "") -> Any:
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dictionary of a JSON object; for `object_pairs_hook`, which alone sees keys that are given twice.
+    """Make a dictionary of a JSON object; for `object_pairs_hook`, which alone sees keys that are given twice.
 
     Raises:
         ValueError: if a key is given twice: the parser alone would keep the last.
@@ -172,7 +172,7 @@ def _read_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) 
 
 
 def _check_names(names: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> None:
-    """Raises a `ValueError` unless the required names are there, and none of all is there twice or nearly."""
+    """Raise a `ValueError` unless the required names are there, and none of all is there twice or nearly."""
     if repeated := [name for name in (*required, *optional) if list(names).count(name) > 1]:
         raise ValueError(f"column(s) {repeated} are given more than once; it has {list(names)}")
     missing = [name for name in required if name not in names]
@@ -188,7 +188,7 @@ def _check_names(names: Sequence[str], required: Sequence[str], optional: Sequen
 
 
 def _as_text(column: str, row: int, cell: object) -> str:
-    """Returns a cell as text.
+    """Return a cell as text.
 
     Raises:
         ValueError: if it is neither text nor a number; names column, row and remedy.

@@ -28,7 +28,7 @@ that are the same thing, so that they are never each other's negatives."""
 def load_triplets(
     file: str | Path, image_folder: str | Path, check_images: bool = True, allow_links: bool = False
 ) -> Dataset:
-    """Loads a user's own triplets: a table beside a folder of images.
+    """Load a user's own triplets: a table beside a folder of images.
 
     Args:
         file: CSV, JSON Lines or Parquet with columns `reference`, `caption`, `target` (file names inside
@@ -79,7 +79,7 @@ def _warn_of_own_negatives(file: Path, targets: list[str], target_ids: list[str]
 
 
 def read_triplet_table(file: Path) -> dict[str, list[str]]:
-    """Reads a table of triplets; images are not looked for.
+    """Read a table of triplets; images are not looked for.
 
     Args:
         file: see [`load_triplets`].
@@ -100,7 +100,7 @@ def read_triplet_table(file: Path) -> dict[str, list[str]]:
 
 
 def check_triplets(triplets: Any, what: str = "triplets", streams: bool = False) -> None:
-    """Checks triplets before work begins: the columns and, except in a stream, every caption and target id.
+    """Check triplets before work begins: the columns and, except in a stream, every caption and target id.
 
     Args:
         triplets: a `datasets.Dataset`.
@@ -117,7 +117,7 @@ def check_triplets(triplets: Any, what: str = "triplets", streams: bool = False)
 
 
 def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
-    """Makes a benchmark whose gallery is every image that occurs in the triplets, references included.
+    """Make a benchmark whose gallery is every image that occurs in the triplets, references included.
 
     Args:
         name: names the benchmark in results.
@@ -139,5 +139,5 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
 
 
 def triplets_digest(triplets: Dataset) -> str:
-    """Returns a digest that identifies triplets by their captions and target ids; images are not read."""
+    """Return a digest that identifies triplets by their captions and target ids; images are not read."""
     return content_digest(json.dumps(list(triplets[column])).encode() for column in ("caption", "target_id"))

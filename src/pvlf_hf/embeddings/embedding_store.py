@@ -57,7 +57,7 @@ class EmbeddingStore:
             )
 
     def claim(self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
-        """Checks that embeddings of a model may be added, and returns their provenance, see [`made_by`].
+        """Check that embeddings of a model may be added, and return their provenance, see [`made_by`].
 
         Raises:
             ValueError: if the folder holds those of other weights, another processor or another precision.
@@ -80,7 +80,7 @@ class EmbeddingStore:
         encode: Callable[[list[int]], Tensor] | None = None,
         former_name: str | None = None,
     ) -> Tensor:
-        """Returns embeddings in the order of the keys; what is missing is encoded and added.
+        """Return embeddings in the order of the keys; what is missing is encoded and added.
 
         Under several processes all must call this with the same keys; the main one writes.
 
@@ -128,25 +128,25 @@ class EmbeddingStore:
 
 
 def write_rows(file: Path, keys: Sequence[Key], embeds: Tensor, model: dict[str, str]) -> None:
-    """Writes embeddings, their keys and their provenance ([`made_by`])."""
+    """Write embeddings, their keys and their provenance ([`made_by`])."""
     with whole(file) as partial:
         save_file({"embeddings": embeds}, partial, {**model, "keys": json.dumps(keys)})
 
 
 def read_rows(file: Path) -> tuple[list[Key], Tensor]:
-    """Reads the keys of all rows, and the rows float32 `(keys, d)`, a view of the file."""
+    """Read the keys of all rows, and the rows float32 `(keys, d)`, a view of the file."""
     with safe_open(file, framework="pt") as opened:
         return list(map(tuple, json.loads(opened.metadata()["keys"]))), opened.get_tensor("embeddings")
 
 
 def made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
-    """Returns the provenance of embeddings: `fingerprint` of weights, config and preprocessing, and `dtype`."""
+    """Return the provenance of embeddings: `fingerprint` of weights, config and preprocessing, and `dtype`."""
     settings = image_settings(processor) + text_settings(processor) + own_settings(model)
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 
 def dtype_of(model: ComposedRetrievalModel) -> str:
-    """Returns the dtype that the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
+    """Return the dtype that the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
     weight = next(model.parameters())
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -154,7 +154,7 @@ def dtype_of(model: ComposedRetrievalModel) -> str:
 
 
 def _read_header(file: Path) -> dict[str, str]:
-    """Reads the provenance of a file's embeddings."""
+    """Read the provenance of a file's embeddings."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.metadata()[name] for name in ("fingerprint", "dtype")}

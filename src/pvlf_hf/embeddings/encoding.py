@@ -58,7 +58,7 @@ def embed(
     progress: bool = True,
     store: EmbeddingStore | None = None,
 ) -> Embeddings:
-    """Embeds queries and gallery of a benchmark, with targets or without; arguments and errors as [`evaluate`]."""
+    """Embed queries and gallery of a benchmark, with targets or without; arguments and errors as [`evaluate`]."""
     method = method_named(method)
     if store is None:
         if model is None or processor is None:
@@ -97,7 +97,7 @@ def encode_gallery(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Embeds the images of a gallery.
+    """Embed the images of a gallery.
 
     Returns:
         float32 `(gallery, d)` on the CPU, L2-normalised, in the order of the rows.
@@ -113,7 +113,7 @@ def encode_queries(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Embeds queries by one of `QUERY_METHODS`; a query with several captions by their normalised mean.
+    """Embed queries by one of `QUERY_METHODS`; a query with several captions by their normalised mean.
 
     Returns:
         float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
@@ -128,7 +128,7 @@ def encode_queries(
 
 
 def method_named(name: str) -> QueryMethod:
-    """Returns one of `QUERY_METHODS`; versions before 0.2 called `"composed"` `"pvlf"`, in results and stores too.
+    """Return one of `QUERY_METHODS`; versions before 0.2 called `"composed"` `"pvlf"`, in results and stores too.
 
     Raises:
         ValueError: for an unknown name.
@@ -140,13 +140,13 @@ def method_named(name: str) -> QueryMethod:
 
 
 def _captions(queries: Dataset) -> list[tuple[int, str]]:
-    """Returns row and text of every caption; a query may have several."""
+    """Return row and text of every caption; a query may have several."""
     captions_of = [[c] if isinstance(c, str) else c for c in queries["caption"]]
     return [(row, caption) for row, captions in enumerate(captions_of) for caption in captions]
 
 
 def _mean_over_captions(embeds: Tensor, captions: list[tuple[int, str]]) -> Tensor:
-    """Averages `(captions, d)` over the captions of each query: `(queries, d)`."""
+    """Average `(captions, d)` over the captions of each query: `(queries, d)`."""
     rows = torch.tensor([row for row, _ in captions])
     if len(rows) == rows[-1] + 1:
         return embeds
@@ -171,7 +171,7 @@ def _encode_images(
 
 
 def image_encoder(model: ComposedRetrievalModel) -> Callable[[Tensor], Tensor]:
-    """Returns what embeds pixel values `(batch, 3, height, width)`: float32 `(batch, d)`, L2-normalised."""
+    """Return what embeds pixel values `(batch, 3, height, width)`: float32 `(batch, d)`, L2-normalised."""
 
     def encode(pixel_values: Tensor) -> Tensor:
         return model(target_pixel_values=pixel_values.to(device_of(model))).target_embeds
@@ -188,7 +188,7 @@ def _encode_captions(
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    """Embeds queries with one caption each: float32 `(captions, d)`."""
+    """Embed queries with one caption each: float32 `(captions, d)`."""
     references = opened(queries.select_columns("reference"))
 
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
@@ -224,7 +224,7 @@ def _encode(
     what: str,
     progress: bool,
 ) -> Tensor:
-    """Embeds samples in batches, each process a share; returns float32 `(samples, d)` in every process."""
+    """Embed samples in batches, each process a share; returns float32 `(samples, d)` in every process."""
     state = PartialState()
     everything = list(range(len(samples)))
     # Padded to equal shares: a sharded model needs every process in every forward.
@@ -254,7 +254,7 @@ def encode_stream(
     stand_in: Tensor,
     on_error: Callable[[T, Exception], None],
 ) -> Generator[tuple[list[T], Tensor]]:
-    """Embeds this process's samples as they are prepared; one that cannot be prepared does not stop the others.
+    """Embed this process's samples as they are prepared; one that cannot be prepared does not stop the others.
 
     Several processes take their batches in step, because a sharded model needs every process in every forward.
 
@@ -292,7 +292,7 @@ def encode_stream(
 
 
 def _regroup(groups: Iterable[list[T]], size: int) -> Iterator[list[T]]:
-    """Yields the items of all groups in lists of one size, the last of what is left."""
+    """Yield the items of all groups in lists of one size, the last of what is left."""
     items: list[T] = []
     for group in groups:
         items += group
@@ -304,7 +304,7 @@ def _regroup(groups: Iterable[list[T]], size: int) -> Iterator[list[T]]:
 
 
 def _in_step(batches: Iterator[list[T]]) -> Iterator[list[T]]:
-    """Yields this process's batches, then empty ones until every process has run out of its own."""
+    """Yield this process's batches, then empty ones until every process has run out of its own."""
     while True:
         batch = next(batches, [])
         if not any(gather_object([bool(batch)])):
@@ -313,7 +313,7 @@ def _in_step(batches: Iterator[list[T]]) -> Iterator[list[T]]:
 
 
 def prefetch_map(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Generator[U]:
-    """Yields `work(task)` in the order of the tasks, computed ahead by as many threads, one task each.
+    """Yield `work(task)` in the order of the tasks, computed ahead by as many threads, one task each.
 
     Threads suit decoding and resizing, which release Python's lock, and start at once, whatever they work on.
     """
@@ -332,7 +332,7 @@ def prefetch_map(work: Callable[[T], U], tasks: Iterable[T], threads: int) -> Ge
 
 
 def _threads(device: torch.device) -> int:
-    """Returns how many threads prepare batches: one where the CPU encodes, which is needed for that too."""
+    """Return how many threads prepare batches: one where the CPU encodes, which is needed for that too."""
     if device.type == "cpu":
         return 1
     return max(1, min(MOST_THREADS, (os.cpu_count() or 1) // PartialState().num_processes))
@@ -353,7 +353,7 @@ _IN_USE_LOCK = Lock()
 
 @contextmanager
 def _as_saved(model: nn.Module) -> Iterator[None]:
-    """Puts the model, within the block, in the state it will be reloaded in: eval mode, the precision of its weights.
+    """Put the model, within the block, in the state it will be reloaded in: eval mode, the precision of its weights.
 
     Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16. Where
     several threads encode with one model, the last to leave restores what the first met.
@@ -377,7 +377,7 @@ def _as_saved(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(images: Dataset, rows: list[int]) -> list[Any]:
-    """Decodes the images of some rows; names the first that does not decode, unlike the error of a whole batch."""
+    """Decode the images of some rows; names the first that does not decode, unlike the error of a whole batch."""
     (column,) = images.column_names
     try:
         return images[rows][column]
@@ -393,7 +393,7 @@ def _decode(images: Dataset, rows: list[int]) -> list[Any]:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Returns the device that a model's inputs belong on."""
+    """Return the device that a model's inputs belong on."""
     return next(model.parameters()).device
 
 

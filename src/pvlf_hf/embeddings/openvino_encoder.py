@@ -30,12 +30,12 @@ class VisionTower(nn.Module):
         self.vision_model = vision_model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Returns `last_hidden_state` of the encoder, which the projection is applied to."""
+        """Return `last_hidden_state` of the encoder, which the projection is applied to."""
         return self.vision_model(pixel_values=pixel_values).last_hidden_state
 
 
 def encode_by_openvino(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
-    """Lets OpenVINO compute the image encoder of a model, in place.
+    """Let OpenVINO compute the image encoder of a model, in place.
 
     Weights stay as they are: the model is saved as before, and its embeddings may be mixed with those that the same
     model computes by PyTorch in the same precision; they differ by rounding.
@@ -74,7 +74,7 @@ def encode_by_openvino(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
 
 
 def _compile(vision_model: nn.Module, image_size: int | tuple[int, int], precision: str) -> Any:
-    """Compiles the image encoder for any batch size."""
+    """Compile the image encoder for any batch size."""
     try:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -94,7 +94,7 @@ def _compile(vision_model: nn.Module, image_size: int | tuple[int, int], precisi
 
 @cache
 def _core() -> Any:
-    """Returns the one OpenVINO core of the process, which is never collected.
+    """Return the one OpenVINO core of the process, which is never collected.
 
     A core gives the thread that compiles first a stack for signals, and frees it when it is collected. If another
     thread collected it, Ctrl-C or the end of a child process would be a segmentation fault in the first.

@@ -32,7 +32,7 @@ COSINES_PER_BLOCK = 64
 
 
 def error_bound(width: int) -> float:
-    """Returns the largest difference between a cosine of a tile and the score, about 3e-5 for width 256.
+    """Return the largest difference between a cosine of a tile and the score, about 3e-5 for width 256.
 
     To first order, in units of u = 2^-24: d for the products and their sum in any order, d + 9 for two rows rounded
     and divided by their norms, 1 for rounding the score (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
@@ -45,7 +45,7 @@ def error_bound(width: int) -> float:
 def cosine_tiles(
     query_embeds: Tensor, gallery_embeds: Tensor, exclude_index: Tensor | None, chunk_size: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields tiles: query slice, gallery slice and float32 cosines (c, n), -inf where excluded; gallery slices ascend.
+    """Yield tiles: query slice, gallery slice and float32 cosines (c, n), -inf where excluded; gallery slices ascend.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -76,7 +76,7 @@ def cosine_tiles(
 
 
 def score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns the scores of pairs of a query and an image, the faster of two ways to the same numbers.
+    """Return the scores of pairs of a query and an image, the faster of two ways to the same numbers.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -97,7 +97,7 @@ def score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, colu
 
 
 def _score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Scores pairs by the definition."""
+    """Score pairs by the definition."""
     scores = []
     # Normalise each query once if there are fewer queries than pairs in a batch.
     units = exact_unit_rows(query_embeds) if len(query_embeds) <= min(PAIRS_PER_BATCH, len(rows)) else None
@@ -111,7 +111,7 @@ def _score_pairs(query_embeds: Tensor, gallery_embeds: Tensor, rows: Tensor, col
 
 
 def _score_tile(query_embeds: Tensor, gallery_embeds: Tensor) -> Tensor:
-    """Scores all pairs of a tile (c, n): a float64 product; by the definition where the order of sums may matter."""
+    """Score all pairs of a tile (c, n): a float64 product; by the definition where the order of sums may matter."""
     products = exact_unit_rows(query_embeds) @ exact_unit_rows(gallery_embeds).T
     error = query_embeds.shape[1] * 2.0**-50
     scores, upper = (products - error).float(), (products + error).float()
@@ -121,7 +121,7 @@ def _score_tile(query_embeds: Tensor, gallery_embeds: Tensor) -> Tensor:
 
 
 def kth_at_least(cosines: Tensor, k: int) -> Tensor:
-    """Returns a lower bound on the kth highest cosine of each row, close to it: (c, n) -> (c,).
+    """Return a lower bound on the kth highest cosine of each row, close to it: (c, n) -> (c,).
 
     It is the kth highest maximum over blocks of columns, which takes one pass; -inf for rows of fewer than k cosines.
     """
@@ -133,7 +133,7 @@ def kth_at_least(cosines: Tensor, k: int) -> Tensor:
 
 
 def where_above(cosines: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns rows and columns, in row-major order, of the cosines (c, n) above their row's threshold (c,)."""
+    """Return rows and columns, in row-major order, of the cosines (c, n) above their row's threshold (c,)."""
     if padding := -cosines.shape[1] % COSINES_PER_BLOCK:
         cosines = torch.nn.functional.pad(cosines, (0, padding), value=-torch.inf)
     blocks = cosines.unflatten(1, (-1, COSINES_PER_BLOCK))
@@ -144,7 +144,7 @@ def where_above(cosines: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiplies float32 matrices in float32 within the block, even if TF32 or bfloat16 products are allowed."""
+    """Multiply float32 matrices in float32 within the block, even if TF32 or bfloat16 products are allowed."""
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     try:
@@ -157,7 +157,7 @@ def full_precision() -> Iterator[None]:
 
 
 def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
-    """Raises a `ValueError` unless both are matrices of the same width."""
+    """Raise a `ValueError` unless both are matrices of the same width."""
     for name, embeds in (("query", query_embeds), ("gallery", gallery_embeds)):
         if embeds.ndim != 2 or embeds.numel() == 0:
             raise ValueError(
@@ -171,14 +171,14 @@ def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
 
 
 def check_finite(name: str, embeds: Tensor, start: int = 0) -> None:
-    """Raises a `ValueError` that names the first row with NaN or infinity; `start` is the position of row 0."""
+    """Raise a `ValueError` that names the first row with NaN or infinity; `start` is the position of row 0."""
     bad = ~embeds.isfinite().all(dim=1)
     if bad.any():
         raise ValueError(f"{name}_embeds hold NaN or infinity, first at {name} {start + int(bad.nonzero()[0])}")
 
 
 def _unit_rows(name: str, embeds: Tensor, start: int) -> Tensor:
-    """Returns the rows in float32, divided by their norms; errors count rows from `start`."""
+    """Return the rows in float32, divided by their norms; errors count rows from `start`."""
     norms = torch.linalg.vector_norm(embeds.float(), dim=1, keepdim=True)
     if not norms.isfinite().all():
         check_finite(name, embeds, start)
@@ -187,13 +187,13 @@ def _unit_rows(name: str, embeds: Tensor, start: int) -> Tensor:
 
 
 def exact_unit_rows(embeds: Tensor) -> Tensor:
-    """Returns the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
+    """Return the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
     rows = embeds.double()
     return rows / pairwise_sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
 
 
 def pairwise_sum(rows: Tensor) -> Tensor:
-    """Sums rows (n, d) -> (n,) by adding halves; unlike a library's sum, in an order that depends on d alone."""
+    """Sum rows (n, d) -> (n,) by adding halves; unlike a library's sum, in an order that depends on d alone."""
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
         rest = rows[:, 2 * half :]  # one column if d is odd
@@ -209,7 +209,7 @@ def top_k(
     exclude_index: Tensor | None = None,
     chunk_size: int = QUERIES_PER_CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the best k gallery images of each query, best first, ties in gallery order.
+    """Return the best k gallery images of each query, best first, ties in gallery order.
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -257,7 +257,7 @@ def top_k(
 
 
 def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    """Returns one gallery position a query as int64 (Q,) on the CPU; raises a `ValueError` for any other index."""
+    """Return one gallery position a query as int64 (Q,) on the CPU; raises a `ValueError` for any other index."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.shape != (num_queries,):
         raise ValueError(f"{name} must have shape ({num_queries},), one a query, got {tuple(index.shape)}")
@@ -267,7 +267,7 @@ def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int)
 
 
 def first_true(bad: Tensor) -> int | None:
-    """Returns the index of the first true entry of a vector, None if there is none."""
+    """Return the index of the first true entry of a vector, None if there is none."""
     return int(bad.nonzero()[0]) if bad.any() else None
 
 

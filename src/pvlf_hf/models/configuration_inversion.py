@@ -195,7 +195,7 @@ class InversionConfig(PreTrainedConfig):
         return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         if self.replace not in ("first", "all"):
             raise ValueError(f"replace={self.replace!r}: choose 'first' or 'all'")
         vocab_size = self.vl_config.text_config.vocab_size

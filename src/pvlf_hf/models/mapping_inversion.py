@@ -172,11 +172,11 @@ class ContextMapping(Mapping):
         return self.whole(gated[:, 0]) + self.local_gate.tanh() * local
 
     def gate_tokens(self, tokens: Tensor, text_features: Tensor) -> Tensor:
-        """Rotates image tokens `(batch, 1 + m, v)` and multiplies them by the caption's context."""
+        """Rotate image tokens `(batch, 1 + m, v)` and multiplies them by the caption's context."""
         return self.rotation(tokens) * self.context(text_features)[:, None]
 
     def extract(self, patches: Tensor) -> Tensor:
-        """Lets the latents attend to gated patches `(batch, m, v)`; returns `(batch, latents, v)`."""
+        """Let the latents attend to gated patches `(batch, m, v)`; returns `(batch, latents, v)`."""
         latents = self.latents.expand(len(patches), -1, -1)
         for layer in self.layers:
             latents = layer(latents, patches)

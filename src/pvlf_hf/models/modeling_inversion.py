@@ -204,7 +204,7 @@ class InversionModel(ComposedRetrievalModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embeds images as CLIP does: what a gallery is indexed by.
+        """Embed images as CLIP does: what a gallery is indexed by.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, from [`InversionProcessor.process_targets`].
@@ -221,7 +221,7 @@ class InversionModel(ComposedRetrievalModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embeds captions alone as CLIP does.
+        """Embed captions alone as CLIP does.
 
         Args:
             input_ids: int64 `(batch, n)`.
@@ -265,7 +265,7 @@ class InversionModel(ComposedRetrievalModel):
         replaced_ids: Tensor | None = None,
         phrase_ids: Tensor | None = None,
     ) -> Tensor:
-        """Optimises a token for each image that was not inverted before (SEARLE-OTI, PALAVRA).
+        """Optimise a token for each image that was not inverted before (SEARLE-OTI, PALAVRA).
 
         This takes `config.inversion_steps` passes of the text encoder and back for up to 32 images together, with a
         progress bar. An image's token does not depend on the images beside it.
@@ -342,7 +342,7 @@ class InversionModel(ComposedRetrievalModel):
         phrase_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> InversionQueryOutput:
-        """Embeds queries: captions in the method's template, with the reference image as one of their words.
+        """Embed queries: captions in the method's template, with the reference image as one of their words.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -385,7 +385,7 @@ class InversionModel(ComposedRetrievalModel):
         return_loss: bool | None = None,
         **kwargs: Any,
     ) -> ComposedRetrievalOutput:
-        """Embeds queries, target images, or both; or computes the method's own objective, which needs no triplets.
+        """Embed queries, target images, or both; or computes the method's own objective, which needs no triplets.
 
         With target images, and without `return_loss=True`, see [`ComposedRetrievalModel.forward`]. With
         `return_loss=True` and no target images the loss is the method's own, see `OBJECTIVES`.

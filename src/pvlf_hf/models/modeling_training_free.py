@@ -39,7 +39,7 @@ class TrainingFreeModel(DualEncoderModel):
     def get_query_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> QueryOutput:
-        """Embeds queries, each a reference image and a relative caption, by the configuration's composition.
+        """Embed queries, each a reference image and a relative caption, by the configuration's composition.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.

@@ -24,7 +24,7 @@ def image_contrast(
     caption_ids: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
-    """Contrasts images with the sentences that their pseudo words make (Pic2Word, Context-I2W).
+    """Contrast images with the sentences that their pseudo words make (Pic2Word, Context-I2W).
 
     Args:
         model: the model.
@@ -50,7 +50,7 @@ def distillation(
     attention_mask: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
-    """Distils tokens that SEARLE-OTI optimised into phi (SEARLE).
+    """Distil tokens that SEARLE-OTI optimised into phi (SEARLE).
 
     Args:
         model: the model.
@@ -75,7 +75,7 @@ def reconstruction(
     caption_attention_mask: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
-    """Reconstructs features of captions from their own pseudo words; there is no image (LinCIR).
+    """Reconstruct features of captions from their own pseudo words; there is no image (LinCIR).
 
     Args:
         model: the model.

@@ -60,7 +60,7 @@ def optimize_searle(
     weight_decay: float = 0.01,
     decay: float = 0.99,
 ) -> Optimized:
-    """Optimises tokens so that sentences with them match their images (SEARLE-OTI).
+    """Optimise tokens so that sentences with them match their images (SEARLE-OTI).
 
     Args:
         encode_text: the text encoder.
@@ -95,7 +95,7 @@ def optimize_palavra(
     steps: Iterable[int],
     learning_rate: float = 0.01,
 ) -> Optimized:
-    """Optimises tokens so that each, alone, matches its image better than a coarse word does (PALAVRA's mode 1).
+    """Optimise tokens so that each, alone, matches its image better than a coarse word does (PALAVRA's mode 1).
 
     Args:
         encode_text: the text encoder.
@@ -125,7 +125,7 @@ def _step(optimizer: torch.optim.Optimizer, words: Tensor, loss: Tensor) -> floa
 
 
 def draw(keys: list[str], width: int, steps: int, choices: int, phrases: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws initial tokens and the sentences of each step, for each image from its own key.
+    """Draw initial tokens and the sentences of each step, for each image from its own key.
 
     So the token of an image does not depend on what it is optimised with.
 
@@ -202,7 +202,7 @@ def searle_words(
     replaced_ids: Tensor | None = None,
     phrase_ids: Tensor | None = None,
 ) -> Tensor:
-    """Inverts images by SEARLE-OTI.
+    """Invert images by SEARLE-OTI.
 
     Args:
         encode_text: the text encoder.
@@ -240,7 +240,7 @@ def palavra_words(
     steps: int,
     prompt_ids: Tensor,
 ) -> Tensor:
-    """Refines the words of PALAVRA's mapping network.
+    """Refine the words of PALAVRA's mapping network.
 
     Args:
         encode_text: the text encoder.

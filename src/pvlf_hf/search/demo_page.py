@@ -130,45 +130,45 @@ class Page:
             _listen(f"example_{number}", [button.click], act, [], everything).success(None, js=LOOK)
 
     def start(self) -> dict[Any, Any]:
-        """Shows images to start from."""
+        """Show images to start from."""
         return self._show(self.searcher.browse(), reference=None, text="", balance=0)
 
     def example(self, number: int) -> dict[Any, Any]:
-        """Searches for an example."""
+        """Search for an example."""
         reference, text = self.examples[number]
         session = self.searcher.search(Session(reference=reference), text, 0)
         return self._show(session, reference=self.searcher.file(reference), text=text, balance=0)
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
-        """Takes the visitor's own image."""
+        """Take the visitor's own image."""
         image = open_upload((upload or {}).get("path"))
         return self._show(replace(session, steps=(), reference=image), reference=self.searcher.file(image))
 
     def drop(self, session: Session) -> dict[Any, Any]:
-        """Drops the reference."""
+        """Drop the reference."""
         return self._show(replace(session, steps=(), reference=None))
 
     def pick(self, session: Session, event: gr.SelectData) -> dict[Any, Any]:
-        """Makes the clicked image of the grid the reference."""
+        """Make the clicked image of the grid the reference."""
         session = self.searcher.pick(session, event.index)
         return {self.session: session, self.reference: self.searcher.file(session.reference), self.text: ""}
 
     def search(self, session: Session, text: str, balance: float) -> dict[Any, Any]:
-        """Searches by what the visitor gave."""
+        """Search by what the visitor gave."""
         return self._show(self.searcher.search(session, text, balance))
 
     def weigh(self, session: Session, balance: float) -> dict[Any, Any]:
-        """Weighs the last query as the slider says."""
+        """Weigh the last query as the slider says."""
         return self._show(self.searcher.weigh(session, balance))
 
     def back(self, session: Session, balance: float, event: gr.SelectData) -> dict[Any, Any]:
-        """Returns to the step that was clicked."""
+        """Return to the step that was clicked."""
         session = self.searcher.back(session, event.index, balance)
         step = session.steps[-1]
         return self._show(session, reference=self.searcher.file(step.reference), text=step.query.text or "")
 
     def _show(self, session: Session, **values: Any) -> dict[Any, Any]:
-        """Returns the value of every component that follows from a session, and the values given by name."""
+        """Return the value of every component that follows from a session, and the values given by name."""
         file, steps = self.searcher.file, session.steps
         captions = [f"{rank} · {score:.2f}" for rank, score in enumerate(session.scores, 1)]
         files: list[Any] = [file(image_id) for image_id in session.shown]
@@ -196,7 +196,7 @@ class Page:
 
 
 def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *components: Any, **options: Any) -> Any:
-    """Connects a handler; events of all visitors pass one by one, of one visitor's faster ones the last counts."""
+    """Connect a handler; events of all visitors pass one by one, of one visitor's faster ones the last counts."""
     return gr.on(
         events,
         _with_messages(act),
@@ -211,7 +211,7 @@ def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *componen
 
 
 def _with_messages(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Shows the visitor the message of a `ValueError`."""
+    """Show the visitor the message of a `ValueError`."""
 
     @wraps(act)
     def wrapped(*args: Any) -> Any:

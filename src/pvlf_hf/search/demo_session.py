@@ -71,17 +71,17 @@ class Searcher:
         self.row_of = {image_id: row for row, image_id in enumerate(gallery.ids)}
 
     def browse(self) -> Session:
-        """Shows a few random images to start from."""
+        """Show a few random images to start from."""
         return Session(shown=tuple(random.sample(self.gallery.ids, min(SHOWN, len(self.gallery)))))
 
     def pick(self, session: Session, position: int) -> Session:
-        """Makes an image of the grid the reference."""
+        """Make an image of the grid the reference."""
         if not 0 <= position < len(session.shown):
             raise ValueError("this picture is no longer shown: search again, or start over")
         return replace(session, reference=session.shown[position])
 
     def search(self, session: Session, text: str, balance: float) -> Session:
-        """Searches by the reference and the text.
+        """Search by the reference and the text.
 
         A search from the reference of the last step replaces that step; one from a result of it continues the chain.
         """
@@ -97,7 +97,7 @@ class Searcher:
         return self.weigh(replace(session, steps=steps), balance)
 
     def weigh(self, session: Session, balance: float) -> Session:
-        """Searches the last query with other weights; no encoder runs."""
+        """Search the last query with other weights; no encoder runs."""
         if not session.steps:
             return session
         step = session.steps[-1]
@@ -107,14 +107,14 @@ class Searcher:
         return replace(session, shown=tuple(result.ids), scores=tuple(result.scores))
 
     def back(self, session: Session, position: int, balance: float) -> Session:
-        """Returns to a step of the chain; later ones are gone."""
+        """Return to a step of the chain; later ones are gone."""
         if not 0 <= position < len(session.steps):
             raise ValueError("this step is gone: search again, or start over")
         steps = session.steps[: position + 1]
         return self.weigh(replace(session, steps=steps, reference=steps[-1].reference), balance)
 
     def file(self, reference: Reference) -> str | None:
-        """Returns the WebP file that shows an image, made when first asked for and named by the row in the gallery."""
+        """Return the WebP file that shows an image, made when first asked for and named by the row in the gallery."""
         if reference is None:
             return None
         if isinstance(reference, str):
@@ -144,17 +144,17 @@ class Searcher:
 
 
 def weights_of(balance: float) -> Weights:
-    """Returns weights from the image alone, -1, over the model's own composition, 0, to the text alone, 1."""
+    """Return weights from the image alone, -1, over the model's own composition, 0, to the text alone, 1."""
     return max(-balance, 0.0), 1 - abs(balance), max(balance, 0.0)
 
 
 def has_both(query: Query) -> bool:
-    """Returns whether there are an image and a text to weigh."""
+    """Return whether there are an image and a text to weigh."""
     return query.image_embeds is not None and query.text_embeds is not None
 
 
 def open_upload(path: str | Path | None) -> PILImage.Image:
-    """Opens an uploaded image: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
+    """Open an uploaded image: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
 
     Raises:
         ValueError: if it is no image, or a huge one.
@@ -172,7 +172,7 @@ def open_upload(path: str | Path | None) -> PILImage.Image:
 
 
 def clean(image: PILImage.Image, longest: int) -> PILImage.Image:
-    """Keeps nothing but pixels: Pillow hands EXIF on with an image, and Gradio writes it into the file it shows."""
+    """Keep nothing but pixels: Pillow hands EXIF on with an image, and Gradio writes it into the file it shows."""
     rgb = to_rgb(image)
     rgb.thumbnail((longest, longest))
     return PILImage.fromarray(np.asarray(rgb))

@@ -102,7 +102,7 @@ class Gallery:
         include_hidden: bool = False,
         **options: Any,
     ) -> "Gallery":
-        """Embeds the images of a folder and its subfolders: every file whose ending Pillow can open.
+        """Embed the images of a folder and its subfolders: every file whose ending Pillow can open.
 
         Args:
             folder: where the images are; their ids are their names in it (`"2024/dress.jpg"`).
@@ -145,7 +145,7 @@ class Gallery:
         path: str | Path | None = None,
         **options: Any,
     ) -> "Gallery":
-        """Embeds files and `http(s):` or `data:` URLs, which are their own ids; otherwise as [`~Gallery.from_folder`].
+        """Embed files and `http(s):` or `data:` URLs, which are their own ids; otherwise as [`~Gallery.from_folder`].
 
         Raises:
             ValueError: also if `images` holds something else.
@@ -171,7 +171,7 @@ class Gallery:
         id_column: str = "image_id",
         **options: Any,
     ) -> "Gallery":
-        """Embeds a column of images (`datasets.Image`); other arguments and errors as [`~Gallery.from_folder`].
+        """Embed a column of images (`datasets.Image`); other arguments and errors as [`~Gallery.from_folder`].
 
         Raises:
             ValueError: also if it is no `datasets.Dataset` with such columns, or ids repeat.
@@ -210,7 +210,7 @@ class Gallery:
         index: IndexName = "exact",
         uri: str | None = None,
     ) -> "Gallery":
-        """Embeds `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read."""
+        """Embed `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read."""
         check_index(index, uri)
         batch_size = check_positive("batch_size", batch_size)
         ids = [str(image_id) for image_id in dataset["image_id"][:]]
@@ -252,7 +252,7 @@ class Gallery:
         index: IndexName = "exact",
         uri: str | None = None,
     ) -> "Gallery":
-        """Loads a saved gallery; embeddings stay on disk until they are used.
+        """Load a saved gallery; embeddings stay on disk until they are used.
 
         Raises:
             ValueError: if there is no gallery in the folder, its two files do not belong together, another model made
@@ -267,7 +267,7 @@ class Gallery:
         return cls(table, embeds, provenance, model, processor, index, uri, gallery_id=gallery_id, client=client)
 
     def save(self, path: str | Path) -> None:
-        """Writes the two files of a gallery, and removes what an interruption left.
+        """Write the two files of a gallery, and removes what an interruption left.
 
         Raises:
             ValueError: if the folder holds embeddings of another model.
@@ -284,7 +284,7 @@ class Gallery:
         state.wait_for_everyone()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> CommitInfo:
-        """Uploads embeddings, ids, digests and web URLs as a dataset; images and paths of files stay here.
+        """Upload embeddings, ids, digests and web URLs as a dataset; images and paths of files stay here.
 
         Args:
             repo_id: `"user/name"`, created if need be.
@@ -304,7 +304,7 @@ class Gallery:
         revision: str | None = None,
         token: str | None = None,
     ) -> "Gallery":
-        """Loads what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
+        """Load what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
 
         Raises:
             ValueError: if it names files, which the gallery of someone else must not open here. Web URLs it may name
@@ -323,7 +323,7 @@ class Gallery:
         exclude: Sequence[str] = (),
         explain: bool = False,
     ) -> SearchResult:
-        """Finds the k nearest images by cosine; equal ones in the order of the gallery.
+        """Find the k nearest images by cosine; equal ones in the order of the gallery.
 
         Args:
             image: one reference image or several, see [`~Gallery.query`].
@@ -367,14 +367,14 @@ class Gallery:
         text: str | None = None,
         explain: bool = False,
     ) -> Query:
-        """Encodes a query, for searches with several weights; arguments and errors as [`~Gallery.search`].
+        """Encode a query, for searches with several weights; arguments and errors as [`~Gallery.search`].
 
         Several images are each composed with the text; the query is the normalised mean of their embeddings.
         """
         return encode_query(self.model, self.processor, self.made_by, image, text, explain)
 
     def picture(self, image_id: str) -> PILImage.Image:
-        """Opens an image of the gallery, RGB.
+        """Open an image of the gallery, RGB.
 
         Raises:
             ValueError: if the gallery does not have it, or it is no longer where it was.
@@ -391,7 +391,7 @@ class Gallery:
             ) from error
 
     def preview(self, image_id: str) -> PILImage.Image:
-        """Opens an image to be shown beside others; of one that cannot be opened a blank with its name, and a warning.
+        """Open an image to be shown beside others; of one that cannot be opened a blank with its name, and a warning.
 
         Raises:
             ValueError: if the gallery does not have it.
@@ -431,7 +431,7 @@ class Gallery:
 
 
 def _client(index: IndexName, uri: str | None, provenance: dict[str, str]) -> Any:
-    """Connects to the database of an index, if it needs one; the main process searches."""
+    """Connect to the database of an index, if it needs one; the main process searches."""
     if index != "milvus" or not PartialState().is_main_process:
         return None
     return connect(str(uri), provenance["fingerprint"])

@@ -31,14 +31,14 @@ class GalleryTable(NamedTuple):
 
 
 def is_gallery(folder: Path) -> bool:
-    """Returns whether a folder holds the files of a gallery."""
+    """Return whether a folder holds the files of a gallery."""
     return (folder / TABLE).is_file()
 
 
 def write_gallery(
     folder: Path, table: GalleryTable, embeds: Tensor, made_by: dict[str, str], gallery_id: str | None = None
 ) -> None:
-    """Writes embeddings and table, each file atomically."""
+    """Write embeddings and table, each file atomically."""
     write_rows(folder / EMBEDDINGS, [(digest,) for digest in table.digest], embeds, made_by)
     columns = {name: pa.array(values, pa.string()) for name, values in table._asdict().items()}
     metadata = {GALLERY_ID: gallery_id} if gallery_id else None
@@ -47,7 +47,7 @@ def write_gallery(
 
 
 def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
-    """Reads table and embeddings; these stay on disk until they are used.
+    """Read table and embeddings; these stay on disk until they are used.
 
     Raises:
         ValueError: if a file is missing, or the two do not belong together.
@@ -65,7 +65,7 @@ def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
 
 
 def gallery_id_of(folder: Path) -> str | None:
-    """Returns the id of the gallery kept in a folder, None if there is none."""
+    """Return the id of the gallery kept in a folder, None if there is none."""
     if not is_gallery(folder):
         return None
     gallery_id = (pq.read_schema(folder / TABLE).metadata or {}).get(GALLERY_ID)
@@ -73,7 +73,7 @@ def gallery_id_of(folder: Path) -> str | None:
 
 
 def new_gallery_id() -> str:
-    """Returns an id for a gallery that has none yet."""
+    """Return an id for a gallery that has none yet."""
     return uuid4().hex
 
 
@@ -85,7 +85,7 @@ def upload_gallery(
     private: bool | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Uploads embeddings and table as a dataset, paths of files left out."""
+    """Upload embeddings and table as a dataset, paths of files left out."""
     table = table._replace(path=[path if path and path.startswith(WEB) else None for path in table.path])
     with TemporaryDirectory() as folder:
         write_gallery(Path(folder), table, embeds, made_by)
@@ -96,7 +96,7 @@ def upload_gallery(
 
 
 def download_gallery(repo_id: str, revision: str | None = None, token: str | None = None) -> Path:
-    """Downloads what [`upload_gallery`] uploaded, and returns the folder.
+    """Download what [`upload_gallery`] uploaded, and return the folder.
 
     Raises:
         ValueError: if it names files, which the gallery of someone else must not open here.

@@ -67,7 +67,7 @@ class FolderImages(NamedTuple):
 
 
 def find_images(folder: Path, allow_links: bool = False, include_hidden: bool = False) -> FolderImages:
-    """Lists the images of a folder and its subfolders.
+    """List the images of a folder and its subfolders.
 
     Args:
         folder: the folder.
@@ -111,7 +111,7 @@ def find_images(folder: Path, allow_links: bool = False, include_hidden: bool = 
 
 
 def not_indexed(file: Path) -> str | None:
-    """Returns why a file without the ending of an image is not indexed, with the remedy; None if it is no image."""
+    """Return why a file without the ending of an image is not indexed, with the remedy; None if it is no image."""
     if kind := NOT_DECODED.get(file.suffix.lower()):
         return _convert(kind)
     try:
@@ -128,13 +128,13 @@ def not_indexed(file: Path) -> str | None:
 
 
 def explain_unidentified(content: bytes) -> str | None:
-    """Returns the remedy for content that no decoder takes but that is an image of another format; None if not."""
+    """Return the remedy for content that no decoder takes but that is an image of another format; None if not."""
     kind, ending = format_of(content[:HEAD_BYTES])
     return _convert(kind) if kind and not ending else None
 
 
 def format_of(head: bytes) -> tuple[str, str]:
-    """Returns name and ending of the image format of a file's first bytes; the ending is empty if not decoded."""
+    """Return name and ending of the image format of a file's first bytes; the ending is empty if not decoded."""
     for offset, beginnings, kind, ending in SIGNATURES:
         if head[offset:].startswith(beginnings):
             return kind, ending

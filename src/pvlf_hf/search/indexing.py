@@ -75,7 +75,7 @@ class IncrementalIndexer:
     def run(
         self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, batch_size: int, progress: bool
     ) -> None:
-        """Reads every image and encodes those that are new; several processes each take a share."""
+        """Read every image and encodes those that are new; several processes each take a share."""
         state = PartialState()
         rows = range(state.process_index, len(self.sources), state.num_processes)
         reader = _Reader(self, processor)
@@ -98,21 +98,21 @@ class IncrementalIndexer:
         self.digests = [digest_at[row] for row in range(len(self.sources))]
 
     def take(self, digests: list[str]) -> Tensor:
-        """Returns the embeddings of digests: float32 `(digests, d)`."""
+        """Return the embeddings of digests: float32 `(digests, d)`."""
         return torch.cat(self._embeds)[[self._row_of[name] for name in digests]]
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._row_of
 
     def _add(self, digests: list[str], embeds: Tensor) -> list[str]:
-        """Adds embeddings, and returns the digests that are new; equal images may come from files and processes."""
+        """Add embeddings, and return the digests that are new; equal images may come from files and processes."""
         new = {name: index for index, name in reversed(list(enumerate(digests))) if name not in self._row_of}
         self._row_of |= {name: row for row, name in enumerate(new, len(self._row_of))}
         self._embeds.append(embeds[list(new.values())])
         return [*new]
 
     def _save(self) -> None:
-        """Writes what was added since the last time as a part."""
+        """Write what was added since the last time as a part."""
         if self.path and self._unsaved and PartialState().is_main_process:
             keys, embeds = [(name,) for name in self._unsaved], torch.cat(self._embeds[self._saved_tensors :])
             write_rows(self.path / f"{uuid4().hex}{PART}", keys, embeds, self.made_by)
@@ -130,7 +130,7 @@ class _Reader:
         self._lock = Lock()
 
     def prepare(self, row: int) -> Tensor | None:
-        """Returns the pixel values `(1, 3, height, width)` of a row's image, None where it is embedded already."""
+        """Return the pixel values `(1, 3, height, width)` of a row's image, None where it is embedded already."""
         with self._lock:
             self.bar.update()
         source = source_of(self.indexer.sources[row]["image"])
@@ -142,19 +142,19 @@ class _Reader:
         return self.processor.process_targets(decode(source, self.indexer.options))["pixel_values"]
 
     def skip(self, row: int, error: Exception) -> None:
-        """Notes why the image of a row is left out; one without a file is identified by its row."""
+        """Note why the image of a row is left out; one without a file is identified by its row."""
         digest = self.digest_at.setdefault(row, f"unreadable {row}")
         self.bad[digest] = str(error) or type(error).__name__
 
 
 def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
-    """Makes a column of undecoded images, `image`, of files or URLs, with `image_id` beside it where given."""
+    """Make a column of undecoded images, `image`, of files or URLs, with `image_id` beside it where given."""
     columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
     return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
 
 def least_side(processor: ComposedRetrievalProcessor) -> int:
-    """Returns the smallest side to decode a JPEG at: twice the model's input, so that resizing still averages pixels.
+    """Return the smallest side to decode a JPEG at: twice the model's input, so that resizing still averages pixels.
 
     The factor is our choice.
     """
@@ -163,12 +163,12 @@ def least_side(processor: ComposedRetrievalProcessor) -> int:
 
 
 def open_cell(cell: dict[str, Any] | None, options: DecodeOptions) -> PILImage.Image:
-    """Reads and decodes a cell of an image column, see [`decode`]."""
+    """Read and decodes a cell of an image column, see [`decode`]."""
     return decode(source_of(cell), options)
 
 
 def source_of(cell: dict[str, Any] | None) -> bytes | str:
-    """Returns the content of a cell's image file, or its URL, which is not fetched.
+    """Return the content of a cell's image file, or its URL, which is not fetched.
 
     Raises:
         OSError: if there is no such file.
@@ -185,13 +185,13 @@ def source_of(cell: dict[str, Any] | None) -> bytes | str:
 
 
 def digest_of(source: bytes | str, options: DecodeOptions) -> str:
-    """Returns the digest of a file's content and of how it is decoded; of a URL, its string only."""
+    """Return the digest of a file's content and of how it is decoded; of a URL, its string only."""
     decoded = f"{options.mode} draft {options.draft}" if options.draft else str(options.mode)
     return sequence_digest(decoded, source)
 
 
 def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
-    """Decodes the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
+    """Decode the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
         ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other kinds.

@@ -40,7 +40,7 @@ class Guard:
         self.times: dict[str, deque[float]] = {}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Callable, send: Callable) -> None:
-        """Passes a request on, or answers it with 400, 403, 411, 413 or 429."""
+        """Pass a request on, or answers it with 400, 403, 411, 413 or 429."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refusal = self._refuse(scope)
@@ -101,7 +101,7 @@ class Guard:
 
 
 async def _read(receive: Callable) -> bytes:
-    """Reads the body; the server checks its length against the announced one."""
+    """Read the body; the server checks its length against the announced one."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -110,7 +110,7 @@ async def _read(receive: Callable) -> bytes:
 
 
 def _replay(body: bytes, receive: Callable) -> Callable:
-    """Returns a `receive` that gives a body again, then what comes after it."""
+    """Return a `receive` that gives a body again, then what comes after it."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Any:

@@ -9,7 +9,7 @@ SIDE, FONT_SIZE, LINE_LETTERS, LINES = 256, 20, 22, 9
 
 
 def blank(name: str) -> Image.Image:
-    """Draws a gray square with a name on it; letters other than Latin turn up as boxes (Pillow's own font)."""
+    """Draw a gray square with a name on it; letters other than Latin turn up as boxes (Pillow's own font)."""
     image = Image.new("RGB", (SIDE, SIDE), "#e4e7eb")
     lines = textwrap.wrap(name, LINE_LETTERS, max_lines=LINES, placeholder=" ...")
     font = ImageFont.load_default(FONT_SIZE)

@@ -51,16 +51,16 @@ class Explanation(NamedTuple):
         return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
 
     def shares(self, source: Source = "prompts") -> dict[str, Tensor]:
-        """Returns the share of a part's attention that each part got: float32 `(layers,)` each, together 1."""
+        """Return the share of a part's attention that each part got: float32 `(layers,)` each, together 1."""
         given = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
         return {part: given[:, positions].sum(dim=1) for part, positions in self.places.items()}
 
     def words(self, source: Source = "prompts", layer: int = -1) -> list[float]:
-        """Returns the attention that a part gave to each token, in their order."""
+        """Return the attention that a part gave to each token, in their order."""
         return self.attention[layer, self.places[source], self.places["text"]].mean(dim=0).tolist()
 
     def patches(self, source: Source = "prompts", layer: int = -1) -> Tensor:
-        """Returns the attention that a part gave to each patch: float32 `(rows, columns)` of the cropped image."""
+        """Return the attention that a part gave to each patch: float32 `(rows, columns)` of the cropped image."""
         given = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
         return given.view(math.isqrt(len(given)), -1)
 
@@ -88,7 +88,7 @@ class Query:
     why: tuple[Explanation, ...] = field(default=(), repr=False)
 
     def embed(self, weights: Weights = FUSION) -> Tensor:
-        """Returns normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
+        """Return normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
 
         Args:
             weights: (w_image, w_fused, w_text) of unit vectors: `(0, 1, 0)` is the model's composition,
@@ -112,7 +112,7 @@ class Query:
 
 
 def check_weights(weights: Any) -> Weights:
-    """Returns the weights as floats; raises a `ValueError` unless they are three finite numbers."""
+    """Return the weights as floats; raises a `ValueError` unless they are three finite numbers."""
     values = list(weights) if isinstance(weights, Sequence | Tensor) or hasattr(weights, "tolist") else []
     numbers = [float(value) for value in values if isinstance(value, Real | Tensor) and math.isfinite(value)]
     if len(numbers) != 3 or len(values) != 3:
@@ -123,7 +123,7 @@ def check_weights(weights: Any) -> Weights:
 
 
 def check_positive(name: str, value: Any) -> int:
-    """Returns the value of an argument as an int; raises a `ValueError` unless it is a whole number above 0."""
+    """Return the value of an argument as an int; raises a `ValueError` unless it is a whole number above 0."""
     try:
         number = index(value)
     except TypeError:
@@ -141,7 +141,7 @@ def encode_query(
     text: str | None = None,
     explain: bool = False,
 ) -> Query:
-    """Encodes a query; several images are each composed with the text, and their embeddings averaged.
+    """Encode a query; several images are each composed with the text, and their embeddings averaged.
 
     The model stays as it is, whatever other threads do with it.
 
@@ -201,7 +201,7 @@ def _encode(
 
 
 def inference_view(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
-    """Returns the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
+    """Return the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
 
     Several threads may use a model at a time, one of them for training: it is not switched.
     """
@@ -228,7 +228,7 @@ def _view(module: Any, views: dict[nn.Module, Any]) -> Any:
 
 
 def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompts: int) -> Explanation:
-    """Explains one row of a composed batch whose attentions were asked for; `tokens` are the caption's.
+    """Explain one row of a composed batch whose attentions were asked for; `tokens` are the caption's.
 
     Raises:
         ValueError: if the model returns neither weights nor attentions.
@@ -241,7 +241,7 @@ def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompt
 
 
 def mean_embedding(embeds: Tensor) -> Tensor:
-    """Averages `(n, d)` to float32 `(d,)`, normalised, on the CPU."""
+    """Average `(n, d)` to float32 `(d,)`, normalised, on the CPU."""
     return F.normalize(embeds.float().mean(dim=0), dim=0).cpu()
 
 

@@ -49,7 +49,7 @@ class SearchResult:
         weights: Weights = FUSION,
         explain: bool = False,
     ) -> "SearchResult":
-        """Searches again from one of the results ("... and now in blue"), which is itself left out.
+        """Search again from one of the results ("... and now in blue"), which is itself left out.
 
         Args:
             text: what should be different; None for more like it.
@@ -71,7 +71,7 @@ class SearchResult:
         return replace(refined, previous=self, pick=pick)
 
     def sheet(self, title: str = "", k: int = 5) -> PILImage.Image:
-        """Draws the session, a row a search; framed is the result that the next row refines, in the last row the best.
+        """Draw the session, a row a search; framed is the result that the next row refines, in the last row the best.
 
         A blank with its name stands for an image that cannot be opened.
 

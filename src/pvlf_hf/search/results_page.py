@@ -33,7 +33,7 @@ li span { display: block; overflow-wrap: anywhere } .score { color: #6e7781 }
 
 
 def search_page(result: SearchResult, title: str = "Composed image retrieval") -> str:
-    """Writes the session of a result, a section a search, as a page that needs no other file.
+    """Write the session of a result, a section a search, as a page that needs no other file.
 
     A blank with its name stands for an image that cannot be opened.
 
@@ -62,7 +62,7 @@ def _section(result: SearchResult) -> str:
 
 
 def _why(why: Explanation) -> str:
-    """Writes the weights of eq. 13, and the tokens, the darker the more the prompts looked at them."""
+    """Write the weights of eq. 13, and the tokens, the darker the more the prompts looked at them."""
     image, fused, text = why.weights
     attention = why.words()
     most = max(attention)

@@ -31,7 +31,7 @@ class VectorIndex(Protocol):
     """An index that proposes candidates; [`Gallery`] ranks them by the embeddings themselves."""
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Returns gallery rows, int64, in any order, among them the best k (most of them, where approximate).
+        """Return gallery rows, int64, in any order, among them the best k (most of them, where approximate).
 
         Args:
             query: float32 `(d,)`, L2-normalised.
@@ -51,13 +51,13 @@ class ExactIndex:
         self.halves = embeds.half()
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Returns candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k."""
+        """Return candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k."""
         cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
         return where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
 
 
 def half_error_bound(width: int) -> float:
-    """Returns the largest error of a cosine of half precision vectors, about 1.5e-3.
+    """Return the largest error of a cosine of half precision vectors, about 1.5e-3.
 
     To [`error_bound`], for sums in float32, each of three roundings (image, query, result) adds 2^-11. The factor 3.1
     instead of 3 covers terms of second order, and numbers below 2^-14, whose error is at most 2^-25.
@@ -86,7 +86,7 @@ class FaissIndex:
         self.rows.add_faiss_index_from_external_arrays(embeds.numpy(), "embeds", custom_index=graph)
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Returns candidates, see [`VectorIndex`]; fewer than k where a search does not reach a part of the graph."""
+        """Return candidates, see [`VectorIndex`]; fewer than k where a search does not reach a part of the graph."""
         rows = torch.as_tensor(self.rows.search("embeds", query.numpy(), k).indices)
         return rows[rows >= 0].long()
 
@@ -111,7 +111,7 @@ class MilvusIndex:
         self._synchronise(embeds)
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Returns candidates, see [`VectorIndex`]; at most 16,384 different images, which is Milvus's limit.
+        """Return candidates, see [`VectorIndex`]; at most 16,384 different images, which is Milvus's limit.
 
         Raises:
             ValueError: if another process has changed the collection since.
@@ -154,7 +154,7 @@ class MilvusIndex:
 
 
 def check_index(name: str, uri: str | None) -> None:
-    """Raises a `ValueError` unless the index exists and has a `uri` where, and only where, it needs one."""
+    """Raise a `ValueError` unless the index exists and has a `uri` where, and only where, it needs one."""
     if name not in get_args(IndexName):
         raise ValueError(f"index={name!r}: choose one of {get_args(IndexName)}")
     if (name == "milvus") != (uri is not None):
@@ -165,7 +165,7 @@ def check_index(name: str, uri: str | None) -> None:
 
 
 def connect(uri: str, fingerprint: str) -> Any:
-    """Opens a Milvus database, before anything is encoded that could then not be kept there.
+    """Open a Milvus database, before anything is encoded that could then not be kept there.
 
     Args:
         uri: a file ending in .db, or a cluster's URL (`http://user:password@host:19530/database`).
@@ -208,14 +208,14 @@ def connect(uri: str, fingerprint: str) -> Any:
 
 
 def collection_of(fingerprint: str, gallery_id: str) -> str:
-    """Returns the name of a gallery's collection: several galleries of one model share a database."""
+    """Return the name of a gallery's collection: several galleries of one model share a database."""
     return f"{COLLECTION}{fingerprint}_{gallery_id}"
 
 
 def make_index(
     name: IndexName, embeds: Tensor, digests: Sequence[str], client: Any = None, collection: str = ""
 ) -> VectorIndex:
-    """Builds the index of a gallery; arguments as those of the classes above."""
+    """Build the index of a gallery; arguments as those of the classes above."""
     if name == "exact":
         return ExactIndex(embeds)
     if name == "faiss":

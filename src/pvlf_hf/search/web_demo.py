@@ -66,7 +66,7 @@ logger = logging.get_logger(__name__)
 
 
 def build(gallery: Gallery, examples: Sequence[tuple[str, str]] | None = None) -> gr.Blocks:
-    """Makes the page.
+    """Make the page.
 
     Args:
         gallery: the gallery to search.
@@ -83,7 +83,7 @@ def build(gallery: Gallery, examples: Sequence[tuple[str, str]] | None = None) -
 
 @contextmanager
 def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
-    """Serves the page while the context lasts, and gives its URL; uploads are deleted with it.
+    """Serve the page while the context lasts, and give its URL; uploads are deleted with it.
 
     Args:
         gallery: the gallery to search.
@@ -137,7 +137,7 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) ->
 
 
 def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = True) -> None:
-    """Serves the page until interrupted; arguments and errors as [`serve`].
+    """Serve the page until interrupted; arguments and errors as [`serve`].
 
     Args:
         gallery: the gallery to search.
@@ -163,7 +163,7 @@ def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, o
 
 
 def main() -> None:
-    """Serves the gallery that the environment names, as a Hub Space does; see the top of this file."""
+    """Serve the gallery that the environment names, as a Hub Space does; see the top of this file."""
     if "SPACE_ID" in os.environ:  # only the Hub's proxy reaches a Space, and names the client
         os.environ.setdefault("FORWARDED_ALLOW_IPS", "*")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT")

@@ -185,7 +185,7 @@ TRAINER_ARGUMENTS: dict[str, str] = {
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Raises a `ValueError` if an argument of the library that is refused differs from its default."""
+    """Raise a `ValueError` if an argument of the library that is refused differs from its default."""
     library = {f.name for f in fields(TrainingArguments)}
     for f in fields(args):
         status, reason = ARGUMENTS.get(f.name, (REFUSED, "is unknown to this version of pvlf_hf: leave it out"))
@@ -197,7 +197,7 @@ def refuse_unsupported(args: Any) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Checks the arguments of a run, one by one and together.
+    """Check the arguments of a run, one by one and together.
 
     Args:
         args: [`PVLFTrainingArguments`], after `__post_init__`; the values may have changed since.
@@ -214,7 +214,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_trainer_arguments(given: dict[str, Any]) -> None:
-    """Raises a `ValueError` if an argument of the library's Trainer is given that would have no effect."""
+    """Raise a `ValueError` if an argument of the library's Trainer is given that would have no effect."""
     for name, reason in TRAINER_ARGUMENTS.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} is not supported: {reason}")

@@ -43,7 +43,7 @@ class AtomicCheckpointsMixin(Trainer):
         return super().train(checkpoint_to_resume(resume_from_checkpoint, folder), *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Skips the epoch if all steps are done: the library makes one step more when a complete run is resumed."""
+        """Skip the epoch if all steps are done: the library makes one step more when a complete run is resumed."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -52,7 +52,7 @@ class AtomicCheckpointsMixin(Trainer):
         return str(Path(folder, STAGING)) if self._is_saving_checkpoint else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Writes `checkpoint-N` to the staging folder and publishes it when all processes are done."""
+        """Write `checkpoint-N` to the staging folder and publishes it when all processes are done."""
         run, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._is_saving_checkpoint = True
         try:
@@ -72,13 +72,13 @@ class AtomicCheckpointsMixin(Trainer):
             self._push_from_checkpoint(str(run / name))
 
     def _record_best(self, run: Path, name: str) -> None:
-        """Records where the best checkpoint will be; the library has looked for it in the staging folder."""
+        """Record where the best checkpoint will be; the library has looked for it in the staging folder."""
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.exists():
             self.state.best_model_checkpoint = str(best)
 
     def _publish(self, staging: Path, run: Path, name: str) -> None:
-        """Renames the written checkpoint into the run's folder, and superfluous ones out of it."""
+        """Rename the written checkpoint into the run's folder, and superfluous ones out of it."""
         self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
         if (run / name).exists():
             (run / name).replace(staging / "replaced")
@@ -87,7 +87,7 @@ class AtomicCheckpointsMixin(Trainer):
             old.replace(staging / old.name)  # deleted with the staging folder: a kill leaves no half of one
 
     def _superfluous_checkpoints(self, run: Path) -> list[Path]:
-        """Returns all checkpoints but the last `save_total_limit`, the best and the last."""
+        """Return all checkpoints but the last `save_total_limit`, the best and the last."""
         limit, best = self.args.save_total_limit or 0, self.state.best_model_checkpoint
         if limit <= 0:
             return []
@@ -96,7 +96,7 @@ class AtomicCheckpointsMixin(Trainer):
         return list(map(Path, oldest_first[: -max(limit, len(protected))]))
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Deletes all checkpoints but the best if only one may stay, as the library does, but never half of one."""
+        """Delete all checkpoints but the best if only one may stay, as the library does, but never half of one."""
         best, run = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
         if best is not None and self.args.save_total_limit == 1:
             with self._staging(run) as staging, writing(run):
@@ -106,7 +106,7 @@ class AtomicCheckpointsMixin(Trainer):
         return super()._finalize_training(trial, *args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a published checkpoint; the library's own call comes while it is still being written."""
+        """Push a published checkpoint; the library's own call comes while it is still being written."""
         if self._is_saving_checkpoint:
             return
         if self.args.hub_always_push:  # a push under way reads the files that this one replaces
@@ -114,7 +114,7 @@ class AtomicCheckpointsMixin(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Writes a model to the staging folder and renames its files, weights last: weights mark a whole model."""
+        """Write a model to the staging folder and renames its files, weights last: weights mark a whole model."""
         if self._is_saving_checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -127,7 +127,7 @@ class AtomicCheckpointsMixin(Trainer):
 
     @contextmanager
     def _staging(self, folder: Path) -> Iterator[Path]:
-        """Makes an empty staging folder inside `folder` and deletes it at the end."""
+        """Make an empty staging folder inside `folder` and deletes it at the end."""
         staging = folder / STAGING
         try:
             if self.args.should_save:
@@ -142,7 +142,7 @@ class AtomicCheckpointsMixin(Trainer):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raises an `OSError` that names the folder and the remedy for any error of a block that only writes files.
+    """Raise an `OSError` that names the folder and the remedy for any error of a block that only writes files.
 
     `torch.save` raises a plain `RuntimeError` when a disk is full. What it raises is told from other failures by where
     it is raised: the block must hold nothing but writing. A lost process or a lack of GPU memory, which gathering
@@ -157,19 +157,19 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Returns the last whole checkpoint in a run's folder: the Trainer writes a checkpoint's state last."""
+    """Return the last whole checkpoint in a run's folder: the Trainer writes a checkpoint's state last."""
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     steps = {int(state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): state.parent for state in states}
     return str(steps[max(steps)]) if steps else None
 
 
 def holds_optimizer(checkpoint: Path) -> bool:
-    """Returns whether a checkpoint holds the states of optimiser and schedule, in the forms that the library reads."""
+    """Return whether a checkpoint holds the states of optimiser and schedule, in the forms that the library reads."""
     return any(checkpoint.glob("optimizer*")) and (checkpoint / SCHEDULER_NAME).is_file()
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, folder: Path) -> str | None:
-    """Returns the checkpoint that the Trainer's argument stands for: none, the last whole one of a run, or itself."""
+    """Return the checkpoint that the Trainer's argument stands for: none, the last whole one of a run, or itself."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:

@@ -41,7 +41,7 @@ class OneValueBatchSampler(Sampler[int]):
         return sum(len(rows) // self.batch_size * self.batch_size for rows in self.rows_of.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch; the Trainer calls it, so that every epoch differs and a resumed one is the same."""
+        """Set the epoch; the Trainer calls it, so that every epoch differs and a resumed one is the same."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -65,7 +65,7 @@ class PVLFCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Makes a batch of triplets.
+        """Make a batch of triplets.
 
         Returns:
             `pixel_values`, `target_pixel_values` float `(batch, 3, height, width)`; `input_ids`, `attention_mask`

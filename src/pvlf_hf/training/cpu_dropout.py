@@ -21,7 +21,7 @@ SUFFIX = "_with_fast_cpu_dropout"
 
 
 def fast_dropout(states: Tensor, p: float, training: bool = True) -> Tensor:
-    """Drops elements on a CPU: one random int64 masks four of them, 16 bits each, so `p` is rounded to 2**-16.
+    """Drop elements on a CPU: one random int64 masks four of them, 16 bits each, so `p` is rounded to 2**-16.
 
     Takes a sixth of the time of `F.dropout`, which serves all other devices.
     """
@@ -36,13 +36,13 @@ class FastDropout(nn.Dropout):
     """`nn.Dropout` by [`fast_dropout`]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Drops elements of a tensor of any shape."""
+        """Drop elements of a tensor of any shape."""
         return fast_dropout(input, self.p, self.training)
 
 
 @contextmanager
 def fast_cpu_dropout(model: nn.Module) -> Iterator[None]:
-    """Gives a model faster dropout while it trains: modules by their class, attention by the library's interface.
+    """Give a model faster dropout while it trains: modules by their class, attention by the library's interface.
 
     Args:
         model: a [`ComposedRetrievalModel`], or one inside an adapter of PEFT.
@@ -69,7 +69,7 @@ def fast_cpu_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def register_attention(chosen: str) -> str:
-    """Registers an attention that is `chosen` without dropout and eager with [`fast_dropout`]; returns its name.
+    """Register an attention that is `chosen` without dropout and eager with [`fast_dropout`]; returns its name.
 
     PyTorch's fused kernel for CPUs has no dropout, so that nothing is lost.
     """

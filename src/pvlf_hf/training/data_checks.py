@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 10_000
 
 
 def check_train_dataset(dataset: Any, args: Any) -> None:
-    """Raises a `ValueError` if training on a dataset would fail, or ignore an argument; names the row or argument.
+    """Raise a `ValueError` if training on a dataset would fail, or ignore an argument; names the row or argument.
 
     Args:
         dataset: the training set. Only a `datasets` dataset can be looked into; any other is taken as it is.
@@ -36,7 +36,7 @@ def check_train_dataset(dataset: Any, args: Any) -> None:
 
 
 def check_batch_size(dataset: Any, args: Any) -> None:
-    """Raises a `ValueError` if a data set has fewer rows than a batch and such batches are dropped."""
+    """Raise a `ValueError` if a data set has fewer rows than a batch and such batches are dropped."""
     rows = args.train_batch_size * args.world_size
     if isinstance(dataset, Dataset) and args.dataloader_drop_last and len(dataset) < rows:
         raise ValueError(
@@ -61,7 +61,7 @@ def _check_stream_arguments(args: Any) -> None:
 
 
 def _check_rows(dataset: Dataset) -> None:
-    """Raises a `ValueError` that names the first row without a caption, an image or a target_id."""
+    """Raise a `ValueError` that names the first row without a caption, an image or a target_id."""
     if dataset.format["type"] == "custom":  # a transform may make rows of other columns; the collator checks its rows
         return
     check_rows(dataset, "train_dataset")
@@ -84,7 +84,7 @@ def _check_images(dataset: Dataset, column: str) -> None:
 
 
 def check_eval_dataset(eval_dataset: Any, metric: str | None = None) -> None:
-    """Raises a `ValueError` unless a value is a benchmark with targets, or a dictionary of them.
+    """Raise a `ValueError` unless a value is a benchmark with targets, or a dictionary of them.
 
     Args:
         eval_dataset: the value.
@@ -109,7 +109,7 @@ def check_eval_dataset(eval_dataset: Any, metric: str | None = None) -> None:
 
 
 def _metrics_of(benchmark: CIRBenchmark) -> list[str]:
-    """Returns the names of a benchmark's metrics, by scoring random embeddings."""
+    """Return the names of a benchmark's metrics, by scoring random embeddings."""
     generator = torch.Generator().manual_seed(0)
     queries, gallery = (torch.randn(len(d), 4, generator=generator) for d in (benchmark.queries, benchmark.gallery))
     return list(score(benchmark, queries, gallery).metrics)
@@ -118,7 +118,7 @@ def _metrics_of(benchmark: CIRBenchmark) -> list[str]:
 def describe_nonfinite_loss(
     loss: Tensor, outputs: ComposedRetrievalOutput, target_ids: Tensor | None, dataset: Any
 ) -> str:
-    """Describes which triplets of a batch have embeddings that are not finite, and what to do."""
+    """Describe which triplets of a batch have embeddings that are not finite, and what to do."""
     embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
     bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
     names: dict[int, str] = {}

@@ -72,7 +72,7 @@ class FeatureCache:
         return int(self.shards[name]["positions"][row])
 
     def read_new_shards(self) -> None:
-        """Takes up what this or another process has written meanwhile."""
+        """Take up what this or another process has written meanwhile."""
         for file in sorted(self.folder.glob("*.safetensors")):
             if file.name in self.shards:
                 continue
@@ -93,7 +93,7 @@ class FeatureCache:
         what: str,
         progress: bool = True,
     ) -> None:
-        """Encodes what is missing, each process a share; interrupted, the next call goes on.
+        """Encode what is missing, each process a share; interrupted, the next call goes on.
 
         Args:
             digests: of all samples needed; repeated ones are encoded once.
@@ -186,7 +186,7 @@ class FeatureCollator:
         self.processor, self.images, self.texts = processor, images, texts
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Makes a batch of rows."""
+        """Make a batch of rows."""
         features = {
             "image_tokens": torch.stack([self.images[row["reference"]] for row in rows]),
             "target_features": torch.stack([self.images[row["target"]][0] for row in rows]),
@@ -214,7 +214,7 @@ def cache_features(
     batch_size: int = 64,
     progress: bool = True,
 ) -> tuple[Dataset, FeatureCollator]:
-    """Encodes the pictures of triplets, and the captions where the text encoder is frozen too.
+    """Encode the pictures of triplets, and the captions where the text encoder is frozen too.
 
     Args:
         model: on the device it trains on; its image encoder must be frozen (`model.set_finetuning`).

@@ -12,14 +12,14 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """Returns `(processes * rows, d)` for `(rows, d)`."""
+        """Return `(processes * rows, d)` for `(rows, d)`."""
         gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Returns the sum of the gradients that all processes have for this process's rows."""
+        """Return the sum of the gradients that all processes have for this process's rows."""
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]

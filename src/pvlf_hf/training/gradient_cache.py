@@ -22,7 +22,7 @@ def embed_in_chunks(
     chunk_size: int,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
 ) -> ComposedRetrievalOutput:
-    """Embeds a batch chunk by chunk, keeping nothing else for backward.
+    """Embed a batch chunk by chunk, keeping nothing else for backward.
 
     Args:
         model: a [`ComposedRetrievalModel`], or what DDP or FSDP made of one.
@@ -81,13 +81,13 @@ class _CallOnBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[..., None], anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Returns the tensors as they are."""
+        """Return the tensors as they are."""
         ctx.call = backward
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        """Calls the function."""
+        """Call the function."""
         ctx.call(*gradients)
         return (None, None, *(None for _ in gradients))
 
@@ -101,7 +101,7 @@ class _Pass(NamedTuple):
 
 @contextmanager
 def _restored(random: tuple[Tensor, list[int], list[Tensor]]) -> Iterator[None]:
-    """Sets random generators back to a state for the time of a context."""
+    """Set random generators back to a state for the time of a context."""
     cpu, devices, states = random
     with torch.random.fork_rng(devices):
         torch.set_rng_state(cpu)
@@ -110,13 +110,13 @@ def _restored(random: tuple[Tensor, list[int], list[Tensor]]) -> Iterator[None]:
 
 
 def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Returns all tensors of nested inputs; None stands for an input that is not given."""
+    """Return all tensors of nested inputs; None stands for an input that is not given."""
     values = [_tensors(value) if isinstance(value, Mapping) else [value] for value in inputs.values()]
     return [tensor for tensors in values for tensor in tensors if tensor is not None]
 
 
 def _rows(inputs: Mapping[str, Any], start: int, end: int) -> dict[str, Any]:
-    """Returns some rows of nested inputs."""
+    """Return some rows of nested inputs."""
     return {
         name: _rows(value, start, end) if isinstance(value, Mapping) else value[start:end]
         for name, value in inputs.items()

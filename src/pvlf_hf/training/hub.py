@@ -16,7 +16,7 @@ class HubMixin(Trainer):
     """Trainer mixin that checks the right to push before the first step and writes this project's model card."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the Hub repository and checks the token before the first step; pushes in training fail unseen.
+        """Make the Hub repository and checks the token before the first step; pushes in training fail unseen.
 
         Raises:
             ValueError: if the token may not write there.
@@ -38,7 +38,7 @@ class HubMixin(Trainer):
     def create_model_card(  # type: ignore[override]  # takes only metadata of the library's arguments
         self, results: str | Path | Mapping[str, Any] | None = None, model_name: str | None = None, **metadata: Any
     ) -> None:
-        """Writes `README.md` in the output folder, see [`~pvlf_hf.checkpoints.model_card.write_card`].
+        """Write `README.md` in the output folder, see [`~pvlf_hf.checkpoints.model_card.write_card`].
 
         [`~transformers.Trainer.push_to_hub`] calls it with its own further arguments:
         `trainer.push_to_hub(results="results.json", license="apache-2.0")`.
@@ -57,7 +57,7 @@ class HubMixin(Trainer):
 
 
 def has_adapter(model: Any) -> bool:
-    """Returns whether PEFT has put adapters into a model and chosen which weights train."""
+    """Return whether PEFT has put adapters into a model and chosen which weights train."""
     return bool(getattr(model, "peft_config", None))
 
 

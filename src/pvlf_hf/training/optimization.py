@@ -21,7 +21,7 @@ METRIC_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def parameter_groups(model: nn.Module, args: Any, decayed: set[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Groups the weights that train: the encoders' own at `encoder_learning_rate`, all new ones at `learning_rate`.
+    """Group the weights that train: the encoders' own at `encoder_learning_rate`, all new ones at `learning_rate`.
 
     Args:
         model: the model; `requires_grad` says which weights train. LoRA's weights count as new wherever they are,
@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, args: Any, decayed: set[str]) -> tuple[li
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, args: Any, num_training_steps: int) -> Any:
-    """Makes the learning rate schedule that `lr_scheduler_type` names.
+    """Make the learning rate schedule that `lr_scheduler_type` names.
 
     `"cosine"` is TransAgg's: every group falls to `min_lr_ratio * learning_rate`, or keeps its own rate where that is
     lower. Every other type is the library's and scales all groups alike.
@@ -93,7 +93,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, args: Any, num_training_step
 
 
 def check_schedule(args: Any, warmup: int, kwargs: dict[str, Any]) -> None:
-    """Raises a `ValueError` for settings that the chosen type would ignore."""
+    """Raise a `ValueError` for settings that the chosen type would ignore."""
     name = str(args.lr_scheduler_type.value)
     if args.lr_scheduler_type == SchedulerType.COSINE:
         if ignored := sorted(kwargs.keys() - {"num_cycles"}):
@@ -115,13 +115,13 @@ def check_schedule(args: Any, warmup: int, kwargs: dict[str, Any]) -> None:
 
 
 def try_schedule(args: TrainingArguments) -> None:
-    """Raises a `ValueError` if the schedule cannot be made, before there is a model or an optimiser."""
+    """Raise a `ValueError` if the schedule cannot be made, before there is a model or an optimiser."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     make_schedule(optimizer, args, args.max_steps if args.max_steps > 0 else 10**9)
 
 
 def cosine_factor(step: int, warmup: int, total: int, floor: float, num_cycles: float = 0.5) -> float:
-    """Returns the learning rate at a step as a share of the group's own, from 1 down to `floor`.
+    """Return the learning rate at a step as a share of the group's own, from 1 down to `floor`.
 
     `num_cycles` counts whole periods, as in the library: half of one falls once.
     """
@@ -132,7 +132,7 @@ def cosine_factor(step: int, warmup: int, total: int, floor: float, num_cycles: 
 
 
 def check_optimizers(model: Any, args: Any, optimizer: Any, schedule: Any, class_and_kwargs: Any) -> None:
-    """Checks the optimiser, schedule, and optimiser class that a Trainer was given.
+    """Check the optimiser, schedule, and optimiser class that a Trainer was given.
 
     Raises:
         ValueError: if they would not train this model as the arguments say.
@@ -158,7 +158,7 @@ def check_optimizers(model: Any, args: Any, optimizer: Any, schedule: Any, class
 
 
 def advance(schedule: Any, steps: int) -> None:
-    """Moves a new schedule on by a number of steps."""
+    """Move a new schedule on by a number of steps."""
     with warnings.catch_warnings():  # PyTorch warns of a step of the schedule before one of the optimiser
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):

@@ -112,7 +112,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         check_optimizers(self.model, args, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
 
     def _shard_by_layer(self) -> None:
-        """Makes every layer a unit of FSDP, unless the configuration names units; Accelerate adds embeddings."""
+        """Make every layer a unit of FSDP, unless the configuration names units; Accelerate adds embeddings."""
         plugin, model = self.accelerator.state.fsdp_plugin, self.model
         if plugin.transformer_cls_names_to_wrap is None and model is not None:
             layers = {type(m).__name__ for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
@@ -147,13 +147,13 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains the final model, which `model_init` has made by now, on a CPU with faster dropout."""
+        """Train the final model, which `model_init` has made by now, on a CPU with faster dropout."""
         model: Any = self.model
         with fast_cpu_dropout(model) if self.args.device.type == "cpu" else nullcontext():
             return super()._inner_training_loop(*args, **kwargs)
 
     def _cache_features(self) -> None:
-        """Replaces images and captions by the features of the encoders that do not train."""
+        """Replace images and captions by the features of the encoders that do not train."""
         if not isinstance(self.data_collator, PVLFCollator) or not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 "feature_cache makes batches of a datasets.Dataset by itself: pass no data_collator and no other "
@@ -173,7 +173,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Makes a model by `model_init` and chooses which of its weights train."""
+        """Make a model by `model_init` and chooses which of its weights train."""
         model = super().call_model_init(trial)
         set_finetuning(model, self.args)
         return model
@@ -187,7 +187,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Searches for the arguments that give the best metric, see the base class; needs `model_init`.
+        """Search for the arguments that give the best metric, see the base class; needs `model_init`.
 
         Args:
             hp_space: see the base class. Without it the library's, whose rates and epochs are not the paper's.
@@ -220,7 +220,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns the batches; a stream is read without Accelerate, which would split its shares once more."""
+        """Return the batches; a stream is read without Accelerate, which would split its shares once more."""
         check_arguments(self.args)  # again: a trial of hyperparameter_search changes them after __init__
         check_batch_size(self.train_dataset, self.args)
         if not isinstance(self.train_dataset, IterableDataset):
@@ -239,7 +239,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         )
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """Opens images by this package's own opener, see [`opened`]; only the columns that our collator reads."""
+        """Open images by this package's own opener, see [`opened`]; only the columns that our collator reads."""
         if type(self.data_collator) is PVLFCollator and isinstance(dataset, Dataset):
             dataset = dataset.select_columns(list(TRIPLET_COLUMNS)) if dataset.format["type"] != "custom" else dataset
         return super()._get_dataloader(opened(dataset), *args, **kwargs)
@@ -262,7 +262,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ComposedRetrievalOutput]:
-        """Returns the focal InfoNCE of this process's queries against the targets of all processes.
+        """Return the focal InfoNCE of this process's queries against the targets of all processes.
 
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
@@ -281,7 +281,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """Returns the targets that queries are ranked against, their ids, and the positions of the positives.
+        """Return the targets that queries are ranked against, their ids, and the positions of the positives.
 
         Args:
             targets: float32 `(batch, d)`, this process's.
@@ -297,7 +297,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     # ---- optimisation ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Makes the optimiser: encoders at `encoder_learning_rate`, all that is new at `learning_rate`."""
+        """Make the optimiser: encoders at `encoder_learning_rate`, all that is new at `learning_rate`."""
         if self.model_init is not None:  # a trial of hyperparameter_search may have changed args.finetuning
             set_finetuning(self.model, self.args)
         if self.optimizer is None:
@@ -311,7 +311,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Makes the schedule of `lr_scheduler_type`, see [`~pvlf_hf.training.optimization.make_schedule`]."""
+        """Make the schedule of `lr_scheduler_type`, see [`~pvlf_hf.training.optimization.make_schedule`]."""
         if self.lr_scheduler is None:
             its_optimizer: Any = optimizer or self.optimizer
             self.lr_scheduler = make_schedule(its_optimizer, self.args, num_training_steps)
@@ -321,13 +321,13 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Takes one training step, see the base class, and remembers its learning rates for the log."""
+        """Take one training step, see the base class, and remembers its learning rates for the log."""
         groups: Any = getattr(self.optimizer, "param_groups", [])
         self._rates = {name: group["lr"] for name, group in zip(self._rate_names, groups, strict=False)}
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs values; the library's `learning_rate` is any group's, here the fusion's, the encoders' beside it."""
+        """Log values; the library's `learning_rate` is any group's, here the fusion's, the encoders' beside it."""
         if "learning_rate" in logs and self._rates:
             del logs["learning_rate"]
             logs |= self._rates
@@ -341,7 +341,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Ranks the gallery of a benchmark for its queries.
+        """Rank the gallery of a benchmark for its queries.
 
         Args:
             eval_dataset: a benchmark, a dictionary of them, or the name of one of the trainer's own.
@@ -385,14 +385,14 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises a `NotImplementedError`: a triplet has no label to predict."""
+        """Raise a `NotImplementedError`: a triplet has no label to predict."""
         raise NotImplementedError(
             "predict() has nothing to predict for triplets: rank a benchmark with evaluate(), or search with a Gallery"
         )
 
 
 def set_finetuning(model: Any, args: PVLFTrainingArguments) -> None:
-    """Chooses which encoders of a model train, unless an adapter has chosen."""
+    """Choose which encoders of a model train, unless an adapter has chosen."""
     if not has_adapter(model):
         model.set_finetuning(args.finetuning)
 

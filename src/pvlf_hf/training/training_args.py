@@ -123,7 +123,7 @@ class PVLFTrainingArguments(TrainingArguments):
             warn_if_slow(torch.bfloat16)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that a run's outcome depends on, as `results.json` and the model card state them.
+        """Return the settings that a run's outcome depends on, as `results.json` and the model card state them.
 
         All names but `processes` are flags of `pvlf-hf train`. A setting that is missing had its default.
         """

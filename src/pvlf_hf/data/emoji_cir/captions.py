@@ -41,7 +41,7 @@ _NOUN_SLOTS = ("species", "object", "expression", "part", "mark")
 
 @cache
 def phrasings() -> Mapping[str, Any]:
-    """Returns the content of `captions.json`.
+    """Return the content of `captions.json`.
 
     Returns:
         `"templates"`: set -> style -> templates with `{old}`, `{new}`, `{slot}`, `{side}` and, for ordered attributes,
@@ -53,23 +53,23 @@ def phrasings() -> Mapping[str, Any]:
 
 
 def templates_of(attribute: str) -> Mapping[str, Sequence[str]]:
-    """Returns the templates of an attribute by style."""
+    """Return the templates of an attribute by style."""
     sets = phrasings()["templates"]
     return sets.get(_TEMPLATES_OF.get(attribute, attribute), sets["anything"])
 
 
 def pick(choices: Sequence[T], key: str) -> T:
-    """Chooses one by the hash of `key`: the same on every machine and Python, independent of earlier choices."""
+    """Choose one by the hash of `key`: the same on every machine and Python, independent of earlier choices."""
     return choices[int(sha1_digest(key.encode()), 16) % len(choices)]
 
 
 def attribute_of(slot: str, new: str) -> str:
-    """Returns the attribute's name in results and templates: a role that is an action is an `"activity"`."""
+    """Return the attribute's name in results and templates: a role that is an action is an `"activity"`."""
     return "activity" if slot == "role" and new not in OCCUPATIONS and new != "ninja" else slot
 
 
 def write_caption(old: Mapping[str, str], new: Mapping[str, str], style: str, key: str) -> str:
-    """Writes the relative caption that leads from one emoji to another.
+    """Write the relative caption that leads from one emoji to another.
 
     Args:
         old: attributes of the reference, from `parse_name`.
@@ -89,7 +89,7 @@ def write_caption(old: Mapping[str, str], new: Mapping[str, str], style: str, ke
 
 
 def _write_change(slot: str, old: str, new: str, style: str, key: str) -> str:
-    """Writes the caption of one changed attribute."""
+    """Write the caption of one changed attribute."""
     templates = templates_of(attribute_of(slot, new))[style]
     more = _comparison(slot, old, new)
     template = pick([t for t in templates if more or "{more}" not in t], f"{key}/template")
@@ -98,7 +98,7 @@ def _write_change(slot: str, old: str, new: str, style: str, key: str) -> str:
 
 
 def _term(slot: str, value: str, style: str, key: str) -> str:
-    """Returns the term for a value in a style."""
+    """Return the term for a value in a style."""
     attribute = _TERMS_OF.get(slot, slot)
     paraphrases = phrasings()["paraphrases"].get(attribute, {})
     if style == "paraphrased" and value in paraphrases:
@@ -108,7 +108,7 @@ def _term(slot: str, value: str, style: str, key: str) -> str:
 
 
 def _with_article(slot: str, value: str) -> str:
-    """Adds an article (`"an apple"`) except to predicates ("running"), plurals and mass nouns."""
+    """Add an article (`"an apple"`) except to predicates ("running"), plurals and mass nouns."""
     is_noun = slot in _NOUN_SLOTS or (slot == "role" and value not in ACTIVITIES and value in (*OCCUPATIONS, "ninja"))
     head = value.split(" with ")[0]
     plural = head.endswith("s") and not head.endswith(("ss", "us", "hourglass"))
@@ -119,7 +119,7 @@ def _with_article(slot: str, value: str) -> str:
 
 
 def _comparison(slot: str, old: str, new: str) -> str | None:
-    """Returns the comparative of a change along an ordered attribute (`"darker"`); None where there is no order."""
+    """Return the comparative of a change along an ordered attribute (`"darker"`); None where there is no order."""
     if slot not in _ORDERED:
         return None
     order, less, more = _ORDERED[slot]
@@ -129,6 +129,6 @@ def _comparison(slot: str, old: str, new: str) -> str | None:
 
 
 def _swap_two_letters(caption: str) -> str:
-    """Swaps the second and third letter of the longest word, a typical typo."""
+    """Swap the second and third letter of the longest word, a typical typo."""
     longest = max(caption.split(), key=len)
     return caption.replace(longest, longest[0] + longest[2:3] + longest[1:2] + longest[3:], 1)

