@@ -108,7 +108,7 @@ def convert_inversion(
 
 
 def check_method(method: str) -> str:
-    """Return the method; raises a `ValueError` where nothing of it was released."""
+    """Return the method; raise a `ValueError` where nothing of it was released."""
     if method not in WRAPPERS:
         raise ValueError(f"method={method!r}: weights were released of {sorted(WRAPPERS)} alone")
     return method

@@ -33,7 +33,7 @@ def parse(parser: HfArgumentParser, command_line: Sequence[str] | None) -> tuple
 
 
 def leave() -> None:
-    """Wait for all processes and destroys the process group, so that the launcher ends none that still writes.
+    """Wait for all processes and destroy the process group, so that the launcher ends none that still writes.
 
     On CPUs (gloo) a process can fail as late as at its exit: a thread of gloo that frees the last message while Python
     shuts down aborts the process (until Python 3.14), and the launcher then ends the others.

@@ -27,7 +27,7 @@ def blip(
     vision_heads: int | None,
     text_heads: int | None,
 ) -> None:
-    """Convert BLIP as Salesforce released it, and prints what was written."""
+    """Convert BLIP as Salesforce released it, and print what was written."""
     convert_salesforce_blip(checkpoint, output_dir, tokenizer, image_size, vision_heads, text_heads)
     describe("blip", output_dir, bool(tokenizer))
 
@@ -35,7 +35,7 @@ def blip(
 def transagg(
     checkpoint: Path, output_dir: Path, tokenizer: str | None, vision_heads: int | None, text_heads: int | None
 ) -> None:
-    """Convert TransAgg, and prints what was written."""
+    """Convert TransAgg, and print what was written."""
     convert_transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
     describe("transagg", output_dir, bool(tokenizer))
 

@@ -36,7 +36,7 @@ def index(
     include_hidden: bool,
     as_json: bool,
 ) -> None:
-    """Embed a folder of images, and prints what was indexed and what was skipped."""
+    """Embed a folder of images, and print what was indexed and what was skipped."""
     known = set(pq.read_table(path / TABLE)["digest"].to_pylist()) if is_gallery(path) else set()
     encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype)
     if openvino:
@@ -65,7 +65,7 @@ def search(
     explain: bool,
     as_json: bool,
 ) -> None:
-    """Search an index, and prints or draws the results."""
+    """Search an index, and print or draws the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path)))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)
@@ -127,7 +127,7 @@ def load(name: str, dtype: str) -> tuple[ComposedRetrievalModel, ComposedRetriev
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Report words that the model does not know; raises a `ValueError` if it knows none, as of another script."""
+    """Report words that the model does not know; raise a `ValueError` if it knows none, as of another script."""
     words = {word: tokenizer.tokenize(word) for word in text.split()}
     unknown = [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
     if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):

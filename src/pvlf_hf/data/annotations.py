@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_file(root: Path, paths: Sequence[str]) -> Path:
-    """Return the first of the paths below `root` that is a file; raises a `ValueError` that lists them if none is."""
+    """Return the first of the paths below `root` that is a file; raise a `ValueError` that lists them if none is."""
     tried = [root / path for path in paths]
     for file in tried:
         if file.is_file():

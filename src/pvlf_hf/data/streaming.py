@@ -95,7 +95,7 @@ def write_shards(
 
 
 def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Record the settings of a folder's shards; raises a `ValueError` if it holds shards of other triplets."""
+    """Record the settings of a folder's shards; raise a `ValueError` if it holds shards of other triplets."""
     note = folder / "shards.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")

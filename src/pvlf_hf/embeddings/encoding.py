@@ -224,7 +224,7 @@ def _encode(
     what: str,
     progress: bool,
 ) -> Tensor:
-    """Embed samples in batches, each process a share; returns float32 `(samples, d)` in every process."""
+    """Embed samples in batches, each process a share; return float32 `(samples, d)` in every process."""
     state = PartialState()
     everything = list(range(len(samples)))
     # Padded to equal shares: a sharded model needs every process in every forward.
@@ -377,7 +377,7 @@ def _as_saved(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(images: Dataset, rows: list[int]) -> list[Any]:
-    """Decode the images of some rows; names the first that does not decode, unlike the error of a whole batch."""
+    """Decode the images of some rows; name the first that does not decode, unlike the error of a whole batch."""
     (column,) = images.column_names
     try:
         return images[rows][column]

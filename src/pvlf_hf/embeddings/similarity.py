@@ -257,7 +257,7 @@ def top_k(
 
 
 def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    """Return one gallery position a query as int64 (Q,) on the CPU; raises a `ValueError` for any other index."""
+    """Return one gallery position a query as int64 (Q,) on the CPU; raise a `ValueError` for any other index."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.shape != (num_queries,):
         raise ValueError(f"{name} must have shape ({num_queries},), one a query, got {tuple(index.shape)}")

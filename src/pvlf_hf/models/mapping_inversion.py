@@ -176,7 +176,7 @@ class ContextMapping(Mapping):
         return self.rotation(tokens) * self.context(text_features)[:, None]
 
     def extract(self, patches: Tensor) -> Tensor:
-        """Let the latents attend to gated patches `(batch, m, v)`; returns `(batch, latents, v)`."""
+        """Let the latents attend to gated patches `(batch, m, v)`; return `(batch, latents, v)`."""
         latents = self.latents.expand(len(patches), -1, -1)
         for layer in self.layers:
             latents = layer(latents, patches)

@@ -267,7 +267,7 @@ class Gallery:
         return cls(table, embeds, provenance, model, processor, index, uri, gallery_id=gallery_id, client=client)
 
     def save(self, path: str | Path) -> None:
-        """Write the two files of a gallery, and removes what an interruption left.
+        """Write the two files of a gallery, and remove what an interruption left.
 
         Raises:
             ValueError: if the folder holds embeddings of another model.

@@ -112,7 +112,7 @@ class Query:
 
 
 def check_weights(weights: Any) -> Weights:
-    """Return the weights as floats; raises a `ValueError` unless they are three finite numbers."""
+    """Return the weights as floats; raise a `ValueError` unless they are three finite numbers."""
     values = list(weights) if isinstance(weights, Sequence | Tensor) or hasattr(weights, "tolist") else []
     numbers = [float(value) for value in values if isinstance(value, Real | Tensor) and math.isfinite(value)]
     if len(numbers) != 3 or len(values) != 3:
@@ -123,7 +123,7 @@ def check_weights(weights: Any) -> Weights:
 
 
 def check_positive(name: str, value: Any) -> int:
-    """Return the value of an argument as an int; raises a `ValueError` unless it is a whole number above 0."""
+    """Return the value of an argument as an int; raise a `ValueError` unless it is a whole number above 0."""
     try:
         number = index(value)
     except TypeError:

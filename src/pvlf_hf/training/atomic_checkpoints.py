@@ -21,7 +21,7 @@ STAGING = "_unfinished"
 
 
 class AtomicCheckpointsMixin(Trainer):
-    """Trainer mixin that writes in a staging folder and renames what is complete; stands first in the bases.
+    """Trainer mixin that writes in a staging folder and rename what is complete; stands first in the bases.
 
     The library writes `checkpoint-N` in place. A kill during the write leaves a checkpoint that lacks files, and the
     library resumes from it. Here a rename publishes the checkpoint once every process has written its part.
@@ -52,7 +52,7 @@ class AtomicCheckpointsMixin(Trainer):
         return str(Path(folder, STAGING)) if self._is_saving_checkpoint else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write `checkpoint-N` to the staging folder and publishes it when all processes are done."""
+        """Write `checkpoint-N` to the staging folder and publish it when all processes are done."""
         run, name = Path(super()._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._is_saving_checkpoint = True
         try:
@@ -114,7 +114,7 @@ class AtomicCheckpointsMixin(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write a model to the staging folder and renames its files, weights last: weights mark a whole model."""
+        """Write a model to the staging folder and rename its files, weights last: weights mark a whole model."""
         if self._is_saving_checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -127,7 +127,7 @@ class AtomicCheckpointsMixin(Trainer):
 
     @contextmanager
     def _staging(self, folder: Path) -> Iterator[Path]:
-        """Make an empty staging folder inside `folder` and deletes it at the end."""
+        """Make an empty staging folder inside `folder` and delete it at the end."""
         staging = folder / STAGING
         try:
             if self.args.should_save:

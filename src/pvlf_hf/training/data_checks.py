@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 10_000
 
 
 def check_train_dataset(dataset: Any, args: Any) -> None:
-    """Raise a `ValueError` if training on a dataset would fail, or ignore an argument; names the row or argument.
+    """Raise a `ValueError` if training on a dataset would fail, or ignore an argument; name the row or argument.
 
     Args:
         dataset: the training set. Only a `datasets` dataset can be looked into; any other is taken as it is.

@@ -321,7 +321,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take one training step, see the base class, and remembers its learning rates for the log."""
+        """Take one training step, see the base class, and remember its learning rates for the log."""
         groups: Any = getattr(self.optimizer, "param_groups", [])
         self._rates = {name: group["lr"] for name, group in zip(self._rate_names, groups, strict=False)}
         return super().training_step(*args, **kwargs)
