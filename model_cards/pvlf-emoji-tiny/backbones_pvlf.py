@@ -220,7 +220,7 @@ class SiglipDualEncoder(DualEncoder):
 
     @classmethod
     def check_checkpoint(cls, name_or_path: str, config: PreTrainedConfig) -> None:
-        """Refuses encoders without a joint space, see [`DualEncoder.check_checkpoint`]."""
+        """Refuse encoders without a joint space, see [`DualEncoder.check_checkpoint`]."""
         if not config.vision_config.vision_use_head:
             raise ValueError(
                 f"{name_or_path}: its config says vision_use_head=false, so it has no image feature to compare with "
@@ -233,19 +233,19 @@ class SiglipDualEncoder(DualEncoder):
             )
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embeds images, see [`DualEncoder.image_tokens`]."""
+        """Embed images, see [`DualEncoder.image_tokens`]."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         return torch.cat([self.vision_model.head(hidden)[:, None], self.attended_alone(hidden)], dim=1)
 
     def attended_alone(self, hidden_states: Tensor) -> Tensor:
-        """Computes the head's output as if the probe attended to one patch alone, for each: `(batch, m, d)`."""
+        """Compute the head's output as if the probe attended to one patch alone, for each: `(batch, m, d)`."""
         head = self.vision_model.head
         weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
         pooled = head.attention.out_proj(F.linear(hidden_states, weight, bias))
         return pooled + head.mlp(head.layernorm(pooled))
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeds captions, see [`DualEncoder.text_tokens`].
+        """Embed captions, see [`DualEncoder.text_tokens`].
 
         Raises:
             ValueError: if captions are not padded to the length that SigLIP was trained with.
@@ -300,7 +300,7 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Selects from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
+    """Select from `(batch, length, d)` at int64 `(batch,)` -> `(batch, d)`; at `(batch, k)` -> `(batch, k, d)`."""
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     return tokens[rows if positions.ndim == 1 else rows[:, None], positions]
 

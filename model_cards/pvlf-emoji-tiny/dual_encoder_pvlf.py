@@ -34,7 +34,7 @@ class DualEncoderModel(ComposedRetrievalModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False: in custom code the library initialises only modules that hold weights themselves.
+        """Return False: in custom code the library initialises only modules that hold weights themselves.
 
         PVLF's weights are set by the module around them, through `transformers.initialization`, which leaves loaded
         weights alone.
@@ -43,7 +43,7 @@ class DualEncoderModel(ComposedRetrievalModel):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "DualEncoderModel":
-        """Builds the model on a pretrained dual encoder.
+        """Build the model on a pretrained dual encoder.
 
         Args:
             name_or_path: Hub name or local folder of a checkpoint of one of `BACKBONES`.
@@ -79,7 +79,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         return model.eval()
 
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
-        """Switches the attention of the model's own layers, and of encoders whose Transformers class can switch.
+        """Switch the attention of the model's own layers, and of encoders whose Transformers class can switch.
 
         Args:
             attn_implementation: `"eager"`, `"sdpa"`, ...; `{"": name}` leaves the encoders as they are.
@@ -96,15 +96,15 @@ class DualEncoderModel(ComposedRetrievalModel):
             self.backbone.set_attn_implementation(name)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Returns the text encoder's token embeddings."""
+        """Return the text encoder's token embeddings."""
         return getattr(self.backbone, self.backbone.text_modules[0]).get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the text encoder's token embeddings."""
+        """Replace the text encoder's token embeddings."""
         getattr(self.backbone, self.backbone.text_modules[0]).set_input_embeddings(value)
 
     def enable_input_require_grads(self) -> None:
-        """Lets gradients reach adapters through checkpointed layers, see the library."""
+        """Let gradients reach adapters through checkpointed layers, see the library."""
         super().enable_input_require_grads()
         # BLIP adds positions to the embeddings in place, which autograd forbids for the tensors marked by the library.
         copies = self.get_input_embeddings().register_forward_hook(_copy_output)
@@ -113,7 +113,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Resizes the text encoder's vocabulary, and records it where the encoder is built from."""
+        """Resize the text encoder's vocabulary, and records it where the encoder is built from."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings
@@ -145,7 +145,7 @@ class DualEncoderModel(ComposedRetrievalModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embeds images: what a gallery is indexed by, and a training target.
+        """Embed images: what a gallery is indexed by, and a training target.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, from the processor's `process_targets`.
@@ -162,7 +162,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Embeds captions alone, in the same space as [`~DualEncoderModel.get_image_features`].
+        """Embed captions alone, in the same space as [`~DualEncoderModel.get_image_features`].
 
         Args:
             input_ids: int64 `(batch, n)`.

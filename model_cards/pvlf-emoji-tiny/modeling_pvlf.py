@@ -113,7 +113,7 @@ class PVLFModel(PVLFPreTrainedModel):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFModel":
-        """Builds PVLF on a pretrained dual encoder, with fresh fusion weights.
+        """Build PVLF on a pretrained dual encoder, with fresh fusion weights.
 
         Args:
             name_or_path: Hub name or local folder of a checkpoint of one of `BACKBONES`

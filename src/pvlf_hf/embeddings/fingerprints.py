@@ -19,7 +19,7 @@ PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def picture_digests(dataset: Dataset, column: str) -> list[str]:
-    """Returns a digest of each row's undecoded image file and of the mode that the column decodes it to."""
+    """Return a digest of each row's undecoded image file and of the mode that the column decodes it to."""
     mode = str(getattr(dataset.features[column], "mode", None))
     known: dict[str, str] = {}  # an image occurs in several triplets
 
@@ -34,7 +34,7 @@ def picture_digests(dataset: Dataset, column: str) -> list[str]:
 
 
 def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, preprocessing: str) -> str:
-    """Returns a digest of everything but the sample that tokens depend on.
+    """Return a digest of everything but the sample that tokens depend on.
 
     Args:
         modules: the encoder and its projection.
@@ -62,7 +62,7 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
 
 
 def own_settings(model: ComposedRetrievalModel) -> str:
-    """Returns the settings that a model has beside those of its encoders, as JSON."""
+    """Return the settings that a model has beside those of its encoders, as JSON."""
     config = model.config
     if model.encoder_config is config:
         return "[]"
@@ -72,14 +72,14 @@ def own_settings(model: ComposedRetrievalModel) -> str:
 
 
 def image_settings(processor: ComposedRetrievalProcessor) -> str:
-    """Returns every setting of the processor that pixels depend on, as JSON."""
+    """Return every setting of the processor that pixels depend on, as JSON."""
     settings = processor.image_processor.to_dict()
     settings.pop("auto_map", None)  # names the file of the processor's code; saving adds it
     return json.dumps(settings, sort_keys=True, default=str)
 
 
 def text_settings(processor: ComposedRetrievalProcessor) -> str:
-    """Returns every setting of the processor that token ids depend on, as JSON."""
+    """Return every setting of the processor that token ids depend on, as JSON."""
     # The tokenizer keeps truncation and padding of its last call.
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return json.dumps([tokenizer, processor.max_text_length, processor.padding])

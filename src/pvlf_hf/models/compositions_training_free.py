@@ -16,12 +16,12 @@ NEARLY_PARALLEL = 0.9995
 
 
 def weighted_sum(image: Tensor, text: Tensor, weight: float) -> Tensor:
-    """Computes norm(a t + (1 - a) v), `(batch, d)`; WeiMoCIR (arXiv 2409.04918), PinPoint's code."""
+    """Compute norm(a t + (1 - a) v), `(batch, d)`; WeiMoCIR (arXiv 2409.04918), PinPoint's code."""
     return F.normalize(weight * text + (1 - weight) * image, dim=-1)
 
 
 def slerp(image: Tensor, text: Tensor, weight: float) -> Tensor:
-    """Computes the point that lies the fraction `a` of the way from v to t on the sphere, `(batch, d)`.
+    """Compute the point that lies the fraction `a` of the way from v to t on the sphere, `(batch, d)`.
 
     q = sin((1 - a) theta) / sin(theta) v + sin(a theta) / sin(theta) t, theta = arccos(v . t); linear interpolation,
     normalised, where |v . t| > 0.9995 (arXiv 2405.00571, equation of Slerp).

@@ -118,11 +118,11 @@ class DualEncoderConfig(PreTrainedConfig):
         return self.joint_width
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """Returns the text encoder's configuration, which has the vocabulary and the special tokens."""
+        """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
         return self.vl_config.get_text_config(*args, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         if self.vl_config.model_type not in BACKBONES:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
@@ -130,7 +130,7 @@ class DualEncoderConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
 
@@ -210,7 +210,7 @@ class PVLFConfig(DualEncoderConfig):
         self.validate_architecture()
 
     def validate_architecture(self) -> None:
-        """Refuses settings that cannot go together (also called by `@strict` when saved)."""
+        """Refuse settings that cannot go together (also called by `@strict` when saved)."""
         super().validate_architecture()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

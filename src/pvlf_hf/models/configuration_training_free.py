@@ -45,7 +45,7 @@ class TrainingFreeConfig(DualEncoderConfig):
         self.validate_architecture()  # see PVLFConfig: an error of its own kind
 
     def validate_architecture(self) -> None:
-        """Refuses settings that there are not (also called by `@strict` when saved)."""
+        """Refuse settings that there are not (also called by `@strict` when saved)."""
         super().validate_architecture()
         if self.composition not in COMPOSITIONS:
             raise ValueError(f"composition={self.composition!r}: choose one of {sorted(COMPOSITIONS)}")

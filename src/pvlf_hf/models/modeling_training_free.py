@@ -39,7 +39,7 @@ class TrainingFreeModel(DualEncoderModel):
     def get_query_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> QueryOutput:
-        """Embeds queries, each a reference image and a relative caption, by the configuration's composition.
+        """Embed queries, each a reference image and a relative caption, by the configuration's composition.
 
         Args:
             pixel_values: `(batch, 3, height, width)`, reference images.
@@ -63,7 +63,7 @@ class TrainingFreeModel(DualEncoderModel):
         return QueryOutput(pooler_output=query, image_embeds=image, text_embeds=text)
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
-        """Computes InfoNCE with this configuration's temperature, see [`focal_info_nce`]."""
+        """Compute InfoNCE with this configuration's temperature, see [`focal_info_nce`]."""
         return focal_info_nce(query_embeds, target_embeds, self.config.temperature, alpha=1.0, gamma=0.0, **kwargs)
 
 
