@@ -65,7 +65,7 @@ def search(
     explain: bool,
     as_json: bool,
 ) -> None:
-    """Search an index, and print or draws the results."""
+    """Search an index, and print or draw the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path)))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)

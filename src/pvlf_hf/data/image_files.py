@@ -1,4 +1,4 @@
-"""Finds the image files that names stand for, and check names, links and images before they are used."""
+"""Finds the image files that names stand for, and checks names, links and images before they are used."""
 
 import logging
 import os

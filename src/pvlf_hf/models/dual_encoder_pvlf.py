@@ -113,7 +113,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Resize the text encoder's vocabulary, and record it where the encoder is built from."""
+        """Resize the text encoder's vocabulary, and records it where the encoder is built from."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings

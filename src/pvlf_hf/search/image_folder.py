@@ -1,4 +1,4 @@
-"""Finds the images of a folder, and name what looks like an image but is not indexed."""
+"""Finds the images of a folder, and names what looks like an image but is not indexed."""
 
 import os
 import stat

