@@ -194,7 +194,7 @@ def write_rows(folder, rows):
     "`allow_links`; the Hub's cache, which is made of links, works as it is",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, dict.fromkeys(", "list(dict.fromkeys("),
 )
-def test_triplets_stay_in_their_folder(photos, figure):
+def test_triplets_outside_their_folder_raise(photos, figure):
     refused = 0
     for escape in ESCAPES:
         with pytest.raises(ValueError, match=r"1 image names leave .*photos, first: \['.*secret.png'\]"):
@@ -225,7 +225,7 @@ def test_triplets_stay_in_their_folder(photos, figure):
     "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a circle of links ends",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
-def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figure):
+def test_gallery_images_outside_its_folder_raise(photos, tiny_model, tiny_processor, figure):
     def build(**options):
         return Gallery.from_folder(photos, tiny_model, tiny_processor, progress=False, **options).ids
 
@@ -250,7 +250,7 @@ def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figur
     "Annotations of CIRR, FashionIQ and CIRCO name no image outside their folders",
     broken=("src/pvlf_hf/data/annotations.py", "if outside := [n for", "if 0 and [n for"),
 )
-def test_annotations_stay_in_their_folders(tmp_path, figure):
+def test_annotations_outside_their_folders_raise(tmp_path, figure):
     def edit(file, old, new):
         file.write_text(file.read_text().replace(old, new))
 
@@ -281,7 +281,7 @@ def test_annotations_stay_in_their_folders(tmp_path, figure):
     "A shard holds its images: one that names a file, or holds what is in no format that is read, is refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
-def test_shards_that_name_files_are_refused(tmp_path, figure):
+def test_shards_that_name_files_raise(tmp_path, figure):
     triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
     (file,) = write_shards(triplets, tmp_path / "shards")
     table = pq.read_table(file).to_pylist()
@@ -311,7 +311,7 @@ def triplets_features():
     "A gallery from the Hub that names files of this machine is refused",
     broken=("src/pvlf_hf/search/gallery_files.py", "if local := [path for", "if 0 and [path for"),
 )
-def test_hub_galleries_that_name_files_are_refused(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
+def test_hub_galleries_that_name_files_raise(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     cache = tmp_path / "hub"
     snapshot = cache / "datasets--you--gallery/snapshots/abc"
     (cache / "datasets--you--gallery/refs").mkdir(parents=True)
@@ -455,7 +455,7 @@ def good_reference(folder):
         "content += part",
     ),
 )
-def test_limits_on_images_can_be_set(tmp_path, monkeypatch, figure):
+def test_image_limits_can_be_set(tmp_path, monkeypatch, figure):
     file, eps = tmp_path / "a.png", tmp_path / "a.eps"
     file.write_bytes(encoded("PNG", Image.effect_noise((64, 64), 50)))
     eps.write_bytes(encoded("EPS"))
@@ -587,7 +587,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
     ),
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_edited_files_are_refused_or_read(target, tmp_path, figure):
+def test_edited_files_raise_or_load(target, tmp_path, figure):
     seeds, counts = TARGETS[target][1](), [0]
     cuts = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3)))
     settled = {"derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}

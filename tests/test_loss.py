@@ -131,7 +131,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(loss, focal_info_nce(queries.float(), targets.float()), rtol=0, atol=0)
 
 
-def test_autocast_does_not_reach_it():
+def test_loss_ignores_autocast():
     queries, targets = unit(4), unit(4, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = focal_info_nce(queries, targets)
@@ -207,6 +207,6 @@ def test_chunks_hold_few_similarities():
     assert sum(kept) < 4 * 60
 
 
-def test_too_few_targets_are_refused():
+def test_too_few_targets_raise():
     with pytest.raises(ValueError, match="3 queries but 2 targets"):
         focal_info_nce(unit(3), unit(2))

@@ -61,7 +61,7 @@ def run(folder, name, cache=None):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_numbers_are_ours(checkpoints, name):
+def test_mteb_scores_equal_evaluate(checkpoints, name):
     scores = run(checkpoints[0], name)
     ranks = evaluate(make_model(), make_processor(), BENCHMARK, TASKS[name], progress=False).per_query["rank"]
     assert len(set(ranks)) > 2  # neither all hits nor all misses
@@ -72,7 +72,7 @@ def test_the_numbers_are_ours(checkpoints, name):
     assert {metric: scores[metric] for metric in expected} == pytest.approx(expected, abs=0.500001e-5)
 
 
-def test_results_of_other_weights_are_not_taken_from_the_cache(checkpoints, tmp_path):
+def test_cached_results_of_other_weights_are_not_used(checkpoints, tmp_path):
     cache, name = mteb.ResultCache(tmp_path), "CIRRIT2IRetrieval"
     first, second, again = (run(folder, name, cache)["ndcg_at_10"] for folder in (*checkpoints, checkpoints[0]))
     assert first == again != second

@@ -60,7 +60,7 @@ def close(results, expected, **computed):
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_results_are_those_by_hand(backbone):
+def test_pipeline_equals_one_model_call_per_image(backbone):
     model, processor = make_model(backbone), make_processor()
     pipe = pipeline(TASK, model=model, processor=processor, gallery=GALLERY, device="cpu")
     assert type(pipe) is ComposedImageRetrievalPipeline
@@ -70,7 +70,7 @@ def test_results_are_those_by_hand(backbone):
         same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query), backbone)
 
 
-def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
+def test_pipeline_equals_gallery_search(checkpoint, pipe, tmp_path):
     files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
     for picture, file in zip(GALLERY, files, strict=True):
         picture.save(file)
@@ -87,7 +87,7 @@ def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_batches_give_what_single_queries_give(pipe, batch_size):
+def test_batches_equal_single_queries(pipe, batch_size):
     """Captions of different lengths, and a last batch that is not full."""
     expected = [pipe(query) for query in ASKED]
     images, texts = [query["image"] for query in ASKED], [query["text"] for query in ASKED]
@@ -103,14 +103,14 @@ def test_batches_give_what_single_queries_give(pipe, batch_size):
             same(one, other)
 
 
-def test_captions_are_padded_on_the_right_whatever_the_tokenizer_says(checkpoint, pipe):
+def test_pipeline_pads_captions_on_the_right(checkpoint, pipe):
     other = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
     other.tokenizer.padding_side = "left"  # BLIP's text embedding is the token at position 0
     for one, query in zip(other(ASKED, batch_size=5), ASKED, strict=True):
         same(one, pipe(query))
 
 
-def test_a_gallery_given_once_is_embedded_once(checkpoint):
+def test_gallery_is_embedded_once(checkpoint):
     pipe, calls = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu"), []
     pipe.model.register_forward_pre_hook(lambda *args: calls.append(args[2].keys()), with_kwargs=True)
     pipe(ASKED[0]), pipe(ASKED[1:])
@@ -120,7 +120,7 @@ def test_a_gallery_given_once_is_embedded_once(checkpoint):
     assert len(pipe(ASKED[0])) == 9  # its own gallery is still there
 
 
-def test_a_gallery_in_many_forms(pipe):
+def test_pipeline_accepts_columns_arrays_and_embeddings(pipe):
     embeds = pipe.embed_gallery(GALLERY, batch_size=4)
     assert embeds.shape == (9, 32) and embeds.dtype == torch.float32
     assert_close(embeds.norm(dim=1), torch.ones(9), rtol=0, atol=unit_error(32))
@@ -130,14 +130,14 @@ def test_a_gallery_in_many_forms(pipe):
         close(pipe(ASKED[0], gallery=gallery), pipe(ASKED[0]))
 
 
-def test_equal_pictures_come_in_the_order_of_the_gallery(pipe):
+def test_equal_images_keep_gallery_order(pipe):
     gallery = [GALLERY[0], GALLERY[1]] * 40
     indices = [result["index"] for result in pipe(ASKED[0], gallery=pipe.embed_gallery(gallery), top_k=80)]
     assert indices in ([*range(0, 80, 2), *range(1, 80, 2)], [*range(1, 80, 2), *range(0, 80, 2)])
 
 
 @pytest.mark.parametrize("placed", ["device_map", "mapping", "offloaded", "bfloat16"])
-def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
+def test_pipeline_accepts_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
     modules = {"backbone": "cpu", "fusion": "disk", "aggregation": "disk"}
     options = {
         "device_map": {"device_map": "cpu"},
@@ -152,7 +152,7 @@ def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
         close(one, pipe(query), dtype=other.dtype)
 
 
-def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
+def test_pipeline_disables_dropout_of_a_trained_model(pipe):
     model = make_model().train()
     trained = pipeline(TASK, model=model, processor=make_processor(), gallery=GALLERY, device="cpu")
     model.train()
@@ -180,12 +180,12 @@ def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
         ),
     ],
 )
-def test_what_cannot_be_searched_says_what_to_change(pipe, call, advice):
+def test_invalid_queries_raise(pipe, call, advice):
     with pytest.raises(ValueError, match=advice):
         call(pipe)
 
 
-def test_without_gallery_or_with_another_model_says_what_to_change(checkpoint):
+def test_missing_gallery_or_other_model_raises(checkpoint):
     pipe = pipeline(TASK, model=checkpoint, device="cpu")
     with pytest.raises(ValueError, match="no gallery to search in: pass it to the call, or once to pipeline"):
         pipe(ASKED[0])
@@ -198,7 +198,7 @@ def test_no_queries_give_no_results(pipe):
     assert pipe([]) == []
 
 
-def test_the_task_is_registered_as_the_checkpoint_says(checkpoint):
+def test_task_is_registered_as_in_the_checkpoint(checkpoint):
     registered = PIPELINE_REGISTRY.supported_tasks[TASK]
     assert registered == {"impl": ComposedImageRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
     said = json.loads((checkpoint / "config.json").read_text())["custom_pipelines"]
@@ -207,7 +207,7 @@ def test_the_task_is_registered_as_the_checkpoint_says(checkpoint):
     }
 
 
-def test_a_saved_pipeline_is_a_whole_checkpoint(pipe, tmp_path):
+def test_saved_pipeline_is_a_complete_checkpoint(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "pipeline_pvlf.py").exists() and (tmp_path / "processor_config.json").exists()
     again = pipeline(TASK, model=str(tmp_path), gallery=GALLERY, device="cpu")
@@ -243,7 +243,7 @@ Path(again, "../results.json").write_text(json.dumps(results))
 """
 
 
-def test_without_the_package_the_folder_is_enough(checkpoint, pipe, tmp_path):
+def test_saved_pipeline_loads_without_the_package(checkpoint, pipe, tmp_path):
     file = str(tmp_path / "red.png")
     GALLERY[0].save(file)
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -29,7 +29,7 @@ def data_root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "emoji-cir"])
-def test_a_protocol_has_the_name_it_is_loaded_by(data_root, name):
+def test_protocol_keeps_the_name_it_is_loaded_by(data_root, name):
     benchmarks = load_protocol(name, data_root, check_counts=False)
     assert {b.protocol.name for b in benchmarks} == {name}
     assert len(benchmarks) == (3 if name.startswith("fashioniq") else 1)

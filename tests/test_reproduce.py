@@ -203,7 +203,7 @@ def test_operations_agree_with_pencil_and_paper(tmp_path):
     assert 2.9 * (query + target) < both < 3 * (query + target) and frozen < 1.1 * (query + target)
 
 
-def test_hours_follow_the_samples(checkpoint, tmp_path):
+def test_gpu_hours_are_proportional_to_samples(checkpoint, tmp_path):
     def hours(name, *flags, processes=1):
         arguments = [
             str(RECIPES[name]),

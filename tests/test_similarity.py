@@ -102,7 +102,7 @@ def test_near_ties_of_real_width_are_ordered_across_tiles(jitter, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [1, 2, 33, 256, 1024])
-def test_the_error_bound_holds(width):
+def test_float32_error_bound_holds(width):
     generator = torch.Generator().manual_seed(width)
     worst = 0.0
     for scale in (1, 1e-6, 1e6):

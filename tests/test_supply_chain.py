@@ -35,7 +35,7 @@ print(len(names))
         "import socket\nsocket.getaddrinfo('huggingface.co', 443)\nSUBSETS = (",
     ),
 )
-def test_importing_calls_nobody(figure):
+def test_importing_opens_no_connection(figure):
     run = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr.splitlines()[-1]
     figure(f"{int(run.stdout)} modules, 0 calls")

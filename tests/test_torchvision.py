@@ -22,7 +22,7 @@ print(float(images(picture, return_tensors="pt")["pixel_values"].double().sum())
 """
 
 
-def test_the_same_processor_with_torchvision(tiny_processor, tmp_path):
+def test_processor_is_unchanged_by_torchvision(tiny_processor, tmp_path):
     import numpy as np
     from PIL import Image
 

@@ -97,7 +97,7 @@ def test_training_on_a_stream_of_shards(files, tmp_path):
     assert results["evaluations"][0]["counts"] == {"queries": 56, "gallery": 8}
 
 
-def test_a_recipe_and_flags_that_override_it(files, tmp_path):
+def test_flags_override_the_recipe(files, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"method": "transagg", "learning_rate": 0.002, "seed": 3, "bf16": False}))
     model_args, _, args = parse_arguments([str(recipe), f"--output_dir={tmp_path}", "--seed", "4"])
@@ -107,7 +107,7 @@ def test_a_recipe_and_flags_that_override_it(files, tmp_path):
     assert (config.num_prompts, config.prompt_depth, config.gamma) == (1, 1, 0.0)
 
 
-def test_every_recipe_can_be_read(tmp_path):
+def test_every_recipe_is_readable(tmp_path):
     recipes = sorted((SCRIPTS / "configs").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
@@ -115,7 +115,7 @@ def test_every_recipe_can_be_read(tmp_path):
         assert (ROOT / model_args.model).is_dir() and data_args.dataset == "emoji-cir"
 
 
-def test_every_topology_is_known_to_accelerate():
+def test_accelerate_accepts_every_topology():
     from accelerate.commands.config.config_args import load_config_from_file
 
     topologies = {path.stem: load_config_from_file(str(path)) for path in (SCRIPTS / "accelerate").glob("*.yaml")}
@@ -133,7 +133,7 @@ def test_wrong_data_raises_before_a_model_is_downloaded(files, tmp_path):
         assert done.exit_code == 1 and done.stderr.splitlines()[-1].startswith(f"error: {error}")
 
 
-def test_a_read_only_token_raises_before_the_first_step(files, tmp_path):
+def test_read_only_token_raises_before_the_first_step(files, tmp_path):
     with serving({"hf_reader": ("you", False)}) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_reader", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
         push = ["--push_to_hub", "--hub_model_id=you/mine"]
