@@ -114,6 +114,7 @@ def test_checkpoint_contains_its_code(checkpoints, backbone):
     assert image_processor["auto_map"]["AutoImageProcessor"] == "image_processing_pvlf.PVLFImageProcessor"
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_without_the_package(checkpoints, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)

@@ -50,14 +50,12 @@ def error(done):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_checkpoint, tmp_path_factory):
     """Two checkpoints of different weights."""
-    folders = []
-    for seed in range(2):
-        folders.append(tmp_path_factory.mktemp("model"))
-        make_model(seed=seed).save_pretrained(folders[-1])
-        make_processor().save_pretrained(folders[-1])
-    return folders
+    other = tmp_path_factory.mktemp("model")
+    make_model(seed=1).save_pretrained(other)
+    make_processor().save_pretrained(other)
+    return [tiny_checkpoint, other]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +95,7 @@ def gallery(index, models):
 # ---- processes ----
 
 
+@pytest.mark.slow
 def test_help_does_not_import_torch():
     done = process("--help", python=("-X", "importtime"))
     assert done.returncode == 0 and not re.search(r"\b(torch|transformers|pvlf_hf)\b", done.stderr)
@@ -107,6 +106,7 @@ def test_help_does_not_import_torch():
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
     said = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
     wrong = ["search", tmp_path, "--text", "x", "--model", "m"]
@@ -116,6 +116,7 @@ def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
         assert shown.returncode == 1 and "Traceback" in shown.stderr and "ValueError" in shown.stderr
 
 
+@pytest.mark.slow
 def test_json_flag_prints_only_json_on_stdout(photos, models, gallery, tmp_path):
     model, path = {"PVLF_MODEL": str(models[0])}, tmp_path / "gallery"
     made = process("index", photos, "--path", path, "--json", **model)
@@ -130,6 +131,7 @@ def test_json_flag_prints_only_json_on_stdout(photos, models, gallery, tmp_path)
     assert results[0]["path"] == str(photos / expected.ids[0])
 
 
+@pytest.mark.slow
 def test_shell_completion_works(tmp_path):
     command = tmp_path / "pvlf-hf"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pvlf_hf_cli "$@"\n')
@@ -168,6 +170,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     assert scores == pytest.approx(expected.scores, abs=squares_error(dtype=torch.bfloat16)["similarity"])
 
 
+@pytest.mark.slow
 def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert INDEX == TABLE  # what the command line looks for before it imports the package
     (tmp_path / "photos").mkdir()

@@ -27,6 +27,7 @@ def weights_of(folder, seed, **settings):
     return weights, torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "The same seed gives the same run, in one process and in two; another seed another run",
@@ -51,6 +52,7 @@ def weights_twice(folder):
     return weights_of(folder, 0, full_determinism=True)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
@@ -68,6 +70,7 @@ def test_full_determinism(tmp_path, figure):
     figure(f"on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU; no GPU here'}")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",

@@ -383,6 +383,7 @@ def outcomes(folder):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,6 +17,8 @@ from pvlf_hf import PVLFModel, PVLFProcessor, export
 from pvlf_hf.export import check_parity, export_onnx, export_program
 from pvlf_hf.onnx_encoder import OnnxEncoder
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["red", "the same but more green and with two dogs", "dark", "a b c", "blue hat"]
 
 STRANGER = """

@@ -247,6 +247,7 @@ def test_second_run_waits_for_the_first(tmp_path):
     assert sorted(encoded) == list(range(12))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     script = Path(__file__).parent / "cache_in_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]

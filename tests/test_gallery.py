@@ -472,6 +472,7 @@ def index_with_others(folder, kept):
     return gallery.ids, gallery.skipped, gallery.embeds.numpy(), counts[0]
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_path):
     (photos / "a_broken.png").write_bytes(b"no picture")
     draw(0).save(photos / "z_copy.png")
@@ -651,6 +652,7 @@ def test_unusable_milvus_database_raises_before_encoding(build, tiny_model, tmp_
         assert counts == [0] and "secret" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_locked_milvus_file_raises_before_encoding(build, tiny_model, tmp_path):
     index_options("milvus", tmp_path)
     uri, ready, done = str(tmp_path / "all.db"), tmp_path / "ready", tmp_path / "done"

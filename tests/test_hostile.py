@@ -39,15 +39,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Model and processor as users save them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
 # ---- code in checkpoints ----
 
 
@@ -70,10 +61,10 @@ class Evil:
         "load = torch.load\ntorch.load = lambda *args, **options: load(*args, **{**options, 'weights_only': False})",
     ),
 )
-def test_weights_cannot_run_code(checkpoint, tmp_path, figure):
+def test_weights_cannot_run_code(tiny_checkpoint, tmp_path, figure):
     for name in ("config.json", "generation_config.json"):
-        if (checkpoint / name).exists():
-            (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+        if (tiny_checkpoint / name).exists():
+            (tmp_path / name).write_bytes((tiny_checkpoint / name).read_bytes())
     ran, stores = tmp_path / "ran", 0
     state = {**make_model().state_dict(), "evil": Evil(ran)}
     for protocol in (None, 2, 4):
@@ -111,13 +102,13 @@ from transformers import CLIPImageProcessor as EvilImageProcessor, CLIPProcessor
         "        self.vl_config = deepcopy(self.vl_config)",
     ),
 )
-def test_settings_cannot_run_code(checkpoint, tmp_path, monkeypatch, figure):
+def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure):
     ran, evil, folder = tmp_path / "ran", tmp_path / "evil", tmp_path / "folder"
     for place in (evil, folder):
         place.mkdir()
         (place / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
     kinds = ("Config", "Model", "Processor", "ImageProcessor", "Tokenizer")
-    files = [path for path in checkpoint.iterdir() if path.suffix not in (".py", "")]
+    files = [path for path in tiny_checkpoint.iterdir() if path.suffix not in (".py", "")]
     settings_files = ("config.json", "processor_config.json", "tokenizer_config.json")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked, and a user may say yes"))
     attempts = 0
@@ -576,6 +567,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
 # ---- edited at random ----
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     4,
     "Whatever is done to the bytes of an image, an annotation, a table or a submission file, its reader answers or "

@@ -14,6 +14,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 TOKENS = {"hf_owner": ("you", True), "hf_reader": ("you", False), "hf_other": ("someone", True)}
 FIGURES = {"recall@1": 0.25, "recall_subset@1": 0.5}

@@ -38,6 +38,7 @@ def kill(*arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "

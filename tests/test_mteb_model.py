@@ -42,15 +42,12 @@ def miniature(name):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def checkpoints(tiny_checkpoint, tmp_path_factory):
     """Two models of one name."""
-    folders = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp("models") / "tiny"
-        make_model(seed=seed).save_pretrained(folder)
-        make_processor().save_pretrained(folder)
-        folders.append(str(folder))
-    return folders
+    other = tmp_path_factory.mktemp("models") / tiny_checkpoint.name
+    make_model(seed=1).save_pretrained(other)
+    make_processor().save_pretrained(other)
+    return [str(tiny_checkpoint), str(other)]
 
 
 def run(folder, name, cache=None):

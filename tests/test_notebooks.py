@@ -55,6 +55,7 @@ def same_text(one, other):
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_reproduces_its_committed_outputs(path):
     committed = nbformat.read(path, as_version=4)

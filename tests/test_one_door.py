@@ -310,7 +310,7 @@ ENDINGS = ("png", "jpg")
     "sentence wherever images come in; nothing runs Ghostscript, and `datasets` decodes no image for this package",
     broken=("src/pvlf_hf/models/image_processing_pvlf.py", "    if not found:\n", "    if True:\n"),
 )
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [ENDINGS[0], pytest.param(ENDINGS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DOORS)
 def test_no_entry_point_runs_ghostscript(ran, tmp_path, name, ending, figure):
     enter, sentence = DOORS[name]

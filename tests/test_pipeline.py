@@ -26,16 +26,8 @@ ASKED = [{"image": GALLERY[reference], "text": caption} for reference, caption, 
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(checkpoint):
-    return pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+def pipe(tiny_checkpoint):
+    return pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu")
 
 
 @torch.no_grad()
@@ -70,7 +62,7 @@ def test_pipeline_equals_one_model_call_per_image(backbone):
         same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query), backbone)
 
 
-def test_pipeline_equals_gallery_search(checkpoint, pipe, tmp_path):
+def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
     files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
     for picture, file in zip(GALLERY, files, strict=True):
         picture.save(file)
@@ -103,15 +95,15 @@ def test_batches_equal_single_queries(pipe, batch_size):
             same(one, other)
 
 
-def test_pipeline_pads_captions_on_the_right(checkpoint, pipe):
-    other = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+def test_pipeline_pads_captions_on_the_right(tiny_checkpoint, pipe):
+    other = pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu")
     other.tokenizer.padding_side = "left"  # BLIP's text embedding is the token at position 0
     for one, query in zip(other(ASKED, batch_size=5), ASKED, strict=True):
         same(one, pipe(query))
 
 
-def test_gallery_is_embedded_once(checkpoint):
-    pipe, calls = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu"), []
+def test_gallery_is_embedded_once(tiny_checkpoint):
+    pipe, calls = pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu"), []
     pipe.model.register_forward_pre_hook(lambda *args: calls.append(args[2].keys()), with_kwargs=True)
     pipe(ASKED[0]), pipe(ASKED[1:])
     assert ["target_pixel_values" in names for names in calls] == [False] * 5
@@ -137,7 +129,7 @@ def test_equal_images_keep_gallery_order(pipe):
 
 
 @pytest.mark.parametrize("placed", ["device_map", "mapping", "offloaded", "bfloat16"])
-def test_pipeline_accepts_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
+def test_pipeline_accepts_device_map_and_dtype(tiny_checkpoint, pipe, placed, tmp_path):
     modules = {"backbone": "cpu", "fusion": "disk", "aggregation": "disk"}
     options = {
         "device_map": {"device_map": "cpu"},
@@ -145,7 +137,7 @@ def test_pipeline_accepts_device_map_and_dtype(checkpoint, pipe, placed, tmp_pat
         "offloaded": {"device_map": modules, "model_kwargs": {"offload_folder": str(tmp_path)}},
         "bfloat16": {"dtype": "bfloat16", "device_map": "cpu"},
     }[placed]
-    other = pipeline(TASK, model=str(checkpoint), gallery=GALLERY, **options)
+    other = pipeline(TASK, model=str(tiny_checkpoint), gallery=GALLERY, **options)
     assert other.dtype == (torch.bfloat16 if placed == "bfloat16" else torch.float32)
     assert (getattr(other.model, "hf_device_map", None) == modules) == (placed == "offloaded")
     for one, query in zip(other(ASKED, batch_size=3), ASKED, strict=True):
@@ -185,8 +177,8 @@ def test_invalid_queries_raise(pipe, call, advice):
         call(pipe)
 
 
-def test_missing_gallery_or_other_model_raises(checkpoint):
-    pipe = pipeline(TASK, model=checkpoint, device="cpu")
+def test_missing_gallery_or_other_model_raises(tiny_checkpoint):
+    pipe = pipeline(TASK, model=tiny_checkpoint, device="cpu")
     with pytest.raises(ValueError, match="no gallery to search in: pass it to the call, or once to pipeline"):
         pipe(ASKED[0])
     clip = AutoModel.from_config(make_model("clip").config.vl_config)
@@ -198,10 +190,10 @@ def test_no_queries_give_no_results(pipe):
     assert pipe([]) == []
 
 
-def test_task_is_registered_as_in_the_checkpoint(checkpoint):
+def test_task_is_registered_as_in_the_checkpoint(tiny_checkpoint):
     registered = PIPELINE_REGISTRY.supported_tasks[TASK]
     assert registered == {"impl": ComposedImageRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
-    said = json.loads((checkpoint / "config.json").read_text())["custom_pipelines"]
+    said = json.loads((tiny_checkpoint / "config.json").read_text())["custom_pipelines"]
     assert said == {
         TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
     }
@@ -243,17 +235,20 @@ Path(again, "../results.json").write_text(json.dumps(results))
 """
 
 
-def test_saved_pipeline_loads_without_the_package(checkpoint, pipe, tmp_path):
+@pytest.mark.slow
+def test_saved_pipeline_loads_without_the_package(tiny_checkpoint, pipe, tmp_path):
     file = str(tmp_path / "red.png")
     GALLERY[0].save(file)
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(tmp_path / "again"), file]
+    command = [sys.executable, "-c", STRANGER, str(tiny_checkpoint), str(tmp_path / "again"), file]
     run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     expected = pipe(PILImage.open(file), text="the same but red", gallery=[file] * 3, top_k=2)
     for results in json.loads((tmp_path / "results.json").read_text()):
         same(results, expected)
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again")]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tiny_checkpoint, tmp_path / "again")]
     assert configs[0]["custom_pipelines"] == configs[1]["custom_pipelines"]
-    assert {path.name for path in Path(tmp_path, "again").iterdir()} == {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in Path(tmp_path, "again").iterdir()} == {
+        path.name for path in tiny_checkpoint.iterdir()
+    }

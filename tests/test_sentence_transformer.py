@@ -73,6 +73,7 @@ def test_gradients_reach_every_part(encoder, tiny_model):
     assert reached == {"backbone", "fusion", "aggregation"}
 
 
+@pytest.mark.slow
 def test_saved_encoder_is_a_pvlf_checkpoint(encoder, tiny_model, tiny_processor, tmp_path):
     expected = encoder.encode(INPUTS)
     encoder.save(str(tmp_path))

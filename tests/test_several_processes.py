@@ -23,6 +23,8 @@ from transformers import TrainerCallback
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, evaluate
 from pvlf_hf.commands.arguments import leave
 
+pytestmark = pytest.mark.slow
+
 BATCH = 12  # of all processes together
 
 

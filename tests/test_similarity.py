@@ -50,6 +50,7 @@ def clusters(seed, num_queries, gallery_size, width, jitter, dtype):
     return queries.to(dtype), gallery.to(dtype), picks
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**20),

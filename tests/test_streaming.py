@@ -227,6 +227,7 @@ def test_a_stream_needs_max_steps_and_no_batch_by(triplets, tmp_path):
             PVLFTrainer(make_model(), arguments(tmp_path, **settings), stream, processing_class=make_processor())
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(triplets, tmp_path):
     for shards in (4, 3, 1):
         write_shards(triplets, tmp_path / f"{shards}", -(-ROWS // shards), "tar" if shards == 3 else "parquet")

@@ -26,6 +26,7 @@ print(len(names))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     6,
     "Importing any module of the package opens no connection and looks up no host, by Python's own audit events",

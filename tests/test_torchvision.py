@@ -6,6 +6,8 @@ There is no torchvision here; what Transformers asks about it is answered with y
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import transformers.models.auto.image_processing_auto as auto
@@ -22,6 +24,7 @@ print(float(images(picture, return_tensors="pt")["pixel_values"].double().sum())
 """
 
 
+@pytest.mark.slow
 def test_processor_is_unchanged_by_torchvision(tiny_processor, tmp_path):
     import numpy as np
     from PIL import Image

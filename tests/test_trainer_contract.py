@@ -828,6 +828,7 @@ def nodes(folder):
     return [make_args(folder, log_on_each_node=each).should_log for each in (False, True)]
 
 
+@pytest.mark.slow
 def test_log_on_each_node_is_honoured(tmp_path):
     """`log_on_each_node`: the second node's process logs too."""
     assert run_in_processes(2, nodes, tmp_path) == [[True, True], [False, True]]
@@ -842,6 +843,7 @@ def wrapped(folder, settings):
     return torch.distributed.get_backend(), *(getattr(model, name) for name in names)
 
 
+@pytest.mark.slow
 def test_ddp_settings(tmp_path):
     settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 3}
     settings |= {"ddp_broadcast_buffers": False, "ddp_static_graph": True}
@@ -868,6 +870,7 @@ for name, settings in json.loads(sys.argv[2]).items():
 """
 
 
+@pytest.mark.slow
 def test_hub_settings(tmp_path):
     kinds = {
         "end": {"hub_strategy": "end", "hub_private_repo": True},

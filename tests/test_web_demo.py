@@ -26,6 +26,8 @@ from pvlf_hf.search import demo_session, web_demo
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
+pytestmark = pytest.mark.slow
+
 SECRET = "52 Secret Lane"
 PICTURES = 120
 OWN = "photo of mine.jpg"
