@@ -65,7 +65,7 @@ save_file(outputs, root / "outputs.safetensors")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder for each backbone, model and processor together, and a picture."""
+    """A folder for each backbone, model and processor together, and an image."""
     root = tmp_path_factory.mktemp("checkpoints")
     for backbone in BACKBONES:
         make_model(backbone).save_pretrained(root / backbone)

@@ -52,7 +52,7 @@ create_tag("you/parts", tag="v1")
 models["second"].push_to_hub("you/parts", revision="next")
 processor.push_to_hub("you/parts")  # loads the card there and writes it again
 
-# At once: a folder with model, processor, results, card and picture.
+# At once: a folder with model, processor, results, card and image.
 models["first"].save_pretrained(folder / "whole")
 processor.save_pretrained(folder / "whole")
 (folder / "whole" / "results.json").write_text(json.dumps(results))
@@ -172,7 +172,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A picture and what a run would have recorded."""
+    """An image and what a run would have recorded."""
     folder = tmp_path_factory.mktemp("hub")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")

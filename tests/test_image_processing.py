@@ -1,4 +1,4 @@
-"""`PVLFImageProcessor` against the public reference's pixels, and on every kind of picture a user may have."""
+"""`PVLFImageProcessor` against the public reference's pixels, and on every kind of image a user may have."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ def test_pixels_equal_the_reference(name, pad):
 
 
 def test_transparency_is_the_only_difference_for_rgba():
-    # The reference drops the alpha channel at the very end; we composite on white at the very start. In the picture
+    # The reference drops the alpha channel at the very end; we composite on white at the very start. In the image
     # that is neither padded nor resized nothing else happens: ours is its colours mixed with white by alpha.
     values = PIXELS["same_size_rgba.pixels"]
     colours, alpha = values[..., :3], values[..., 3:] / 255
@@ -89,7 +89,7 @@ def test_palette_is_applied_before_padding_and_resizing():
     picture = fixture_picture("palette")
     for pad, ratio in RATIOS.items():
         assert np.array_equal(pixels(picture, 32, ratio), pixels(picture.convert("RGB"), 32, ratio))
-        # The reference resizes and pads palette *indices*: colours that are not in the picture turn up.
+        # The reference resizes and pads palette *indices*: colours that are not in the image turn up.
         assert not np.array_equal(pixels(picture, 32, ratio), PIXELS[f"palette.{pad}.32.u8"])
 
 
@@ -100,7 +100,7 @@ def test_crop_offset_rounds_half_to_even():
         assert processor().center_crop(image, processor().crop_size)[0, 0, 0] == top
 
 
-# ---- kinds of pictures ----
+# ---- kinds of images ----
 
 
 def test_defaults_are_blip_at_384():

@@ -140,7 +140,7 @@ def test_loss_ignores_autocast():
 
 def test_equal_targets_are_no_negatives():
     queries, targets = unit(4), unit(4, seed=1)
-    targets[2] = targets[0]  # queries 0 and 2 want the same picture
+    targets[2] = targets[0]  # queries 0 and 2 want the same image
     loss = focal_info_nce(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))
     error = exact_loss(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))[1].value.item()
     assert loss.item() == pytest.approx(slow_loss(queries, targets, 0.1, target_ids=[5, 6, 5, 7]), abs=error)

@@ -63,7 +63,7 @@ def test_mteb_scores_equal_evaluate(checkpoints, name):
     ranks = evaluate(make_model(), make_processor(), BENCHMARK, TASKS[name], progress=False).per_query["rank"]
     assert len(set(ranks)) > 2  # neither all hits nor all misses
     expected = {f"recall_at_{k}": fmean(rank < k for rank in ranks) for k in (1, 3, 5, 10)}
-    expected["ndcg_at_10"] = fmean(1 / log2(rank + 2) for rank in ranks)  # nine pictures: all within the first ten
+    expected["ndcg_at_10"] = fmean(1 / log2(rank + 2) for rank in ranks)  # nine images: all within the first ten
     expected["mrr_at_10"] = fmean(1 / (rank + 1) for rank in ranks)
     # MTEB rounds to five digits.
     assert {metric: scores[metric] for metric in expected} == pytest.approx(expected, abs=0.500001e-5)

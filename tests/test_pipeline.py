@@ -32,7 +32,7 @@ def pipe(tiny_checkpoint):
 
 @torch.no_grad()
 def by_hand(model, processor, query, gallery=GALLERY, k=10):
-    """One query with one model call for each picture of the gallery."""
+    """One query with one model call for each image of the gallery."""
     embeds = torch.cat([model.get_image_features(**processor.process_targets(p)).pooler_output for p in gallery])
     asked = model.get_query_features(**processor.process_queries(query["image"], query["text"])).pooler_output[0]
     order = sorted(range(len(gallery)), key=lambda row: -float(asked @ embeds[row]))[:k]
@@ -46,7 +46,7 @@ def same(results, expected, backbone="blip"):
 
 
 def close(results, expected, **computed):
-    """The same pictures with the same scores, in any order."""
+    """The same images with the same scores, in any order."""
     scores = [{result["index"]: torch.tensor(result["score"]) for result in some} for some in (results, expected)]
     assert_close(*scores, rtol=0, atol=squares_error(**computed)["similarity"])
 
@@ -73,7 +73,7 @@ def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
         assert [result["image"] for result in results] == found.ids
         scores = [result["score"] for result in results]
         assert_close(scores, found.scores, rtol=0, atol=squares_error()["similarity"])
-        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of pictures that are not at hand, only their places
+        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of images that are not at hand, only their places
         assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
         assert in_embeds[0].keys() == {"score", "index"}
 

@@ -1,4 +1,4 @@
-"""PVLF in `sentence-transformers`: one `encode` for composed queries, pictures and texts, equal to the model's own."""
+"""PVLF in `sentence-transformers`: one `encode` for composed queries, images and texts, equal to the model's own."""
 
 import subprocess
 import sys

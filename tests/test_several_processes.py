@@ -144,7 +144,7 @@ def check(alone, number, sharded, folder, **settings):
 @pytest.mark.reliability(
     3,
     "2 and 4 processes (DDP), 2 (FSDP 2) over three steps: losses and gradients of one process with the whole batch, "
-    "and after them an evaluation of 5 queries and 9 pictures with each once, at the same rank",
+    "and after them an evaluation of 5 queries and 9 images with each once, at the same rank",
     broken=(
         "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",

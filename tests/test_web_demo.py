@@ -255,7 +255,7 @@ def test_images_are_served_without_metadata(browse, url, gallery, figure):
             assert picture.format == "WEBP" and not picture.getexif() and SECRET.encode() not in content
     with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as picture:
         assert picture.size == (60, 120)  # turned upright all the same
-    figure(f"{len(sources)} pictures, two of them of files with GPS")
+    figure(f"{len(sources)} images, two of them of files with GPS")
 
 
 NOT_OURS = [
@@ -274,7 +274,7 @@ NOT_OURS = [
 
 @pytest.mark.reliability(
     5,
-    "Of files, only pictures that the demo itself has put there are served, by none of Gradio's routes any other",
+    "Of files, only images that the demo itself has put there are served, by none of Gradio's routes any other",
     broken=("src/pvlf_hf/search/middleware.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
 )
 def test_only_gallery_images_are_served(url, gallery, figure):
