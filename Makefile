@@ -4,12 +4,15 @@ BIN := .venv/bin
 # Threads that wait for each other by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test setup setup-dev lint format sbom
+.PHONY: demo test test-core setup setup-dev lint format sbom
 demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/demo
 	$(BIN)/python train_scripts/demo.py $(DEMO_FLAGS)
 
 test: setup-dev lint  ## lint, type checks and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-core: setup-dev lint  ## the same without the tests marked slow: two minutes instead of eight
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev

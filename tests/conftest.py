@@ -1,11 +1,13 @@
 """One thread unless OMP_NUM_THREADS says more, no network, toy models; no test sees another's Accelerate state."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny import make_model, make_processor
+from transformers import BlipForImageTextRetrieval
 
 # Threads that wait for each other on a busy machine cost more than they bring.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -13,6 +15,15 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "reliability(chapter, claim, broken): a row of RELIABILITY.md (reliability.py)")
+    config.addinivalue_line("markers", "slow: starts processes, a server or a browser, or takes over 3 s (CPU) alone")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first, a slow test counted as a hundred, so that both processes end at the same time."""
+    weight = Counter()
+    for item in items:
+        weight[item.path] += 100 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: (-weight[item.path], item.path))
 
 
 @pytest.fixture
@@ -54,3 +65,24 @@ def tiny_model():
 @pytest.fixture
 def tiny_processor():
     return make_processor()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """The folder of `tiny_model` and `tiny_processor`, saved once for all files: no test writes into it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_model().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blip_checkpoint(tmp_path_factory):
+    """The folder of a tiny BLIP in the format of released checkpoints, saved once for all files."""
+    folder, model = tmp_path_factory.mktemp("blip"), make_model()
+    blip = BlipForImageTextRetrieval(model.config.vl_config)
+    for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
+        setattr(blip, name, getattr(model.backbone, name))
+    blip.save_pretrained(folder)
+    make_processor().tokenizer.save_pretrained(folder)
+    return folder

@@ -19,13 +19,13 @@ PURPOSES = {
     "transformers": ("BLIP, CLIP, tokenizers, Trainer, Auto classes", "the ecosystem that this package is for"),
     "accelerate": ("processes, mixed precision, sharding", "the Trainer needs it"),
     "datasets": (
-        "tables with lazy pictures, streams, the Hub's data",
+        "tables with lazy images, streams, the Hub's data",
         "memory-mapped; the ecosystem's form of data",
     ),
     "huggingface_hub": ("uploads, downloads, model cards", "Transformers needs it"),
     "safetensors": ("weights, embeddings and caches on disk", "runs no code, is memory-mapped; Transformers needs it"),
     "filelock": ("one writer of a cache at a time", "pure Python; datasets and huggingface_hub need it"),
-    "pillow": ("decoding, resizing and drawing pictures", "the reference pixels are Pillow's, to the bit"),
+    "pillow": ("decoding, resizing and drawing images", "the reference pixels are Pillow's, to the bit"),
     "numpy": ("pixels between Pillow and PyTorch", "Transformers needs it"),
     "typer": ("the command line", "Transformers needs it"),
 }

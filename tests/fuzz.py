@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["PIL", "pvlf_hf"]):
     Image.init()  # imports the plug-ins of all formats
 
 PIXELS = 2**22
-"""Lower than Pillow's default, so that a picture that gets past the limit shows in the memory."""
+"""Lower than Pillow's default, so that an image that gets past the limit shows in the memory."""
 
 MEMORY = 1000
 """MiB, half of them for PyTorch and Transformers."""

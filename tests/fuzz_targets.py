@@ -1,4 +1,4 @@
-"""What reads files that others made, as functions of a file's content: pictures, annotations, tables, submissions.
+"""What reads files that others made, as functions of a file's content: images, annotations, tables, submissions.
 
 `tests/test_hostile.py` runs them on a few edited inputs, `tests/fuzz.py` on many, guided by coverage.
 """
@@ -68,7 +68,7 @@ def lint(file):
 
 
 def pictures():
-    """A small picture in each format, and in each mode that the format has."""
+    """A small image in each format, and in each mode that the format has."""
     values = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6

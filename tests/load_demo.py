@@ -157,7 +157,7 @@ class Visitor:
         return found
 
     async def search_and_refine(self):
-        """A picture of one's own and words, the slider, then on from a result, and back: five answers."""
+        """An image of one's own and words, the slider, then on from a result, and back: five answers."""
         luck, find = self.luck, remembered(self.gallery)
         own, text, more = luck.randrange(len(self.gallery)), luck.choice(TEXTS), luck.choice(TEXTS)
         balance = luck.choice([-0.5, 0.0, 0.7])
@@ -174,7 +174,7 @@ class Visitor:
         await self.check(lambda: find(None, more, 0.0, False), "search", more, balance)
 
     async def look(self):
-        """A picture of the start page can be loaded, and is nothing but pixels."""
+        """An image of the start page can be loaded, and is nothing but pixels."""
         grid = (await self.client.call("start"))[self.client.component("grid")]["value"]
         answer = await self.client.http.get(f"{API}/file={self.luck.choice(grid)['image']['path']}")
         with Image.open(io.BytesIO(answer.content)) as picture:
@@ -268,7 +268,7 @@ def load(url, gallery, clients=50, seconds=60.0):
 
     Args:
         url: of the demo.
-        gallery: of the same model and pictures, to compare with; not the object that the server uses.
+        gallery: of the same model and images, to compare with; not the object that the server uses.
         clients: how many at once.
         seconds: for how long new ones are started.
     """
@@ -311,7 +311,7 @@ def chromium():
 
 
 def screenshots(url, folder):
-    """The pictures in the README: an example, and on from its second result, on a desk and on a phone."""
+    """The images in the README: an example, and on from its second result, on a desk and on a phone."""
     with chromium() as browser:
         for name, width in (("web_demo", 1280), ("web_demo_mobile", 390)):
             page = browser.new_page(viewport={"width": width, "height": 800})

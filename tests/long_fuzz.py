@@ -27,7 +27,7 @@ RUNS = {
 
 @pytest.mark.reliability(
     4,
-    "Coverage-guided fuzzing of pictures, annotations, tables and submission files: nothing but a `ValueError` or an "
+    "Coverage-guided fuzzing of images, annotations, tables and submission files: nothing but a `ValueError` or an "
     "answer, no input over 10 s, no process over 1000 MiB",
     broken=("src/pvlf_hf/data/annotations.py", "if key not in record:", "if False:"),
 )

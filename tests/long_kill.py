@@ -9,5 +9,5 @@ from test_interruption import kill
     "30 kills (`python tests/kill.py --kills 30`) over training, pushing, evaluating, indexing and caching: the same",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
-def test_thirty_kills(figure):
+def test_thirty_killed_runs_resume_bit_equal(figure):
     figure(kill("--kills=30"))

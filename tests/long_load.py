@@ -17,7 +17,7 @@ from pvlf_hf import Gallery, load_emoji_pictures
         "name = str(max(self.row_of[reference] - 1, 0))",
     ),
 )
-def test_fifty_clients(figure):
+def test_fifty_clients_get_correct_results(figure):
     model, processor = AutoModel.from_pretrained(CARD).eval(), AutoProcessor.from_pretrained(CARD)
     with served() as url:
         gallery = Gallery.from_dataset(load_emoji_pictures(["Goog"]), model, processor, progress=False)

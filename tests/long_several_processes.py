@@ -36,7 +36,7 @@ train_with_one_that_leaves(sys.argv[1], signal.SIGKILL)
     "`torchrun` of which one process dies: the job ends and says which, and by what",
     broken=("tests/test_several_processes.py", "os.kill(os.getpid(), self.signal)", "pass"),
 )
-def test_torchrun_ends(tmp_path, figure):
+def test_torchrun_ends_after_a_lost_process(tmp_path, figure):
     (tmp_path / "dies.py").write_text(DIES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])

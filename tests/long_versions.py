@@ -44,7 +44,7 @@ def requirements(which):
     ),
 )
 @pytest.mark.parametrize("which", ["lowest", "highest"])
-def test_core_passes(which, tmp_path, figure):
+def test_suite_core_passes_on_other_versions(which, tmp_path, figure):
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     wanted = list(requirements(which))

@@ -9,7 +9,7 @@ A row is written where it is tested. The marker takes its chapter, its claim, an
 test red, all as literals; `figure` takes what was counted. Figures are counts or errors, not seconds, so that two runs
 write the same:
 
-    @pytest.mark.reliability(4, "PDF is not read as a picture", broken=("src/pvlf_hf/x.py", "old text", "new text"))
+    @pytest.mark.reliability(4, "PDF is not read as an image", broken=("src/pvlf_hf/x.py", "old text", "new text"))
     def test_pdf_is_refused(figure):
         ...
         figure("12 files, 12 refused")

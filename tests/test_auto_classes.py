@@ -65,7 +65,7 @@ save_file(outputs, root / "outputs.safetensors")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder for each backbone, model and processor together, and a picture."""
+    """A folder for each backbone, model and processor together, and an image."""
     root = tmp_path_factory.mktemp("checkpoints")
     for backbone in BACKBONES:
         make_model(backbone).save_pretrained(root / backbone)
@@ -86,7 +86,7 @@ def outputs_of(folder, picture):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_auto_classes_give_ours(checkpoints, backbone):
+def test_auto_classes_return_package_classes(checkpoints, backbone):
     folder = checkpoints / backbone
     assert type(AutoConfig.from_pretrained(folder)) is PVLFConfig
     assert type(AutoModel.from_pretrained(folder)) is PVLFModel
@@ -97,7 +97,7 @@ def test_auto_classes_give_ours(checkpoints, backbone):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_checkpoint_carries_its_code(checkpoints, backbone):
+def test_checkpoint_contains_its_code(checkpoints, backbone):
     folder = checkpoints / backbone
     assert len(TRAVELLING) == 10
     assert sorted(path.name for path in folder.glob("*.py")) == TRAVELLING
@@ -114,7 +114,8 @@ def test_a_checkpoint_carries_its_code(checkpoints, backbone):
     assert image_processor["auto_map"]["AutoImageProcessor"] == "image_processing_pvlf.PVLFImageProcessor"
 
 
-def test_without_the_package_the_folder_is_enough(checkpoints, tmp_path):
+@pytest.mark.slow
+def test_checkpoint_loads_without_the_package(checkpoints, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     command = [sys.executable, "-c", STRANGER, str(checkpoints), CAPTION]

@@ -23,7 +23,7 @@ def benchmark(monkeypatch):
     enable_progress_bars()
 
 
-def test_every_part_is_measured_and_written(benchmark, monkeypatch, tmp_path, capsys):
+def test_benchmark_script_measures_and_writes_every_part(benchmark, monkeypatch, tmp_path, capsys):
     parts = ["encoding", "query", "ranking", "search"]  # start-up takes as long as all others here
     page = tmp_path / "page.md"
     page.write_text(

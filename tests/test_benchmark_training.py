@@ -24,7 +24,7 @@ def model():
     return model
 
 
-def test_all_ways_take_the_same_step(model):
+def test_all_training_modes_take_the_same_step(model):
     torch.manual_seed(1)
     batch = benchmark.make_batch(model, 4)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

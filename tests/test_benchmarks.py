@@ -174,7 +174,7 @@ def test_fashioniq(originals, category, split):
     assert all(shows(row["image"], root / f"images/{row['image_id']}.png") for row in benchmark.gallery)
 
 
-def test_fashioniq_union_has_only_what_queries_name(originals):
+def test_fashioniq_union_has_only_images_that_queries_name(originals):
     original, union = (load("fashioniq/val/shirt", originals, gallery=gallery) for gallery in ("original", "union"))
     records = read(originals / CAPTION_FILES["fashioniq/val/shirt"])
     named = {record[key] for record in records for key in ("candidate", "target")}
@@ -368,7 +368,7 @@ def edit(row, **changes):
         ("circo/test", edit(4, id=0), r"1 id are given more than once, first: \[0\]"),
     ],
 )
-def test_captions_that_are_not_as_published_are_refused(annotations, name, change, message):
+def test_unpublished_caption_structure_raises(annotations, name, change, message):
     file = annotations / CAPTION_FILES[name]
     write_json(file, change(read(file)))
     with pytest.raises(ValueError, match=f"{file}: {message}"):
@@ -387,7 +387,7 @@ def test_captions_that_are_not_as_published_are_refused(annotations, name, chang
         ("circo/val", lambda info: {"images": info["images"][:1] * 2}, r"1 images are given more than once.*\[42\]"),
     ],
 )
-def test_galleries_that_are_not_as_published_are_refused(annotations, name, change, message):
+def test_unpublished_gallery_structure_raises(annotations, name, change, message):
     file = annotations / GALLERY_FILES[name]
     write_json(file, change(read(file)))
     with pytest.raises(ValueError, match=f"{file}: {message}"):
@@ -403,7 +403,7 @@ def test_galleries_that_are_not_as_published_are_refused(annotations, name, chan
         ("circo/val", lambda info: {"images": info["images"][3:]}, 3),
     ],
 )
-def test_captions_that_name_images_outside_the_gallery_are_refused(annotations, name, change, count):
+def test_captions_of_images_outside_the_gallery_raise(annotations, name, change, count):
     file = annotations / GALLERY_FILES[name]
     write_json(file, change(read(file)))
     message = rf"^{name}: {count} images that the captions name are not in the gallery, first: \['"
@@ -422,7 +422,7 @@ def test_captions_that_name_images_outside_the_gallery_are_refused(annotations, 
         ([f"dev-{97 * n}-{n % 2}-img{n % 3}" for n in (0, *range(2, 7))], r"1 lack the target in subset_ids"),
     ],
 )
-def test_subsets_of_other_images_are_refused(data, members, message):
+def test_subsets_with_foreign_images_raise(data, members, message):
     file = data / CAPTION_FILES["cirr/val"]
     write_json(file, edit(0, img_set={"members": members})(read(file)))
     with pytest.raises(ValueError, match=message):
@@ -430,7 +430,7 @@ def test_subsets_of_other_images_are_refused(data, members, message):
 
 
 @pytest.mark.parametrize("file", [*CAPTION_FILES.values(), *GALLERY_FILES.values()])
-def test_files_that_are_cut_off_are_named_with_the_position(annotations, file):
+def test_truncated_files_raise_with_the_position(annotations, file):
     name = next(n for files in (CAPTION_FILES, GALLERY_FILES) for n, f in files.items() if f == file)
     text = (annotations / file).read_text()
     (annotations / file).write_text(text[: len(text) // 2])
@@ -443,7 +443,7 @@ def test_files_that_are_cut_off_are_named_with_the_position(annotations, file):
         load(name, annotations)
 
 
-def test_keys_that_repeat_are_refused(annotations):
+def test_repeated_keys_raise(annotations):
     file = annotations / GALLERY_FILES["cirr/val"]
     file.write_text(file.read_text().replace("dev-97-1-img1", "dev-0-0-img0"))
     with pytest.raises(ValueError, match=rf"{file}: 1 keys are given more than once, first: \['dev-0-0-img0'\]"):
@@ -494,7 +494,7 @@ def test_missing_images_are_listed_or_left_out(data, name, caplog):
         ("circo/test", "circo/test: 8 queries, but the published annotations have 800"),
     ],
 )
-def test_other_counts_are_refused(originals, name, message):
+def test_unpublished_counts_raise(originals, name, message):
     folder, loader = LOADERS[name]
     with pytest.raises(ValueError, match=message):
         loader(originals / folder)
@@ -606,6 +606,6 @@ def test_the_revision_follows_both_annotation_files(data, name):
         ("circo/val", {"reference": "drop"}, r"unknown reference 'drop'; choose from \['kept', 'removed'\]"),
     ],
 )
-def test_unknown_choices_are_refused(originals, name, choice, message):
+def test_unknown_choices_raise(originals, name, choice, message):
     with pytest.raises(ValueError, match=message):
         load(name, originals, **choice)

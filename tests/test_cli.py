@@ -50,14 +50,12 @@ def error(done):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tiny_checkpoint, tmp_path_factory):
     """Two checkpoints of different weights."""
-    folders = []
-    for seed in range(2):
-        folders.append(tmp_path_factory.mktemp("model"))
-        make_model(seed=seed).save_pretrained(folders[-1])
-        make_processor().save_pretrained(folders[-1])
-    return folders
+    other = tmp_path_factory.mktemp("model")
+    make_model(seed=1).save_pretrained(other)
+    make_processor().save_pretrained(other)
+    return [tiny_checkpoint, other]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +95,8 @@ def gallery(index, models):
 # ---- processes ----
 
 
-def test_help_does_not_wait_for_torch():
+@pytest.mark.slow
+def test_help_does_not_import_torch():
     done = process("--help", python=("-X", "importtime"))
     assert done.returncode == 0 and not re.search(r"\b(torch|transformers|pvlf_hf)\b", done.stderr)
     lines = done.stdout.partition("Commands:\n")[2].splitlines()
@@ -107,7 +106,8 @@ def test_help_does_not_wait_for_torch():
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
 
 
-def test_an_error_is_a_sentence_and_a_traceback_if_asked(tmp_path):
+@pytest.mark.slow
+def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
     said = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
     wrong = ["search", tmp_path, "--text", "x", "--model", "m"]
     done = process(*wrong)
@@ -116,7 +116,8 @@ def test_an_error_is_a_sentence_and_a_traceback_if_asked(tmp_path):
         assert shown.returncode == 1 and "Traceback" in shown.stderr and "ValueError" in shown.stderr
 
 
-def test_json_is_all_that_stands_on_stdout(photos, models, gallery, tmp_path):
+@pytest.mark.slow
+def test_json_flag_prints_only_json_on_stdout(photos, models, gallery, tmp_path):
     model, path = {"PVLF_MODEL": str(models[0])}, tmp_path / "gallery"
     made = process("index", photos, "--path", path, "--json", **model)
     facts = json.loads(made.stdout)
@@ -130,7 +131,8 @@ def test_json_is_all_that_stands_on_stdout(photos, models, gallery, tmp_path):
     assert results[0]["path"] == str(photos / expected.ids[0])
 
 
-def test_the_shell_completes(tmp_path):
+@pytest.mark.slow
+def test_shell_completion_works(tmp_path):
     command = tmp_path / "pvlf-hf"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m pvlf_hf_cli "$@"\n')
     command.chmod(0o755)
@@ -168,6 +170,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     assert scores == pytest.approx(expected.scores, abs=squares_error(dtype=torch.bfloat16)["similarity"])
 
 
+@pytest.mark.slow
 def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert INDEX == TABLE  # what the command line looks for before it imports the package
     (tmp_path / "photos").mkdir()
@@ -186,7 +189,7 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert Image.open(tmp_path / "sheet.png").height > 100
 
 
-def test_only_what_is_new_is_counted(photos, models, tmp_path):
+def test_index_counts_only_new_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
     again = ["index", tmp_path, "--model", models[0], "--path", tmp_path / "kept", "--json"]
@@ -235,7 +238,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_a_contact_sheet_for_people(search, gallery, photos, tmp_path):
+def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
     wanted = ["--image", photos / "red.png", "--text", 'not <script>alert("dark")</script>', "-k", 9, "--explain"]
     done = search(*wanted, "--sheet", tmp_path / "found.html")
     assert done.stdout.endswith(f"see {tmp_path / 'found.html'}\n")
@@ -333,7 +336,7 @@ def test_evaluate_prints_its_results(models, tmp_path):
 
 
 @pytest.mark.parametrize(("command", "flag"), [("train", "--finetuning"), ("evaluate", "--protocols")])
-def test_handed_on_commands_explain_and_complain(command, flag):
+def test_forwarded_commands_print_help_and_errors(command, flag):
     done = call(command, "--help")
     assert done.exit_code == 0 and f"pvlf-hf {command} " in done.stdout and flag in done.stdout
     said = error(call(command, "--model=m", "--protocols=p", "--output_dir=o", "--modle=x"))

@@ -19,7 +19,7 @@ PUBLISHED = TESTS.parent / "model_cards/pvlf-emoji-tiny"
     "Checkpoints saved by every version so far, on BLIP and CLIP, load and give the embeddings they gave then",
     broken=("src/pvlf_hf/models/fusion_pvlf.py", "cat([mlp_image, mlp_text]", "cat([mlp_text, mlp_image]"),
 )
-def test_saved_checkpoints_give_what_they_gave(figure):
+def test_saved_checkpoints_reproduce_their_outputs(figure):
     assert [f"{folder.parent.name}/{folder.name}" for folder in SAVED][:2] == [
         "checkpoint-0.1.0/blip",
         "checkpoint-0.1.0/clip",
@@ -39,7 +39,7 @@ def test_saved_checkpoints_give_what_they_gave(figure):
         "return features.float()",
     ),
 )
-def test_golden_embeddings_are_replayed(tmp_path, figure):
+def test_golden_embeddings_are_reproduced(tmp_path, figure):
     check_golden(PUBLISHED)
     folder = tmp_path / "copy"
     shutil.copytree(SAVED[0], folder)

@@ -71,18 +71,18 @@ def test_depth_follows_the_layers_unless_given():
         ({"prompt_init_std": -1.0}, "prompt_init_std >= 0"),
     ],
 )
-def test_impossible_settings_say_what_to_change(settings, advice):
+def test_invalid_settings_raise_with_a_remedy(settings, advice):
     with pytest.raises(ValueError, match=advice):
         PVLFConfig(**{"vl_config": CONFIGS["blip"], **settings})
 
 
-def test_the_callers_configuration_stays_as_it_was():
+def test_configuration_of_the_caller_is_not_modified():
     given = BlipConfig()
     assert not PVLFConfig(vl_config=given).vl_config.text_config.is_decoder
     assert given.text_config.is_decoder
 
 
-def test_a_setting_broken_later_is_refused_when_saved(tmp_path):
+def test_settings_made_invalid_later_raise_on_save(tmp_path):
     config = tiny_config()
     config.fusion_heads = 5
     with pytest.raises(Exception, match="choose one of"):

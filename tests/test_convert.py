@@ -211,7 +211,7 @@ class Evil:
 
 @pytest.mark.parametrize("store", [torch.save, lambda what, file: file.write_bytes(pickle.dumps(what, protocol=2))])
 @pytest.mark.parametrize("convert", [convert_salesforce_blip, convert_transagg])
-def test_nothing_in_a_checkpoint_is_run(store, convert, tmp_path):
+def test_checkpoints_cannot_run_code(store, convert, tmp_path):
     store({"model": {"temp": Evil(tmp_path / "ran")}}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil\.pth: cannot be read as tensors alone.*save_file"):
         convert(tmp_path / "evil.pth", tmp_path / "out")
@@ -239,7 +239,7 @@ def half(file):
     ],
 )
 @pytest.mark.parametrize("convert", [convert_salesforce_blip, convert_transagg])
-def test_files_that_are_no_checkpoint(convert, name, store, message, tmp_path):
+def test_files_that_are_no_checkpoint_raise(convert, name, store, message, tmp_path):
     store(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / name, tmp_path / "out")
@@ -277,7 +277,7 @@ SALESFORCE = [
 
 
 @pytest.mark.parametrize(("change", "settings", "message"), SALESFORCE)
-def test_salesforce_checkpoints_that_do_not_fit(change, settings, message):
+def test_unfit_salesforce_checkpoints_raise(change, settings, message):
     with pytest.raises(ValueError, match=message):
         blip_from_salesforce(change(salesforce_tensors()), **{**HEADS["blip"], **settings})
 
@@ -295,13 +295,13 @@ def test_salesforce_checkpoints_that_do_not_fit(change, settings, message):
         (with_more("pretrained_model.extra", 3), "has unknown 1 weights, first .'backbone.extra'"),
     ],
 )
-def test_transagg_checkpoints_that_do_not_fit(backbone, change, message):
+def test_unfit_transagg_checkpoints_raise(backbone, change, message):
     with pytest.raises(ValueError, match=message):
         pvlf_from_transagg(change(transagg_tensors(backbone)), **HEADS[backbone])
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_another_vocabulary_or_a_full_folder_is_refused(backbone, tmp_path):
+def test_other_vocabularies_and_full_folders_raise(backbone, tmp_path):
     torch.save(transagg_tensors(backbone), tmp_path / "model.pth")
     (tmp_path / "tokenizer").mkdir()
     tokenizer = write_tokenizer(backbone, tmp_path / "tokenizer", missing=1)

@@ -11,7 +11,7 @@ from pvlf_hf.training.cpu_dropout import FastDropout, fast_cpu_dropout, fast_dro
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_on_a_cpu(p, dtype):
+def test_fast_dropout_keeps_rate_scale_and_gradient(p, dtype):
     torch.manual_seed(0)
     states = torch.rand(250_001, 3).add(0.5).to(dtype).requires_grad_()  # no zeros, no multiple of four
     out = fast_dropout(states, p, training=True)
@@ -33,7 +33,7 @@ def test_dropout_on_a_cpu(p, dtype):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_a_model_has_it_for_the_time_of_training(backbone, attention):
+def test_fast_dropout_is_swapped_in_only_for_training(backbone, attention):
     model, inputs = make_model(backbone, dropout=0.5), make_inputs(backbone)
     model.set_attn_implementation(attention)
     before, kept = model(**inputs).loss, model.state_dict()

@@ -81,7 +81,7 @@ def test_benchmark_accepts_matching_queries_and_gallery():
         (queries().select([]), gallery("a", "b"), "toy: 0 queries and 2 gallery images"),
     ],
 )
-def test_benchmark_refuses(queries, gallery, message):
+def test_benchmark_raises_on_invalid_input(queries, gallery, message):
     with pytest.raises(ValueError, match=message):
         CIRBenchmark("toy", queries, gallery)
 
@@ -124,14 +124,14 @@ def test_shared_target_ids_leave_every_image_in_the_gallery(folder):
         (".jsonl", b'{"reference": "red.png", "caption"'),
     ],
 )
-def test_tables_that_cannot_be_read_are_named(folder, suffix, content):
+def test_unreadable_tables_raise_with_their_path(folder, suffix, content):
     file = folder.parent / f"bad{suffix}"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"bad{suffix}: "):
         load_triplets(file, folder)
 
 
-def test_unquoted_commas_are_refused(folder):
+def test_unquoted_commas_raise(folder):
     file = folder.parent / "bad.csv"
     file.write_text("reference,caption,target\nred.png,red, but blue,green.png\n")
     with pytest.raises(
@@ -141,7 +141,7 @@ def test_unquoted_commas_are_refused(folder):
         load_triplets(file, folder)
 
 
-def test_numbers_as_captions_and_names_stay_text(folder):
+def test_numeric_captions_and_names_stay_text(folder):
     Image.new("RGB", (9, 9)).save(folder / "007", format="PNG")
     rows = [{"reference": "007", "caption": caption, "target": "007"} for caption in ("2", "None", "NA")]
     triplets = load_triplets(write_csv(folder, rows), folder)
@@ -157,7 +157,7 @@ def test_missing_images_are_counted_and_three_named(folder):
         load_triplets(write_csv(folder, rows), folder, check_images=False)
 
 
-def test_broken_images_are_named_with_the_reason(folder):
+def test_broken_images_raise_with_the_reason(folder):
     whole = (folder / "green.png").read_bytes()
     (folder / "green.png").write_bytes(whole[: len(whole) // 2])
     (folder / "sub/blue.png").write_text("<html>404</html>")
@@ -175,12 +175,12 @@ def test_broken_images_are_named_with_the_reason(folder):
         ({"target": ""}, r"target is empty in 1 rows"),
     ],
 )
-def test_empty_cells_are_refused(folder, change, message):
+def test_empty_cells_raise(folder, change, message):
     with pytest.raises(ValueError, match=message):
         load_triplets(write_csv(folder, [ROWS[0], {**ROWS[1], **change}, ROWS[2]]), folder)
 
 
-def test_wrong_tables_are_refused(folder):
+def test_invalid_tables_raise(folder):
     wrong = [{"image": row["reference"], "caption": row["caption"], "target": row["target"]} for row in ROWS]
     with pytest.raises(ValueError, match=r"triplets.csv: missing column\(s\) \['reference'\]; it has \['image'"):
         load_triplets(write_csv(folder, wrong), folder)
@@ -202,7 +202,7 @@ def test_benchmark_from_triplets(folder):
         benchmark_from_triplets("own", triplets.remove_columns("reference_id"))
 
 
-def test_collator_batch(folder, tiny_processor):
+def test_collator_builds_a_batch(folder, tiny_processor):
     triplets = load_triplets(write_csv(folder, ROWS), folder)
     batch = PVLFCollator(tiny_processor)([triplets[row] for row in range(3)])
     length = batch["input_ids"].shape[1]

@@ -27,6 +27,7 @@ def weights_of(folder, seed, **settings):
     return weights, torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "The same seed gives the same run, in one process and in two; another seed another run",
@@ -37,7 +38,7 @@ def weights_of(folder, seed, **settings):
     ),
 )
 @pytest.mark.parametrize("processes", [1, 2])
-def test_same_seed_same_run(tmp_path, figure, processes):
+def test_same_seed_repeats_the_run(tmp_path, figure, processes):
     one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
     worst = float(np.abs(one - again).max())
     # Two processes add their gradients in either order.
@@ -51,6 +52,7 @@ def weights_twice(folder):
     return weights_of(folder, 0, full_determinism=True)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
@@ -68,12 +70,13 @@ def test_full_determinism(tmp_path, figure):
     figure(f"on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU; no GPU here'}")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     2,
     "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",
     broken=("src/pvlf_hf/training/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
 )
-def test_results_say_how_to_repeat_them(files, tmp_path, figure):
+def test_results_record_how_to_repeat_them(files, tmp_path, figure):
     unusual = "--seed=3 --data_seed=5 --gamma=1 --adam_beta1=0.5 --decay_norms_and_biases=False --learning_rate=0.002"
     train(flags(files, tmp_path / "first", *unusual.split()))
     results = json.loads((tmp_path / "first" / "results.json").read_text())

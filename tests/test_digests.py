@@ -9,7 +9,7 @@ from pvlf_hf.digests import annotations_digest, content_digest, id_number, seque
 PACKAGE = Path(pvlf_hf.__file__).parent
 
 
-def test_digests_stay_what_they_are(tmp_path):
+def test_digests_equal_recorded_values(tmp_path):
     (tmp_path / "a").write_bytes(b"ab")
     (tmp_path / "b").write_bytes(b"c")
     assert annotations_digest(tmp_path / "a", tmp_path / "b") == "sha256:ba7816bf8f01"
@@ -19,7 +19,7 @@ def test_digests_stay_what_they_are(tmp_path):
     assert id_number("red.png") == 2062745506515602827
 
 
-def test_a_sequence_is_not_its_joined_content():
+def test_sequence_digest_differs_from_joined_content():
     assert sequence_digest("ab", "c") != sequence_digest("a", "bc")
     assert content_digest([b"ab", b"c"]) == content_digest([b"abc"])
     assert sequence_digest("é") == sequence_digest("é".encode())

@@ -153,7 +153,7 @@ def test_misnamed_files_are_reported(subject, number, damage, tmp_path):
 
 
 @pytest.mark.parametrize("number", [2, 13])
-def test_effects_count_what_the_loader_leaves_out(number, tmp_path):
+def test_effects_count_rows_that_the_loader_skips(number, tmp_path):
     root = make_cirr(tmp_path)
     files = json.loads((root / "cirr/image_splits/split.rc2.val.json").read_text())
     (root / list(files.values())[number]).unlink()

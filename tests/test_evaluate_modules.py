@@ -41,7 +41,7 @@ def compute_in_batches(metric, arguments, **settings):
     return metric.compute(**settings)
 
 
-def test_modules_agree_with_the_embeddings(load, problem):
+def test_module_scores_equal_embedding_scores(load, problem):
     queries, gallery, picks = problem
     target, reference = picks[:, 0], picks[:, 3]
     ranked = names((queries @ torch.nn.functional.normalize(gallery).T).argsort(dim=1, descending=True))
@@ -70,7 +70,7 @@ def test_modules_agree_with_the_embeddings(load, problem):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_documented_examples_hold(load, name):
+def test_documented_examples_run(load, name):
     metric = load(name)
     assert metric.description.strip() and metric.citation.strip().startswith("@inproceedings")
     examples = [e for e in doctest.DocTestParser().get_examples(metric.inputs_description) if "load" not in e.source]
@@ -96,7 +96,7 @@ def test_targets_beyond_the_list_are_missed_and_have_no_rank(load):
         ({"exclude": 5}, "query 1: its ids are of types"),
     ],
 )
-def test_bad_lists_name_the_query(load, name, second, message):
+def test_invalid_lists_raise_with_the_query(load, name, second, message):
     reference = ["b"] if name == "map_at_k" else "b"
     query = {"predictions": ["a", "b"], "references": reference, "exclude": "c"}
     if name == "subset_recall_at_k":
@@ -106,7 +106,7 @@ def test_bad_lists_name_the_query(load, name, second, message):
         load(name).compute(**rows)
 
 
-def test_queries_without_positives_and_subsets_without_target_are_refused(load):
+def test_queries_without_positives_and_subsets_without_target_raise(load):
     with pytest.raises(ValueError, match="query 1: its list of positives is empty"):
         load("map_at_k").compute(predictions=[["a"], ["a"]], references=[["a"], []])
     with pytest.raises(ValueError, match="query 0: its target 'a' is not in its subset"):

@@ -105,7 +105,7 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     assert outcome.counts == {"queries": len(rankings), "gallery": len(benchmark.gallery)}
 
 
-def test_subset_ranks_and_names(tiny_model, tiny_processor):
+def test_subset_metrics_have_ranks_and_names(tiny_model, tiny_processor):
     benchmark = make_benchmark()
     rankings = list(plain_rankings(tiny_model, tiny_processor, benchmark))
     outcome = evaluate(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
@@ -120,7 +120,7 @@ def test_subset_ranks_and_names(tiny_model, tiny_processor):
         outcome.values("map@5")
 
 
-def test_without_subsets(tiny_model, tiny_processor):
+def test_benchmarks_without_subsets_have_no_subset_metrics(tiny_model, tiny_processor):
     outcome = evaluate(tiny_model, tiny_processor, make_benchmark(subsets=False), progress=False)
     whole = evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False)
     assert list(outcome.metrics) == ["recall@1", "recall@5", "recall@10", "recall@50"]
@@ -140,7 +140,7 @@ def test_subsets_may_differ_in_length(tiny_model, tiny_processor):
     assert ragged_ranks[1:] == ranks[1:]
 
 
-def test_given_gallery_embeddings(tiny_model, tiny_processor):
+def test_gallery_embeddings_may_be_passed(tiny_model, tiny_processor):
     benchmark = make_benchmark()
     gallery = encode_gallery(tiny_model, tiny_processor, benchmark.gallery, batch_size=4, progress=False)
     assert (gallery.dtype, gallery.shape) == (torch.float32, (9, 32))
@@ -152,7 +152,7 @@ def test_given_gallery_embeddings(tiny_model, tiny_processor):
         evaluate(tiny_model, tiny_processor, benchmark, gallery_embeds=gallery[:, :31], progress=False)
 
 
-def test_benchmarks_without_labels_or_columns_are_refused(tiny_model, tiny_processor):
+def test_benchmarks_without_labels_or_columns_raise(tiny_model, tiny_processor):
     whole = make_benchmark()
     unlabelled = replace(whole, queries=whole.queries.remove_columns("target_id"))
     with pytest.raises(ValueError, match=r"squares has no target_id.*pvlf_hf\.evaluation\.submission"):
@@ -167,7 +167,7 @@ def test_half_precision_is_recorded(tiny_model, tiny_processor):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_model_keeps_its_mode(tiny_model, tiny_processor, training):
+def test_evaluation_keeps_training_mode(tiny_model, tiny_processor, training):
     in_eval = evaluate(tiny_model.eval(), tiny_processor, make_benchmark(), progress=False)
     tiny_model.train(training)
     modes = [module.training for module in tiny_model.modules()]
@@ -209,7 +209,7 @@ def test_an_average_is_the_unweighted_mean():
             average(wrong)
 
 
-def test_intervals():
+def test_intervals_resample_each_category():
     parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
     assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
     random, draws = np.random.default_rng(1), []  # every category is resampled by itself
@@ -221,7 +221,7 @@ def test_intervals():
     assert intervals(average(parts))["recall@50"] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=error)
 
 
-def test_results_file(tiny_model, tiny_processor, tmp_path):
+def test_results_file_records_the_run(tiny_model, tiny_processor, tmp_path):
     outcomes = [
         evaluate(tiny_model, tiny_processor, make_benchmark(), method, progress=False)
         for method in ("composed", "text")
@@ -246,7 +246,7 @@ def test_results_file(tiny_model, tiny_processor, tmp_path):
     assert {"python", "transformers", "tokenizers", "accelerate", "datasets", "pillow", "device"} < set(environment)
 
 
-def test_read_results_returns_what_was_written(tmp_path):
+def test_results_round_trip(tmp_path):
     parts = list(random_evaluations({"dress": 4, "shirt": 7}))
     write_results(tmp_path / "results.json", [*parts, average(parts)])
     assert read_results(tmp_path / "results.json") == [*parts, average(parts)]
@@ -309,7 +309,7 @@ OLD_PER_QUERY = [
 ]
 
 
-def test_files_that_say_precision_are_read(tmp_path):
+def test_read_results_accepts_the_precision_key(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(OLD_RESULTS))
     (tmp_path / "results_per_query.json").write_text(json.dumps(OLD_PER_QUERY))
     circo, cirr = read_results(tmp_path / "results.json")
@@ -333,7 +333,7 @@ def test_files_that_say_precision_are_read(tmp_path):
         assert new == {**renamed, "intervals": new["intervals"]} and new["intervals"].keys() == old["intervals"].keys()
 
 
-def test_values_that_were_not_kept_are_named():
+def test_values_missing_from_results_raise():
     (evaluation,) = random_evaluations({"dress": 4})
     with pytest.raises(ValueError, match=r"the values of every query for 'recall@7' of fashioniq/val/dress were not"):
         replace(evaluation, metrics={"recall@7": 0.5}).values("recall@7")
@@ -354,7 +354,7 @@ class MacroRecall(BenchmarkMetrics):
         return {"recall@1": hits, "macro_recall@1": [fmean(group) for group in groups.values()]}
 
 
-def test_metrics_of_another_protocol_are_one_entry(monkeypatch, tmp_path):
+def test_new_metric_needs_one_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(METRICS, "macro", MacroRecall())
     squares = make_benchmark(metrics="macro", reference="kept")
     benchmark = replace(squares, queries=squares.queries.select([0, 0, 0, 1]))
@@ -368,7 +368,7 @@ def test_metrics_of_another_protocol_are_one_entry(monkeypatch, tmp_path):
         score(replace(benchmark, protocol=replace(benchmark.protocol, metrics="micro")), queries, gallery)
 
 
-def test_results_without_git(monkeypatch):
+def test_results_are_written_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert results.environment()["commit"] is None
 
@@ -383,6 +383,7 @@ def outcomes(folder):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

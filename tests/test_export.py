@@ -17,6 +17,8 @@ from pvlf_hf import PVLFModel, PVLFProcessor, export
 from pvlf_hf.export import check_parity, export_onnx, export_program
 from pvlf_hf.onnx_encoder import OnnxEncoder
 
+pytestmark = pytest.mark.slow
+
 CAPTIONS = ["red", "the same but more green and with two dogs", "dark", "a b c", "blue hat"]
 
 STRANGER = """
@@ -87,7 +89,7 @@ def pictures(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_without_torch_the_same_embeddings(exported, pictures):
+def test_onnx_encoder_embeds_the_same_without_torch(exported, pictures):
     model, processor, folder, _ = exported
     pictures = [str(picture) for picture in pictures[: len(CAPTIONS)]]
     (folder / "queries.json").write_text(json.dumps([pictures, CAPTIONS]))
@@ -108,7 +110,7 @@ def test_without_torch_the_same_embeddings(exported, pictures):
     assert [float(score) for score, _ in printed] == pytest.approx(scores.tolist(), abs=rounded)
 
 
-def test_pictures_and_captions_are_prepared_as_by_the_processor(exported, pictures):
+def test_images_and_captions_are_prepared_as_by_the_processor(exported, pictures):
     model, processor, folder, _ = exported
     encoder = OnnxEncoder(folder)
     for picture in pictures:
@@ -124,7 +126,7 @@ def test_pictures_and_captions_are_prepared_as_by_the_processor(exported, pictur
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 8), (5, 6), (3, 7)])
-def test_programs_take_other_sizes(exported, batch, length):
+def test_exported_programs_accept_other_sizes(exported, batch, length):
     model, _, _, programs = exported
     inputs = make_inputs(model.config.vl_config.model_type, batch=batch, seed=5)
     targets = inputs.pop("target_pixel_values")
@@ -138,7 +140,7 @@ def test_programs_take_other_sizes(exported, batch, length):
     torch.testing.assert_close(gallery, expected.target_embeds, atol=error["target_embeds"], rtol=0)
 
 
-def test_parity_is_checked(exported, tmp_path):
+def test_export_checks_parity(exported, tmp_path):
     model, processor, folder, _ = exported
     backbone = model.config.vl_config.model_type
     assert (
@@ -155,7 +157,7 @@ def test_parity_is_checked(exported, tmp_path):
         check_parity(unmasked, processor, folder)
 
 
-def test_bad_input_is_named(exported, pictures, tiny_processor, tmp_path):
+def test_invalid_export_input_raises(exported, pictures, tiny_processor, tmp_path):
     _, _, folder, _ = exported
     with pytest.raises(ValueError, match=r"in torch.bfloat16, .* export model.float\(\)"):
         export_onnx(make_model().bfloat16(), tiny_processor, tmp_path)

@@ -78,7 +78,7 @@ def cached_batch(model, squares, folder, rows, finetuning="frozen"):
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text"])
-def test_training_is_the_same_within_float16(tiny_model, encoded_images, squares, tmp_path, finetuning):
+def test_cached_training_equals_uncached_within_float16(tiny_model, encoded_images, squares, tmp_path, finetuning):
     plain = train(plain_model(), squares, tmp_path, finetuning)
     cached = train(tiny_model, squares, tmp_path, finetuning, tmp_path / "cache")
     batch = cached_batch(tiny_model, squares, tmp_path / "cache", range(8), finetuning)
@@ -89,13 +89,13 @@ def test_training_is_the_same_within_float16(tiny_model, encoded_images, squares
     assert encoded_images == [len(COLOURS)]  # before the first step, and never again
 
 
-def test_a_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):
+def test_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):
     train(make_model(), squares, tmp_path, "frozen", tmp_path / "cache")
     train(tiny_model, squares, tmp_path, "text", tmp_path / "cache")  # another mode, the same image encoder
     assert encoded_images == []
 
 
-def test_cached_tokens_are_the_encoders(tiny_model, tiny_processor, squares, tmp_path):
+def test_cached_tokens_equal_the_encoder_outputs(tiny_model, tiny_processor, squares, tmp_path):
     tiny_model.set_finetuning("frozen")
     known, collate = cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
     batch = collate([known[row] for row in (3, 20, 41)])
@@ -116,7 +116,7 @@ def test_cached_tokens_are_the_encoders(tiny_model, tiny_processor, squares, tmp
         torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=error[name])
 
 
-def test_a_reloaded_model_is_the_same(tiny_model, tmp_path):
+def test_reloaded_model_keeps_its_fingerprint(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     assert fingerprint([again.backbone], again, "x") == fingerprint([tiny_model.backbone], tiny_model, "x")
@@ -125,7 +125,7 @@ def test_a_reloaded_model_is_the_same(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["weights", "preprocessing", "picture", "nothing"])
-def test_any_change_is_encoded_anew(tiny_model, encoded_images, squares, tmp_path, change):
+def test_any_change_encodes_again(tiny_model, encoded_images, squares, tmp_path, change):
     tiny_model.set_finetuning("frozen")
     processor = make_processor()
     cache_features(tiny_model, processor, squares, tmp_path / "cache", progress=False)
@@ -149,7 +149,7 @@ def numbered(places):
     return [torch.full((1 + place % 3, 4), float(place)) for place in places], [place % 2 for place in places]
 
 
-def test_interrupted_builds_go_on(tmp_path, monkeypatch):
+def test_interrupted_builds_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
     digests = [sequence_digest(str(n)) for n in range(30)]
     encoded = []
@@ -171,7 +171,7 @@ def test_interrupted_builds_go_on(tmp_path, monkeypatch):
         assert torch.equal(cache[name], wanted.half()) and cache.position(name) == position
 
 
-def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
+def test_full_disk_keeps_finished_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
     digests = [sequence_digest(str(n)) for n in range(8)]
     cache = FeatureCache(tmp_path, "model")
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
     assert [d in again for d in digests] == [True] * 4 + [False] * 4
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_raise_with_their_path(tmp_path):
     FeatureCache(tmp_path, "model").fill([sequence_digest("a")], numbered, 1, "samples", progress=False)
     (file,) = (tmp_path / "model").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
@@ -196,14 +196,14 @@ def test_damaged_files_are_named(tmp_path):
         FeatureCache(tmp_path, "model")
 
 
-def test_broken_pictures_are_named(tiny_model, tiny_processor, squares, tmp_path):
+def test_broken_images_raise_with_their_row(tiny_model, tiny_processor, squares, tmp_path):
     tiny_model.set_finetuning("text")
     (tmp_path / "blue.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="reference picture of row 14 cannot be read"):  # two colours stand before
         cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
 
 
-def test_infinite_features_are_refused(tmp_path):
+def test_infinite_features_raise(tmp_path):
     def encode(places):
         return [torch.full((1, 4), 1e6) for _ in places], [0 for _ in places]
 
@@ -211,7 +211,7 @@ def test_infinite_features_are_refused(tmp_path):
         FeatureCache(tmp_path, "model").fill([sequence_digest("a")], encode, 1, "samples", progress=False)
 
 
-def test_what_cannot_be_cached_is_refused(tiny_model, tiny_processor, squares, tmp_path):
+def test_uncacheable_inputs_raise(tiny_model, tiny_processor, squares, tmp_path):
     with pytest.raises(ValueError, match="finetuning='both' trains them"):
         PVLFTrainingArguments(str(tmp_path), finetuning="both", feature_cache=str(tmp_path))
     with pytest.raises(ValueError, match="image encoder trains"):
@@ -227,7 +227,7 @@ def test_what_cannot_be_cached_is_refused(tiny_model, tiny_processor, squares, t
         trainer.train()
 
 
-def test_a_second_run_waits_for_the_first(tmp_path):
+def test_second_run_waits_for_the_first(tmp_path):
     """Two independent runs at once: everything is encoded once between them."""
     digests, encoded = [sequence_digest(str(n)) for n in range(12)], []
 
@@ -247,6 +247,7 @@ def test_a_second_run_waits_for_the_first(tmp_path):
     assert sorted(encoded) == list(range(12))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     script = Path(__file__).parent / "cache_in_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]

@@ -83,7 +83,7 @@ def index_options(name, tmp_path):
     return {"index": name, **({"uri": str(tmp_path / "gallery.db")} if name == "milvus" else {})}
 
 
-def test_exact_search_is_brute_force(build, tiny_model, tiny_processor):
+def test_exact_search_equals_brute_force(build, tiny_model, tiny_processor):
     gallery = build()
     benchmark = make_benchmark()
     assert gallery.ids == sorted(f"{'sub/' if c == 'white' else ''}{c}.png" for c in COLOURS)
@@ -154,7 +154,7 @@ def test_a_gallery_searches_alike_with_each_index(build, name, tmp_path, photos)
             ).search(text=TEXT)
 
 
-def test_only_what_changed_is_encoded(build, photos, tiny_model, tmp_path):
+def test_update_encodes_only_changed_images(build, photos, tiny_model, tmp_path):
     path = tmp_path / "kept"
     draw(1).save(photos / "copy.png")
     with counting(tiny_model) as counts:
@@ -178,7 +178,7 @@ def test_only_what_changed_is_encoded(build, photos, tiny_model, tmp_path):
     assert load_file(path / "embeddings.safetensors")["embeddings"].equal(updated.embeds)
 
 
-def test_an_interruption_loses_little(build, photos, tiny_model, tmp_path, monkeypatch):
+def test_interrupted_indexing_resumes(build, photos, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     path = tmp_path / "kept"
     with counting(tiny_model, fail_at=5), pytest.raises(KeyboardInterrupt):
@@ -269,7 +269,7 @@ def test_several_images_are_averaged(build):
     assert len(query.images) == 3
 
 
-def test_refinement_keeps_the_session(build, photos):
+def test_refinement_keeps_the_history(build, photos):
     gallery = build()
     first = gallery.search(photos / "red.png", TEXT, k=4)
     second = first.refine("more dark", pick=2)
@@ -287,7 +287,7 @@ def test_refinement_keeps_the_session(build, photos):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @torch.no_grad()
-def test_a_search_leaves_the_model_as_it_was(photos, tiny_processor, backbone):
+def test_search_leaves_the_model_unchanged(photos, tiny_processor, backbone):
     """Padding stays masked in the encoders, too: their own attention settings are not touched."""
     model, inputs = make_model(backbone), make_inputs(backbone)  # captions of different lengths
     before = model(**inputs)
@@ -472,6 +472,7 @@ def index_with_others(folder, kept):
     return gallery.ids, gallery.skipped, gallery.embeds.numpy(), counts[0]
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_path):
     (photos / "a_broken.png").write_bytes(b"no picture")
     draw(0).save(photos / "z_copy.png")
@@ -488,7 +489,7 @@ def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_
 # ---- what is an image, and what was left out ----
 
 
-def test_what_looks_like_an_image_and_is_not_indexed_is_named_with_the_remedy(build, photos, caplog, monkeypatch):
+def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplog, monkeypatch):
     ids = build().ids
     draw(0).save(photos / "download", "JPEG")
     draw(0).save(photos / "shot.tmp", "WEBP")
@@ -513,7 +514,7 @@ def test_what_looks_like_an_image_and_is_not_indexed_is_named_with_the_remedy(bu
     assert "skipped 6 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
 
 
-def test_a_name_that_is_no_text_costs_only_its_own_image(build, photos, tmp_path):
+def test_undecodable_file_name_skips_only_its_image(build, photos, tmp_path):
     ids = build().ids
     draw(0).save(photos / "odd.png")
     (photos / "odd.png").rename(photos / os.fsdecode(b"odd\xff.png"))
@@ -521,7 +522,7 @@ def test_a_name_that_is_no_text_costs_only_its_own_image(build, photos, tmp_path
     assert gallery.ids == ids and gallery.skipped == {"odd\\xff.png": "its name is not valid UTF-8: rename it"}
 
 
-def test_a_folder_of_other_formats_says_how_to_read_them(tmp_path, tiny_model, tiny_processor):
+def test_folder_of_other_formats_raises_with_a_remedy(tmp_path, tiny_model, tiny_processor):
     (tmp_path / "IMG_0001.HEIC").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 images .*it is a HEIC image, .*: convert it to JPEG"):
         Gallery.from_folder(tmp_path, tiny_model, tiny_processor, progress=False)
@@ -636,7 +637,7 @@ def hold(uri, ready, done):
     client.close()
 
 
-def test_a_milvus_database_that_cannot_be_used_is_named_before_encoding(build, tiny_model, tmp_path):
+def test_unusable_milvus_database_raises_before_encoding(build, tiny_model, tmp_path):
     index_options("milvus", tmp_path)
     (tmp_path / "folder.db").mkdir()
     (tmp_path / "folder.db" / "stray").write_text("")
@@ -651,7 +652,8 @@ def test_a_milvus_database_that_cannot_be_used_is_named_before_encoding(build, t
         assert counts == [0] and "secret" not in str(raised.value)
 
 
-def test_a_milvus_file_of_another_process_is_named_before_encoding(build, tiny_model, tmp_path):
+@pytest.mark.slow
+def test_locked_milvus_file_raises_before_encoding(build, tiny_model, tmp_path):
     index_options("milvus", tmp_path)
     uri, ready, done = str(tmp_path / "all.db"), tmp_path / "ready", tmp_path / "done"
     with ThreadPoolExecutor(1) as threads:
@@ -672,7 +674,7 @@ def test_a_milvus_file_of_another_process_is_named_before_encoding(build, tiny_m
 # ---- one missing image, wrong types, quantised models ----
 
 
-def test_a_missing_image_costs_only_its_own_cell(build, photos, caplog, monkeypatch):
+def test_missing_image_leaves_one_blank_cell(build, photos, caplog, monkeypatch):
     gallery = build()
     whole = gallery.search(text=TEXT, k=9)
     sheets = [np.asarray(whole.sheet(k=9))]
@@ -692,7 +694,7 @@ def test_a_missing_image_costs_only_its_own_cell(build, photos, caplog, monkeypa
         gallery.preview("nobody")
 
 
-def test_arguments_of_wrong_types_are_named(build, photos, tiny_model, tiny_processor):
+def test_arguments_of_wrong_types_raise(build, photos, tiny_model, tiny_processor):
     gallery, red, both = build(), photos / "red.png", (tiny_model, tiny_processor)
     rows = Dataset.from_dict({"image": [str(red)], "image_id": ["a"]}).cast_column("image", DatasetImage())
     lists = Dataset.from_dict({"image": [[str(red)]], "image_id": ["a"]}).cast_column("image", List(DatasetImage()))

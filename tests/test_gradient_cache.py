@@ -133,7 +133,7 @@ def test_gradients_are_shared_with_other_processes_once(tiny_model):
     assert len(entered) == 2 * 2  # forward and backward of two chunks of three
 
 
-def test_a_query_without_target_is_refused(tiny_model):
+def test_query_without_target_raises(tiny_model):
     inputs = make_inputs("blip")
     inputs["target_pixel_values"] = inputs["target_pixel_values"][:2]
     with pytest.raises(ValueError, match=r"a target for each query, but got \[2, 3\] rows"):

@@ -39,15 +39,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Model and processor as users save them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
 # ---- code in checkpoints ----
 
 
@@ -70,10 +61,10 @@ class Evil:
         "load = torch.load\ntorch.load = lambda *args, **options: load(*args, **{**options, 'weights_only': False})",
     ),
 )
-def test_weights_cannot_run_code(checkpoint, tmp_path, figure):
+def test_weights_cannot_run_code(tiny_checkpoint, tmp_path, figure):
     for name in ("config.json", "generation_config.json"):
-        if (checkpoint / name).exists():
-            (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+        if (tiny_checkpoint / name).exists():
+            (tmp_path / name).write_bytes((tiny_checkpoint / name).read_bytes())
     ran, stores = tmp_path / "ran", 0
     state = {**make_model().state_dict(), "evil": Evil(ran)}
     for protocol in (None, 2, 4):
@@ -111,13 +102,13 @@ from transformers import CLIPImageProcessor as EvilImageProcessor, CLIPProcessor
         "        self.vl_config = deepcopy(self.vl_config)",
     ),
 )
-def test_settings_cannot_run_code(checkpoint, tmp_path, monkeypatch, figure):
+def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure):
     ran, evil, folder = tmp_path / "ran", tmp_path / "evil", tmp_path / "folder"
     for place in (evil, folder):
         place.mkdir()
         (place / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
     kinds = ("Config", "Model", "Processor", "ImageProcessor", "Tokenizer")
-    files = [path for path in checkpoint.iterdir() if path.suffix not in (".py", "")]
+    files = [path for path in tiny_checkpoint.iterdir() if path.suffix not in (".py", "")]
     settings_files = ("config.json", "processor_config.json", "tokenizer_config.json")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked, and a user may say yes"))
     attempts = 0
@@ -194,7 +185,7 @@ def write_rows(folder, rows):
     "`allow_links`; the Hub's cache, which is made of links, works as it is",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, dict.fromkeys(", "list(dict.fromkeys("),
 )
-def test_triplets_stay_in_their_folder(photos, figure):
+def test_triplets_outside_their_folder_raise(photos, figure):
     refused = 0
     for escape in ESCAPES:
         with pytest.raises(ValueError, match=r"1 image names leave .*photos, first: \['.*secret.png'\]"):
@@ -225,7 +216,7 @@ def test_triplets_stay_in_their_folder(photos, figure):
     "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a circle of links ends",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
-def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figure):
+def test_gallery_images_outside_its_folder_raise(photos, tiny_model, tiny_processor, figure):
     def build(**options):
         return Gallery.from_folder(photos, tiny_model, tiny_processor, progress=False, **options).ids
 
@@ -250,7 +241,7 @@ def test_a_gallery_stays_in_its_folder(photos, tiny_model, tiny_processor, figur
     "Annotations of CIRR, FashionIQ and CIRCO name no image outside their folders",
     broken=("src/pvlf_hf/data/annotations.py", "if outside := [n for", "if 0 and [n for"),
 )
-def test_annotations_stay_in_their_folders(tmp_path, figure):
+def test_annotations_outside_their_folders_raise(tmp_path, figure):
     def edit(file, old, new):
         file.write_text(file.read_text().replace(old, new))
 
@@ -281,7 +272,7 @@ def test_annotations_stay_in_their_folders(tmp_path, figure):
     "A shard holds its images: one that names a file, or holds what is in no format that is read, is refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
-def test_shards_that_name_files_are_refused(tmp_path, figure):
+def test_shards_that_name_files_raise(tmp_path, figure):
     triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
     (file,) = write_shards(triplets, tmp_path / "shards")
     table = pq.read_table(file).to_pylist()
@@ -311,7 +302,7 @@ def triplets_features():
     "A gallery from the Hub that names files of this machine is refused",
     broken=("src/pvlf_hf/search/gallery_files.py", "if local := [path for", "if 0 and [path for"),
 )
-def test_hub_galleries_that_name_files_are_refused(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
+def test_hub_galleries_that_name_files_raise(photos, tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     cache = tmp_path / "hub"
     snapshot = cache / "datasets--you--gallery/snapshots/abc"
     (cache / "datasets--you--gallery/refs").mkdir(parents=True)
@@ -455,7 +446,7 @@ def good_reference(folder):
         "content += part",
     ),
 )
-def test_limits_on_images_can_be_set(tmp_path, monkeypatch, figure):
+def test_image_limits_can_be_set(tmp_path, monkeypatch, figure):
     file, eps = tmp_path / "a.png", tmp_path / "a.eps"
     file.write_bytes(encoded("PNG", Image.effect_noise((64, 64), 50)))
     eps.write_bytes(encoded("EPS"))
@@ -576,6 +567,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
 # ---- edited at random ----
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     4,
     "Whatever is done to the bytes of an image, an annotation, a table or a submission file, its reader answers or "
@@ -587,7 +579,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
     ),
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_edited_files_are_refused_or_read(target, tmp_path, figure):
+def test_edited_files_raise_or_load(target, tmp_path, figure):
     seeds, counts = TARGETS[target][1](), [0]
     cuts = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3)))
     settled = {"derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}

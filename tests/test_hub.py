@@ -14,6 +14,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 TOKENS = {"hf_owner": ("you", True), "hf_reader": ("you", False), "hf_other": ("someone", True)}
 FIGURES = {"recall@1": 0.25, "recall_subset@1": 0.5}
@@ -50,7 +52,7 @@ create_tag("you/parts", tag="v1")
 models["second"].push_to_hub("you/parts", revision="next")
 processor.push_to_hub("you/parts")  # loads the card there and writes it again
 
-# At once: a folder with model, processor, results, card and picture.
+# At once: a folder with model, processor, results, card and image.
 models["first"].save_pretrained(folder / "whole")
 processor.save_pretrained(folder / "whole")
 (folder / "whole" / "results.json").write_text(json.dumps(results))
@@ -170,7 +172,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A picture and what a run would have recorded."""
+    """An image and what a run would have recorded."""
     folder = tmp_path_factory.mktemp("hub")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
@@ -214,7 +216,7 @@ def stranger(hub, published, folder, tmp_path_factory):
     return home
 
 
-def test_a_stranger_gets_the_same_outputs(published, stranger, folder):
+def test_downloaded_model_gives_the_same_outputs(published, stranger, folder):
     ours, theirs = load_file(folder / "published.safetensors"), load_file(folder / "online.safetensors")
     versions = {"you/parts@main": "first", "you/parts@v1": "first", "you/parts@next": "second", "you/whole": "first"}
     versions["you/secret@hf_owner"] = "first"
@@ -222,7 +224,7 @@ def test_a_stranger_gets_the_same_outputs(published, stranger, folder):
     assert {name: version for name in theirs for version in ours if theirs[name].equal(ours[version])} == versions
 
 
-def test_once_loaded_no_network_is_needed(hub, stranger, folder):
+def test_cached_model_loads_offline(hub, stranger, folder):
     asked = len(hub.requests)
     run(
         STRANGER,
@@ -240,7 +242,7 @@ def test_once_loaded_no_network_is_needed(hub, stranger, folder):
     assert all(online[name].equal(offline[name]) for name in online)
 
 
-def test_weights_travel_as_regular_and_as_large_files(hub, published):
+def test_weights_upload_as_regular_and_large_files(hub, published):
     kinds = {name: its.commits[its.branches["main"]].files["model.safetensors"].lfs for name, its in published.items()}
     assert {name: kinds[name] for name in ("you/parts", "you/whole", "you/secret")} == {
         "you/parts": False,
@@ -250,7 +252,7 @@ def test_weights_travel_as_regular_and_as_large_files(hub, published):
     assert any(request.startswith("PUT /large-files/") for request in hub.requests)
 
 
-def test_a_folder_is_one_commit_with_all_that_belongs_to_it(published, folder):
+def test_push_commits_the_whole_folder_once(published, folder):
     repository = published["you/whole"]
     assert len(repository.history()) == 2  # the Hub's own and ours
     files = repository.commits[repository.branches["main"]].files
@@ -260,7 +262,7 @@ def test_a_folder_is_one_commit_with_all_that_belongs_to_it(published, folder):
 
 
 @pytest.mark.parametrize("name", ["you/parts", "you/whole", "you/secret"])
-def test_the_card_states_the_results(published, name):
+def test_pushed_card_states_the_results(published, name):
     repository = published[name]
     card = ModelCard(repository.commits[repository.branches["main"]].files["README.md"].content.decode())
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == FIGURES
@@ -269,7 +271,7 @@ def test_the_card_states_the_results(published, name):
     assert f'from_pretrained("{name}", trust_remote_code=True)' in card.text
 
 
-def test_a_token_that_only_reads_is_refused_in_words(published, folder):
+def test_read_only_token_raises(published, folder):
     refusal = (folder / "refusal.txt").read_text()
     assert "403 Forbidden: this token does not have the rights to write to you's repositories" in refusal
 
@@ -282,7 +284,7 @@ def trained(hub, published, folder, tmp_path_factory):
     return hub.repositories["you/trained"]
 
 
-def test_the_trainer_pushes_while_it_trains(trained):
+def test_trainer_pushes_during_training(trained):
     steps = [f"Training in progress, step {step}" for step in (1, 2)]
     assert trained.history() == ["initial commit", *steps, "Trained", "Measured"]
     files = trained.commits[trained.branches["main"]].files
@@ -299,7 +301,7 @@ def test_the_trainer_pushes_while_it_trains(trained):
         "            pass",
     ),
 )
-def test_a_push_is_of_its_step(trained, folder, figure):
+def test_push_uploads_the_checkpoint_of_its_step(trained, folder, figure):
     pushed = {commit.message: commit.files for commit in trained.commits.values()}
     for step in (1, 2):
         written = folder / "you" / "trained" / f"checkpoint-{step}" / "model.safetensors"
@@ -307,7 +309,7 @@ def test_a_push_is_of_its_step(trained, folder, figure):
     figure("2 pushes, the bytes of their checkpoints")
 
 
-def test_the_trainers_card_is_ours(trained):
+def test_trainer_pushes_a_pvlf_card(trained):
     cards = {
         commit.message: ModelCard(commit.files["README.md"].content.decode())
         for commit in trained.commits.values()
@@ -319,7 +321,7 @@ def test_the_trainers_card_is_ours(trained):
     assert len(cards["Measured"].data.eval_results) == len(FIGURES) and cards["Measured"].data.license == "apache-2.0"
 
 
-def test_the_trainer_refuses_before_the_first_step(trained, folder):
+def test_trainer_raises_before_the_first_step(trained, folder):
     refusals = json.loads((folder / "refusals.json").read_text())
     for refusal, name in zip(refusals, ("you/parts", "you/new", "you/parts"), strict=True):
         assert f"this token may not write to {name} on the Hub: log in with one that may" in refusal

@@ -1,4 +1,4 @@
-"""`PVLFImageProcessor` against the public reference's pixels, and on every kind of picture a user may have."""
+"""`PVLFImageProcessor` against the public reference's pixels, and on every kind of image a user may have."""
 
 import base64
 import io
@@ -61,7 +61,7 @@ def test_pixels_equal_the_reference(name, pad):
 
 
 def test_transparency_is_the_only_difference_for_rgba():
-    # The reference drops the alpha channel at the very end; we composite on white at the very start. In the picture
+    # The reference drops the alpha channel at the very end; we composite on white at the very start. In the image
     # that is neither padded nor resized nothing else happens: ours is its colours mixed with white by alpha.
     values = PIXELS["same_size_rgba.pixels"]
     colours, alpha = values[..., :3], values[..., 3:] / 255
@@ -89,7 +89,7 @@ def test_palette_is_applied_before_padding_and_resizing():
     picture = fixture_picture("palette")
     for pad, ratio in RATIOS.items():
         assert np.array_equal(pixels(picture, 32, ratio), pixels(picture.convert("RGB"), 32, ratio))
-        # The reference resizes and pads palette *indices*: colours that are not in the picture turn up.
+        # The reference resizes and pads palette *indices*: colours that are not in the image turn up.
         assert not np.array_equal(pixels(picture, 32, ratio), PIXELS[f"palette.{pad}.32.u8"])
 
 
@@ -100,7 +100,7 @@ def test_crop_offset_rounds_half_to_even():
         assert processor().center_crop(image, processor().crop_size)[0, 0, 0] == top
 
 
-# ---- kinds of pictures ----
+# ---- kinds of images ----
 
 
 def test_defaults_are_blip_at_384():
@@ -118,7 +118,7 @@ def test_opaque_modes_become_rgb_first(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "P"])
-def test_transparent_is_white(mode):
+def test_transparent_pixels_become_white(mode):
     picture = Image.new("RGBA", (32, 32), (200, 0, 0, 0)).convert("LA" if mode == "LA" else "RGBA")
     if mode == "P":
         picture = Image.new("P", (32, 32))
@@ -129,7 +129,7 @@ def test_transparent_is_white(mode):
     assert (pixels(picture) == 255).all()
 
 
-def test_half_transparent_is_composited():
+def test_half_transparent_pixels_are_composited():
     assert (pixels(Image.new("RGBA", (32, 32), (0, 0, 0, 128))) == 127).all()
 
 
@@ -138,7 +138,7 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
     assert np.array_equal(pixels(Image.fromarray(values))[..., 0], values >> 8)
 
 
-def test_arrays_and_tensors_equal_the_pil_picture():
+def test_arrays_and_tensors_equal_the_pil_image():
     for mode in ("RGB", "RGBA", "L"):
         picture = random_picture(mode)
         expected, array = pixels(picture), np.asarray(picture)
@@ -183,11 +183,11 @@ def test_batches_of_every_shape():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 500), (500, 3), (1, 5000), (5000, 1)])
-def test_tiny_and_elongated_pictures_work(size):
+def test_tiny_and_elongated_images_are_resized(size):
     assert pixels(random_picture(size=size)).shape == (32, 32, 3)
 
 
-def test_too_elongated_is_refused_before_the_memory_is_spent(monkeypatch):
+def test_too_elongated_images_raise_before_allocation(monkeypatch):
     with pytest.raises(ValueError, match="so elongated that padding it .* makes 31999 x 40000 pixels.*crop it first"):
         pixels(Image.new("L", (1, 40000)))
     with pytest.raises(ValueError, match="so elongated that resizing .* makes 384 x 1920000"):
@@ -199,7 +199,7 @@ def test_too_elongated_is_refused_before_the_memory_is_spent(monkeypatch):
 # ---- files ----
 
 
-def test_files_urls_and_exif_orientation(tmp_path):
+def test_files_and_urls_are_read_upright(tmp_path):
     picture = random_picture(size=(60, 40))
     expected = pixels(picture)
     picture.save(tmp_path / "a.png")
@@ -215,13 +215,13 @@ def test_files_urls_and_exif_orientation(tmp_path):
         assert np.array_equal(pixels(opened), expected)
 
 
-def test_first_frame_of_a_gif(tmp_path):
+def test_gif_gives_its_first_frame(tmp_path):
     frames = [Image.new("L", (32, 32), value) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (pixels(tmp_path / "a.gif") == 10).all()
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_unreadable_files_raise_with_their_path(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read picture '.*missing\.png'.*No such file"):
         pixels(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("not a picture")
@@ -252,12 +252,12 @@ def test_unreadable_files_are_named(tmp_path):
         (torch.full((3, 5, 5), torch.nan), r"must lie in \[0, 1\], got \[nan"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(picture, message):
+def test_inputs_that_are_no_image_raise(picture, message):
     with pytest.raises(ValueError, match=message):
         pixels(picture)
 
 
-def test_bad_settings_are_named():
+def test_invalid_settings_raise():
     picture = random_picture()
     with pytest.raises(
         ValueError, match="crop_size 384 x 384 is larger than the resized picture.*set size and crop_size"
@@ -271,7 +271,7 @@ def test_bad_settings_are_named():
         processor()(picture, target_ration=1.0)
 
 
-def test_save_and_load(tmp_path):
+def test_saving_and_loading_keeps_settings(tmp_path):
     saved = processor(48, ratio=1.0, image_mean=[0.5, 0.5, 0.5])
     saved.save_pretrained(tmp_path / "one")
     loaded = PVLFImageProcessor.from_pretrained(tmp_path / "one")

@@ -112,20 +112,20 @@ def imports_of(module):
     return ours, others
 
 
-def test_every_module_has_its_place():
+def test_every_module_is_in_the_import_order():
     found = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
     modules = [".".join(path.parts) for path in found if "evaluate_modules" not in path.parts]
     assert sorted(name for name in modules if not name.endswith("__init__")) == sorted(ORDER)
 
 
-def test_arrows_point_one_way():
+def test_imports_run_one_way():
     for place, module in enumerate(ORDER):
         ours, others = imports_of(module)
         assert set(ours) <= set(ORDER[:place]), f"{module} imports a module that stands after it in ORDER"
         assert "pvlf_hf" not in others, f"{module} imports its own package by name"
 
 
-def test_what_travels_stands_alone():
+def test_checkpoint_code_imports_only_itself():
     for module in TRAVELLING:
         ours, others = imports_of(module)
         assert set(ours) <= set(TRAVELLING)
@@ -145,12 +145,12 @@ def test_importing_the_package_imports_only_the_models():
     assert at_import == ["models"]
 
 
-def test_no_module_is_longer_than_a_reader_keeps_in_mind():
+def test_modules_stay_below_450_lines():
     lengths = {module: len(path_of(module).read_text().splitlines()) for module in ORDER}
     assert {module: length for module, length in lengths.items() if length > 450} == {}
 
 
-def test_a_folder_says_what_lives_there_and_hands_it_on():
+def test_folders_describe_and_export_their_names():
     handed_on = set()
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
         package = importlib.import_module(f"pvlf_hf.{folder.name}")

@@ -38,13 +38,14 @@ def kill(*arguments):
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "
     "work done again, the same bits in weights, index and metrics",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
-def test_kills(figure):
+def test_killed_runs_resume_bit_equal(figure):
     summary = kill("--kills=4", "--seed=1", "--kinds", "train", "evaluate", "gallery", "cache")
     figure(f"{summary.split(',')[0]}, all results bit-equal to runs left alone, no unreadable file")
 
@@ -58,7 +59,7 @@ def test_kills(figure):
         "if True:",
     ),
 )
-def test_a_complete_run_is_complete(squares, tiny_processor, tmp_path, figure):
+def test_finished_run_is_not_trained_again(squares, tiny_processor, tmp_path, figure):
     whole = train(squares, tiny_processor, tmp_path / "run", 3)
     again = train(squares, tiny_processor, tmp_path / "run", 3)
     assert again.state.global_step == 3
@@ -92,7 +93,7 @@ class FirstIsBest(TrainerCallback):
     "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half stays",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
-def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monkeypatch, figure):
+def test_failed_save_leaves_no_partial_checkpoint(squares, tiny_processor, tmp_path, monkeypatch, figure):
     with pytest.raises(Killed):
         train(squares, tiny_processor, tmp_path, 3, [FirstIsBest(monkeypatch)], save_total_limit=1)
     files = {folder.name: {file.name for file in folder.iterdir()} for folder in tmp_path.glob("checkpoint-*")}
@@ -106,7 +107,7 @@ def test_no_half_of_a_checkpoint_is_left(squares, tiny_processor, tmp_path, monk
     "`results.json` stands for a finished run: killed before the values of its queries are in place, there is none",
     broken=("src/pvlf_hf/evaluation/results.py", "file.unlink(missing_ok=True)", "pass"),
 )
-def test_results_and_their_queries_are_of_one_run(tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
+def test_results_and_queries_belong_to_one_run(tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
     evaluation = evaluate(tiny_model, tiny_processor, make_benchmark(), progress=False)
     file = tmp_path / "results.json"
     write_results(file, [evaluation], run=1)
@@ -316,7 +317,7 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
         "    with __import__('contextlib').nullcontext(file) as partial:",
     ),
 )
-def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
+def test_full_disk_keeps_the_last_checkpoint(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
     figure(hinder(full, disk, tmp_path, squares, tiny_model, tiny_processor))
 
 
@@ -329,5 +330,5 @@ def test_a_full_disk(disk, tmp_path, squares, tiny_model, tiny_processor, figure
         "    except RuntimeError as error:",
     ),
 )
-def test_a_read_only_folder(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
+def test_read_only_folder_raises(disk, tmp_path, squares, tiny_model, tiny_processor, figure):
     figure(hinder(read_only, disk, tmp_path, squares, tiny_model, tiny_processor))

@@ -61,7 +61,7 @@ def embed_error(model, backbone):
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_exactly_the_adapter_moves(backbone, squares, tmp_path, tiny_processor):
+def test_training_moves_only_the_adapter(backbone, squares, tmp_path, tiny_processor):
     plain = base_model(tmp_path / "base", backbone)
     untouched, error = embed(plain, backbone), embed_error(plain, backbone)
     model = with_lora(plain, modules_to_save=["aggregation"])
@@ -75,7 +75,7 @@ def test_exactly_the_adapter_moves(backbone, squares, tmp_path, tiny_processor):
         assert any(part in name for name in adapter), part
 
 
-def test_learning_rates(squares, tmp_path, tiny_processor):
+def test_adapter_has_the_learning_rate_of_the_fusion(squares, tmp_path, tiny_processor):
     model = with_lora(make_model(), modules_to_save=["text_proj"])
     args = {"learning_rate": 1e-4, "encoder_learning_rate": 1e-6}
     optimizer = make_trainer(model, tmp_path, squares, tiny_processor, **args).create_optimizer()
@@ -86,7 +86,7 @@ def test_learning_rates(squares, tmp_path, tiny_processor):
         assert rate == (1e-6 if "text_proj" in name else 1e-4), name  # the encoder's own weights keep its rate
 
 
-def test_a_checkpoint_is_the_adapter_and_resumes(squares, tmp_path, tiny_processor):
+def test_checkpoint_holds_only_the_adapter_and_resumes(squares, tmp_path, tiny_processor):
     def run(folder, resume=None, **kwargs):
         model = with_lora(base_model(tmp_path / "base"), modules_to_save=["aggregation"])
         trainer = make_trainer(model, folder, squares, tiny_processor, save_steps=2, save_strategy="steps", **kwargs)
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_the_adapter_and_resumes(squares, tmp_path, tiny_process
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_saved_loaded_and_merged(backbone, squares, tmp_path, tiny_processor):
+def test_adapter_saves_loads_and_merges(backbone, squares, tmp_path, tiny_processor):
     base = base_model(tmp_path / "base", backbone)
     untouched = embed(base, backbone)
     model = with_lora(base)
@@ -128,7 +128,7 @@ def test_saved_loaded_and_merged(backbone, squares, tmp_path, tiny_processor):
     assert all(p.requires_grad for p in merged.parameters())  # PEFT had frozen them
 
 
-def test_evaluation_and_gallery_take_the_adapter_along(squares, tmp_path, tiny_processor):
+def test_evaluation_and_gallery_use_the_adapter(squares, tmp_path, tiny_processor):
     model = with_lora(make_model())
     trainer = make_trainer(model, tmp_path / "run", squares, tiny_processor)
     trainer.train()

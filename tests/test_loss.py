@@ -131,7 +131,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(loss, focal_info_nce(queries.float(), targets.float()), rtol=0, atol=0)
 
 
-def test_autocast_does_not_reach_it():
+def test_loss_ignores_autocast():
     queries, targets = unit(4), unit(4, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         loss = focal_info_nce(queries, targets)
@@ -140,7 +140,7 @@ def test_autocast_does_not_reach_it():
 
 def test_equal_targets_are_no_negatives():
     queries, targets = unit(4), unit(4, seed=1)
-    targets[2] = targets[0]  # queries 0 and 2 want the same picture
+    targets[2] = targets[0]  # queries 0 and 2 want the same image
     loss = focal_info_nce(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))
     error = exact_loss(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))[1].value.item()
     assert loss.item() == pytest.approx(slow_loss(queries, targets, 0.1, target_ids=[5, 6, 5, 7]), abs=error)
@@ -207,6 +207,6 @@ def test_chunks_hold_few_similarities():
     assert sum(kept) < 4 * 60
 
 
-def test_too_few_targets_are_refused():
+def test_too_few_targets_raise():
     with pytest.raises(ValueError, match="3 queries but 2 targets"):
         focal_info_nce(unit(3), unit(2))

@@ -277,7 +277,7 @@ def test_recalls_equal_the_reference(case):
         ("error_duplicate_member", r"subset_index of query 0 is \[3, 3, .* repeats a member"),
     ],
 )
-def test_inputs_the_reference_rejects_are_refused_with_a_reason(name, message):
+def test_inputs_the_reference_rejects_raise(name, message):
     (case,) = (c for c in FIXTURE["cases"] if c["name"] == name)
     scores, target, excluded, subset = reference_case(case)
     with pytest.raises(ValueError, match=message):
@@ -328,13 +328,13 @@ def test_top_k_equals_the_reference_submission(case):
         ({"ties": "none"}, r"ties='none': choose one of \('gallery order', 'best', 'worst'\)"),
     ],
 )
-def test_bad_inputs_are_named(change, message):
+def test_invalid_embeddings_raise(change, message):
     inputs = {"query_embeds": torch.eye(2), "gallery_embeds": torch.ones(4, 2), "target_index": torch.tensor([0, 1])}
     with pytest.raises(ValueError, match=message):
         target_ranks(**(inputs | change))
 
 
-def test_bad_subsets_scores_and_cut_offs_are_named():
+def test_invalid_subsets_scores_and_cutoffs_raise():
     scores, target = torch.zeros(2, 4), torch.tensor([0, 1])
     for subset in (torch.tensor([[0, 4], [1, 2]]), torch.tensor([[0, -2], [1, 2]])):
         with pytest.raises(ValueError, match="subset_index of query 0 .* gallery of 4"):
@@ -375,7 +375,7 @@ def test_bad_subsets_scores_and_cut_offs_are_named():
         ([[0, 1]], r"positive_index must have shape \(2, members\), got \(1, 2\)"),
     ],
 )
-def test_bad_positives_are_named(positives, message):
+def test_invalid_positives_raise(positives, message):
     with pytest.raises(ValueError, match=message):
         positive_ranks(torch.eye(2), torch.ones(4, 2), torch.tensor(positives), torch.tensor([2, 3]))
 
@@ -389,7 +389,7 @@ def test_bad_positives_are_named(positives, message):
         ([[], []], r"ranks must have shape \(queries, positives\)"),
     ],
 )
-def test_bad_ranks_of_positives_are_named(ranks, message):
+def test_invalid_ranks_of_positives_raise(ranks, message):
     with pytest.raises(ValueError, match=message):
         map_at_k(torch.tensor(ranks), [5])
 
@@ -409,7 +409,7 @@ def test_bad_ranks_of_positives_are_named(ranks, message):
         ({"ranked": [], "positives": []}, "at least one query"),
     ],
 )
-def test_bad_lists_are_named(change, message):
+def test_invalid_ranked_lists_raise(change, message):
     lists = {"ranked": [["a", "b"], ["b", "c"]], "positives": [["a"], ["c"]]}
     with pytest.raises(ValueError, match=message):
         ranks_from_lists(**(lists | change))

@@ -51,7 +51,7 @@ def by_hand(card):
     return re.split(r"<!-- pvlf-hf: \w+ -->.*?<!-- pvlf-hf: end of \w+ -->", body, flags=re.DOTALL)
 
 
-def test_figures_are_those_of_the_file(results):
+def test_card_figures_equal_the_results_file(results):
     card = render_card(results, "you/mine")
     rows = [line.strip("| ").split(" | ") for line in section(card, "results").splitlines() if "squares" in line]
     assert [row[2] for row in rows] == ["composed", "image"]
@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_file(results):
     assert entry["dataset"]["args"] == results["evaluations"][0]["protocol"]
 
 
-def test_protocol_training_and_environment_are_those_of_the_file(results):
+def test_protocol_training_and_environment_come_from_the_file(results):
     card = render_card(results, "you/mine")
     protocols, training = section(card, "protocols"), section(card, "training")
     assert protocols.count("| squares | |") == 1  # one card, by whatever methods it was measured
@@ -76,7 +76,7 @@ def test_protocol_training_and_environment_are_those_of_the_file(results):
 
 
 @pytest.mark.parametrize("absent", ["evaluations", "environment", "training", "all"])
-def test_what_is_not_recorded_is_said_not_to_be(results, absent):
+def test_missing_facts_are_stated_as_not_recorded(results, absent):
     known = {} if absent == "all" else {name: its for name, its in results.items() if name != absent}
     card = render_card(known, "you/mine")
     if absent in ("evaluations", "all"):
@@ -90,7 +90,7 @@ def test_what_is_not_recorded_is_said_not_to_be(results, absent):
         assert not any(re.search(r"\d", section(card, name)) for name in SECTIONS[:1] + SECTIONS[2:5])
 
 
-def test_metadata(results, tmp_path):
+def test_card_metadata_names_model_task_and_results(results, tmp_path):
     data = ModelCard(render_card(results, "you/mine", license="bsd-3-clause", tags="fashion")).data
     assert (data.library_name, data.pipeline_tag, data.license) == (
         "transformers",
@@ -105,7 +105,7 @@ def test_metadata(results, tmp_path):
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-def test_what_the_author_wrote_is_kept(results, line_end):
+def test_text_of_the_author_is_kept(results, line_end):
     card = render_card({}, "you/mine", language="en").replace("\n", line_end)
     author = "Ours – ünïcode,  two spaces  " + line_end
     card = card.replace("# mine", author + "# mine").replace("## Citation", author * 2 + "## Citing") + author
@@ -123,7 +123,7 @@ def test_what_the_author_wrote_is_kept(results, line_end):
     assert ModelCard(withdrawn).data.base_model == "Salesforce/blip-itm-base-coco"
 
 
-def test_the_library_may_rewrite_a_card(results):
+def test_cards_survive_rewriting_by_the_library(results):
     card = render_card(results, "you/mine", license="mit")
     rewritten = str(ModelCard(card))  # as model.push_to_hub and processor.push_to_hub do
     assert ModelCard(rewritten).text == ModelCard(card).text
@@ -131,7 +131,7 @@ def test_the_library_may_rewrite_a_card(results):
     assert render_card(results, "you/mine", rewritten, license="mit") == rewritten
 
 
-def test_a_section_taken_out_stays_out_and_a_foreign_card_gets_all(results):
+def test_removed_sections_stay_removed_and_foreign_cards_get_all(results):
     card = render_card(results, "you/mine")
     without = card.replace(f"<!-- pvlf-hf: usage -->{section(card, 'usage')}<!-- pvlf-hf: end of usage -->", "See us.")
     assert render_card(results, "you/mine", without) == without
@@ -149,7 +149,7 @@ def test_a_section_taken_out_stays_out_and_a_foreign_card_gets_all(results):
         lambda card: card + "<!-- pvlf-hf: results --><!-- pvlf-hf: end of results -->",
     ],
 )
-def test_damaged_markers_are_named(results, damage):
+def test_damaged_markers_raise(results, damage):
     with pytest.raises(ValueError, match="one <!-- pvlf-hf: results --> and after it one"):
         render_card(results, "you/mine", damage(render_card(results, "you/mine")))
 
@@ -172,7 +172,7 @@ def test_tables_of_other_metrics_and_aspects():
     ]
 
 
-def test_a_checkpoints_folder(results, results_file, tmp_path):
+def test_checkpoint_folder_gets_a_card(results, results_file, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     assert "Not measured." in write_card(folder).read_text(encoding="utf-8")
@@ -186,5 +186,5 @@ def test_a_checkpoints_folder(results, results_file, tmp_path):
     assert write_card(folder, "you/mine", results_file).read_text(encoding="utf-8") == card
 
 
-def test_the_citation_is_the_readmes():
+def test_citation_equals_the_readme():
     assert section(render_card({}, "x"), "citation").strip() in (ROOT / "README.md").read_text(encoding="utf-8")

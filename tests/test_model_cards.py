@@ -88,7 +88,7 @@ def test_readme_states_the_scores_of_the_checkpoints():
 
 
 @torch.no_grad()
-def test_the_shipped_model_reaches_its_numbers():
+def test_shipped_model_reaches_its_scores():
     """Evaluates the plain tier again: the committed weights are those that were measured."""
     measured = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())["metrics"]["plain"]
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
@@ -97,7 +97,7 @@ def test_the_shipped_model_reaches_its_numbers():
     queries, gallery = embed(model, processor, benchmark, batch_size=128, progress=False)
     outcome = score(benchmark, queries, gallery)
     again, ranks = outcome.metrics, torch.tensor(outcome.per_query["rank"])
-    # A picture that is as near to a query as its target, within rounding, may be found before or after it.
+    # An image that is as near to a query as its target, within rounding, may be found before or after it.
     cosines = queries @ gallery.T
     row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
     own = cosines[range(len(queries)), [row_of[target] for target in benchmark.queries["target_id"]]]

@@ -146,7 +146,7 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
 
 
 @torch.no_grad()
-def test_deep_drops_what_shallow_carries_on():
+def test_deep_prompts_are_dropped_and_shallow_prompts_kept():
     shallow, deep = make_model(prompt_depth=1), make_model(prompt_depth=2)
     deep.load_state_dict({**shallow.state_dict(), "fusion.prompts": shallow.fusion.prompts.expand(2, -1, -1)})
     inputs = query_of(make_inputs())
@@ -193,7 +193,7 @@ def test_composing_encoded_tokens_equals_encoding_them(backbone):
 
 
 @torch.no_grad()
-def test_tuples_hold_the_same(backbone):
+def test_tuple_outputs_equal_named_outputs(backbone):
     model, inputs = make_model(backbone), make_inputs(backbone)
     calls = [
         (model, inputs),
@@ -209,7 +209,7 @@ def test_tuples_hold_the_same(backbone):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_attentions_are_eager_whatever_the_configuration_says(backbone, caplog):
+def test_output_attentions_uses_eager_attention(backbone, caplog):
     """So a call that asks for them needs no switch, which other threads would see."""
     model, inputs = make_model(backbone), query_of(make_inputs(backbone))
     assert model.config._attn_implementation == "sdpa"
@@ -269,13 +269,13 @@ def test_loss_uses_the_settings():
         (("attention_mask",), "nothing to embed"),
     ],
 )
-def test_half_a_query_is_refused(given, advice):
+def test_incomplete_queries_raise(given, advice):
     inputs = make_inputs()
     with pytest.raises(ValueError, match=advice):
         make_model()(**{name: inputs[name] for name in given})
 
 
-def test_mistaken_inputs_are_refused():
+def test_mistaken_inputs_raise():
     model, inputs = make_model(), make_inputs()
     for given in (query_of(inputs), {"target_pixel_values": inputs["target_pixel_values"]}):
         with pytest.raises(ValueError, match="needs queries and target_pixel_values"):
@@ -343,7 +343,7 @@ def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end
 
 
 @torch.no_grad()
-def test_unmasked_padding_is_another_model():
+def test_unmasked_padding_changes_outputs():
     masked, transagg = make_model(), make_model(text_padding="transagg")
     transagg.load_state_dict(masked.state_dict())
     inputs = query_of(make_inputs())
@@ -361,7 +361,7 @@ def trainable_sides(finetuning):
 
 @pytest.mark.parametrize("finetuning", FINETUNING)
 @pytest.mark.parametrize(("residual", "aggregation", "depth"), list(product(RESIDUALS, AGGREGATIONS, (1, 2))))
-def test_gradient_reaches_what_trains_and_nothing_else(backbone, finetuning, residual, aggregation, depth):
+def test_gradient_reaches_only_trained_weights(backbone, finetuning, residual, aggregation, depth):
     model = make_model(
         backbone,
         prompt_depth=depth,
@@ -404,7 +404,7 @@ def test_frozen_encoders_stay_in_eval_mode(backbone, finetuning):
     assert not any(module.training for module in model.modules())
 
 
-def test_unknown_finetuning_is_refused(tiny_model):
+def test_unknown_finetuning_raises(tiny_model):
     with pytest.raises(ValueError, match="'all': choose one of .*'both', 'frozen', 'text'"):
         tiny_model.set_finetuning("all")
 
@@ -445,7 +445,7 @@ def gradient_error(model, dtype=torch.float32):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_what_nobody_reads_has_no_gradient_either(backbone, residual, attention):
+def test_skipped_outputs_do_not_change_gradients(backbone, residual, attention):
     """Gradients are the same whether the last layer is computed where it is read or everywhere."""
     model = make_model(backbone, residual=residual, temperature=1.0)
     model.set_attn_implementation(attention)
@@ -471,7 +471,7 @@ def test_training_lowers_the_loss(backbone):
 
 
 @torch.no_grad()
-def test_autocast_stays_close(backbone):
+def test_autocast_outputs_stay_close(backbone):
     model, inputs = make_model(backbone, temperature=0.1), make_inputs(backbone)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(**inputs)
@@ -508,7 +508,7 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("text_padding", ["masked", "transagg"])
-def test_attention_with_dropout_sees_what_it_sees_without(backbone, text_padding, attention):
+def test_attention_masks_are_kept_under_dropout(backbone, text_padding, attention):
     """A dropout so small that it keeps all, and scales by 1, takes its own path through attention on a CPU."""
     model = make_model(backbone, text_padding=text_padding, dropout=2.0**-25)
     model.set_finetuning("frozen")
@@ -548,7 +548,7 @@ def test_fused_blip_attention_equals_eager(tmp_path, dropout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_weights(backbone, dtype, tmp_path):
+def test_half_precision_weights_stay_close(backbone, dtype, tmp_path):
     model, inputs = make_model(backbone), make_inputs(backbone)
     model.save_pretrained(tmp_path)
     half = PVLFModel.from_pretrained(tmp_path, dtype=dtype)
@@ -564,7 +564,7 @@ def test_half_precision_weights(backbone, dtype, tmp_path):
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
 @torch.no_grad()
-def test_device_map(tiny_model, device_map, tmp_path):
+def test_device_map_loads_the_same_model(tiny_model, device_map, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     placed = PVLFModel.from_pretrained(tmp_path, device_map=device_map)
     inputs = {name: value.to(placed.device) for name, value in make_inputs().items()}
@@ -657,7 +657,7 @@ def test_new_weights_start_from_their_distributions(backbone, way, tmp_path):
         assert linear.bias.abs().max() <= bound and linear.bias.std() > 0
 
 
-def test_prompts_alone_missing_are_drawn_anew(tiny_model, tmp_path):
+def test_missing_prompts_are_initialised(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("fusion.prompts")
@@ -763,7 +763,7 @@ def test_pvlf_on_a_pretrained_encoder_trains_and_saves(backbone, tmp_path):
     assert torch.equal(again(**inputs).similarity, model(**inputs).similarity)
 
 
-def test_what_from_vl_pretrained_does_not_pass_on(backbone, tmp_path):
+def test_from_vl_pretrained_rejects_model_arguments(backbone, tmp_path):
     save_dual_encoder(backbone, tmp_path)
     model = PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
@@ -773,21 +773,21 @@ def test_what_from_vl_pretrained_does_not_pass_on(backbone, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [BlipModel, BlipForConditionalGeneration])
-def test_other_blip_checkpoints_are_refused(kind, tmp_path):
+def test_other_blip_checkpoints_raise(kind, tmp_path):
     text = {**CONFIGS["blip"]["text_config"], "encoder_hidden_size": 24}
     kind(BlipConfig(**{**CONFIGS["blip"], "text_config": text})).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks \d+ weights of BlipForImageTextRetrieval.*blip-itm-base-coco"):
         PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4)
 
 
-def test_other_architectures_are_refused(tmp_path):
+def test_other_architectures_raise(tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(bert).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert'; PVLF is built on one of .*Pass a BlipConfig or a CLIPConfig"):
         PVLFModel.from_vl_pretrained(tmp_path)
 
 
-def test_blip_base_with_eight_text_heads_is_refused(tmp_path):
+def test_blip_base_with_eight_text_heads_raises(tmp_path):
     BlipConfig().save_pretrained(tmp_path)  # the library's default; old conversions of BLIP base say so too
     assert json.loads((tmp_path / "config.json").read_text())["text_config"]["num_attention_heads"] == 8
     with pytest.raises(ValueError, match="Set text_config.num_attention_heads to 12"):

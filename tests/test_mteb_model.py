@@ -42,15 +42,12 @@ def miniature(name):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def checkpoints(tiny_checkpoint, tmp_path_factory):
     """Two models of one name."""
-    folders = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp("models") / "tiny"
-        make_model(seed=seed).save_pretrained(folder)
-        make_processor().save_pretrained(folder)
-        folders.append(str(folder))
-    return folders
+    other = tmp_path_factory.mktemp("models") / tiny_checkpoint.name
+    make_model(seed=1).save_pretrained(other)
+    make_processor().save_pretrained(other)
+    return [str(tiny_checkpoint), str(other)]
 
 
 def run(folder, name, cache=None):
@@ -61,18 +58,18 @@ def run(folder, name, cache=None):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_numbers_are_ours(checkpoints, name):
+def test_mteb_scores_equal_evaluate(checkpoints, name):
     scores = run(checkpoints[0], name)
     ranks = evaluate(make_model(), make_processor(), BENCHMARK, TASKS[name], progress=False).per_query["rank"]
     assert len(set(ranks)) > 2  # neither all hits nor all misses
     expected = {f"recall_at_{k}": fmean(rank < k for rank in ranks) for k in (1, 3, 5, 10)}
-    expected["ndcg_at_10"] = fmean(1 / log2(rank + 2) for rank in ranks)  # nine pictures: all within the first ten
+    expected["ndcg_at_10"] = fmean(1 / log2(rank + 2) for rank in ranks)  # nine images: all within the first ten
     expected["mrr_at_10"] = fmean(1 / (rank + 1) for rank in ranks)
     # MTEB rounds to five digits.
     assert {metric: scores[metric] for metric in expected} == pytest.approx(expected, abs=0.500001e-5)
 
 
-def test_results_of_other_weights_are_not_taken_from_the_cache(checkpoints, tmp_path):
+def test_cached_results_of_other_weights_are_not_used(checkpoints, tmp_path):
     cache, name = mteb.ResultCache(tmp_path), "CIRRIT2IRetrieval"
     first, second, again = (run(folder, name, cache)["ndcg_at_10"] for folder in (*checkpoints, checkpoints[0]))
     assert first == again != second

@@ -55,8 +55,9 @@ def same_text(one, other):
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
 
 
+@pytest.mark.slow
 @each_notebook
-def test_it_runs_and_shows_what_is_committed(path):
+def test_notebook_reproduces_its_committed_outputs(path):
     committed = nbformat.read(path, as_version=4)
     for before, after in zip(committed.cells, execute(path).cells, strict=True):
         assert printed(before).keys() == printed(after).keys(), before.source
@@ -69,7 +70,7 @@ def test_it_runs_and_shows_what_is_committed(path):
 
 
 @each_notebook
-def test_what_is_committed_is_one_run_from_top_to_bottom(path):
+def test_committed_outputs_are_one_run_in_order(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata == METADATA
@@ -91,7 +92,7 @@ METADATA = {
 
 
 def write(path):
-    """Executes a notebook and keeps what it shows: one stream of text a cell, pictures as small PNG."""
+    """Executes a notebook and keeps what it shows: one stream of text a cell, images as small PNG."""
     notebook = execute(path)
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, 1):

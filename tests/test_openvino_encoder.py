@@ -94,6 +94,7 @@ assert not asked, asked
 """
 
 
+@pytest.mark.slow
 def test_openvino_sends_no_telemetry(tmp_path):
     """OpenVINO's own converter sends statistics, unless it runs in a CI."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -126,6 +127,7 @@ assert seen
 """
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "Ctrl-C after a model encoded by OpenVINO was collected by another thread is no segmentation fault",

@@ -26,21 +26,13 @@ ASKED = [{"image": GALLERY[reference], "text": caption} for reference, caption, 
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(checkpoint):
-    return pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+def pipe(tiny_checkpoint):
+    return pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu")
 
 
 @torch.no_grad()
 def by_hand(model, processor, query, gallery=GALLERY, k=10):
-    """One query with one model call for each picture of the gallery."""
+    """One query with one model call for each image of the gallery."""
     embeds = torch.cat([model.get_image_features(**processor.process_targets(p)).pooler_output for p in gallery])
     asked = model.get_query_features(**processor.process_queries(query["image"], query["text"])).pooler_output[0]
     order = sorted(range(len(gallery)), key=lambda row: -float(asked @ embeds[row]))[:k]
@@ -54,13 +46,13 @@ def same(results, expected, backbone="blip"):
 
 
 def close(results, expected, **computed):
-    """The same pictures with the same scores, in any order."""
+    """The same images with the same scores, in any order."""
     scores = [{result["index"]: torch.tensor(result["score"]) for result in some} for some in (results, expected)]
     assert_close(*scores, rtol=0, atol=squares_error(**computed)["similarity"])
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_results_are_those_by_hand(backbone):
+def test_pipeline_equals_one_model_call_per_image(backbone):
     model, processor = make_model(backbone), make_processor()
     pipe = pipeline(TASK, model=model, processor=processor, gallery=GALLERY, device="cpu")
     assert type(pipe) is ComposedImageRetrievalPipeline
@@ -70,7 +62,7 @@ def test_results_are_those_by_hand(backbone):
         same(pipe(query["image"], text=query["text"]), by_hand(model, processor, query), backbone)
 
 
-def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
+def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
     files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
     for picture, file in zip(GALLERY, files, strict=True):
         picture.save(file)
@@ -81,13 +73,13 @@ def test_results_are_those_of_the_gallery_search(checkpoint, pipe, tmp_path):
         assert [result["image"] for result in results] == found.ids
         scores = [result["score"] for result in results]
         assert_close(scores, found.scores, rtol=0, atol=squares_error()["similarity"])
-        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of pictures that are not at hand, only their places
+        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of images that are not at hand, only their places
         assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
         assert in_embeds[0].keys() == {"score", "index"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_batches_give_what_single_queries_give(pipe, batch_size):
+def test_batches_equal_single_queries(pipe, batch_size):
     """Captions of different lengths, and a last batch that is not full."""
     expected = [pipe(query) for query in ASKED]
     images, texts = [query["image"] for query in ASKED], [query["text"] for query in ASKED]
@@ -103,15 +95,15 @@ def test_batches_give_what_single_queries_give(pipe, batch_size):
             same(one, other)
 
 
-def test_captions_are_padded_on_the_right_whatever_the_tokenizer_says(checkpoint, pipe):
-    other = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu")
+def test_pipeline_pads_captions_on_the_right(tiny_checkpoint, pipe):
+    other = pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu")
     other.tokenizer.padding_side = "left"  # BLIP's text embedding is the token at position 0
     for one, query in zip(other(ASKED, batch_size=5), ASKED, strict=True):
         same(one, pipe(query))
 
 
-def test_a_gallery_given_once_is_embedded_once(checkpoint):
-    pipe, calls = pipeline(TASK, model=checkpoint, gallery=GALLERY, device="cpu"), []
+def test_gallery_is_embedded_once(tiny_checkpoint):
+    pipe, calls = pipeline(TASK, model=tiny_checkpoint, gallery=GALLERY, device="cpu"), []
     pipe.model.register_forward_pre_hook(lambda *args: calls.append(args[2].keys()), with_kwargs=True)
     pipe(ASKED[0]), pipe(ASKED[1:])
     assert ["target_pixel_values" in names for names in calls] == [False] * 5
@@ -120,7 +112,7 @@ def test_a_gallery_given_once_is_embedded_once(checkpoint):
     assert len(pipe(ASKED[0])) == 9  # its own gallery is still there
 
 
-def test_a_gallery_in_many_forms(pipe):
+def test_pipeline_accepts_columns_arrays_and_embeddings(pipe):
     embeds = pipe.embed_gallery(GALLERY, batch_size=4)
     assert embeds.shape == (9, 32) and embeds.dtype == torch.float32
     assert_close(embeds.norm(dim=1), torch.ones(9), rtol=0, atol=unit_error(32))
@@ -130,14 +122,14 @@ def test_a_gallery_in_many_forms(pipe):
         close(pipe(ASKED[0], gallery=gallery), pipe(ASKED[0]))
 
 
-def test_equal_pictures_come_in_the_order_of_the_gallery(pipe):
+def test_equal_images_keep_gallery_order(pipe):
     gallery = [GALLERY[0], GALLERY[1]] * 40
     indices = [result["index"] for result in pipe(ASKED[0], gallery=pipe.embed_gallery(gallery), top_k=80)]
     assert indices in ([*range(0, 80, 2), *range(1, 80, 2)], [*range(1, 80, 2), *range(0, 80, 2)])
 
 
 @pytest.mark.parametrize("placed", ["device_map", "mapping", "offloaded", "bfloat16"])
-def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
+def test_pipeline_accepts_device_map_and_dtype(tiny_checkpoint, pipe, placed, tmp_path):
     modules = {"backbone": "cpu", "fusion": "disk", "aggregation": "disk"}
     options = {
         "device_map": {"device_map": "cpu"},
@@ -145,14 +137,14 @@ def test_device_map_and_dtype(checkpoint, pipe, placed, tmp_path):
         "offloaded": {"device_map": modules, "model_kwargs": {"offload_folder": str(tmp_path)}},
         "bfloat16": {"dtype": "bfloat16", "device_map": "cpu"},
     }[placed]
-    other = pipeline(TASK, model=str(checkpoint), gallery=GALLERY, **options)
+    other = pipeline(TASK, model=str(tiny_checkpoint), gallery=GALLERY, **options)
     assert other.dtype == (torch.bfloat16 if placed == "bfloat16" else torch.float32)
     assert (getattr(other.model, "hf_device_map", None) == modules) == (placed == "offloaded")
     for one, query in zip(other(ASKED, batch_size=3), ASKED, strict=True):
         close(one, pipe(query), dtype=other.dtype)
 
 
-def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
+def test_pipeline_disables_dropout_of_a_trained_model(pipe):
     model = make_model().train()
     trained = pipeline(TASK, model=model, processor=make_processor(), gallery=GALLERY, device="cpu")
     model.train()
@@ -180,13 +172,13 @@ def test_a_model_that_was_just_trained_does_not_drop_out(pipe):
         ),
     ],
 )
-def test_what_cannot_be_searched_says_what_to_change(pipe, call, advice):
+def test_invalid_queries_raise(pipe, call, advice):
     with pytest.raises(ValueError, match=advice):
         call(pipe)
 
 
-def test_without_gallery_or_with_another_model_says_what_to_change(checkpoint):
-    pipe = pipeline(TASK, model=checkpoint, device="cpu")
+def test_missing_gallery_or_other_model_raises(tiny_checkpoint):
+    pipe = pipeline(TASK, model=tiny_checkpoint, device="cpu")
     with pytest.raises(ValueError, match="no gallery to search in: pass it to the call, or once to pipeline"):
         pipe(ASKED[0])
     clip = AutoModel.from_config(make_model("clip").config.vl_config)
@@ -198,16 +190,16 @@ def test_no_queries_give_no_results(pipe):
     assert pipe([]) == []
 
 
-def test_the_task_is_registered_as_the_checkpoint_says(checkpoint):
+def test_task_is_registered_as_in_the_checkpoint(tiny_checkpoint):
     registered = PIPELINE_REGISTRY.supported_tasks[TASK]
     assert registered == {"impl": ComposedImageRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
-    said = json.loads((checkpoint / "config.json").read_text())["custom_pipelines"]
+    said = json.loads((tiny_checkpoint / "config.json").read_text())["custom_pipelines"]
     assert said == {
         TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
     }
 
 
-def test_a_saved_pipeline_is_a_whole_checkpoint(pipe, tmp_path):
+def test_saved_pipeline_is_a_complete_checkpoint(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "pipeline_pvlf.py").exists() and (tmp_path / "processor_config.json").exists()
     again = pipeline(TASK, model=str(tmp_path), gallery=GALLERY, device="cpu")
@@ -243,17 +235,20 @@ Path(again, "../results.json").write_text(json.dumps(results))
 """
 
 
-def test_without_the_package_the_folder_is_enough(checkpoint, pipe, tmp_path):
+@pytest.mark.slow
+def test_saved_pipeline_loads_without_the_package(tiny_checkpoint, pipe, tmp_path):
     file = str(tmp_path / "red.png")
     GALLERY[0].save(file)
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     env.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(checkpoint), str(tmp_path / "again"), file]
+    command = [sys.executable, "-c", STRANGER, str(tiny_checkpoint), str(tmp_path / "again"), file]
     run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     expected = pipe(PILImage.open(file), text="the same but red", gallery=[file] * 3, top_k=2)
     for results in json.loads((tmp_path / "results.json").read_text()):
         same(results, expected)
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again")]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tiny_checkpoint, tmp_path / "again")]
     assert configs[0]["custom_pipelines"] == configs[1]["custom_pipelines"]
-    assert {path.name for path in Path(tmp_path, "again").iterdir()} == {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in Path(tmp_path, "again").iterdir()} == {
+        path.name for path in tiny_checkpoint.iterdir()
+    }

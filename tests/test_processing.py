@@ -59,7 +59,7 @@ def test_captions_are_padded_to_the_longest_and_truncated():
     assert make_processor().max_text_length == 35
 
 
-def test_captions_are_padded_on_the_right_whatever_the_tokenizer_says():
+def test_captions_are_padded_on_the_right():
     tokenizer = bert_tokenizer()
     tokenizer.padding_side = "left"
     assert make_processor(tokenizer)(text=["red", "the same"])["input_ids"].tolist() == [[2, 9, 3, 0], [2, 5, 6, 3]]
@@ -125,7 +125,7 @@ def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
         ({"images": "nowhere.png", "text": "red"}, "cannot read picture 'nowhere.png'"),
     ],
 )
-def test_bad_inputs_are_named(inputs, message):
+def test_invalid_inputs_raise(inputs, message):
     with pytest.raises(ValueError, match=message):
         make_processor()(**inputs)
 
@@ -175,6 +175,6 @@ def test_settings_are_taken_by_the_librarys_names():
         ({"text": "red", "text_kwargs": {"padding_side": "left"}}, "'padding_side'. are no settings for captions"),
     ],
 )
-def test_settings_without_their_input_are_refused(inputs, said):
+def test_settings_without_their_input_raise(inputs, said):
     with pytest.raises(TypeError, match=said):
         make_processor()(**inputs)

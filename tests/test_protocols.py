@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from miniatures import make_all
-from tiny import make_model, make_processor
+from tiny import make_model
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf.checkpoints.model_card import protocol_card
@@ -29,7 +29,7 @@ def data_root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "emoji-cir"])
-def test_a_protocol_has_the_name_it_is_loaded_by(data_root, name):
+def test_protocol_keeps_the_name_it_is_loaded_by(data_root, name):
     benchmarks = load_protocol(name, data_root, check_counts=False)
     assert {b.protocol.name for b in benchmarks} == {name}
     assert len(benchmarks) == (3 if name.startswith("fashioniq") else 1)
@@ -83,28 +83,27 @@ def test_protocol_card_states_how_results_were_measured(data_root):
 # ---- train_scripts/evaluate_pvlf.py ----
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-def flags(model_folder, data_root, output_dir, *protocols):
+def flags(model, data_root, output_dir, *protocols):
     rest = ["--output_dir", output_dir, "--data_root", data_root, "--no_check_counts", "--batch_size", 4]
-    return list(map(str, ["--model", model_folder, "--protocols", *protocols, *rest]))
+    return list(map(str, ["--model", model, "--protocols", *protocols, *rest]))
 
 
-def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_path):
+@pytest.mark.slow
+def test_the_script_in_two_processes_and_rescoring(tiny_checkpoint, data_root, tmp_path):
     protocols = ["cirr-val", "fashioniq", "circo-test"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    command = [*launch, *flags(model_folder, data_root, tmp_path / "two", *protocols), "--methods", "composed", "text"]
+    command = [
+        *launch,
+        *flags(tiny_checkpoint, data_root, tmp_path / "two", *protocols),
+        "--methods",
+        "composed",
+        "text",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    model, processor = AutoModel.from_pretrained(model_folder), AutoProcessor.from_pretrained(model_folder)
+    model, processor = AutoModel.from_pretrained(tiny_checkpoint), AutoProcessor.from_pretrained(tiny_checkpoint)
     cirr, *fashion = (b for name in protocols[:2] for b in load_protocol(name, data_root, check_counts=False))
     expected = []
     for method in ("composed", "text"):
@@ -119,7 +118,7 @@ def test_the_script_in_two_processes_and_rescoring(model_folder, data_root, tmp_
     for method in ("composed", "text"):
         assert lint_submission(tmp_path / f"two/submissions/{method}/circo-test/circo_test.json", circo) == []
 
-    rescored = flags(model_folder, data_root, tmp_path / "new", "fashioniq-removed", "cirr-val")
+    rescored = flags(tiny_checkpoint, data_root, tmp_path / "new", "fashioniq-removed", "cirr-val")
     rescored += ["--embeddings", str(tmp_path / "two" / "embeddings"), "--submissions"]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "two" / "embeddings").iterdir()}
     main(rescored)
@@ -137,7 +136,7 @@ def test_help_lists_protocols_and_the_launch_command(capsys):
     assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
 
 
-def test_composed_method_on_a_dual_encoder_raises(data_root, tmp_path, model_folder):
+def test_composed_method_on_a_dual_encoder_raises(data_root, tmp_path, tiny_checkpoint):
     make_model().config.vl_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no PVLF checkpoint but .*, or measure it with --methods image text"):
         main(flags(tmp_path, data_root, tmp_path / "out", "cirr-val"))

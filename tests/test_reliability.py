@@ -5,7 +5,7 @@ import json
 import reliability
 
 
-def test_the_document_is_what_was_found():
+def test_reliability_document_equals_recorded_results():
     found = json.loads(reliability.FOUND.read_text())
     table = reliability.DOCUMENT.read_text().split(reliability.START)[1].split(reliability.END)[0]
     assert table.strip() == reliability.render(found).strip(), "run `python tests/reliability.py`"

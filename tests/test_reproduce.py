@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 from error_bounds import MEAN_ERROR
 from miniatures import make_all
-from tiny import make_model, make_processor
-from transformers import AutoConfig, BlipForImageTextRetrieval
+from transformers import AutoConfig
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -203,11 +202,11 @@ def test_operations_agree_with_pencil_and_paper(tmp_path):
     assert 2.9 * (query + target) < both < 3 * (query + target) and frozen < 1.1 * (query + target)
 
 
-def test_hours_follow_the_samples(checkpoint, tmp_path):
+def test_gpu_hours_are_proportional_to_samples(blip_checkpoint, tmp_path):
     def hours(name, *flags, processes=1):
         arguments = [
             str(RECIPES[name]),
-            f"--model={checkpoint}",
+            f"--model={blip_checkpoint}",
             "--fusion_heads=4",
             f"--output_dir={tmp_path}",
             *flags,
@@ -228,32 +227,20 @@ def test_hours_follow_the_samples(checkpoint, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Saves a tiny BLIP in the format of released checkpoints."""
-    folder, model = tmp_path_factory.mktemp("blip"), make_model()
-    blip = BlipForImageTextRetrieval(model.config.vl_config)
-    for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
-        setattr(blip, name, getattr(model.backbone, name))
-    blip.save_pretrained(folder)
-    make_processor().tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_all(tmp_path_factory.mktemp("data"))
 
 
-def in_small(checkpoint):
+def in_small(blip):
     return [
-        "--", f"--model={checkpoint}", "--max_steps=2", "--fusion_heads=4", "--fusion_ffn_size=40",
+        "--", f"--model={blip}", "--max_steps=2", "--fusion_heads=4", "--fusion_ffn_size=40",
         "--per_device_train_batch_size=4", "--dataloader_num_workers=0", "--check_counts=false",
     ]  # fmt: skip
 
 
-def test_dry_run_prints_commands_and_gpu_hours(checkpoint, tmp_path, capsys):
+def test_dry_run_prints_commands_and_gpu_hours(blip_checkpoint, tmp_path, capsys):
     flags = ["--table", "4", "--rows", "p=5", "p=25", "--seeds", "0", "1", "--output_dir", str(tmp_path), "--dry_run"]
-    reproduce.main([*flags, *in_small(checkpoint)])
+    reproduce.main([*flags, *in_small(blip_checkpoint)])
     said = capsys.readouterr().out
     assert "p=5: 0 of 2 trained, 0.0 GPU hours to go" in said and "p=10" not in said
     assert said.count("train_pvlf.py") == 4 and "configs/paper/pvlf-blip-both-combined-p5.yaml --model=" in said
@@ -373,10 +360,11 @@ def test_incomplete_checkpoints_are_ignored(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
 
 
-def test_interrupted_table_resumes(checkpoint, data, tmp_path, capfd):
+@pytest.mark.slow
+def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
     def flags(table, *rows, steps=8):
         where = ["--data_root", str(data), "--output_dir", str(tmp_path)]
-        return ["--table", table, "--rows", *rows, *where, *in_small(checkpoint), f"--max_steps={steps}"]
+        return ["--table", table, "--rows", *rows, *where, *in_small(blip_checkpoint), f"--max_steps={steps}"]
 
     run, name = tmp_path / "transagg-blip-text-llm" / "seed0", "TransAgg (Laion-CIR-LLM)"
     killed = kill_when(flags("2", "Image-only", name), lambda: last_checkpoint(run))

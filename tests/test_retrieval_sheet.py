@@ -89,13 +89,13 @@ def test_rows_are_ranked_without_the_reference(benchmark):
         ({"gallery_embeds": GALLERY_EMBEDS[:3]}, "3 gallery embeddings for 5 rows of colours"),
     ],
 )
-def test_rows_refuse_bad_arguments(benchmark, change, message):
+def test_invalid_row_arguments_raise(benchmark, change, message):
     fitting = {"query_embeds": QUERY_EMBEDS, "gallery_embeds": GALLERY_EMBEDS, "query_rows": [0], "k": 3}
     with pytest.raises(ValueError, match=message):
         sheet_rows(benchmark, **{**fitting, **change})
 
 
-def test_a_sheet_needs_rows():
+def test_sheet_without_rows_raises():
     with pytest.raises(ValueError, match="rows is empty"):
         retrieval_sheet([])
 
@@ -127,7 +127,7 @@ def test_headings_captions_and_ranks_are_drawn(monkeypatch):
     assert drawn == [*headings[:-1], "but blue"]
 
 
-def test_size_grows_with_what_is_shown():
+def test_sheet_grows_with_rows_and_columns():
     one = retrieval_sheet([make_row()])
     two = retrieval_sheet([make_row(), make_row()])
     full = retrieval_sheet([make_row()], title="Colours", attribution="Images: public domain")

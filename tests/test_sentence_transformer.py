@@ -1,4 +1,4 @@
-"""PVLF in `sentence-transformers`: one `encode` for composed queries, pictures and texts, equal to the model's own."""
+"""PVLF in `sentence-transformers`: one `encode` for composed queries, images and texts, equal to the model's own."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def plainly(model, processor):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_every_kind_in_one_call(encoder, tiny_model, tiny_processor, batch_size):
+def test_encode_mixes_queries_images_and_texts(encoder, tiny_model, tiny_processor, batch_size):
     expected = plainly(tiny_model, tiny_processor)
     embeds = encoder.encode(INPUTS, batch_size=batch_size, convert_to_tensor=True)
     error = squares_error()
@@ -58,7 +58,7 @@ def test_every_kind_in_one_call(encoder, tiny_model, tiny_processor, batch_size)
     torch.testing.assert_close(encoder.similarity(embeds, embeds), expected @ expected.T, atol=worst, rtol=0)
 
 
-def test_what_the_library_asks(encoder, tiny_model, tiny_processor):
+def test_sentence_transformers_attributes_are_answered(encoder, tiny_model, tiny_processor):
     assert (encoder.get_embedding_dimension(), encoder.max_seq_length) == (32, 35)
     assert encoder.tokenizer is tiny_processor.tokenizer
     assert encoder.supports("image") and encoder.supports(("image", "text")) and not encoder.supports("audio")
@@ -67,13 +67,14 @@ def test_what_the_library_asks(encoder, tiny_model, tiny_processor):
     assert np.array_equal(prompted, whole)
 
 
-def test_it_trains(encoder, tiny_model):
+def test_gradients_reach_every_part(encoder, tiny_model):
     encoder(encoder.preprocess(INPUTS))["sentence_embedding"][:, 0].sum().backward()
     reached = {name.split(".")[0] for name, p in tiny_model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {"backbone", "fusion", "aggregation"}
 
 
-def test_saved_it_stays_a_checkpoint(encoder, tiny_model, tiny_processor, tmp_path):
+@pytest.mark.slow
+def test_saved_encoder_is_a_pvlf_checkpoint(encoder, tiny_model, tiny_processor, tmp_path):
     expected = encoder.encode(INPUTS)
     encoder.save(str(tmp_path))
     again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
@@ -95,7 +96,7 @@ np.save(f"{folder}/found.npy", encoder.encode([query]))
     np.testing.assert_allclose(np.load(tmp_path / "found.npy")[0], expected[1], rtol=0, atol=error["query_embeds"])
 
 
-def test_one_folder_for_both_libraries():
+def test_saved_folder_loads_in_both_libraries():
     encoder = SentenceTransformer(str(CARD), trust_remote_code=True, device="cpu")
     expected = plainly(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))
     error = squares_error(checkpoint=CARD)
@@ -103,7 +104,7 @@ def test_one_folder_for_both_libraries():
     torch.testing.assert_close(encoder.encode(INPUTS, convert_to_tensor=True), expected, atol=worst, rtol=0)
 
 
-def test_loading_passes_settings_on():
+def test_loading_forwards_settings():
     module = PVLFSentenceModule.load(
         str(CARD), model_kwargs={"dtype": torch.bfloat16}, processor_kwargs={"max_text_length": 9}
     )
@@ -129,19 +130,19 @@ def test_loading_passes_settings_on():
         ([{"video": "film.mp4"}], "Modality 'video' is not supported"),
     ],
 )
-def test_bad_input_is_named(encoder, bad, message):
+def test_invalid_inputs_raise(encoder, bad, message):
     with pytest.raises(ValueError, match=message):
         encoder.encode(bad)
 
 
-def test_texts_that_name_files_are_texts(encoder):
+def test_texts_naming_files_are_encoded_as_text(encoder):
     texts = ["the same but red.", "a dog, not as in dress.jpg", "red/blue"]
     expected = encoder.encode([{"text": text} for text in texts])
     assert np.array_equal(encoder.encode(texts), expected)
     assert encoder.encode([{"text": "photos/dress.jpg"}]).shape == (1, 32)
 
 
-def test_cached_losses_cut_mixed_batches(encoder):
+def test_cached_losses_split_mixed_batches(encoder):
     """The library cuts features row by row, so every feature has a row for every input."""
     features = [encoder.preprocess(rows) for rows in (INPUTS[:4], INPUTS[3:7])]
     assert {len(tensor) for batch in features for tensor in batch.values()} == {4}

@@ -23,6 +23,8 @@ from transformers import TrainerCallback
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, evaluate
 from pvlf_hf.commands.arguments import leave
 
+pytestmark = pytest.mark.slow
+
 BATCH = 12  # of all processes together
 
 
@@ -142,7 +144,7 @@ def check(alone, number, sharded, folder, **settings):
 @pytest.mark.reliability(
     3,
     "2 and 4 processes (DDP), 2 (FSDP 2) over three steps: losses and gradients of one process with the whole batch, "
-    "and after them an evaluation of 5 queries and 9 pictures with each once, at the same rank",
+    "and after them an evaluation of 5 queries and 9 images with each once, at the same rank",
     broken=(
         "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
@@ -180,7 +182,7 @@ def leave_late(folder):
     "A process that is done leaves when the others are: no launcher ends one amid a write",
     broken=("src/pvlf_hf/commands/arguments.py", "        state.wait_for_everyone()\n", ""),
 )
-def test_nobody_leaves_before_the_others(tmp_path, figure):
+def test_processes_wait_for_the_slowest(tmp_path, figure):
     assert run_in_processes(2, leave_late, tmp_path) == [True, True]
     figure("2 processes, one 2 s behind")
 
@@ -202,7 +204,7 @@ def losses_of(folder, rows, **settings):
         "        self.accelerator_config = {'even_batches': False}\n        super().__post_init__(*args, **kwargs)\n",
     ),
 )
-def test_uneven_last_batch(tmp_path, figure):
+def test_uneven_last_batch_equals_one_process(tmp_path, figure):
     together = run_in_processes(2, losses_of, tmp_path, [*range(28)])
     (expected,) = run_in_processes(1, losses_of, tmp_path, [*range(28), *range(8)])
     assert len(expected) == 3
@@ -237,7 +239,7 @@ def train_with_one_that_leaves(folder, signal_number):
     [(signal.SIGKILL, "Connection (reset|closed) by peer"), (signal.SIGSTOP, "Timed out waiting 5000ms")],
     ids=["dies", "hangs"],
 )
-def test_a_process_that_leaves(tmp_path, figure, signal_number, said):
+def test_lost_process_ends_training_with_an_error(tmp_path, figure, signal_number, said):
     other, its = run_in_processes(2, train_with_one_that_leaves, tmp_path, signal_number, timeout=60, grace=2)
     assert isinstance(other, str) and re.search(said, other), other
     assert its == ("killed by SIGKILL" if signal_number == signal.SIGKILL else "not ended in time")

@@ -153,6 +153,6 @@ def test_paired_test_equals_scipy(seed):
         (lambda: seed_interval([1.0]), "one run shows no variation"),
     ],
 )
-def test_bad_inputs_are_named(call, message):
+def test_invalid_inputs_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -70,7 +70,7 @@ def ids(rows):
 
 
 @pytest.mark.parametrize("format", ["parquet", "tar"])
-def test_shards_hold_the_bytes_of_the_files(triplets, tmp_path, format):
+def test_shards_contain_the_bytes_of_the_files(triplets, tmp_path, format):
     files = write_shards(triplets, tmp_path / "shards", 8, format)
     assert [file.name for file in files] == [f"triplets-0000{n}-of-00004.{format}" for n in range(4)]
     stream = stream_triplets(tmp_path / "shards", shuffle_buffer=0)
@@ -114,7 +114,7 @@ def test_invalid_shard_settings_raise(triplets, tmp_path):
         write_shards(triplets, tmp_path / "c")
 
 
-def test_shards_are_found_once(triplets, tmp_path):
+def test_shards_are_listed_once(triplets, tmp_path):
     folder = tmp_path / "shards"
     files = [str(file) for file in write_shards(triplets, folder, 8)]
     assert find_shards(folder) == find_shards(f"{folder}/") == find_shards(f"{folder}/*.parquet") == files
@@ -130,7 +130,7 @@ def test_shards_are_found_once(triplets, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["parquet", "tar"])
-def test_shards_of_a_server(triplets, tmp_path, format):
+def test_shards_are_read_from_a_server(triplets, tmp_path, format):
     files = write_shards(triplets, tmp_path / "shards", 15, format)
     handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=tmp_path / "shards"))
@@ -146,7 +146,7 @@ def test_shards_of_a_server(triplets, tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["parquet", "tar"])
-def test_damaged_shards_are_named(triplets, tmp_path, format):
+def test_damaged_shards_raise_with_their_path(triplets, tmp_path, format):
     files = write_shards(triplets, tmp_path / "shards", 8, format)
     files[2].write_bytes(files[2].read_bytes()[:-4000])
     with pytest.raises(ValueError, match=f"{files[2].name} cannot be read"):
@@ -156,7 +156,7 @@ def test_damaged_shards_are_named(triplets, tmp_path, format):
         stream_triplets(files[2])
 
 
-def test_shards_that_lack_a_column_are_refused(triplets, tmp_path):
+def test_shards_without_a_column_raise(triplets, tmp_path):
     triplets.remove_columns("caption").to_parquet(tmp_path / "lacking.parquet")
     with pytest.raises(ValueError, match=r"lacking.parquet has no \['caption'\]; it has \['note', 'reference'"):
         stream_triplets(tmp_path / "lacking.parquet")
@@ -200,7 +200,7 @@ def arguments(folder, **settings):
     return PVLFTrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
 
 
-def test_the_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
+def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
     """A pass is less than four steps: it stops in the second and resumes there."""
     write_shards(triplets, tmp_path / "shards", 8)
 
@@ -227,6 +227,7 @@ def test_a_stream_needs_max_steps_and_no_batch_by(triplets, tmp_path):
             PVLFTrainer(make_model(), arguments(tmp_path, **settings), stream, processing_class=make_processor())
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(triplets, tmp_path):
     for shards in (4, 3, 1):
         write_shards(triplets, tmp_path / f"{shards}", -(-ROWS // shards), "tar" if shards == 3 else "parquet")
@@ -290,7 +291,7 @@ def hub_folder(triplets, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_triplets_of_the_hub(hub_folder, triplets, streaming):
+def test_hub_triplets_load(hub_folder, triplets, streaming):
     def load(**columns):
         return load_hub_triplets(str(hub_folder), columns={"reference": "source", **columns}, streaming=streaming)
 
@@ -317,7 +318,7 @@ def test_triplets_of_the_hub(hub_folder, triplets, streaming):
         ({"reference": "source", "caption": "target"}, "column 'target' is Image.*but caption must be text"),
     ],
 )
-def test_wrong_columns_of_the_hub_are_named(hub_folder, columns, message):
+def test_wrong_hub_columns_raise(hub_folder, columns, message):
     with pytest.raises(ValueError, match=message):
         load_hub_triplets(str(hub_folder), columns=columns)
 

@@ -88,7 +88,7 @@ def test_a_scored_file_has_the_metrics_of_the_ranking(benchmarks, tmp_path, name
     assert 0 < sum(scored.values()) < len(scored)
 
 
-def test_unfit_benchmarks_and_files_are_refused(benchmarks, tmp_path):
+def test_unfit_benchmarks_and_files_raise(benchmarks, tmp_path):
     test, *embeds = benchmarks["cirr-test1"]
     file, _ = write_cirr_submission(tmp_path, test, *embeds)
     with pytest.raises(ValueError, match="cirr/test1 has no targets; upload"):
@@ -147,7 +147,7 @@ CIRR, SUBSET, CIRCO = ("cirr-test1", 0), ("cirr-test1", 1), ("circo-test", 0)
         (CIRCO, lambda a, q: a[q].insert(0, 5), "ids are not in the gallery.*'5'"),
     ],
 )
-def test_problems_are_named(benchmarks, tmp_path, file, edit, problem):
+def test_problems_of_a_file_are_reported(benchmarks, tmp_path, file, edit, problem):
     name, which = file
     (tmp_path / "file.json").write_text(json.dumps(edited(benchmarks, name, which, edit)))
     problems = "\n".join(lint_submission(tmp_path / "file.json", benchmarks[name][0]))
@@ -209,7 +209,7 @@ ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "²", "test1-0-0-img0",
 
 
 @pytest.mark.parametrize("file", [CIRR, SUBSET, CIRCO], ids=["recall", "recall_subset", "circo"])
-def test_no_json_breaks_the_check(benchmarks, tmp_path, file):
+def test_any_json_is_checked_without_a_crash(benchmarks, tmp_path, file):
     """Edits structure and bytes at random; the result is always a list of problems."""
     chance, (name, which), target = random.Random(0), file, tmp_path / "file.json"
     clean, valid = 0, edited(benchmarks, name, which, lambda answers, query: None)

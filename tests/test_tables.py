@@ -56,7 +56,7 @@ def row(**cells):
     "spells them, the same from CSV as from JSON Lines",
     broken=("src/pvlf_hf/data/tables.py", "parse_int=str, parse_float=str, object_pairs_hook", "object_pairs_hook"),
 )
-def test_cells_are_what_the_file_says(folder, figure):
+def test_cells_keep_the_text_of_the_file(folder, figure):
     texts = ["2024-05-01", "2024-05-01T12:00:00Z", "12:30", "007", "1e3", "1_000", "NaN", "null", "None", "true", "#1"]
     numbers = ["2", "2.50", "1e5", "-0.0", "12345678901234567890123"]
     csv_file = write(folder, "t.csv", HEADER + "".join(f"a.png,{text},b.png\n" for text in texts + numbers))
@@ -79,7 +79,7 @@ def test_cells_are_what_the_file_says(folder, figure):
     ],
 )
 @pytest.mark.parametrize("column", ["reference", "caption", "target", "target_id"])
-def test_cells_that_are_no_text_are_refused(folder, column, cell, message):
+def test_cells_that_are_no_text_raise(folder, column, cell, message):
     line = row(**{column: "@"}).replace('"@"', cell)
     file = write(folder, "t.jsonl", row(target_id="1") * 2 + line)
     with pytest.raises(ValueError, match=rf"t.jsonl: column '{column}', data row 2 \(counted from 0\) {message}"):
@@ -104,14 +104,14 @@ def test_numbers_in_parquet_become_text(folder, cell, text):
     ("cell", "kind"),
     [(["is red"], "list"), (datetime(2024, 5, 1), "datetime"), (date(2024, 5, 1), "date"), (b"red", "bytes")],
 )
-def test_other_cells_in_parquet_are_refused(folder, cell, kind):
+def test_other_cells_in_parquet_raise(folder, cell, kind):
     with pytest.raises(
         ValueError, match=rf"column 'caption', data row 0 \(counted from 0\) is .*, a {kind}, but cells"
     ):
         load_triplets(write_parquet(folder, caption=[cell]), folder)
 
 
-def test_images_in_parquet_are_refused_with_the_way_to_load_them(folder):
+def test_images_in_parquet_raise_with_a_remedy(folder):
     columns = {"reference": [str(folder / "a.png")], "caption": ["red"], "target": [str(folder / "b.png")]}
     rows = datasets.Dataset.from_dict(columns)
     for column in ("reference", "target"):
@@ -195,7 +195,7 @@ def test_the_remedy_fits_the_cause(folder, name, content, message):
     assert [finding.kind for finding in examine_triplets(file, folder).findings] == ["annotations"]
 
 
-def test_what_means_the_same_is_read(folder):
+def test_equivalent_spellings_of_a_table_are_read(folder):
     rows = "a.png,red,b.png\n"
     for name, content in (
         ("T.CSV", HEADER + rows),
@@ -210,7 +210,7 @@ def test_what_means_the_same_is_read(folder):
         assert cells == {"reference": ["a.png"], "caption": ["red"], "target": ["b.png"]}, name
 
 
-def test_no_cache_is_needed_for_a_table(folder, monkeypatch):
+def test_tables_are_read_without_a_cache(folder, monkeypatch):
     (folder.parent / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder.parent / "file/cache")
     assert len(load_triplets(write(folder, "t.csv", HEADER + "a.png,red,b.png\n"), folder)) == 1
@@ -224,12 +224,12 @@ def test_no_cache_is_needed_for_a_table(folder, monkeypatch):
         (("t.csv", 3), r"image_folder is 3 \(int\), but it takes a path"),
     ],
 )
-def test_paths_of_another_type_are_refused(arguments, message):
+def test_paths_of_another_type_raise(arguments, message):
     with pytest.raises(TypeError, match=message):
         load_triplets(*arguments)
 
 
-def test_a_folder_of_images_that_is_none_is_refused(folder):
+def test_missing_image_folder_raises(folder):
     file = write(folder, "t.csv", HEADER + "a.png,red,b.png\n")
     for place in (folder / "nowhere", file):
         with pytest.raises(
@@ -251,7 +251,7 @@ def test_a_folder_of_images_that_is_none_is_refused(folder):
         "    return {name: name for name in found}",
     ),
 )
-def test_one_file_is_one_item_however_it_is_spelled(folder, tmp_path, figure):
+def test_spellings_of_one_file_are_one_item(folder, tmp_path, figure):
     (folder / "link.png").symlink_to("b.png")
     (folder / "more").symlink_to("sub")
     (tmp_path / "way").symlink_to(folder)
@@ -280,7 +280,7 @@ def test_links_that_lead_to_one_file_elsewhere_are_one_item(folder, tmp_path):
     assert load_triplets(file, folder, allow_links=True)["target_id"][:] == ["one.png"] * 2
 
 
-def test_another_spelling_is_no_way_out_of_the_folder(folder, tmp_path):
+def test_other_spellings_cannot_leave_the_folder(folder, tmp_path):
     draw(tmp_path / "secret.png", 8)
     (folder / "linked").symlink_to(tmp_path)
     for name, message in (
@@ -293,7 +293,7 @@ def test_another_spelling_is_no_way_out_of_the_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_names_of_another_system_are_taken_as_meant(folder, form, caplog):
+def test_names_of_other_systems_are_resolved(folder, form, caplog):
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
     draw(folder / unicodedata.normalize(form, "über/café ☕.png"), 4)
     name = unicodedata.normalize(other, "über\\café ☕.png ")
@@ -322,7 +322,7 @@ def test_names_of_another_system_are_taken_as_meant(folder, form, caplog):
         ("'b.png'", "'b.png'", "Unicode form, escapes, blanks or invisible characters"),
     ],
 )
-def test_names_that_nearly_fit_are_shown_with_what_is_there(folder, name, there, difference):
+def test_similar_names_are_suggested(folder, name, there, difference):
     file = write(folder, "t.jsonl", row(target=name))
     with pytest.raises(ValueError, match=r"1 of 2 images are not in .*images, first: \[") as caught:
         load_triplets(file, folder)
@@ -343,11 +343,11 @@ def test_a_name_that_fits_two_files_is_not_guessed(folder):
         load_triplets(write(folder, "t.jsonl", row(target=third)), folder)
 
 
-def test_an_image_of_another_ending_is_another_image_where_both_are_named(folder):
+def test_other_suffixes_are_other_images_where_both_are_named(folder):
     with pytest.raises(ValueError, match="first: .'b.jpg'.. Names must be given with their ending"):
         load_triplets(write(folder, "t.jsonl", row(target="b.jpg") + row()), folder)
 
 
-def test_an_image_under_several_target_ids_is_said(folder, caplog):
+def test_image_under_several_target_ids_warns(folder, caplog):
     load_triplets(write(folder, "t.jsonl", row(target_id=1) + row(target_id=2)), folder)
     assert "1 images are targets under more than one target_id" in caplog.text and "['b.png']" in caplog.text

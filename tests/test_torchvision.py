@@ -6,6 +6,8 @@ There is no torchvision here; what Transformers asks about it is answered with y
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import transformers.models.auto.image_processing_auto as auto
@@ -22,7 +24,8 @@ print(float(images(picture, return_tensors="pt")["pixel_values"].double().sum())
 """
 
 
-def test_the_same_processor_with_torchvision(tiny_processor, tmp_path):
+@pytest.mark.slow
+def test_processor_is_unchanged_by_torchvision(tiny_processor, tmp_path):
     import numpy as np
     from PIL import Image
 

@@ -56,7 +56,7 @@ def clone(model):
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
-def test_exactly_the_chosen_weights_move(tiny_model, tiny_processor, squares, tmp_path, finetuning):
+def test_training_moves_only_the_chosen_weights(tiny_model, tiny_processor, squares, tmp_path, finetuning):
     model = clone(tiny_model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = arguments(tmp_path, finetuning=finetuning, encoder_learning_rate=1e-3)
@@ -71,7 +71,7 @@ def test_exactly_the_chosen_weights_move(tiny_model, tiny_processor, squares, tm
         assert torch.equal(before[name], parameter) != trains, name
 
 
-def test_learning_rates_and_decay(tiny_model, tiny_processor, squares, tmp_path):
+def test_parameter_groups_have_learning_rates_and_decay(tiny_model, tiny_processor, squares, tmp_path):
     args = arguments(tmp_path, learning_rate=1e-4, finetuning="both", decay_norms_and_biases=False)
     trainer = PVLFTrainer(clone(tiny_model), args, squares, processing_class=tiny_processor)
     trainer.create_optimizer_and_scheduler(100)
@@ -91,7 +91,7 @@ def test_learning_rates_and_decay(tiny_model, tiny_processor, squares, tmp_path)
 
 
 @pytest.mark.parametrize("batch_by", [None, "half"])
-def test_resume_is_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path, batch_by):
+def test_resumed_run_equals_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path, batch_by):
     squares = squares.add_column("half", ["first"] * 28 + ["second"] * 28)
     settings = {"batch_by": batch_by, "max_steps": 10, "save_strategy": "steps", "save_steps": 4, "finetuning": "both"}
     whole = PVLFTrainer(

@@ -41,11 +41,11 @@ TESTS = Path(__file__).parent
 FIELDS = {f.name: f for f in fields(TrainingArguments)}
 
 SHOWN = {
-    "test_trainer.py::test_learning_rates_and_decay": "learning_rate weight_decay",
+    "test_trainer.py::test_parameter_groups_have_learning_rates_and_decay": "learning_rate weight_decay",
     "test_determinism.py::test_full_determinism": "full_determinism",
     "test_several_processes.py::trainer_of": "fsdp fsdp_config",
     "test_several_processes.py::train_with_one_that_leaves": "ddp_timeout",
-    "test_resuming_from_output_dir": "output_dir save_strategy save_steps save_total_limit",
+    "test_training_resumes_from_output_dir": "output_dir save_strategy save_steps save_total_limit",
     "test_steps_and_batches": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
     "dataloader_drop_last accelerator_config",
     "test_order_of_rows": "seed data_seed train_sampling_strategy",
@@ -55,23 +55,24 @@ SHOWN = {
     "test_schedules": "lr_scheduler_type lr_scheduler_kwargs warmup_steps",
     "test_optimizer_settings": "optim optim_args adam_beta1 adam_beta2 adam_epsilon",
     "test_settings_that_change_the_losses": "max_grad_norm neftune_noise_alpha bf16",
-    "test_precision_needs_a_device": "fp16 tf32 use_cpu",
+    "test_unsupported_precision_raises": "fp16 tf32 use_cpu",
     "test_activation_checkpointing": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
     "gradient_checkpointing_kwargs",
     "test_torch_compile": "torch_compile torch_compile_backend torch_compile_mode",
     "test_torch_empty_cache_steps": "torch_empty_cache_steps",
-    "test_when_it_logs": "logging_strategy logging_steps logging_first_step",
+    "test_logging_steps": "logging_strategy logging_steps logging_first_step",
     "test_log_levels": "log_level log_level_replica",
     "test_disable_tqdm": "disable_tqdm",
     "test_integrations": "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
     "test_memory_and_debug": "skip_memory_metrics debug",
-    "test_when_it_evaluates": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size",
+    "test_evaluation_steps": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size",
     "test_save_only_model": "save_only_model",
     "test_best_checkpoint": "load_best_model_at_end metric_for_best_model greater_is_better",
     "test_enable_jit_checkpoint": "enable_jit_checkpoint",
     "test_restored_callbacks": "restore_callback_states_from_checkpoint",
-    "test_each_node": "log_on_each_node",
-    "test_ddp": "ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
+    "test_log_on_each_node_is_honoured": "log_on_each_node",
+    "test_ddp_settings": "ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph",
     "PUSH": "push_to_hub hub_model_id hub_token",
     "test_hub_settings": "hub_private_repo hub_strategy hub_revision",
     "test_hub.py::TRAIN": "hub_always_push",
@@ -178,7 +179,7 @@ def source_of(name):
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_is_honoured_refused_or_listed(name, tmp_path):
+def test_every_argument_is_honoured_or_raises(name, tmp_path):
     assert name in ARGUMENTS, f"{name} is new in this version of the library: list it in argument_contract.ARGUMENTS"
     status, reason = ARGUMENTS[name]
     assert reason
@@ -192,20 +193,20 @@ def test_every_field_is_honoured_refused_or_listed(name, tmp_path):
         assert name not in REFUSED and not any(name in names.split() for names in SHOWN.values())
 
 
-def test_the_table_lists_only_fields_of_the_library():
+def test_contract_lists_only_library_arguments():
     assert ARGUMENTS.keys() == FIELDS.keys()
     assert REFUSED.keys() == {name for name, (status, _) in ARGUMENTS.items() if status is Status.REFUSED}
     assert TRAINER_ARGUMENTS.keys() <= signature(Trainer.__init__).parameters.keys()
 
 
-def test_an_argument_of_a_newer_library_is_refused(tmp_path, monkeypatch):
+def test_argument_of_a_newer_library_raises(tmp_path, monkeypatch):
     monkeypatch.delitem(ARGUMENTS, "eval_delay")
     make_args(tmp_path)
     with pytest.raises(ValueError, match="eval_delay=2 is unknown to this version of pvlf_hf"):
         make_args(tmp_path, eval_delay=2)
 
 
-def test_arguments_changed_after_they_were_made_are_checked_again(tmp_path):
+def test_changed_arguments_are_validated_again(tmp_path):
     args = make_args(tmp_path)
     args.label_smoothing_factor = 0.2
     with pytest.raises(ValueError, match="label_smoothing_factor=0.2"):
@@ -228,7 +229,7 @@ def test_arguments_changed_after_they_were_made_are_checked_again(tmp_path):
         ({"save_strategy": "best"}, "metric_for_best_model=None"),
     ],
 )
-def test_combinations_without_effect_are_refused(settings, said, tmp_path):
+def test_combinations_without_effect_raise(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         make_args(tmp_path, **settings)
 
@@ -297,7 +298,7 @@ def test_ignore_data_skip(tmp_path):
         assert collator.batches[:2] == expected
 
 
-def test_resuming_from_output_dir(tmp_path):
+def test_training_resumes_from_output_dir(tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     folder = settings.pop("output_dir")
     with pytest.raises(ValueError, match="resume_from_checkpoint=True, but .*run holds no whole checkpoint"):
@@ -420,7 +421,7 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
         ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "metric_for_best_model='loss'"),
     ],
 )
-def test_schedules_that_cannot_be_made_are_refused(settings, said, tmp_path):
+def test_impossible_schedules_raise(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         make_args(tmp_path, **settings)
 
@@ -451,7 +452,7 @@ def test_optimizer_settings(tmp_path):
         make_trainer(tmp_path, given={"optimizer_cls_and_kwargs": (make_model, {})})
 
 
-def test_optimizers_that_are_passed_train(tmp_path):
+def test_passed_optimizers_train(tmp_path):
     model = make_model()
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     steps = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.5)
@@ -466,7 +467,7 @@ def test_optimizers_that_are_passed_train(tmp_path):
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text"])
-def test_the_logged_learning_rate_is_the_fusions(finetuning, tmp_path):
+def test_logged_learning_rate_is_that_of_the_fusion(finetuning, tmp_path):
     trainer = train(tmp_path, finetuning=finetuning, max_steps=4, encoder_learning_rate=1e-5)
     expected = [1e-4, 8.550178566873411e-05, 5.05e-05, 1.5498214331265904e-05]
     assert logged(trainer, "learning_rate") == pytest.approx(expected, rel=1e-9)
@@ -489,7 +490,7 @@ def test_settings_that_change_the_losses(tmp_path):
         torch.testing.assert_close(parameter, before[name], atol=1e-9, rtol=0)
 
 
-def test_precision_needs_a_device(tmp_path, monkeypatch):
+def test_unsupported_precision_raises(tmp_path, monkeypatch):
     assert make_args(tmp_path, use_cpu=True).device.type == "cpu"
     with pytest.raises(ValueError, match="fp16 has no effect on a CPU: use bf16"):
         make_args(tmp_path, fp16=True)
@@ -550,7 +551,7 @@ def test_torch_empty_cache_steps(tmp_path, monkeypatch):
         ({"logging_strategy": "no"}, []),
     ],
 )
-def test_when_it_logs(settings, steps, tmp_path):
+def test_logging_steps(settings, steps, tmp_path):
     trainer = train(tmp_path, max_steps=5, **settings)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == steps
 
@@ -612,7 +613,7 @@ def test_memory_and_debug(tmp_path):
         ({"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 5}, [0, 5]),
     ],
 )
-def test_when_it_evaluates(settings, steps, tmp_path, monkeypatch):
+def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
     told, sizes = Told(), []
     model = make_model()
     model.backbone.vision_model.register_forward_hook(
@@ -661,7 +662,7 @@ def test_best_checkpoint(tmp_path):
         make_args(tmp_path, eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True)
 
 
-def test_benchmarks_of_the_wrong_type_are_refused(tmp_path, squares):
+def test_benchmarks_of_the_wrong_type_raise(tmp_path, squares):
     benchmark = make_benchmark()
     for wrong, said in (
         (squares, "eval_dataset must be a CIRBenchmark .* got Dataset: benchmark_from_triplets makes one"),
@@ -681,7 +682,7 @@ def test_benchmarks_of_the_wrong_type_are_refused(tmp_path, squares):
 # ---- arguments of the Trainer itself ----
 
 
-def test_functions_without_use_are_refused(tmp_path):
+def test_unused_functions_raise(tmp_path):
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"^{name} is not supported"):
             make_trainer(tmp_path, given={name: lambda *_: None})
@@ -692,7 +693,7 @@ def test_functions_without_use_are_refused(tmp_path):
         trainer.evaluate(ignore_keys=["hidden_states"])
 
 
-def test_plain_arguments_are_refused(tmp_path):
+def test_plain_training_arguments_raise(tmp_path):
     for args in (TrainingArguments(str(tmp_path), remove_unused_columns=False), None):
         with pytest.raises(ValueError, match=f"args is {type(args).__name__}: pass PVLFTrainingArguments"):
             PVLFTrainer(make_model(), args, Rows(), processing_class=make_processor())
@@ -720,7 +721,7 @@ def make_searcher(folder, metric="eval_recall@1", **settings):
     return PVLFTrainer(None, args, Rows(), make_benchmark(), model_init=lambda trial: make_model(), **given)
 
 
-def test_a_search_needs_an_objective_and_its_direction(tmp_path):
+def test_hyperparameter_search_needs_objective_and_direction(tmp_path):
     with pytest.raises(ValueError, match="hyperparameter_search has no objective: name a metric"):
         make_searcher(tmp_path, metric=None).hyperparameter_search()
     with pytest.raises(ValueError, match="direction is missing"):
@@ -786,7 +787,7 @@ def squares(tmp_path):
         ("reference", None, "row 5 of train_dataset, with target_id 'white': reference is None"),
     ],
 )
-def test_a_bad_row_is_found_before_the_first_step(column, value, said, squares, tmp_path):
+def test_invalid_row_raises_before_the_first_step(column, value, said, squares, tmp_path):
     table = squares.to_dict()
     table[column][5] = value
     bad = Dataset.from_dict(table, features=squares.features)
@@ -805,7 +806,7 @@ def test_a_bad_row_is_found_before_the_first_step(column, value, said, squares, 
             make(bad.to_iterable_dataset()).train()
 
 
-def test_data_that_cannot_be_trained_on_is_refused(squares, tmp_path):
+def test_untrainable_data_raises(squares, tmp_path):
     with pytest.raises(ValueError, match=r"train_dataset has splits \['train'\]: pass one of them"):
         make_trainer(tmp_path, rows=DatasetDict(train=squares))
     stream = squares.to_iterable_dataset()
@@ -827,7 +828,8 @@ def nodes(folder):
     return [make_args(folder, log_on_each_node=each).should_log for each in (False, True)]
 
 
-def test_each_node(tmp_path):
+@pytest.mark.slow
+def test_log_on_each_node_is_honoured(tmp_path):
     """`log_on_each_node`: the second node's process logs too."""
     assert run_in_processes(2, nodes, tmp_path) == [[True, True], [False, True]]
 
@@ -841,7 +843,8 @@ def wrapped(folder, settings):
     return torch.distributed.get_backend(), *(getattr(model, name) for name in names)
 
 
-def test_ddp(tmp_path):
+@pytest.mark.slow
+def test_ddp_settings(tmp_path):
     settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 3}
     settings |= {"ddp_broadcast_buffers": False, "ddp_static_graph": True}
     for outcome in run_in_processes(2, wrapped, tmp_path, settings):
@@ -867,6 +870,7 @@ for name, settings in json.loads(sys.argv[2]).items():
 """
 
 
+@pytest.mark.slow
 def test_hub_settings(tmp_path):
     kinds = {
         "end": {"hub_strategy": "end", "hub_private_repo": True},

@@ -26,6 +26,8 @@ from pvlf_hf.search import demo_session, web_demo
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
+pytestmark = pytest.mark.slow
+
 SECRET = "52 Secret Lane"
 PICTURES = 120
 OWN = "photo of mine.jpg"
@@ -134,7 +136,7 @@ def ask(page, text):
     page.get_by_role("button", name="Search").click()
 
 
-def test_a_session_clicked_through(browse, other_gallery, encoded):
+def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     page, truth = browse(), other_gallery
     mine = truth.picture(truth.ids[7])
     page.locator("#reference input[type=file]").set_input_files(
@@ -214,7 +216,7 @@ def test_visitors_see_messages_for_invalid_input(browse):
     assert not page.evaluate("window.owned")
 
 
-def test_a_phone_has_room_for_it(browse):
+def test_page_fits_a_phone(browse):
     page = browse(width=390)
     for _ in range(2):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
@@ -237,7 +239,7 @@ def test_a_phone_has_room_for_it(browse):
         '"WEBP", quality=90, exif=PILImage.open(self.gallery.paths[-1]).getexif())',
     ),
 )
-def test_pictures_are_shown_without_their_metadata(browse, url, gallery, figure):
+def test_images_are_served_without_metadata(browse, url, gallery, figure):
     page = browse()
     secret = with_secret(Image.linear_gradient("L").resize((120, 60)).convert("RGB"))
     assert SECRET.encode() in secret and SECRET.encode() in Path(gallery.paths[-1]).read_bytes()
@@ -253,7 +255,7 @@ def test_pictures_are_shown_without_their_metadata(browse, url, gallery, figure)
             assert picture.format == "WEBP" and not picture.getexif() and SECRET.encode() not in content
     with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as picture:
         assert picture.size == (60, 120)  # turned upright all the same
-    figure(f"{len(sources)} pictures, two of them of files with GPS")
+    figure(f"{len(sources)} images, two of them of files with GPS")
 
 
 NOT_OURS = [
@@ -272,10 +274,10 @@ NOT_OURS = [
 
 @pytest.mark.reliability(
     5,
-    "Of files, only pictures that the demo itself has put there are served, by none of Gradio's routes any other",
+    "Of files, only images that the demo itself has put there are served, by none of Gradio's routes any other",
     broken=("src/pvlf_hf/search/middleware.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
 )
-def test_no_other_file_is_served(url, gallery, figure):
+def test_only_gallery_images_are_served(url, gallery, figure):
     for file in NOT_OURS:
         file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
         for route in ("file=", "file/", "proxy="):
@@ -323,7 +325,7 @@ def test_requests_are_bounded(url, figure):
         (b"[]", 422),
     ],
 )
-def test_odd_requests_are_refused(url, content, code):
+def test_malformed_requests_are_refused(url, content, code):
     content = content.replace(b"%s", os.environ[web_demo.UPLOADS].encode())
     headers = {"Content-Type": "application/json"}
     assert httpx.post(f"{url}gradio_api/queue/join", content=content, headers=headers).status_code == code
@@ -334,7 +336,7 @@ def test_odd_requests_are_refused(url, content, code):
     "An upload of more than 64 million pixels is refused before it is decoded",
     broken=("src/pvlf_hf/search/demo_session.py", "if image.width * image.height <= MAX_PIXELS:", "if True:"),
 )
-def test_huge_pictures_are_not_decoded(tmp_path, figure):
+def test_huge_images_are_not_decoded(tmp_path, figure):
     Image.new("L", (9000, 9000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"9000 x 9000 pixels, more than 64,000,000: make it smaller"):
         demo_session.open_upload(tmp_path / "huge.png")
@@ -350,7 +352,7 @@ def test_huge_pictures_are_not_decoded(tmp_path, figure):
         "pass",
     ),
 )
-def test_only_this_machine_is_served(url, figure):
+def test_only_local_hosts_are_served(url, figure):
     port = httpx.URL(url).port
     assert httpx.get(url).status_code == 200
     assert httpx.get(url, headers={"Host": "pictures.example.com"}).status_code == 400
@@ -359,7 +361,7 @@ def test_only_this_machine_is_served(url, figure):
     figure("another address: no connection; another name: refused")
 
 
-def test_a_missing_image_is_a_blank_among_the_results(gallery, tmp_path):
+def test_missing_image_is_blank_among_results(gallery, tmp_path):
     (tmp_path / "photos").mkdir()
     for path in gallery.paths[:6]:
         shutil.copy(path, tmp_path / "photos")
@@ -375,7 +377,7 @@ def test_a_missing_image_is_a_blank_among_the_results(gallery, tmp_path):
         searcher.search(searcher.pick(session, session.shown.index(few.ids[3])), "more", 0)
 
 
-def test_a_port_in_use_is_named(url, gallery):
+def test_port_in_use_raises(url, gallery):
     port = httpx.URL(url).port
     with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1, port {port} .*choose another port"):
         web_demo.launch(gallery, port=port)
@@ -392,7 +394,7 @@ def test_a_port_in_use_is_named(url, gallery):
         'temporary.rename(file.with_suffix(".lost"))',
     ),
 )
-def test_many_clients_get_right_answers(url, other_gallery, figure):
+def test_concurrent_clients_get_correct_results(url, other_gallery, figure):
     with ThreadPoolExecutor(1) as thread:
         report = thread.submit(load, url, other_gallery, clients=12, seconds=4).result()
     assert report.good, report
@@ -400,7 +402,7 @@ def test_many_clients_get_right_answers(url, other_gallery, figure):
     figure("no answer wrong or lost")
 
 
-def test_a_hub_space_runs_it(gallery, tmp_path):
+def test_app_runs_as_a_hub_space(gallery, tmp_path):
     """The app of the module's docstring as a process, in a folder of its own, in the environment of a Space."""
     app = textwrap.dedent(re.search(r"```python\n(.*?)```", web_demo.__doc__, re.DOTALL)[1])
     (tmp_path / "app.py").write_text(app)
