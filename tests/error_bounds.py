@@ -114,18 +114,10 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
 
 # --- a whole model --------------------------------------------------------------------------------------------------
 
-MOVES = {"alias", "cat", "clone", "copy_", "detach", "embedding", "gather", "index", "masked_fill", "masked_fill_"}
-MOVES |= {
-    "_unsafe_view",
-    "clamp_min",
-    "neg",
-    "relu",
-    "select_backward",
-    "slice_backward",
-    "stack",
-    "threshold_backward",
-    "where",
-}
+MOVES = frozenset(
+    """alias cat clamp_min clone copy_ detach embedding gather index masked_fill masked_fill_ neg relu select_backward
+    slice_backward stack threshold_backward _unsafe_view where""".split()
+)
 """Operations that round nothing; others are taken to round, and views are known by their schema."""
 
 
