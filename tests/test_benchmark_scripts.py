@@ -23,6 +23,7 @@ def benchmark(monkeypatch):
     enable_progress_bars()
 
 
+@pytest.mark.slow
 def test_benchmark_script_measures_and_writes_every_part(benchmark, monkeypatch, tmp_path, capsys):
     parts = ["encoding", "query", "ranking", "search"]  # start-up takes as long as all others here
     page = tmp_path / "page.md"

@@ -24,6 +24,7 @@ def model():
     return model
 
 
+@pytest.mark.slow
 def test_all_training_modes_take_the_same_step(model):
     torch.manual_seed(1)
     batch = benchmark.make_batch(model, 4)
@@ -48,6 +49,7 @@ def test_all_training_modes_take_the_same_step(model):
         torch.testing.assert_close(loss, wanted, rtol=0, atol=atol, msg=f"{name}: {loss} instead of {wanted}")
 
 
+@pytest.mark.slow
 def test_cached_steps_do_less():
     tables = benchmark.cache("tiny", rounds=1)
     assert [table.title for table in tables] == ["finetuning=frozen, batch 8", "finetuning=text, batch 8"]

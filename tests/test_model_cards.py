@@ -87,6 +87,7 @@ def test_readme_states_the_scores_of_the_checkpoints():
         assert ", ".join(f"R@{k} {100 * metrics[f'recall@{k}']:.1f}" for k in (1, 10)) in line
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shipped_model_reaches_its_scores():
     """Evaluates the plain tier again: the committed weights are those that were measured."""

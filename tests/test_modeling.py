@@ -572,6 +572,7 @@ def test_device_map_loads_the_same_model(tiny_model, device_map, tmp_path):
     close(placed(**inputs).similarity.cpu(), tiny_model(**make_inputs()).similarity, error)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_query_without_graph_breaks(backbone):
     torch.compiler.reset()
@@ -580,6 +581,7 @@ def test_compiled_query_without_graph_breaks(backbone):
     assert torch.equal(compiled(**inputs).pooler_output, model.get_query_features(**inputs).pooler_output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_compiled_training_step_without_graph_breaks(backbone, dropout):
     torch.compiler.reset()

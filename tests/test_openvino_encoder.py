@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("openvino")
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
 
-@pytest.fixture(params=["trained", "blip", "clip"])
+@pytest.fixture(params=[pytest.param("trained", marks=pytest.mark.slow), "blip", "clip"])
 def model(request):
     return AutoModel.from_pretrained(EMOJI) if request.param == "trained" else make_model(request.param)
 
