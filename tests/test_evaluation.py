@@ -1,12 +1,8 @@
-"""`evaluate` against plain loops, in one process and in two, which run this file; averages, intervals and files."""
+"""`evaluate` against plain loops, in one process and in two; averages, intervals and files."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -15,13 +11,13 @@ import torch
 from accelerate import PartialState
 from error_bounds import MEAN_ERROR
 from miniatures import make_all
+from processes import run_in_processes
 from squares import COLOURS, make_benchmark
 from tiny import make_model, make_processor
 from torch.nn import functional as F
 
 import pvlf_hf
 from pvlf_hf.checkpoints.model_card import render_card
-from pvlf_hf.commands.arguments import leave
 from pvlf_hf.data.benchmark import CIRBenchmark
 from pvlf_hf.data.protocols import PROTOCOLS, load_protocol
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore
@@ -384,23 +380,13 @@ def outcomes(folder):
 
 
 @pytest.mark.slow
+def outcomes_of_two(folder):
+    """Returns the outcomes in each of two processes."""
+    assert PartialState(cpu=True).num_processes == 2
+    return list(outcomes(folder))
+
+
 def test_two_processes_agree_with_one(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(tmp_path)], env=environment, check=True, timeout=240, capture_output=True)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    alone = json.loads(json.dumps(list(outcomes(tmp_path / "alone"))))
+    first, second = run_in_processes(2, outcomes_of_two, tmp_path / "together")
+    alone = list(outcomes(tmp_path / "alone"))
     assert first == second == alone and alone[0] == alone[1] == alone[2]
-
-
-def main(folder):
-    """Runs in each of two processes: evaluates and writes the outcomes."""
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
-    Path(folder, f"{state.process_index}.json").write_text(json.dumps(list(outcomes(Path(folder) / "store"))))
-    leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

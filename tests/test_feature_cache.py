@@ -1,16 +1,15 @@
 """The feature cache: same training, nothing encoded twice, nothing stale read, nothing lost."""
 
 import resource
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from error_bounds import embeds_of, rounding, training_error
 from PIL import Image as PILImage
+from processes import run_in_processes
 from squares import each_with_each
 from tiny import make_model, make_processor
 from transformers import AutoModel
@@ -247,13 +246,25 @@ def test_second_run_waits_for_the_first(tmp_path):
     assert sorted(encoded) == list(range(12))
 
 
+def fill_a_share(folder):
+    """Fills one cache together with the other process; returns what this one encoded."""
+    PartialState(cpu=True)
+    encoded = []
+
+    def encode(places):
+        encoded.extend(places)
+        return numbered(places)
+
+    cache = FeatureCache(folder, "model")
+    digests = [sequence_digest(str(n)) for n in range(21)]
+    cache.fill(digests, encode, 4, "samples", progress=False)
+    assert all(name in cache for name in digests)  # every process sees what the other wrote
+    return encoded
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
-    script = Path(__file__).parent / "cache_in_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    shares = [set(map(int, (tmp_path / f"rank{rank}.txt").read_text().split())) for rank in (0, 1)]
+    shares = [set(share) for share in run_in_processes(2, fill_a_share, tmp_path)]
     assert shares[0] | shares[1] == set(range(21)) and not shares[0] & shares[1]
     cache = FeatureCache(tmp_path, "model")
     assert all(torch.equal(cache[sequence_digest(str(n))], numbered([n])[0][0].half()) for n in range(21))

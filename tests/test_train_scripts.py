@@ -1,7 +1,10 @@
 """Training scripts and commands, each run in a process of its own with files on disk."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 import yaml
 from hub_server import serving
 from PIL import Image
+from processes import run_in_processes
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
@@ -139,7 +143,16 @@ def test_read_only_token_raises_before_the_first_step(files, tmp_path):
     assert "Traceback" not in output and not (tmp_path / "run").exists()
 
 
+def print_help(script):
+    """Returns the exit code of a script's `--help` and what it printed."""
+    sys.argv, sys.path[:0], printed = [script, "--help"], [str(SCRIPTS)], io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    return end.value.code, printed.getvalue()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_pvlf.py", "demo.py", "emoji_tables.py", "pretrain_emoji_backbone.py"])
 def test_help_shows_usage(script):
-    assert "usage" in run(script, "--help")
+    ((code, printed),) = run_in_processes(1, print_help, script)
+    assert not code and "usage" in printed
