@@ -70,7 +70,15 @@ app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
 
 Model = Annotated[
-    str, typer.Option(envvar="PVLF_MODEL", help="PVLF checkpoint: folder or Hub name.", show_default=False)
+    str,
+    typer.Option(
+        envvar="PVLF_MODEL",
+        help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.",
+        show_default=False,
+    ),
+]
+Composition = Annotated[
+    str | None, typer.Option(help="How a plain dual encoder composes queries: sum or slerp (default: slerp).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
 
@@ -125,6 +133,7 @@ def index(
     include_hidden: Annotated[
         bool, typer.Option("--include-hidden", help="Index images in hidden and system folders (@eaDir) too.")
     ] = False,
+    composition: Composition = None,
     as_json: Json = False,
 ) -> None:
     """Embed a folder of images, to search it.
@@ -137,7 +146,7 @@ def index(
     """
     from pvlf_hf.commands import gallery
 
-    gallery.index(photos, model, path, batch_size, dtype.value, openvino, draft, include_hidden, as_json)
+    gallery.index(photos, model, path, batch_size, dtype.value, openvino, draft, include_hidden, as_json, composition)
 
 
 @app.command(no_args_is_help=True)
@@ -155,6 +164,7 @@ def search(
     ] = "0,1,0",
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet: a file ending in .png or .html.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what the model looked at.")] = False,
+    composition: Composition = None,
     as_json: Json = False,
 ) -> None:
     """Search by an image, by a text, or by an image and a change.
@@ -170,7 +180,7 @@ def search(
         raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
     from pvlf_hf.commands import gallery
 
-    gallery.search(index, model, image, text, k, three, sheet, explain, as_json)
+    gallery.search(index, model, image, text, k, three, sheet, explain, as_json, composition)
 
 
 @app.command()
@@ -183,6 +193,7 @@ def demo(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port (default: a free one).")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    composition: Composition = None,
 ) -> None:
     """Search in the browser.
 
@@ -193,7 +204,7 @@ def demo(
         raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`')
     from pvlf_hf.commands import gallery
 
-    gallery.demo(pictures, model, host, port, browser)
+    gallery.demo(pictures, model, host, port, browser, composition)
 
 
 @app.command(context_settings=HANDED_ON)

@@ -269,7 +269,7 @@ def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_
     assert "cannot read picture" in error(search("--image", photos / "cut.jpg"))
     assert "nothing to search by: pass an image, a text or both" in error(search())
     make_model().config.vl_config.save_pretrained(tmp_path)
-    assert "is no PVLF checkpoint but blip" in error(call("search", index, "--model", tmp_path, "--text", TEXT))
+    assert "has no tokenizer; save its original's" in error(call("search", index, "--model", tmp_path, "--text", TEXT))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     said = error(call("search", index, "--model", "you/nothing", "--text", TEXT))
     assert "no model 'you/nothing', neither a folder here nor on the Hub: We couldn't connect" in said

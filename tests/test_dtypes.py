@@ -27,7 +27,7 @@ def said(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_emulated_precision_warns(said, tmp_path, dtype):
     load_model(EMOJI, dtype=dtype)
-    load_model(BLIP, baselines_only=True, dtype=dtype)
+    load_model(BLIP, dtype=dtype)
     PVLFTrainingArguments(str(tmp_path), **{{"bfloat16": "bf16", "float16": "fp16"}[dtype]: True})
     assert len(said) == 3 and all(f"does not compute in {dtype}" in warning for warning in said)
 

@@ -3,19 +3,27 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
+from foreign import make_foreign
+from miniatures import make_cirr
 from safetensors.torch import load_file, save_file
 from test_backbones import CAPTIONS, close, pictures
+from tiny import make_model, make_processor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoProcessor, BertConfig, BertModel, pipeline
+from typer.testing import CliRunner
 
 from pvlf_hf import PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+from pvlf_hf.checkpoints.loading import load_model
+from pvlf_hf.commands.evaluate import main as evaluate_command
 from pvlf_hf.models.compositions_training_free import COMPOSITIONS
+from pvlf_hf_cli import app
 
 
 def unit(count, seed=0):
@@ -134,6 +142,91 @@ def test_mistaken_inputs_are_refused(pretrained):
         model.get_query_features(**inputs, output_attentions=True)
     with pytest.raises(ValueError, match="vl_config.*the checkpoint is its own vl_config"):
         TrainingFreeModel.from_vl_pretrained(pretrained, vl_config={})
+
+
+# --- one loader, and the command line --------------------------------------------------------------------------------
+
+
+def test_one_loader_takes_every_model(pretrained, tmp_path, caplog):
+    model, processor = load_model(str(pretrained))
+    assert type(model) is TrainingFreeModel and model.config.composition == "slerp" and not model.training
+    assert "is a plain" in caplog.text and "Fine-tuning PVLF on it" in caplog.text
+    assert load_model(str(pretrained), "sum", "bfloat16")[0].dtype == torch.bfloat16
+    model.config.composition_weight = 0.4
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    caplog.clear()
+    again, processor = load_model(str(tmp_path))
+    assert (again.config.composition, again.config.composition_weight) == ("slerp", 0.4)
+    assert type(processor) is PVLFProcessor and not caplog.text
+    other = load_model(str(tmp_path), "sum")[0].config
+    assert (other.composition, other.composition_weight) == ("sum", 0.8)
+    with pytest.raises(ValueError, match=r"composition='product': choose one of \['slerp', 'sum'\]"):
+        load_model(str(pretrained), "product")
+
+
+def test_every_registered_model_loads_as_itself(tmp_path):
+    for (model, processor), name in (((make_model(), make_processor()), "pvlf"), (make_foreign(), "foreign")):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        assert type(load_model(str(tmp_path / name))[0]) is type(model)
+        with pytest.raises(ValueError, match="composes queries as it has learnt to: leave composition='sum' out"):
+            load_model(str(tmp_path / name), "sum")
+
+
+def test_what_is_no_dual_encoder_is_refused_with_a_remedy(pretrained, tmp_path):
+    bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        ValueError, match="'bert' model, which does not embed images and texts in one space: pass a PVLF"
+    ):
+        load_model(str(tmp_path / "bert"))
+    shutil.copytree(pretrained, tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    with pytest.raises(ValueError, match="tokenizer.*AutoTokenizer.from_pretrained.original..save_pretrained"):
+        load_model(str(tmp_path / "mute"))
+    with pytest.raises(ValueError, match="no model .*/nothing"):
+        load_model(str(tmp_path / "nothing"))
+
+
+def test_a_folder_is_indexed_and_searched_by_a_plain_encoder(pretrained, tmp_path):
+    (tmp_path / "photos").mkdir()
+    images = pictures(4)
+    for number, picture in enumerate(images):
+        picture.save(tmp_path / "photos" / f"{number}.png")
+    index, options = tmp_path / "index", ["--composition", "sum", "--json"]
+
+    def call(*arguments):
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    assert call("index", tmp_path / "photos", "--model", pretrained, "--path", index, *options)["new"] == 4
+    query = ["--image", tmp_path / "photos" / "0.png", "--text", "red dog"]
+    results = call("search", index, "--model", pretrained, *query, *options)["results"]
+    model, processor = load_model(str(pretrained), "sum")
+    with torch.no_grad():
+        query = model.get_query_features(**processor.process_queries(images[0], "red dog")).pooler_output
+        scores = query @ model.get_image_features(**processor.process_targets(images)).pooler_output.T
+    order = scores[0].argsort(descending=True)
+    assert [one["id"] for one in results] == [f"{row}.png" for row in order]
+    close(torch.tensor([one["score"] for one in results]), scores[0][order])
+    refused = ["search", str(index), "--model", str(pretrained), "--text", "dog", "--composition", "product"]
+    refused = CliRunner().invoke(app, refused)
+    assert refused.exit_code == 1 and "choose one of ['slerp', 'sum']" in refused.stderr
+
+
+def test_a_plain_encoder_is_evaluated_by_its_composition(pretrained, tmp_path):
+    make_cirr(tmp_path / "cirr")
+    measured = {}
+    for composition in COMPOSITIONS:
+        arguments = ["--model", pretrained, "--protocols", "cirr-val", "--data_root", tmp_path, "--no_check_counts"]
+        arguments += ["--composition", composition, "--methods", "composed", "image+text"]
+        folder = tmp_path / composition
+        evaluate_command([str(a) for a in (*arguments, "--output_dir", folder)])
+        results = json.loads((folder / "results.json").read_text())["evaluations"]
+        measured[composition] = {one["method"]: one["metrics"] for one in results}
+        assert measured[composition].keys() == {"composed", "image+text"}
+    assert measured["sum"]["image+text"] == measured["slerp"]["image+text"]
 
 
 # Without the package, as on a machine that has only Transformers.

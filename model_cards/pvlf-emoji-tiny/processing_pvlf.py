@@ -71,17 +71,25 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            ValueError: for a checkpoint without an image size.
+            ValueError: for a checkpoint of another kind, or without a tokenizer.
         """
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         if config.model_type not in BACKBONES:
             raise ValueError(
                 f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {sorted(BACKBONES)}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-        replaced_by = dict(BACKBONES[config.model_type].tokenizers).get(type(tokenizer).__name__)
-        if replaced_by is not None:
-            tokenizer = getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs)
+        advice = "save its original's there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
+        replacements = dict(BACKBONES[config.model_type].tokenizers)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+            if replaced_by := replacements.get(type(tokenizer).__name__):
+                tokenizer = getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{name_or_path}: its tokenizer cannot be loaded ({reason}); {advice}") from error
+        # Without its files, the library gives a tokenizer that has the special tokens alone.
+        if tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens}:
+            raise ValueError(f"{name_or_path} has no tokenizer; {advice}")
         return cls.for_backbone(config, tokenizer)
 
     @classmethod

@@ -6,6 +6,9 @@ r"""Evaluates a model on named protocols: metrics with intervals, how each was m
     # the paper's baselines, by a pretrained dual encoder alone
     pvlf-hf evaluate --model Salesforce/blip-itm-base-coco --methods image text image+text ...
 
+    # the same encoder, composing queries by a formula
+    pvlf-hf evaluate --model openai/clip-vit-base-patch32 --composition slerp ...
+
     # several GPUs, each a share of the images
     torchrun --nproc_per_node 4 -m pvlf_hf.commands.evaluate ...
 
@@ -23,22 +26,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, set_seed
+from transformers import HfArgumentParser
 
 from ..atomic_files import whole
+from ..checkpoints.loading import load_model
 from ..checkpoints.model_card import protocol_card, results_tables
 from ..data.benchmark import CIRBenchmark
 from ..data.protocols import describe_protocols, load_protocol
-from ..dtypes import DTYPES, warn_if_slow
+from ..dtypes import DTYPES
 from ..embeddings.embedding_store import EmbeddingStore
 from ..embeddings.encoding import FORMER_NAME, QUERY_METHODS, embed, method_named
 from ..evaluation.metrics import metrics_named
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import average, evaluate, evaluate_all
 from ..evaluation.submission import write_submissions
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.compositions_training_free import COMPOSITIONS
 from .arguments import HelpFormatter, leave, parse
 
 
@@ -46,9 +48,7 @@ from .arguments import HelpFormatter, leave, parse
 class EvaluationArguments:
     """Arguments of `pvlf-hf evaluate`."""
 
-    model: str = field(
-        metadata={"help": "PVLF checkpoint, or BLIP or CLIP for baselines: a name on the Hub or a folder."}
-    )
+    model: str = field(metadata={"help": "PVLF checkpoint, or a plain dual encoder: a name on the Hub or a folder."})
     protocols: list[str] = field(metadata={"help": "One or more of the protocols below."})
     output_dir: str = field(metadata={"help": "Folder for results; overwrites those of an earlier run."})
     data_root: str = field(default="data", metadata={"help": "Folder that holds a folder for each data set."})
@@ -58,6 +58,10 @@ class EvaluationArguments:
             "help": "How queries are embedded: by the model, or by a baseline.",
             "choices": [*QUERY_METHODS, FORMER_NAME],
         },
+    )
+    composition: str | None = field(
+        default=None,
+        metadata={"help": "How a plain dual encoder composes queries (default: slerp).", "choices": [*COMPOSITIONS]},
     )
     embeddings: str | None = field(
         default=None, metadata={"help": "Folder that keeps embeddings (default: embeddings in --output_dir)."}
@@ -93,7 +97,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     methods = list(dict.fromkeys(map(method_named, args.methods)))
-    model, processor = load_model(args.model, baselines_only="composed" not in methods, dtype=args.dtype)
+    model, processor = load_model(args.model, args.composition, args.dtype)
     model.to(state.device)
     settings = {"allow_missing": args.allow_missing, "check_counts": args.check_counts}
     protocols = [load_protocol(name, args.data_root, **settings) for name in args.protocols]
@@ -121,42 +125,9 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
     return evaluations, submissions
 
 
-def load_model(
-    name: str, baselines_only: bool = False, dtype: str = "auto"
-) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Load a PVLF model with its processor.
-
-    Args:
-        name: a name on the Hub or a folder.
-        baselines_only: accept a BLIP or CLIP, too. Wrapped as PVLF it embeds images and text, but no composed queries.
-        dtype: one of `DTYPES`.
-
-    Raises:
-        ValueError: if there is no such model, or it is not a PVLF.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        where = "in this folder" if Path(name).is_dir() else "neither a folder here nor on the Hub"
-        raise ValueError(f"no model {name!r}, {where}: {' '.join(str(error).split())}") from error
-    if config.model_type == "pvlf":
-        model, processor = AutoModel.from_pretrained(name, dtype=dtype), AutoProcessor.from_pretrained(name)
-    elif not baselines_only:
-        raise ValueError(
-            f"{name} is no PVLF checkpoint but {config.model_type}: train one on it, or measure it with --methods "
-            "image text image+text"
-        )
-    else:
-        set_seed(0)  # the random fusion, unused here, is part of the fingerprint by which kept embeddings are found
-        model, processor = PVLFModel.from_vl_pretrained(name, dtype=dtype), PVLFProcessor.from_vl_pretrained(name)
-    if not torch.accelerator.is_available():
-        warn_if_slow(model.dtype)
-    return model, processor
-
-
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
-    """Measure Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
-    model, processor = load_model(name, baselines_only=True)
+    """Measures Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    model, processor = load_model(name)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 
 

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints.loading import load_model
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
@@ -18,7 +19,6 @@ from ..search.gallery_files import TABLE, is_gallery
 from ..search.query import Explanation, Weights
 from ..search.result import SearchResult
 from ..search.results_page import search_page
-from .evaluate import load_model
 from .output import print_json
 
 LISTED = 20
@@ -35,10 +35,11 @@ def index(
     draft: bool,
     include_hidden: bool,
     as_json: bool,
+    composition: str | None = None,
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
     known = set(pq.read_table(path / TABLE)["digest"].to_pylist()) if is_gallery(path) else set()
-    encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype)
+    encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype, composition)
     if openvino:
         encode_by_openvino(encoder)
     options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
@@ -64,9 +65,10 @@ def search(
     sheet: Path | None,
     explain: bool,
     as_json: bool,
+    composition: str | None = None,
 ) -> None:
-    """Search an index, and print or draw the results."""
-    gallery = Gallery.load(path, *load(model, index_dtype(path)))
+    """Searches an index, and prints or draws the results."""
+    gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)
     result = gallery.search(images, text, k, weights=weights, explain=explain)
@@ -88,12 +90,14 @@ def search(
         typer.echo(f"see {sheet}")
 
 
-def demo(images: Path | None, model: str, host: str, port: int | None, browser: bool) -> None:
-    """Serve the web demo until interrupted."""
+def demo(
+    images: Path | None, model: str, host: str, port: int | None, browser: bool, composition: str | None = None
+) -> None:
+    """Serves the web demo until interrupted."""
     from ..search.web_demo import launch  # Gradio is an extra
 
     dtype = index_dtype(images) if images and is_gallery(images) else "auto"
-    launch(open_gallery(images, *load(model, dtype)), host=host, port=port, open_browser=browser)
+    launch(open_gallery(images, *load(model, dtype, composition)), host=host, port=port, open_browser=browser)
 
 
 def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
@@ -120,9 +124,11 @@ def index_dtype(path: Path) -> str:
     return provenance["dtype"] if provenance else "auto"
 
 
-def load(name: str, dtype: str) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Load model and processor, on the accelerator if there is one."""
-    model, processor = load_model(name, dtype=dtype)
+def load(
+    name: str, dtype: str, composition: str | None = None
+) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
+    """Loads model and processor, on the accelerator if there is one."""
+    model, processor = load_model(name, composition, dtype)
     return model.to(PartialState().device), processor
 
 
