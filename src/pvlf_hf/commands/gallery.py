@@ -67,7 +67,7 @@ def search(
     as_json: bool,
     composition: str | None = None,
 ) -> None:
-    """Searches an index, and prints or draws the results."""
+    """Search an index, and prints or draws the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)
@@ -93,7 +93,7 @@ def search(
 def demo(
     images: Path | None, model: str, host: str, port: int | None, browser: bool, composition: str | None = None
 ) -> None:
-    """Serves the web demo until interrupted."""
+    """Serve the web demo until interrupted."""
     from ..search.web_demo import launch  # Gradio is an extra
 
     dtype = index_dtype(images) if images and is_gallery(images) else "auto"
@@ -127,7 +127,7 @@ def index_dtype(path: Path) -> str:
 def load(
     name: str, dtype: str, composition: str | None = None
 ) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Loads model and processor, on the accelerator if there is one."""
+    """Load model and processor, on the accelerator if there is one."""
     model, processor = load_model(name, composition, dtype)
     return model.to(PartialState().device), processor
 
