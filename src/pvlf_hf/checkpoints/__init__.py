@@ -11,6 +11,7 @@ from .model_card import render_card, write_card
 
 __all__ = [
     "check_golden",
+    "convert_inversion",
     "convert_salesforce_blip",
     "convert_transagg",
     "load_model",
