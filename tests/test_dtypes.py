@@ -28,8 +28,14 @@ def said(monkeypatch):
 def test_emulated_precision_warns(said, tmp_path, dtype):
     load_model(EMOJI, dtype=dtype)
     load_model(BLIP, dtype=dtype)
-    PVLFTrainingArguments(str(tmp_path), **{{"bfloat16": "bf16", "float16": "fp16"}[dtype]: True})
-    assert len(said) == 3 and all(f"does not compute in {dtype}" in warning for warning in said)
+    if dtype == "bfloat16":
+        PVLFTrainingArguments(str(tmp_path), bf16=True)
+    else:
+        with pytest.raises(ValueError, match="fp16 has no effect on a CPU"):
+            PVLFTrainingArguments(str(tmp_path), fp16=True)
+    assert len(said) == {"bfloat16": 3, "float16": 2}[dtype] and all(
+        f"does not compute in {dtype}" in warning for warning in said
+    )
 
 
 def test_native_dtypes_raise_no_warning(said, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ FOLDERS = {
     ],
     "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
     "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
-    "checkpoints": ["loading", "model_card", "golden", "weight_names", "convert"],
+    "checkpoints": ["loading", "model_card", "golden", "weight_names", "convert", "convert_inversion"],
     "search": [
         "vector_index",
         "query",

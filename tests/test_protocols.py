@@ -136,7 +136,7 @@ def test_help_lists_protocols_and_the_launch_command(capsys):
     assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
 
 
-def test_composed_method_on_a_dual_encoder_raises(data_root, tmp_path, tiny_checkpoint):
+def test_dual_encoder_without_tokenizer_raises(data_root, tmp_path, tiny_checkpoint):
     make_model().config.vl_config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no PVLF checkpoint but .*, or measure it with --methods image text"):
+    with pytest.raises(ValueError, match="has no tokenizer; save its original's there"):
         main(flags(tmp_path, data_root, tmp_path / "out", "cirr-val"))
