@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from processes import run_in_processes
 from squares import each_with_each
 from tiny import make_model, make_processor
+from torch.utils._pytree import tree_map
 from transformers import AutoModel
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
@@ -73,7 +74,8 @@ def cached_batch(model, squares, folder, rows, finetuning="frozen"):
     """What the cache gives for some rows, in float32."""
     model.set_finetuning(finetuning)
     known, collate = cache_features(model, make_processor(), squares, folder, progress=False)
-    return {k: v.float() if v.is_floating_point() else v for k, v in collate([known[row] for row in rows]).items()}
+    batch = collate([known[row] for row in rows])
+    return tree_map(lambda t: t.float() if t.is_floating_point() else t, batch)
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text"])
