@@ -1,7 +1,7 @@
 """Image processor of PVLF: target pad, resize, centre crop, CLIP normalisation.
 
 The steps and their order are TransAgg's ("Zero-shot Composed Text-Image Retrieval", BMVC 2023), which PVLF aligns its
-preprocessing with; pixels equal its output exactly. What differs is how a picture becomes RGB: TransAgg drops the
+preprocessing with; pixels equal its output exactly. What differs is how an image becomes RGB: TransAgg drops the
 alpha channel, so that transparent areas turn up black or in hidden colours; here they turn up white, and palettes and
 the EXIF orientation are applied before any other step.
 
@@ -29,17 +29,17 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import ImagesKwargs
 
 Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
-"""A file, an `http(s):` or `data:` URL, a PIL picture, a (H, W[, C]) array or a (C, H, W) tensor."""
+"""A file, an `http(s):` or `data:` URL, a PIL image, a (H, W[, C]) array or a (C, H, W) tensor."""
 
 FORMATS: tuple[str, ...] | None = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What a file may hold, whatever it is called (ours); None for everything that Pillow knows, which hands EPS to
-Ghostscript, a program for programs."""
+"""Formats that are decoded, whatever the file extension (our choice); None allows all of Pillow's, including EPS,
+which runs Ghostscript."""
 
 MAX_BYTES: int = 2**28
-"""The largest file or download (ours): what `PIL.Image.MAX_IMAGE_PIXELS` pixels take uncompressed."""
+"""The largest file or download (our choice): what `PIL.Image.MAX_IMAGE_PIXELS` pixels take uncompressed."""
 
 MAX_SECONDS: float = 60
-"""The longest download (ours)."""
+"""The longest download (our choice)."""
 
 
 class PVLFImageProcessorKwargs(ImagesKwargs, total=False):
@@ -50,26 +50,26 @@ class PVLFImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class PVLFImageProcessor(PilBackend):
-    """Turns pictures into `pixel_values`, float32 (batch, 3, crop height, crop width).
+    """Turns images into `pixel_values`, float32 (batch, 3, crop height, crop width).
 
     Every argument can be set here or in a call. For CLIP backbones pass `size={"shortest_edge": 224}, crop_size=224`.
 
     Args:
-        do_target_pad (`bool`, defaults to True): pad elongated pictures with black before resizing.
-        target_ratio (`float`, defaults to 1.25): a picture at least this elongated (longer side / shorter side) is
-            padded on both sides of its shorter side until it has about this ratio; 1 pads every picture to a square.
+        do_target_pad (`bool`, defaults to True): pad elongated images with black before resizing.
+        target_ratio (`float`, defaults to 1.25): an image at least this elongated (longer side / shorter side) is
+            padded on both sides of its shorter side until it has about this ratio; 1 pads every image to a square.
             Source: TransAgg's "targetpad", after CLIP4Cir.
         size (`dict`, defaults to `{"shortest_edge": 384}`): the shorter side after resizing, BLIP's 384 px.
-        crop_size (`dict`, defaults to 384 x 384): the centre crop; not larger than the resized picture.
+        crop_size (`dict`, defaults to 384 x 384): the centre crop; not larger than the resized image.
         resample (defaults to PIL's bicubic), do_resize, do_center_crop, do_rescale, do_normalize, image_mean,
             image_std (default to CLIP's): as in the library's image processors.
 
-    Pictures may be files, URLs, PIL pictures of any 8-bit or 16-bit gray mode (of several frames the current one, the
+    Images may be files, URLs, PIL images of any 8-bit or 16-bit gray mode (of several frames the current one, the
     first after opening), arrays and tensors: uint8, or float in [0, 1], which is rounded to 8 bit (so do not pass
     `do_rescale=False` for it).
 
     Raises:
-        ValueError: in a call, if a picture cannot be read (naming the file), is empty, has a dtype, shape or mode of
+        ValueError: in a call, if an image cannot be read (naming the file), is empty, has a dtype, shape or mode of
             no known range, is beyond the limits of this module, or would be padded or resized to more than
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
 
@@ -108,13 +108,13 @@ class PVLFImageProcessor(PilBackend):
             raise ValueError("images is nested: pass a flat batch of pictures")
         return pictures
 
-    def process_image(  # type: ignore[override]  # takes files too, and every picture becomes RGB
+    def process_image(  # type: ignore[override]  # takes files too, and every image becomes RGB
         self, image: Picture, input_data_format: str | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Read one picture into an RGB array.
+        """Read one image into an RGB array.
 
         Args:
-            image: the picture.
+            image: the image.
             input_data_format: "channels_first" or "channels_last", of an array or tensor; by default the usual layout
                 of its type where the shape allows it, else the other.
             **kwargs: the library's other arguments, not used here.
@@ -123,7 +123,7 @@ class PVLFImageProcessor(PilBackend):
             uint8 (3, H, W).
 
         Raises:
-            ValueError: naming the picture and what is wrong with it.
+            ValueError: naming the image and what is wrong with it.
         """
         try:
             if isinstance(image, str | Path):
@@ -139,7 +139,7 @@ class PVLFImageProcessor(PilBackend):
         return np.moveaxis(np.asarray(picture), -1, 0)
 
     def target_pad(self, image: np.ndarray, ratio: float) -> np.ndarray:
-        """Pad a (3, H, W) picture with black to about the aspect ratio, if it is at least as elongated."""
+        """Pad a (3, H, W) image with black to about the aspect ratio, if it is at least as elongated."""
         if ratio < 1:
             raise ValueError(f"target_ratio is longer / shorter side, so at least 1, got {ratio}")
         height, width = image.shape[1:]
@@ -152,7 +152,7 @@ class PVLFImageProcessor(PilBackend):
         return np.pad(image, ((0, 0), (top, top), (left, left)))
 
     def resize(self, image: np.ndarray, size: SizeDict, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Resize a (3, H, W) uint8 picture as the library does, unless the result would not fit in memory."""
+        """Resize a (3, H, W) uint8 image as the library does, unless the result would not fit in memory."""
         if size.shortest_edge:
             height, width = image.shape[1:]
             scale = size.shortest_edge / min(height, width)
@@ -162,7 +162,7 @@ class PVLFImageProcessor(PilBackend):
     def center_crop(  # type: ignore[override]  # as the library's PilBackend does
         self, image: np.ndarray, size: SizeDict, **kwargs: Any
     ) -> np.ndarray:
-        """Crop the centre of a (3, H, W) picture; an odd margin is halved to even, as torchvision does."""
+        """Crop the centre of a (3, H, W) image; an odd margin is halved to even, as torchvision does."""
         height, width = image.shape[1:]
         if not (size.height and size.width):
             raise ValueError(f"crop_size needs height and width, got {dict(size)}")
@@ -183,13 +183,13 @@ class PVLFImageProcessor(PilBackend):
 
 
 def open_rgb(source: str | Path | bytes) -> Image.Image:
-    """Open a file, a URL or the content of a file as an RGB picture; of several frames the first."""
+    """Open a file, a URL or the content of a file as an RGB image; of several frames the first."""
     with open_picture(source) as picture:
         return to_rgb(picture)
 
 
 def open_picture(source: str | Path | bytes) -> Image.Image:
-    """Open a picture without decoding it, within the limits of this module.
+    """Open an image without decoding it, within the limits of this module.
 
     Args:
         source: a file, an `http(s):` or `data:` URL, or the content of a file.
@@ -344,7 +344,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
-    """Make a PIL picture of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
+    """Make a PIL image of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
     if input_data_format is not None:
         channel_axes: tuple[int, ...] = (0,) if input_data_format == "channels_first" else (-1,)
     else:
@@ -370,7 +370,7 @@ def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | 
 
 
 def describe(image: Any) -> str:
-    """Names a picture in an error message: its file or URL where known, else its type and size."""
+    """Names an image in an error message: its file or URL where known, else its type and size."""
     if source := str(image if isinstance(image, str | Path) else getattr(image, "filename", "")):
         return f"picture {source[:200]!r}"
     size = getattr(image, "shape", getattr(image, "size", None))
@@ -378,7 +378,7 @@ def describe(image: Any) -> str:
 
 
 def check_area(height: int, width: int, step: str) -> None:
-    """Raise a `ValueError` where a step would blow a very elongated picture up beyond Pillow's own limit."""
+    """Raise a `ValueError` where a step would blow a very elongated image up beyond Pillow's own limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and height * width > limit:
         raise ValueError(

@@ -45,7 +45,7 @@ def focal_info_nce(
         gamma: focusing exponent of eq. 15; the paper uses 2.
         positives: int64 `(num_queries,)`, the row of `target_embeds` that is each query's target; row i by default.
         target_ids: int64 `(num_targets,)`; targets that share the id of a query's own are left out of its
-            denominator instead of counting as negatives (several queries of a batch may want the same picture).
+            denominator instead of counting as negatives (several queries of a batch may want the same image).
         chunk_size: queries compared at once. Backward compares each chunk again, so that never more than
             `(chunk_size, num_targets)` similarities are held; by default all are.
 

@@ -67,7 +67,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
 
         Args:
             name_or_path: Hub name or local folder of a BLIP or CLIP checkpoint; its tokenizer and image size are used,
-                its own image processor is not (BLIP's squeezes pictures into a square).
+                its own image processor is not (BLIP's squeezes images into a square).
             **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
@@ -184,7 +184,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             `pixel_values`, for [`PVLFModel.get_image_features`].
 
         Raises:
-            ValueError: if there is no picture or one cannot be read.
+            ValueError: if there is no image or one cannot be read.
         """
         return self(images=images, **kwargs)
 

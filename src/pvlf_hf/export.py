@@ -25,8 +25,8 @@ from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProc
 from .onnx_encoder import OnnxEncoder
 
 TOLERANCE = 1e-5
-"""Largest difference of an embedding's entries from the model's (ours). The same float32 operations in another order
-differ by 4e-7 on the tests' models and 3e-7 at the size of BLIP base; padding that is seen, by 0.2."""
+"""Largest difference of an embedding's entries from the model's (our choice). The same float32 operations in another
+order differ by 4e-7 on the tests' models and 3e-7 at the size of BLIP base; padding that is seen, by 0.2."""
 
 AXES: dict[str, dict[str, dict[int, str]]] = {
     "query": {
@@ -36,7 +36,7 @@ AXES: dict[str, dict[str, dict[int, str]]] = {
     },
     "gallery": {"pixel_values": {0: "batch"}},
 }
-"""What each tower takes, and the axes of it that may have any length."""
+"""Inputs of each tower, with their axes that may have any length."""
 
 OUTPUT = {"query": "query_embeds", "gallery": "image_embeds"}
 
@@ -110,7 +110,7 @@ def export_onnx(
 ) -> dict[str, float]:
     """Write `query.onnx`, `gallery.onnx`, the processor and `onnx_encoder.py`, and check their embeddings.
 
-    The check embeds pictures and captions with [`OnnxEncoder`], preprocessing included, and with the model.
+    The check embeds images and captions with [`OnnxEncoder`], preprocessing included, and with the model.
 
     Args:
         model: in float32 and eval mode.

@@ -27,7 +27,7 @@ from .sentence_transformer import PVLFSentenceModule
 
 
 class PVLFEncoder(SentenceTransformerEncoderWrapper):
-    """What [`mteb.evaluate`] takes: composed queries, pictures and texts, as [`PVLFSentenceModule`] embeds them.
+    """Encoder for [`mteb.evaluate`]: composed queries, images and texts, as [`PVLFSentenceModule`] embeds them.
 
     Instructions that tasks have for language models are not put before captions.
 

@@ -26,10 +26,10 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What a file may hold, as of `PVLFImageProcessor`: Pillow hands EPS to Ghostscript, a program for programs."""
+"""Formats that are decoded, those of `PVLFImageProcessor`; Pillow would run Ghostscript for EPS."""
 
 BATCH = 32
-"""Gallery pictures embedded at once (ours)."""
+"""Gallery images embedded at once (our choice)."""
 
 Picture = str | Path | Image.Image
 
@@ -42,7 +42,7 @@ class OnnxEncoder:
         providers: of onnxruntime, e.g. `["CUDAExecutionProvider"]`.
 
     Raises:
-        ValueError: if the processor prepares pictures otherwise than this file can.
+        ValueError: if the processor prepares images otherwise than this file can.
     """
 
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -111,7 +111,7 @@ class OnnxEncoder:
 
 
 def to_rgb(image: Picture) -> Image.Image:
-    """Open a picture upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
+    """Open an image upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
     if not isinstance(image, Image.Image):
         Image.init()
         image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all

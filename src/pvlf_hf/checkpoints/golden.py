@@ -23,7 +23,7 @@ GOLDEN = "golden.safetensors"
 CAPTION = "the same but with a red hat"
 
 TOLERANCE = 1e-4
-"""Largest difference in an entry of a unit vector (ours): float32 differs by some 1e-6 between machines."""
+"""Largest difference in an entry of a unit vector (our choice): float32 differs by some 1e-6 between machines."""
 
 
 def write_golden(folder: str | Path) -> Path:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from .checks import names_alike, surrogate_problem
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What tables called CSV are separated by where it is not commas."""
+"""Separators of tables called CSV other than commas."""
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -217,7 +217,7 @@ _REMEDIES: dict[type, str] = {
     float: "pandas writes missing cells so; fill them, or drop the rows",
     bytes: "decode it to text",
 }
-"""What to do about a cell of a type that is no text."""
+"""Remedy for a cell whose type is not text, by that type."""
 
 
 def _encoding_problem(file: Path, error: UnicodeDecodeError) -> str:

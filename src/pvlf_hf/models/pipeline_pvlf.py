@@ -26,13 +26,13 @@ CUSTOM_PIPELINES = {
 
 
 class ComposedImageRetrievalPipeline(Pipeline):
-    """Finds the pictures of a gallery that a reference picture and a relative caption ask for.
+    """Finds the images of a gallery that a reference image and a relative caption ask for.
 
     Args:
-        gallery: what is searched, unless a call names another: pictures (files, URLs, PIL pictures, arrays, a column
+        gallery: what is searched, unless a call names another: images (files, URLs, PIL images, arrays, a column
             of a data set), or their embeddings, float `(n, d)`, from [`~ComposedImageRetrievalPipeline.embed_gallery`]
-            or `Gallery.embeds`. Pictures given here are embedded once; given to a call, in that call.
-        top_k: how many results, 10 by default (ours); a gallery that has fewer gives all.
+            or `Gallery.embeds`. Images given here are embedded once; given to a call, in that call.
+        top_k: how many results, 10 by default (our choice); a gallery that has fewer gives all.
         **kwargs: the library's: `model`, `processor`, `device`, `batch_size`, ...
 
     Raises:
@@ -43,9 +43,9 @@ class ComposedImageRetrievalPipeline(Pipeline):
         >>> from transformers import pipeline
         >>> import pvlf_hf
 
-        >>> pictures = [Image.new("RGB", (72, 72), colour) for colour in ("red", "gold", "navy")]
-        >>> pipe = pipeline("composed-image-retrieval", model="model_cards/pvlf-emoji-tiny", gallery=pictures)
-        >>> results = pipe({"image": pictures[0], "text": "please colour this yellow"}, top_k=2)
+        >>> images = [Image.new("RGB", (72, 72), colour) for colour in ("red", "gold", "navy")]
+        >>> pipe = pipeline("composed-image-retrieval", model="model_cards/pvlf-emoji-tiny", gallery=images)
+        >>> results = pipe({"image": images[0], "text": "please colour this yellow"}, top_k=2)
         >>> [sorted(result) for result in results]
         [['image', 'index', 'score'], ['image', 'index', 'score']]
     """
@@ -65,9 +65,9 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """Search the gallery for one query or many.
 
         Args:
-            inputs: a query `{"image": picture, "text": relative caption}`, a list of them, or a data set or generator
-                of them, which is read as its results are taken. With `text` the reference picture alone, or a list.
-            text: the relative caption, or a list of as many as there are pictures.
+            inputs: a query `{"image": image, "text": relative caption}`, a list of them, or a data set or generator
+                of them, which is read as its results are taken. With `text` the reference image alone, or a list.
+            text: the relative caption, or a list of as many as there are images.
             **kwargs: `gallery` and `top_k` for this call; `batch_size`, queries encoded at a time (1), `num_workers`.
 
         Returns:
@@ -76,7 +76,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             where the gallery is embeddings. For a list a list of these, for other inputs an iterator over them.
 
         Raises:
-            ValueError: if there is no gallery, a query lacks a half, `top_k` is below 1, or a picture cannot be read.
+            ValueError: if there is no gallery, a query lacks a half, `top_k` is below 1, or an image cannot be read.
         """
         if "gallery_embeds" not in self._forward_params and kwargs.get("gallery") is None:
             raise ValueError(
@@ -95,7 +95,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """Embed gallery images, to be searched many times.
 
         Args:
-            images: the pictures.
+            images: the images.
             batch_size: how many at a time (as `Gallery`).
 
         Returns:

@@ -1,6 +1,6 @@
 """Tokens of encoders that do not train, computed once and kept on disk: most of a training step is already known.
 
-A frozen ViT gives the same tokens for a picture in every epoch, run and row of a table. They are found again by what
+A frozen ViT gives the same tokens for an image in every epoch, run and row of a table. They are found again by what
 they were made of: a *fingerprint* of weights, configuration and preprocessing names a folder, and the digest of a
 picture's file (or of a caption) a row in it. Whatever changes, changes the name, so that nothing stale is ever read.
 """
@@ -37,7 +37,7 @@ from ..models.modeling_pvlf import PVLFModel
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-"""A shard is written when it holds so much (ours): what an interruption can lose, and about 220 pictures of BLIP."""
+"""Bytes after which a shard is written (our choice): the most that an interruption loses, about 220 images of BLIP."""
 
 
 class FeatureCache:
@@ -214,18 +214,18 @@ def cache_features(
     batch_size: int = 64,
     progress: bool = True,
 ) -> tuple[Dataset, FeatureCollator]:
-    """Encode the pictures of triplets, and the captions where the text encoder is frozen too.
+    """Encode the images of triplets, and the captions where the text encoder is frozen too.
 
     Args:
         model: on the device it trains on; its image encoder must be frozen (`model.set_finetuning`).
         processor: of the model.
         triplets: with `pvlf_hf.data.triplets.TRIPLET_COLUMNS`.
         folder: where caches live; may be shared by runs, processes and models.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         progress: show progress bars.
 
     Returns:
-        the triplets with digests for pictures, and the collator that makes batches of them.
+        the triplets with digests for images, and the collator that makes batches of them.
 
     Raises:
         ValueError: if the image encoder trains, or the triplets are transformed when read.
