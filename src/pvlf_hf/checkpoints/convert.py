@@ -38,7 +38,6 @@ from transformers import (
 )
 
 from ..models.configuration_pvlf import PVLFConfig
-from ..models.image_processing_pvlf import PVLFImageProcessor
 from ..models.modeling_pvlf import PVLFModel
 from ..models.processing_pvlf import PVLFProcessor
 from .weight_names import BLIP_NAMES, LEFT_OUT, LEFT_OUT_OF_PVLF, Tensors, leave_out, to_pvlf, translate
@@ -119,10 +118,7 @@ def convert_transagg(
     processor = None
     if tokenizer is not None:
         vl_config = model.config.vl_config
-        side = vl_config.vision_config.image_size
-        image_processor = PVLFImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-        longest = min(77 if vl_config.model_type == "clip" else 35, vl_config.text_config.max_position_embeddings)
-        processor = PVLFProcessor(image_processor, load_tokenizer(tokenizer, vl_config), max_text_length=longest)
+        processor = PVLFProcessor.for_backbone(vl_config, load_tokenizer(tokenizer, vl_config))
     write(output_dir, model, processor)
 
 
