@@ -186,7 +186,7 @@ def search(
 @app.command()
 def demo(
     model: Model,
-    pictures: Annotated[
+    images: Annotated[
         Path | None,
         typer.Argument(help="Folder of images, or one that `pvlf-hf index` made; without, emoji.", show_default=False),
     ] = None,
@@ -204,7 +204,7 @@ def demo(
         raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`')
     from pvlf_hf.commands import gallery
 
-    gallery.demo(pictures, model, host, port, browser, composition)
+    gallery.demo(images, model, host, port, browser, composition)
 
 
 @app.command(context_settings=HANDED_ON)

@@ -161,7 +161,7 @@ class Visitor:
         luck, find = self.luck, remembered(self.gallery)
         own, text, more = luck.randrange(len(self.gallery)), luck.choice(TEXTS), luck.choice(TEXTS)
         balance = luck.choice([-0.5, 0.0, 0.7])
-        picture = self.gallery.picture(self.gallery.ids[own])
+        picture = self.gallery.image(self.gallery.ids[own])
         await self.client.upload(f"{own}.png", png(picture))
         await self.check(lambda: find(own, text, 0.0, False), "search", text, 0)
         found = await self.check(lambda: find(own, text, balance, False), "weigh", balance)
@@ -211,7 +211,7 @@ class Visitor:
         bad = [
             lambda: client.call("search", "  ", 0),
             lambda: client.call("search", "a flag", 99),
-            lambda: client.upload("junk.png", b"no picture at all"),
+            lambda: client.upload("junk.png", b"no image at all"),
             lambda: client.upload("half.png", png(Image.new("RGB", (64, 64), "red"))[:70]),
             lambda: client.call("pick", event={"index": 999, "value": None}),
             lambda: client.call("back", 0, event={"index": 7, "value": None}),
@@ -237,12 +237,12 @@ class Visitor:
 
 @cache
 def remembered(gallery):
-    """Expected answers, each computed once; a row of the gallery stands for its picture."""
+    """Expected answers, each computed once; a row of the gallery stands for its image."""
 
     @cache
     def find(row, text, balance, left_out):
         image_id = None if row is None else gallery.ids[row]
-        image = None if row is None else gallery.picture(image_id)
+        image = None if row is None else gallery.image(image_id)
         return expected(gallery, image, text, balance, [image_id] if left_out else ())
 
     return find
@@ -330,7 +330,7 @@ def screenshots(url, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--screenshots", action="store_true", help=f"only draw the pictures in {CARD.name}")
+    parser.add_argument("--screenshots", action="store_true", help=f"only draw the images in {CARD.name}")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()

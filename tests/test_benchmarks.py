@@ -538,15 +538,15 @@ def test_published_counts():
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("cirr/val", {}, ("cirr-val", "every picture of the val split", "removed", "cirr")),
-        ("cirr/test1", {}, ("cirr-test1", "every picture of the test1 split", "removed", "cirr")),
-        ("fashioniq/val/shirt", {}, ("fashioniq", "the category's pictures that val lists", "kept", "fashioniq")),
+        ("cirr/val", {}, ("cirr-val", "every image of the val split", "removed", "cirr")),
+        ("cirr/test1", {}, ("cirr-test1", "every image of the test1 split", "removed", "cirr")),
+        ("fashioniq/val/shirt", {}, ("fashioniq", "the category's images that val lists", "kept", "fashioniq")),
         (
             "fashioniq/val/shirt",
             {"gallery": "union", "captions": "both-mean", "reference": "removed"},
             (
                 "fashioniq-union-both-mean-removed",
-                "the category's pictures that val names in queries",
+                "the category's images that val names in queries",
                 "removed",
                 "fashioniq",
             ),
@@ -554,7 +554,7 @@ def test_published_counts():
         (
             "fashioniq/test/dress",
             {},
-            ("fashioniq-test", "the category's pictures that test lists", "kept", "fashioniq"),
+            ("fashioniq-test", "the category's images that test lists", "kept", "fashioniq"),
         ),
         ("circo/val", {}, ("circo-val", "COCO unlabeled2017", "kept", "circo")),
         ("circo/test", {"reference": "removed"}, ("circo-test-removed", "COCO unlabeled2017", "removed", "circo")),

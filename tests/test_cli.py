@@ -67,7 +67,7 @@ def photos(tmp_path_factory):
     whole = io.BytesIO()
     draw(0).resize((320, 320)).save(whole, "JPEG")
     (folder / "cut.jpg").write_bytes(whole.getvalue()[:900])
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     return folder
 
 
@@ -77,7 +77,7 @@ def index(models, photos, tmp_path_factory):
     done = call("index", photos, "--model", models[0], "--path", path)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0] == f"{path}: 9 pictures, 9 new, 2 skipped"
+    assert lines[0] == f"{path}: 9 images, 9 new, 2 skipped"
     assert [line.split(":")[0] for line in lines[1:]] == ["skipped cut.jpg", "skipped text.jpg"]
     return path
 
@@ -161,7 +161,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
     expected = Gallery.load(path, half, AutoProcessor.from_pretrained(models[0])).search(photos / "red.png", TEXT, k=3)
     done = call("search", path, *model, "--image", photos / "red.png", "--text", TEXT, "-k", 3, "--json")
     assert [its["score"] for its in json.loads(done.stdout)["results"]] == expected.scores
-    assert "9 pictures, 0 new, 2 skipped" in call("index", photos, *model, "--path", path).stdout
+    assert "9 images, 0 new, 2 skipped" in call("index", photos, *model, "--path", path).stdout
     assert "try --dtype bfloat16" in error(call("index", photos, *model, "--path", path, "--dtype", "float32"))
     made = call("index", photos, *model, "--path", tmp_path / "fast", "--dtype", "bfloat16", "--openvino", "--json")
     assert json.loads(made.stdout)["new"] == 9
@@ -177,7 +177,7 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     for row, name in enumerate(["日本.png", "b.png", "c.png"]):
         draw(row).save(tmp_path / "photos" / name)
     environment = {"PVLF_MODEL": str(models[0]), "PYTHONIOENCODING": "cp1252"}
-    (tmp_path / "photos" / "красный.jpg").write_text("no picture")
+    (tmp_path / "photos" / "красный.jpg").write_text("no image")
     made = process("index", tmp_path / "photos", "--path", tmp_path / "kept", **environment)
     assert made.returncode == 0 and r"skipped \u043a\u0440" in made.stdout
     (tmp_path / "photos" / "b.png").unlink()
@@ -218,7 +218,7 @@ def test_search_prints_explanations(search, gallery, photos):
         expected.words(), abs=squares_error()["attentions"]
     )
     said = search(*wanted, "-k", 1).stdout
-    assert "\nweights: picture " in said and "\nlooked at: " in said
+    assert "\nweights: image " in said and "\nlooked at: " in said
 
 
 class Page(HTMLParser):
@@ -261,12 +261,12 @@ def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
 
 
 def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_path, monkeypatch):
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     said = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
     assert "holds no images, its files end in ['.txt']" in said
     said = error(call("search", index, "--model", models[1], "--text", TEXT))
     assert f"{index} holds embeddings of another model or processor" in said
-    assert "cannot read picture" in error(search("--image", photos / "cut.jpg"))
+    assert "cannot read image" in error(search("--image", photos / "cut.jpg"))
     assert "nothing to search by: pass an image, a text or both" in error(search())
     make_model().config.vl_config.save_pretrained(tmp_path)
     assert "has no tokenizer; save its original's" in error(call("search", index, "--model", tmp_path, "--text", TEXT))

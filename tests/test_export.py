@@ -165,7 +165,7 @@ def test_invalid_export_input_raises(exported, pictures, tiny_processor, tmp_pat
         export_onnx(make_model().train(), tiny_processor, tmp_path)
     with pytest.raises(ValueError, match="tower='text': choose one of"):
         export_program(make_model(), "text")
-    with pytest.raises(ValueError, match="2 pictures and 1 captions"):
+    with pytest.raises(ValueError, match="2 images and 1 captions"):
         OnnxEncoder(folder).embed_queries(pictures[:2], ["red"])
     with pytest.raises(ValueError, match="no caption is empty"):
         OnnxEncoder(folder).embed_queries(pictures[:1], [" "])

@@ -199,8 +199,8 @@ def test_damaged_files_raise_with_their_path(tmp_path):
 
 def test_broken_images_raise_with_their_row(tiny_model, tiny_processor, squares, tmp_path):
     tiny_model.set_finetuning("text")
-    (tmp_path / "blue.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="reference picture of row 14 cannot be read"):  # two colours stand before
+    (tmp_path / "blue.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="reference image of row 14 cannot be read"):  # two colours stand before
         cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
 
 

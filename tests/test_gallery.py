@@ -50,7 +50,7 @@ def photos(tmp_path):
     (folder / "sub").mkdir(parents=True)
     for row, colour in enumerate(COLOURS):
         draw(row).save(folder / ("sub" if row == 8 else ".") / f"{colour}.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -327,7 +327,7 @@ def test_broken_images_are_skipped_and_listed(build, photos, tiny_model, tmp_pat
     clean, whole = build(), (photos / "red.png").read_bytes()
     (photos / "a_half.png").write_bytes(whole[: len(whole) // 2])
     (photos / "gone.png").symlink_to("nothing")
-    (photos / "no.jpg").write_bytes(b"no picture")
+    (photos / "no.jpg").write_bytes(b"no image")
     (photos / "same.png").symlink_to(photos / "no.jpg")
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
     monkeypatch.setattr(module.logger, "propagate", True)
@@ -354,7 +354,7 @@ def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
     make = partial(Gallery.from_folder, tmp_path, model, processor, path=tmp_path / "kept", progress=False)
     drafted = make(draft=True)
     assert [*zip(drafted.ids, sizes, strict=True)][-2:] == [("5.jpg", (200, 200)), ("6.png", (1600, 1600))]
-    assert drafted.picture("0.jpg").size == (1600, 1600)  # what is shown is the whole
+    assert drafted.image("0.jpg").size == (1600, 1600)  # what is shown is the whole
     make(draft=True)
     assert len(sizes) == 8  # encoded once
     whole = make()
@@ -376,13 +376,13 @@ def test_datasets_and_urls_are_galleries_too(build, photos, tiny_model, tiny_pro
     error = {"rtol": 0, "atol": squares_error()["target_embeds"]}
     torch.testing.assert_close(from_bytes.embeds, torch.stack([by_name[name] for name in COLOURS]), **error)
     result = from_bytes.search(draw(0), TEXT)
-    assert np.array_equal(from_bytes.picture("red"), draw(0)) and result.refine("dark").ids
+    assert np.array_equal(from_bytes.image("red"), draw(0)) and result.refine("dark").ids
     loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
     with pytest.raises(
         ValueError,
         match=r"the image 'red' cannot be opened \(the gallery knows no file of it\): make the gallery again",
     ):
-        loaded.picture("red")
+        loaded.image("red")
     data = "data:image/png;base64," + base64.b64encode((photos / "red.png").read_bytes()).decode()
     mixed = Gallery.from_images([data, photos / "blue.png"], tiny_model, tiny_processor, progress=False)
     torch.testing.assert_close(mixed.embeds, torch.stack([by_name["red"], by_name["blue"]]), **error)
@@ -412,13 +412,13 @@ def test_invalid_calls_raise_a_message_with_the_remedy(build, photos, tiny_model
         "text is empty: say what to look for": lambda: gallery.search(photos / "red.png", " "),
         "nothing to search by": lambda: gallery.search(),
         "image is an empty list": lambda: gallery.search([], TEXT),
-        "cannot read picture 'absent.png'": lambda: gallery.search("absent.png"),
+        "cannot read image 'absent.png'": lambda: gallery.search("absent.png"),
         "k=0: pass a whole number of at least 1": lambda: gallery.search(text=TEXT, k=0),
         "explain=True needs an image and a text": lambda: gallery.search(text=TEXT, explain=True),
         "a query is encoded already": lambda: gallery.search(text=TEXT, query=gallery.query(text=TEXT)),
         r"exclude names \['nobody'\]": lambda: gallery.search(text=TEXT, exclude=["nobody"]),
         "exclude leaves none of the gallery's 9": lambda: gallery.search(text=TEXT, exclude=gallery.ids),
-        "'nobody' is not in the gallery": lambda: gallery.picture("nobody"),
+        "'nobody' is not in the gallery": lambda: gallery.image("nobody"),
     }
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -454,7 +454,7 @@ sys.addaudithook(note_opened)  # for the life of the process
 
 def test_each_file_is_read_once(photos, build, tmp_path, monkeypatch):
     """Digest and pixels come from the same bytes, of new, known and broken files alike."""
-    (photos / "broken.png").write_bytes(b"no picture")
+    (photos / "broken.png").write_bytes(b"no image")
     for path in (tmp_path / "kept", tmp_path / "kept", None):
         monkeypatch.setitem(globals(), "OPENED", opened := [])
         gallery = build(path=path)
@@ -474,7 +474,7 @@ def index_with_others(folder, kept):
 
 @pytest.mark.slow
 def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_path):
-    (photos / "a_broken.png").write_bytes(b"no picture")
+    (photos / "a_broken.png").write_bytes(b"no image")
     draw(0).save(photos / "z_copy.png")
     alone = build()
     for forwards in (range(10, 13), range(0, 1)):  # at least one an image and equally many in both; then none

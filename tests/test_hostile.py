@@ -435,9 +435,9 @@ def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeyp
                 load_triplets(table_of(name)(good_reference(folder)), folder)
     assert "it is no file" in gallery.skipped["pipe.png"] and "it is no file" in unreadable(folder / "pipe.png")
     for name in ("animated.gif", "animated.png", "animated.webp", "pages.tiff"):
-        red, green, blue = np.asarray(gallery.picture(name))[4, 4]
+        red, green, blue = np.asarray(gallery.image(name))[4, 4]
         assert red > 250 and green < 5 and blue < 5, name
-    assert np.asarray(gallery.picture("sixteen.png")).max() == 40000 >> 8
+    assert np.asarray(gallery.image("sixteen.png")).max() == 40000 >> 8
     figure(f"{len(good)} read, {len(bad) + 1} refused")
 
 

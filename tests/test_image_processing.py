@@ -222,17 +222,17 @@ def test_gif_gives_its_first_frame(tmp_path):
 
 
 def test_unreadable_files_raise_with_their_path(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read picture '.*missing\.png'.*No such file"):
+    with pytest.raises(ValueError, match=r"cannot read image '.*missing\.png'.*No such file"):
         pixels(tmp_path / "missing.png")
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"cannot read picture '.*text\.png'.*cannot identify"):
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"cannot read image '.*text\.png'.*cannot identify"):
         pixels([random_picture(), str(tmp_path / "text.png")])
     stream = io.BytesIO()
     random_picture(size=(90, 90)).save(stream, "JPEG")
     (tmp_path / "cut.jpg").write_bytes(stream.getvalue()[:2000])
     with Image.open(tmp_path / "cut.jpg") as opened:  # read here, but decoded only when used
         for picture in (tmp_path / "cut.jpg", opened):
-            with pytest.raises(ValueError, match=r"cannot read picture '.*cut\.jpg'.*truncated"):
+            with pytest.raises(ValueError, match=r"cannot read image '.*cut\.jpg'.*truncated"):
                 pixels(picture)
 
 
@@ -240,7 +240,7 @@ def test_unreadable_files_raise_with_their_path(tmp_path):
     ("picture", "message"),
     [
         ([], "images is empty"),
-        (None, "NoneType: pass files, URLs, PIL pictures, arrays or tensors"),
+        (None, "NoneType: pass files, URLs, PIL images, arrays or tensors"),
         ([[Image.new("L", (2, 2))]], "images is nested: pass a flat batch"),
         (Image.new("RGB", (0, 4)), r"size \(0, 4\): it has no pixels"),
         (np.zeros((0, 4, 3), np.uint8), r"size \(0, 4, 3\): it has no pixels"),
@@ -260,7 +260,7 @@ def test_inputs_that_are_no_image_raise(picture, message):
 def test_invalid_settings_raise():
     picture = random_picture()
     with pytest.raises(
-        ValueError, match="crop_size 384 x 384 is larger than the resized picture.*set size and crop_size"
+        ValueError, match="crop_size 384 x 384 is larger than the resized image.*set size and crop_size"
     ):
         PVLFImageProcessor(size={"shortest_edge": 224})(picture)
     with pytest.raises(ValueError, match="at least 1, got 0.8"):

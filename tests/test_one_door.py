@@ -178,7 +178,7 @@ def a_changed_image(scene):
     scene.good.write_bytes(scene.content)
     result = gallery.search(text="a cat")
     result.sheet()  # draws a blank
-    return gallery.picture(result.ids[0])
+    return gallery.image(result.ids[0])
 
 
 def a_changed_result(scene):
@@ -216,7 +216,7 @@ def question(scene, image):
 LOADER = dict(batch_size=2, progress=False)
 
 DOORS = {
-    "web demo": (lambda s: demo_session.open_upload(s.eps), "not a picture that can be read"),
+    "web demo": (lambda s: demo_session.open_upload(s.eps), "not an image that can be read"),
     "gallery of a folder": (lambda s: said_by_skipping(Gallery.from_folder(s.folder, s.model, s.processor)), UNREAD),
     "gallery of files": (
         lambda s: said_by_skipping(Gallery.from_images([s.good, s.eps], s.model, s.processor)),
@@ -259,7 +259,7 @@ DOORS = {
     "training, tensors": (lambda s: s.train(s.inside().with_format("torch")), UNREAD),
     "training, feature cache": (
         lambda s: s.train(s.triplets(), finetuning="frozen", feature_cache=str(s.tmp / "features")),
-        f"the target picture of row 0 cannot be read.*{UNREAD}",
+        f"the target image of row 0 cannot be read.*{UNREAD}",
     ),
     "batches of a stream": (
         lambda s: next(iter(triplet_batches(s.inside().to_iterable_dataset(), 2, PVLFCollator(s.processor)))),
@@ -267,7 +267,7 @@ DOORS = {
     ),
     "feature cache": (
         lambda s: cache_features(s.model.requires_grad_(False), s.processor, s.inside(), s.tmp / "features"),
-        f"the target picture of row 0 cannot be read.*{UNREAD}",
+        f"the target image of row 0 cannot be read.*{UNREAD}",
     ),
     "writing shards, files": (lambda s: write_shards(s.triplets(), s.tmp / "out"), f"image of row 0.*{UNREAD}"),
     "writing shards, Parquet": (lambda s: write_shards(s.inside(), s.tmp / "out"), f"image of row 0.*{UNREAD}"),
@@ -337,7 +337,7 @@ def test_pillow_alone_runs_the_ghostscript_stand_in(ran, tmp_path):
 def test_image_formats_can_be_chosen(ran, tmp_path, monkeypatch):
     scene = Scene(tmp_path, "png")
     monkeypatch.setattr(door, "FORMATS", None)
-    with pytest.raises(ValueError, match="cannot read picture"):  # the stand-in draws nothing
+    with pytest.raises(ValueError, match="cannot read image"):  # the stand-in draws nothing
         scene.processor.process_targets(opened_elsewhere(scene))
     assert ran.exists()
 
@@ -475,7 +475,7 @@ def test_images_at_fsspec_urls_are_read(tmp_path, monkeypatch):
     cell = {"bytes": None, "path": f"file://{scene.good}"}
     assert door.decode_cell(cell, None).tobytes() == Image.open(scene.good).tobytes()
     monkeypatch.setattr(door, "MAX_BYTES", 10)
-    with pytest.raises(ValueError, match=r"cannot read picture 'file://.*good.png': .*more bytes"):
+    with pytest.raises(ValueError, match=r"cannot read image 'file://.*good.png': .*more bytes"):
         door.decode_cell(cell, None)
-    with pytest.raises(ValueError, match="cannot read picture '.*gone.png': .*No such file"):
+    with pytest.raises(ValueError, match="cannot read image '.*gone.png': .*No such file"):
         door.decode_cell({"bytes": None, "path": str(tmp_path / "gone.png")}, None)

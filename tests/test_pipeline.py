@@ -155,15 +155,15 @@ def test_pipeline_disables_dropout_of_a_trained_model(pipe):
 @pytest.mark.parametrize(
     ("call", "advice"),
     [
-        (lambda pipe: pipe("red.png"), r'a query is \{"image": picture, "text": relative caption\}, got str'),
+        (lambda pipe: pipe("red.png"), r'a query is \{"image": image, "text": relative caption\}, got str'),
         (lambda pipe: pipe({"image": GALLERY[0]}), r"got \['image'\]"),
         (lambda pipe: pipe([*ASKED, {"image": GALLERY[0], "text": None}], batch_size=2), "a query is"),
         (lambda pipe: pipe(GALLERY[0], text=" "), "caption 0 is empty: say what changes"),
         (lambda pipe: pipe(GALLERY[:2], text=["red"]), "2 images and 1 captions"),
-        (lambda pipe: pipe("nowhere.png", text="red"), "cannot read picture 'nowhere.png'"),
-        (lambda pipe: pipe(ASKED[0], gallery=["nowhere.png"]), "cannot read picture 'nowhere.png'"),
+        (lambda pipe: pipe("nowhere.png", text="red"), "cannot read image 'nowhere.png'"),
+        (lambda pipe: pipe(ASKED[0], gallery=["nowhere.png"]), "cannot read image 'nowhere.png'"),
         (lambda pipe: pipe(ASKED[0], gallery=[]), "the gallery is empty"),
-        (lambda pipe: pipe(ASKED[0], gallery="photos"), "gallery is str: pass a list of pictures"),
+        (lambda pipe: pipe(ASKED[0], gallery="photos"), "gallery is str: pass a list of images"),
         (lambda pipe: pipe(ASKED[0], gallery=torch.zeros(9, 8)), r"shape \(9, 8\); embeddings of this model are"),
         (lambda pipe: pipe(ASKED[0], top_k=0), "top_k=0: pass a whole number of at least 1"),
         (lambda pipe: pipe(ASKED[0], top_k="5"), "top_k='5': pass a whole number of at least 1"),
@@ -227,7 +227,7 @@ else:
     raise SystemExit("code of the checkpoint ran without trust")
 results = []
 for place in (folder, again):
-    pipe = pipeline(task="composed-image-retrieval", model=place, trust_remote_code=True, gallery=pictures)
+    pipe = pipeline(task="composed-image-retrieval", model=place, trust_remote_code=True, gallery=images)
     assert type(pipe).__module__.startswith("transformers_modules."), type(pipe)
     results.append(pipe({"image": pictures[0], "text": "the same but red"}, top_k=2))
     pipe.save_pretrained(again)

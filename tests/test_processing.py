@@ -122,7 +122,7 @@ def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
         ({"text": ["red", None]}, "caption 1 is None, not a string"),
         ({"text": []}, "text is empty"),
         ({"images": []}, "images is empty"),
-        ({"images": "nowhere.png", "text": "red"}, "cannot read picture 'nowhere.png'"),
+        ({"images": "nowhere.png", "text": "red"}, "cannot read image 'nowhere.png'"),
     ],
 )
 def test_invalid_inputs_raise(inputs, message):

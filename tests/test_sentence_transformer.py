@@ -118,9 +118,9 @@ def test_loading_forwards_settings():
     ("bad", "message"),
     [
         ([{"role": "user", "content": "red"}], r"an input is \[\{'role': 'user'"),
-        (["red", ("red", "blue")], r"an input is \('red', 'blue'\): pass a picture, a text or"),
+        (["red", ("red", "blue")], r"an input is \('red', 'blue'\): pass an image, a text or"),
         (["red", {"image": draw(0), "text": " "}], "caption . is empty"),
-        ([{"image": "gone.png", "text": "red"}], "cannot read picture 'gone.png'"),
+        ([{"image": "gone.png", "text": "red"}], "cannot read image 'gone.png'"),
         (
             ["red", "photos/2024/dress.jpg"],
             "'photos/2024/dress.jpg' looks like the path of an image, but there is no s",

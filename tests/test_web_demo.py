@@ -138,7 +138,7 @@ def ask(page, text):
 
 def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     page, truth = browse(), other_gallery
-    mine = truth.picture(truth.ids[7])
+    mine = truth.image(truth.ids[7])
     page.locator("#reference input[type=file]").set_input_files(
         {"name": "mine.png", "mimeType": "image/png", "buffer": png(mine)}
     )
@@ -166,7 +166,7 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     picked = truth.ids[first[2][0]]
     assert Path(page.locator("#reference img").get_attribute("src")).stem == str(first[2][0])
     ask(page, "dark skin")
-    second = expected(truth, truth.picture(picked), "dark skin", left_out=[picked])
+    second = expected(truth, truth.image(picked), "dark skin", left_out=[picked])
     wait_for(page, second)
     assert page.locator("#trail button").all_inner_texts() == ["as a woman", "dark skin"]
     page.get_by_text("Why these?").click()
@@ -179,7 +179,7 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     assert page.locator("#trail button").count() == 1
 
     page.get_by_role("button", name="Start over").click()
-    page.get_by_text("pick a picture to start from").wait_for()
+    page.get_by_text("pick an image to start from").wait_for()
     assert not page.locator("#trail").is_visible()
     assert page.locator("#reference img").count() == 0
     assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == demo_session.SHOWN
@@ -191,11 +191,11 @@ def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery
     page.locator("#grid button").nth(3).click()
     page.locator("#reference img").wait_for()
     page.get_by_role("button", name="Search").click()  # by the image alone: more like it
-    wait_for(page, expected(truth, truth.picture(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
+    wait_for(page, expected(truth, truth.image(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
     assert page.locator("#balance input[type=range]").is_disabled()
     image_id, text = web_demo.EXAMPLES[0]
     page.get_by_role("button", name=text).click()
-    wait_for(page, expected(truth, truth.picture(image_id), text, left_out=[image_id]))
+    wait_for(page, expected(truth, truth.image(image_id), text, left_out=[image_id]))
     page.get_by_label("Remove Image").click()
     page.locator("#reference input[type=file]").wait_for(state="attached")
     ask(page, "a flag")
@@ -206,10 +206,10 @@ def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery
 def test_visitors_see_messages_for_invalid_input(browse):
     page = browse()
     page.get_by_role("button", name="Search").click()
-    page.get_by_text("nothing to search by: drop or pick a picture").wait_for()
-    files = {"name": "mine.png", "mimeType": "image/png", "buffer": b"no picture"}
+    page.get_by_text("nothing to search by: drop or pick an image").wait_for()
+    files = {"name": "mine.png", "mimeType": "image/png", "buffer": b"no image"}
     page.locator("#reference input[type=file]").set_input_files(files)
-    page.get_by_text("this file is not a picture that can be read").wait_for()
+    page.get_by_text("this file is not an image that can be read").wait_for()
     ask(page, '<img src=x onerror="window.owned = true"><b>bold</b>')
     page.locator("#trail button").wait_for()
     assert "<b>bold</b>" in page.locator("#trail").inner_text()
@@ -283,7 +283,7 @@ def test_only_gallery_images_are_served(url, gallery, figure):
         for route in ("file=", "file/", "proxy="):
             answer = httpx.get(f"{url}gradio_api/{route}{file}")
             refusal = answer.status_code, answer.json()
-            assert refusal == (403, {"detail": "only pictures of this gallery are served"}), route + file  # by us
+            assert refusal == (403, {"detail": "only images of this gallery are served"}), route + file  # by us
     figure(f"{len(NOT_OURS)} names by 3 routes, refused")
 
 
@@ -296,7 +296,7 @@ def test_requests_are_bounded(url, figure):
     api = url + "gradio_api"
     assert "larger than 64 KB" in httpx.post(f"{api}/queue/join", content=b"x" * 2**17).json()["detail"]
     huge = httpx.post(f"{api}/upload", files={"files": ("huge.png", bytes(21 * 2**20))})
-    assert huge.status_code == 413 and "send a smaller picture" in huge.json()["detail"]
+    assert huge.status_code == 413 and "send a smaller image" in huge.json()["detail"]
     endless = httpx.post(f"{api}/queue/join", content=iter([b"{}"]))
     assert endless.status_code == 411 and "Content-Length" in endless.json()["detail"]
     connection = HTTPConnection(httpx.URL(url).host, httpx.URL(url).port)
@@ -425,10 +425,10 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
     command = [sys.executable, "app.py"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert f"3 pictures at http://localhost:{port}/ (Ctrl+C ends it)\n" in process.stdout
+            assert f"3 images at http://localhost:{port}/ (Ctrl+C ends it)\n" in process.stdout
             proxy = httpx.HTTPTransport(local_address="127.0.0.2")
             with httpx.Client(base_url=f"http://127.0.0.2:{port}", transport=proxy) as client:
-                assert "This picture" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
+                assert "This image" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
                 assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
                 for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted apart behind the proxy
                     for _ in range(REQUESTS_PER_MINUTE if expected_code == 400 and visitor == 1 else 1):

@@ -80,7 +80,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """
         if "gallery_embeds" not in self._forward_params and kwargs.get("gallery") is None:
             raise ValueError(
-                f"no gallery to search in: pass it to the call, or once to pipeline({TASK!r}, ..., gallery=pictures)"
+                f"no gallery to search in: pass it to the call, or once to pipeline({TASK!r}, ..., gallery=images)"
             )
         one_query = str | Mapping | np.ndarray | Tensor
         inputs = opened(inputs)
@@ -105,7 +105,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             ValueError: if there are none, or one cannot be read.
         """
         if len(images) == 0:
-            raise ValueError("the gallery is empty: pass at least one picture")
+            raise ValueError("the gallery is empty: pass at least one image")
         images = opened(images)
         batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         pixels = (self.processor.process_targets(batch)["pixel_values"].to(self.device) for batch in batches)
@@ -137,7 +137,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             if gallery.ndim != 2 or gallery.shape[1] != width or not len(gallery):
                 raise ValueError(
                     f"gallery is a tensor of shape {tuple(gallery.shape)}; embeddings of this model are (n, {width}), "
-                    "from embed_gallery(pictures)"
+                    "from embed_gallery(images)"
                 )
             return F.normalize(gallery.to(self.device).float(), dim=-1)
         if hasattr(gallery, "column_names"):
@@ -146,14 +146,14 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 "images, gallery=dataset['image']"
             )
         if isinstance(gallery, str | Mapping) or not (hasattr(gallery, "__len__") and hasattr(gallery, "__getitem__")):
-            raise ValueError(f"gallery is {type(gallery).__name__}: pass a list of pictures, or their embeddings")
+            raise ValueError(f"gallery is {type(gallery).__name__}: pass a list of images, or their embeddings")
         return self.embed_gallery(gallery)
 
     def preprocess(self, query: Mapping[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         """Prepare the `pixel_values` `(1, 3, H, W)` of a query, with its caption."""
         if not isinstance(query, Mapping) or query.get("image") is None or query.get("text") is None:
             given = sorted(query) if isinstance(query, Mapping) else type(query).__name__
-            raise ValueError(f'a query is {{"image": picture, "text": relative caption}}, got {given}')
+            raise ValueError(f'a query is {{"image": image, "text": relative caption}}, got {given}')
         inputs = self.processor.process_queries(query["image"], query["text"])
         return {"pixel_values": inputs["pixel_values"], "text": query["text"]}
 

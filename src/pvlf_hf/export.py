@@ -158,12 +158,12 @@ def check_parity(
     """
     encoder, generator = OnnxEncoder(folder), np.random.default_rng(0)
     sizes = ((300, 200), (240, 240), (200, 500))  # upright, square and wide
-    pictures = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    targets = processor.process_targets(pictures).to(model.device)
-    queries = processor.process_queries(pictures, CAPTIONS).to(model.device)
+    images = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    targets = processor.process_targets(images).to(model.device)
+    queries = processor.process_queries(images, CAPTIONS).to(model.device)
     pairs: dict[str, Any] = {
-        "query": (encoder.embed_queries(pictures, CAPTIONS), model.get_query_features(**queries).pooler_output),
-        "gallery": (encoder.embed_images(pictures), model.get_image_features(**targets).pooler_output),
+        "query": (encoder.embed_queries(images, CAPTIONS), model.get_query_features(**queries).pooler_output),
+        "gallery": (encoder.embed_images(images), model.get_image_features(**targets).pooler_output),
     }
     differences = {tower: float(np.abs(found - its.cpu().numpy()).max()) for tower, (found, its) in pairs.items()}
     for tower, difference in differences.items():

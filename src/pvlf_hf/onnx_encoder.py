@@ -31,7 +31,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP
 BATCH = 32
 """Gallery images embedded at once (our choice)."""
 
-Picture = str | Path | Image.Image
+ImageInput = str | Path | Image.Image
 
 
 class OnnxEncoder:
@@ -69,16 +69,16 @@ class OnnxEncoder:
             length=length if processor["padding"] == "max_length" else None,
         )
 
-    def embed_images(self, images: Sequence[Picture]) -> np.ndarray:
+    def embed_images(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Embed gallery images: float32 `(images, d)`, unit vectors."""
         batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
         return np.concatenate([self.gallery.run(None, {"pixel_values": self.pixel_values(b)})[0] for b in batches])
 
-    def embed_queries(self, images: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
+    def embed_queries(self, images: Sequence[ImageInput], captions: Sequence[str]) -> np.ndarray:
         """Embed queries, each a reference image with its caption: float32 `(queries, d)`, unit vectors."""
         if len(images) != len(captions) or not all(caption.strip() for caption in captions):
             raise ValueError(
-                f"{len(images)} pictures and {len(captions)} captions: a query is one of each, and no caption is empty"
+                f"{len(images)} images and {len(captions)} captions: a query is one of each, and no caption is empty"
             )
         tokens = self.tokenizer.encode_batch(list(captions))
         inputs = {
@@ -88,53 +88,53 @@ class OnnxEncoder:
         }
         return self.query.run(None, inputs)[0]
 
-    def pixel_values(self, images: Sequence[Picture]) -> np.ndarray:
+    def pixel_values(self, images: Sequence[ImageInput]) -> np.ndarray:
         """Target pad, resize, centre crop and normalisation of `PVLFImageProcessor`: float32 `(images, 3, H, W)`."""
         pixels = np.stack([self._crop(to_rgb(image)) for image in images]).astype(np.float64)
         pixels = (pixels * self.images["rescale_factor"]).astype(np.float32)
         mean, std = (np.array(self.images[name], dtype=np.float32) for name in ("image_mean", "image_std"))
         return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
 
-    def _crop(self, picture: Image.Image) -> np.ndarray:
+    def _crop(self, image: Image.Image) -> np.ndarray:
         """uint8 `(H, W, 3)`."""
-        ratio, (long, short) = self.images["target_ratio"], (max(picture.size), min(picture.size))
+        ratio, (long, short) = self.images["target_ratio"], (max(image.size), min(image.size))
         if self.images["do_target_pad"] and long / short >= ratio:
-            left, top = (max(int((long / ratio - side) / 2), 0) for side in picture.size)
-            picture = ImageOps.expand(picture, (left, top))
-        long, short = max(picture.size), min(picture.size)
+            left, top = (max(int((long / ratio - side) / 2), 0) for side in image.size)
+            image = ImageOps.expand(image, (left, top))
+        long, short = max(image.size), min(image.size)
         edge = self.images["size"]["shortest_edge"]
-        size = [edge if side == short else int(edge * long / short) for side in picture.size]
-        picture = picture.resize(size, self.images["resample"])
+        size = [edge if side == short else int(edge * long / short) for side in image.size]
+        image = image.resize(size, self.images["resample"])
         height, width = self.images["crop_size"]["height"], self.images["crop_size"]["width"]
-        top, left = round((picture.height - height) / 2), round((picture.width - width) / 2)
-        return np.asarray(picture)[top : top + height, left : left + width]
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+        return np.asarray(image)[top : top + height, left : left + width]
 
 
-def to_rgb(image: Picture) -> Image.Image:
+def to_rgb(image: ImageInput) -> Image.Image:
     """Open an image upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
     if not isinstance(image, Image.Image):
         Image.init()
         image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
     if image.format == "EPS" and getattr(image, "tile", None):  # opened elsewhere
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
-    picture = ImageOps.exif_transpose(image)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
-    if picture.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no fixed range; convert it to 8 bit (mode L)")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def main() -> None:
     """Run the command line: a reference image, a caption, and the gallery images."""
     if len(sys.argv) < 4:
         raise SystemExit(f"usage: python {Path(__file__).name} PICTURE CAPTION GALLERY_PICTURE ...")
-    picture, caption, *paths = sys.argv[1:]
+    image, caption, *paths = sys.argv[1:]
     encoder = OnnxEncoder(Path(__file__).parent)
-    scores = (encoder.embed_queries([picture], [caption]) @ encoder.embed_images(paths).T)[0]
+    scores = (encoder.embed_queries([image], [caption]) @ encoder.embed_images(paths).T)[0]
     for place in np.argsort(-scores, kind="stable")[:10]:
         sys.stdout.write(f"{scores[place]:.4f} {paths[place]}\n")
 

@@ -144,7 +144,7 @@ class PVLFSentenceModule(InputModule):
     def _parts(self, one: Any) -> dict[str, Any]:
         kind: Any = infer_modality(one, self.modalities)
         if isinstance(one, list | tuple) or kind == "message":
-            raise ValueError(f"an input is {one!r:.80}: pass a picture, a text or {{'image': ..., 'text': ...}}")
+            raise ValueError(f"an input is {one!r:.80}: pass an image, a text or {{'image': ..., 'text': ...}}")
         if kind == "text" and isinstance(one, str) and _looks_like_image_path(one):
             raise ValueError(
                 f"{one!r:.200} looks like the path of an image, but there is no such file: correct the path, or pass "

@@ -37,9 +37,9 @@ def write_golden(folder: str | Path) -> Path:
         `(d,)`; the caption and the versions that made it in its metadata.
     """
     file = Path(folder, GOLDEN)
-    picture = draw_picture()
+    image = draw_image()
     made_with = {name: version(name) for name in ("torch", "transformers", "pillow")}
-    tensors = {"picture": picture, **_outputs(folder, picture, CAPTION)}
+    tensors = {"picture": image, **_outputs(folder, image, CAPTION)}
     with whole(file) as partial:
         save_file(tensors, partial, {"caption": CAPTION, **made_with})
     return file
@@ -79,17 +79,17 @@ def check_golden(folder: str | Path) -> dict[str, float]:
     return off
 
 
-def draw_picture() -> Tensor:
+def draw_image() -> Tensor:
     """uint8 `(48, 64, 3)`: colours that differ everywhere, on no side alike; integers, so the same everywhere."""
     rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     return torch.stack([rows * 5, columns * 4, (rows - 20) * (columns - 30) % 256], dim=-1).to(torch.uint8)
 
 
 @torch.no_grad()
-def _outputs(folder: str | Path, picture: Tensor, caption: str) -> dict[str, Tensor]:
+def _outputs(folder: str | Path, image: Tensor, caption: str) -> dict[str, Tensor]:
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=picture, text=caption, target_images=picture)
+    inputs = processor(images=image, text=caption, target_images=image)
     output = model(**inputs, return_loss=False)
     return {
         "input_ids": inputs["input_ids"][0],

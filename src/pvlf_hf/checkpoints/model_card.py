@@ -35,8 +35,8 @@ _DEFAULTS = {
 _METHODS = {"pvlf": "PVLF", "transagg": "TransAgg"}
 
 _ABOUT = """\
-{method} for composed image retrieval: a reference picture and a few words about what should be different are embedded
-where gallery pictures are; the nearest by cosine are the answer. Built on {base},
+{method} for composed image retrieval: a reference image and a relative caption are embedded where gallery
+images are, and the nearest gallery images by cosine are the answer. Built on {base},
 trained on {data}."""
 
 _USAGE = """\
@@ -48,7 +48,7 @@ model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 
 gallery = model.get_image_features(**processor.process_targets(images)).pooler_output  # (n, d)
-query = model.get_query_features(**processor.process_queries(picture, "the same but red")).pooler_output
+query = model.get_query_features(**processor.process_queries(image, "the same but red")).pooler_output
 best = (query @ gallery.T).argsort(descending=True)  # embeddings are unit vectors: this is the cosine
 ```"""
 

@@ -48,7 +48,7 @@ def index(
     if as_json:
         print_json(path=str(path), pictures=len(gallery), new=new, skipped=gallery.skipped)
         return
-    typer.echo(f"{path}: {len(gallery)} pictures, {new} new, {len(gallery.skipped)} skipped")
+    typer.echo(f"{path}: {len(gallery)} images, {new} new, {len(gallery.skipped)} skipped")
     for image_id, reason in list(gallery.skipped.items())[:LISTED]:
         typer.echo(f"skipped {image_id}: {reason}")
     if len(gallery.skipped) > LISTED:
@@ -144,5 +144,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 def explained(why: Explanation) -> dict[str, Any]:
     """Return the weights of eq. 13, and the attention of the prompts to each token in the last layer."""
-    weights = dict(zip(("picture", "composition", "words"), why.weights, strict=True))
+    weights = dict(zip(("image", "composition", "words"), why.weights, strict=True))
     return {"weights": weights, "tokens": why.tokens, "attention": why.words()}

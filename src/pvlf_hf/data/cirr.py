@@ -58,7 +58,7 @@ def load_cirr(
     _check_subsets(f"cirr/{split}", rows)
     protocol = Protocol(
         name=f"cirr-{split}",
-        gallery=f"every picture of the {split} split",
+        gallery=f"every image of the {split} split",
         captions="as annotated, not lower-cased",
         revision=revision,
     )

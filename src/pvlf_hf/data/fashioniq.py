@@ -103,7 +103,7 @@ def load_fashioniq(
     choices = [choice for choice in (split, gallery, captions, reference) if choice not in _USUAL]
     protocol = Protocol(
         name="-".join(["fashioniq", *choices]),
-        gallery=f"the category's pictures that {split} " + ("lists" if gallery == "original" else "names in queries"),
+        gallery=f"the category's images that {split} " + ("lists" if gallery == "original" else "names in queries"),
         reference=reference,
         captions=f"{captions}: {CAPTION_STYLES[captions]}",
         metrics="fashioniq",

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from ..atomic_files import whole
 from ..digests import content_digest
-from ..models.image_processing_pvlf import open_picture, opened
+from ..models.image_processing_pvlf import open_image, opened
 from .checks import as_path, check_integer, check_rows, naming_the_cache, row_problem
 from .triplets import TRIPLET_COLUMNS, check_triplets, triplets_digest
 
@@ -109,7 +109,7 @@ def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]
         try:
             images = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
             for content in images.values():
-                open_picture(content).close()  # not decoded: readers would refuse what is in no format that is read
+                open_image(content).close()  # not decoded: readers would refuse what is in no format that is read
             yield number, {**row, **images}
         except (OSError, ValueError) as error:
             raise ValueError(f"an image of row {number} cannot be read: {error}") from error
@@ -221,7 +221,7 @@ def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
                 for column in ("reference", "target"):
                     if row[column]["bytes"] is None:  # a file of this machine, or a URL
                         raise ValueError(f"the {column} of row {number} is a name, not the image itself")
-                    open_picture(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
+                    open_image(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
                 yield {**row, "target_id": str(row["target_id"])}
         except Exception as error:  # pyarrow, tarfile and networks raise many errors, none of which names the file
             raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error

@@ -18,7 +18,7 @@ PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Types whose `repr` is the same in every process."""
 
 
-def picture_digests(dataset: Dataset, column: str) -> list[str]:
+def image_digests(dataset: Dataset, column: str) -> list[str]:
     """Return a digest of each row's undecoded image file and of the mode that the column decodes it to."""
     mode = str(getattr(dataset.features[column], "mode", None))
     known: dict[str, str] = {}  # an image occurs in several triplets
@@ -114,4 +114,4 @@ def _raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-__all__ = ["fingerprint", "image_settings", "own_settings", "picture_digests", "text_settings"]
+__all__ = ["fingerprint", "image_digests", "image_settings", "own_settings", "text_settings"]

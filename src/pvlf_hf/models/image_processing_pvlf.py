@@ -28,7 +28,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-Picture = str | Path | Image.Image | np.ndarray | torch.Tensor
+ImageInput = str | Path | Image.Image | np.ndarray | torch.Tensor
 """A file, an `http(s):` or `data:` URL, a PIL image, a (H, W[, C]) array or a (C, H, W) tensor."""
 
 FORMATS: tuple[str, ...] | None = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -95,21 +95,23 @@ class PVLFImageProcessor(PilBackend):
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
 
-    def _prepare_images_structure(self, images: Picture | Iterable[Picture], expected_ndims: int = 3) -> list[Any]:
+    def _prepare_images_structure(
+        self, images: ImageInput | Iterable[ImageInput], expected_ndims: int = 3
+    ) -> list[Any]:
         # Own version: the library's takes no gray (H, W) array, no `Path` and no `datasets` column.
         images = opened(images)
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == expected_ndims + 1:
             return list(images)
-        if isinstance(images, Picture) or not isinstance(images, Iterable):
+        if isinstance(images, ImageInput) or not isinstance(images, Iterable):
             return [images]
-        if not (pictures := list(images)):
-            raise ValueError("images is empty: pass at least one picture")
-        if any(isinstance(picture, list | tuple) for picture in pictures):
-            raise ValueError("images is nested: pass a flat batch of pictures")
-        return pictures
+        if not (images := list(images)):
+            raise ValueError("images is empty: pass at least one image")
+        if any(isinstance(image, list | tuple) for image in images):
+            raise ValueError("images is nested: pass a flat batch of images")
+        return images
 
     def process_image(  # type: ignore[override]  # takes files too, and every image becomes RGB
-        self, image: Picture, input_data_format: str | None = None, **kwargs: Any
+        self, image: ImageInput, input_data_format: str | None = None, **kwargs: Any
     ) -> np.ndarray:
         """Read one image into an RGB array.
 
@@ -127,16 +129,16 @@ class PVLFImageProcessor(PilBackend):
         """
         try:
             if isinstance(image, str | Path):
-                picture = open_rgb(image)
+                image = open_rgb(image)
             elif isinstance(image, np.ndarray | torch.Tensor):
-                picture = to_rgb(array_to_picture(image, input_data_format))
+                image = to_rgb(array_to_image(image, input_data_format))
             elif isinstance(image, Image.Image):
-                picture = to_rgb(image)
+                image = to_rgb(image)
             else:
-                raise ValueError("pass files, URLs, PIL pictures, arrays or tensors")
+                raise ValueError("pass files, URLs, PIL images, arrays or tensors")
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
             raise ValueError(f"cannot read {describe(image)}: {error}") from error
-        return np.moveaxis(np.asarray(picture), -1, 0)
+        return np.moveaxis(np.asarray(image), -1, 0)
 
     def target_pad(self, image: np.ndarray, ratio: float) -> np.ndarray:
         """Pad a (3, H, W) image with black to about the aspect ratio, if it is at least as elongated."""
@@ -168,7 +170,7 @@ class PVLFImageProcessor(PilBackend):
             raise ValueError(f"crop_size needs height and width, got {dict(size)}")
         if size.height > height or size.width > width:
             raise ValueError(
-                f"crop_size {size.height} x {size.width} is larger than the resized picture, {height} x {width}; "
+                f"crop_size {size.height} x {size.width} is larger than the resized image, {height} x {width}; "
                 "set size and crop_size together, e.g. size={'shortest_edge': 224}, crop_size=224"
             )
         top, left = round((height - size.height) / 2), round((width - size.width) / 2)
@@ -184,11 +186,11 @@ class PVLFImageProcessor(PilBackend):
 
 def open_rgb(source: str | Path | bytes) -> Image.Image:
     """Open a file, a URL or the content of a file as an RGB image; of several frames the first."""
-    with open_picture(source) as picture:
-        return to_rgb(picture)
+    with open_image(source) as image:
+        return to_rgb(image)
 
 
-def open_picture(source: str | Path | bytes) -> Image.Image:
+def open_image(source: str | Path | bytes) -> Image.Image:
     """Open an image without decoding it, within the limits of this module.
 
     Args:
@@ -207,9 +209,9 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
         check_file(source)
     Image.init()
     formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
-    picture = Image.open(stream, formats=formats)
-    check_pixels(picture)
-    return picture
+    image = Image.open(stream, formats=formats)
+    check_pixels(image)
+    return image
 
 
 def opened(data: Any) -> Any:
@@ -280,10 +282,10 @@ def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | 
             with fsspec.open(path, "rb") as stream:
                 content = stream.read(MAX_BYTES + 1)
             check_bytes(len(content))
-        picture = open_picture(path if content is None else content)
-        picture.load()  # too many files would be open otherwise
-        ImageOps.exif_transpose(picture, in_place=True)  # a copy would not know its file
-        return picture.convert(mode) if mode and mode != picture.mode else picture
+        image = open_image(path if content is None else content)
+        image.load()  # too many files would be open otherwise
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its file
+        return image.convert(mode) if mode and mode != image.mode else image
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
         raise ValueError(f"cannot read {describe(path or '')}: {error}") from error
 
@@ -302,12 +304,12 @@ def check_bytes(size: int) -> None:
         raise ValueError(f"it has more bytes than {__name__}.MAX_BYTES = {MAX_BYTES}: make it smaller, or raise that")
 
 
-def check_pixels(picture: Image.Image) -> None:
+def check_pixels(image: Image.Image) -> None:
     """Raise a `ValueError` for more pixels than Pillow's limit; Pillow itself only warns, up to its double."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit and picture.width * picture.height > limit:
+    if limit and image.width * image.height > limit:
         raise ValueError(
-            f"it has {picture.width} x {picture.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: make "
+            f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: make "
             "it smaller, or raise that"
         )
 
@@ -325,25 +327,25 @@ def download(url: str) -> bytes:
     return bytes(content)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image, turn it upright by EXIF, composite transparent areas on white and convert it to RGB."""
-    if FORMATS is not None and picture.format == "EPS" and getattr(picture, "tile", None):  # opened elsewhere
+    if FORMATS is not None and image.format == "EPS" and getattr(image, "tile", None):  # opened elsewhere
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
-    if 0 in picture.size:
+    if 0 in image.size:
         raise ValueError("it has no pixels")
-    check_pixels(picture)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} has no fixed range; convert it to 8 bit (mode L)")
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    check_pixels(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no fixed range; convert it to 8 bit (mode L)")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
+def array_to_image(array: np.ndarray | torch.Tensor, input_data_format: str | None) -> Image.Image:
     """Make a PIL image of a gray, RGB or RGBA array: uint8, or float in [0, 1]."""
     if input_data_format is not None:
         channel_axes: tuple[int, ...] = (0,) if input_data_format == "channels_first" else (-1,)
@@ -372,9 +374,9 @@ def array_to_picture(array: np.ndarray | torch.Tensor, input_data_format: str | 
 def describe(image: Any) -> str:
     """Names an image in an error message: its file or URL where known, else its type and size."""
     if source := str(image if isinstance(image, str | Path) else getattr(image, "filename", "")):
-        return f"picture {source[:200]!r}"
+        return f"image {source[:200]!r}"
     size = getattr(image, "shape", getattr(image, "size", None))
-    return f"picture of type {type(image).__name__}" + (f" and size {tuple(size)}" if size is not None else "")
+    return f"image of type {type(image).__name__}" + (f" and size {tuple(size)}" if size is not None else "")
 
 
 def check_area(height: int, width: int, step: str) -> None:
@@ -382,7 +384,7 @@ def check_area(height: int, width: int, step: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit and height * width > limit:
         raise ValueError(
-            f"a picture is so elongated that {step} makes {width} x {height} pixels, more than "
+            f"an image is so elongated that {step} makes {width} x {height} pixels, more than "
             f"PIL.Image.MAX_IMAGE_PIXELS = {limit}; crop it first"
         )
 

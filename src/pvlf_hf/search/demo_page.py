@@ -37,7 +37,7 @@ CSS = """
 #trail .caption-label {max-width: 180px}
 #balance .tab-like-container {display: none}
 #balance .min_value, #balance .max_value {display: inline; font-size: 0}
-#balance .min_value::before {content: "picture"; font-size: 13px}
+#balance .min_value::before {content: "image"; font-size: 13px}
 #balance .max_value::before {content: "words"; font-size: 13px}
 @media (max-width: 640px) {#grid .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr))}}
 """
@@ -67,18 +67,18 @@ class Page:
     def _lay_out(self) -> None:
         number = f"{len(self.searcher.gallery):,}"
         self.session = gr.State(Session())
-        gr.Markdown(f"# This picture, *but* …\nSearch {number} pictures by a picture and what should be different.")
+        gr.Markdown(f"# This image, *but* …\nSearch {number} images by an image and what should be different.")
         still: dict[str, Any] = {"interactive": False, "buttons": []}
         strip = still | {"allow_preview": False, "object_fit": "scale-down"}
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 self.reference = gr.Image(
-                    label="This picture",
+                    label="This image",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=240,
-                    placeholder="Drop a picture here, or pick one",
+                    placeholder="Drop an image here, or pick one",
                     elem_id="reference",
                 )
                 self.text = gr.Textbox(
@@ -181,7 +181,7 @@ class Page:
             self.grid: gr.Gallery(list(zip(files, captions, strict=True)) if captions else files, selected_index=None),
             self.heading: "Nearest first. Click one to go on from it."
             if captions
-            else "Try one of the searches above, or pick a picture to start from.",
+            else "Try one of the searches above, or pick an image to start from.",
             self.trail: gr.Gallery(
                 [(file(step.reference or blank), step.query.text or "more like it") for step in steps],
                 visible=len(steps) > 0,

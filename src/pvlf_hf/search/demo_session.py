@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from torch.nn import functional as F
 
 from ..digests import sequence_digest
-from ..models.image_processing_pvlf import open_picture, to_rgb
+from ..models.image_processing_pvlf import open_image, to_rgb
 from .gallery import Gallery
 from .query import FUSION, Explanation, Query, Weights
 
@@ -77,7 +77,7 @@ class Searcher:
     def pick(self, session: Session, position: int) -> Session:
         """Make an image of the grid the reference."""
         if not 0 <= position < len(session.shown):
-            raise ValueError("this picture is no longer shown: search again, or start over")
+            raise ValueError("this image is no longer shown: search again, or start over")
         return replace(session, reference=session.shown[position])
 
     def search(self, session: Session, text: str, balance: float) -> Session:
@@ -87,8 +87,8 @@ class Searcher:
         """
         reference, text = session.reference, text.strip()
         if reference is None and not text:
-            raise ValueError("nothing to search by: drop or pick a picture, say what to look for, or both")
-        image = self.gallery.picture(reference) if isinstance(reference, str) else reference
+            raise ValueError("nothing to search by: drop or pick an image, say what to look for, or both")
+        image = self.gallery.image(reference) if isinstance(reference, str) else reference
         query = self.gallery.query(image, text or None, explain=image is not None and bool(text))
         why = self._why(query, query.why[0]) if query.why else None
         step = Step(reference, replace(query, images=(), why=()), why)  # without megabytes of pixels and attention
@@ -133,7 +133,7 @@ class Searcher:
         total = sum(map(abs, explanation.weights))
         shares = {
             name if weight >= 0 else f"less of the {name}": abs(weight) / total
-            for name, weight in zip(("picture", "fusion of both", "words"), explanation.weights, strict=True)
+            for name, weight in zip(("image", "fusion of both", "words"), explanation.weights, strict=True)
         }
         seen = self.gallery.processor.process_targets(query.images[0])["pixel_values"]  # (1, 3, height, width)
         seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)
@@ -160,15 +160,15 @@ def open_upload(path: str | Path | None) -> PILImage.Image:
         ValueError: if it is no image, or a huge one.
     """
     try:
-        with open_picture(Path(path or "").resolve()) as image:  # absolute, so that a name is never a URL
+        with open_image(Path(path or "").resolve()) as image:  # absolute, so that a name is never a URL
             if image.width * image.height <= MAX_PIXELS:
                 return clean(image, LONGEST)
             size = f"{image.width} x {image.height}"
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
         raise ValueError(
-            "this file is not a picture that can be read, or far too large: try a JPEG, PNG or WebP file"
+            "this file is not an image that can be read, or far too large: try a JPEG, PNG or WebP file"
         ) from error
-    raise ValueError(f"this picture has {size} pixels, more than {MAX_PIXELS:,}: make it smaller first")
+    raise ValueError(f"this image has {size} pixels, more than {MAX_PIXELS:,}: make it smaller first")
 
 
 def clean(image: PILImage.Image, longest: int) -> PILImage.Image:

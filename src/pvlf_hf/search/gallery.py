@@ -34,7 +34,7 @@ from ..data.benchmark import check_columns
 from ..digests import sequence_digest
 from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.similarity import top_k
-from ..models.image_processing_pvlf import Picture
+from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .gallery_files import (
     GalleryTable,
@@ -314,7 +314,7 @@ class Gallery:
 
     def search(
         self,
-        image: Picture | Sequence[Picture] | None = None,
+        image: ImageInput | Sequence[ImageInput] | None = None,
         text: str | None = None,
         k: int = 10,
         *,
@@ -363,7 +363,7 @@ class Gallery:
 
     def query(
         self,
-        image: Picture | Sequence[Picture] | None = None,
+        image: ImageInput | Sequence[ImageInput] | None = None,
         text: str | None = None,
         explain: bool = False,
     ) -> Query:
@@ -373,7 +373,7 @@ class Gallery:
         """
         return encode_query(self.model, self.processor, self.made_by, image, text, explain)
 
-    def picture(self, image_id: str) -> PILImage.Image:
+    def image(self, image_id: str) -> PILImage.Image:
         """Open an image of the gallery, RGB.
 
         Raises:
@@ -397,7 +397,7 @@ class Gallery:
             ValueError: if the gallery does not have it.
         """
         try:
-            return self.picture(image_id)
+            return self.image(image_id)
         except ValueError as error:
             if image_id not in self._row_of:
                 raise

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..digests import sequence_digest
 from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
-from ..models.image_processing_pvlf import check_file, open_picture, to_rgb
+from ..models.image_processing_pvlf import check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .image_folder import explain_unidentified
 
@@ -197,7 +197,7 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
         ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other kinds.
     """
     try:
-        with open_picture(source) as image:
+        with open_image(source) as image:
             if options.draft:
                 image.draft(None, (options.draft, options.draft))  # no effect on other formats
             return to_rgb(image.convert(options.mode) if options.mode else image)

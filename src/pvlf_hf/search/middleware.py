@@ -55,7 +55,7 @@ class Guard:
     def _refuse(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
         asked = re.search("/(?:file|proxy)[=/](.*)", scope["path"], re.DOTALL)
         if asked and not self._is_ours(asked[1]):
-            return 403, "only pictures of this gallery are served"
+            return 403, "only images of this gallery are served"
         if scope["method"] != "POST":
             return None
         length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
@@ -63,7 +63,7 @@ class Guard:
             return 411, "say how long the request is (Content-Length)"
         limit = MAX_UPLOAD + MAX_REQUEST if scope["path"].endswith("/upload") else MAX_REQUEST
         if len(length) > 12 or int(length) > limit:
-            return 413, f"this is larger than {limit >> 10:,} KB: send a smaller picture, or fewer words"
+            return 413, f"this is larger than {limit >> 10:,} KB: send a smaller image, or fewer words"
         if self._is_too_fast(scope["client"][0] if scope["client"] else ""):
             return 429, f"more than {self.per_minute} requests a minute: wait a moment, then go on"
         return None
@@ -77,7 +77,7 @@ class Guard:
             value = values.pop()
             if isinstance(value, dict):
                 if isinstance(path := value.get("path"), str) and not self._is_ours(path):  # so Gradio names a file
-                    return 403, "a request may only name pictures that were uploaded here: upload the picture itself"
+                    return 403, "a request may only name images that were uploaded here: upload the image itself"
                 values += value.values()
             elif isinstance(value, list):
                 values += value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..embeddings.encoding import device_of
-from ..models.image_processing_pvlf import Picture
+from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..models.modeling_pvlf import PVLFQueryOutput
 
@@ -137,7 +137,7 @@ def encode_query(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
     made_by: dict[str, str],
-    image: Picture | Sequence[Picture] | None = None,
+    image: ImageInput | Sequence[ImageInput] | None = None,
     text: str | None = None,
     explain: bool = False,
 ) -> Query:

@@ -64,7 +64,7 @@ class SearchResult:
         if not isinstance(pick, int) or not 0 <= pick < len(self.ids):
             raise ValueError(f"pick={pick!r}: there are {len(self.ids)} results, choose 0 to {len(self.ids) - 1}")
         picked = self.ids[pick]
-        query = self.gallery.query(self.gallery.picture(picked), text, explain)
+        query = self.gallery.query(self.gallery.image(picked), text, explain)
         refined = self.gallery.search(
             query=query, k=len(self.ids) if k is None else k, weights=weights, exclude=[picked]
         )

@@ -150,7 +150,7 @@ def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, o
         signal.signal(signal.SIGTERM, lambda *_: ended.set())  # so that no upload is left behind
     try:
         with serve(gallery, host, port) as url:
-            sys.stdout.write(f"{len(gallery)} pictures at {url} (Ctrl+C ends it)\n")
+            sys.stdout.write(f"{len(gallery)} images at {url} (Ctrl+C ends it)\n")
             sys.stdout.flush()
             if open_browser:
                 webbrowser.open(url)

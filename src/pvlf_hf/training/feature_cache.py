@@ -2,7 +2,7 @@
 
 A frozen ViT gives the same tokens for an image in every epoch, run and row of a table. They are found again by what
 they were made of: a *fingerprint* of weights, configuration and preprocessing names a folder, and the digest of a
-picture's file (or of a caption) a row in it. Whatever changes, changes the name, so that nothing stale is ever read.
+image's file (or of a caption) a row in it. Whatever changes, changes the name, so that nothing stale is ever read.
 """
 
 import json
@@ -29,7 +29,7 @@ from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
 from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import id_number, sequence_digest
-from ..embeddings.fingerprints import fingerprint, image_settings, picture_digests, text_settings
+from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalProcessor, unwrap
 from ..models.modeling_pvlf import PVLFModel
@@ -239,21 +239,21 @@ def cache_features(
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
     if triplets.format["type"] == "custom":
         raise ValueError(
-            "train_dataset transforms its pictures when they are read (with_transform), so that their features cannot "
+            "train_dataset transforms its images when they are read (with_transform), so that their features cannot "
             "be cached: apply fixed changes with dataset.map(), or train without feature_cache"
         )
     check_columns(triplets, TRIPLET_COLUMNS, "triplets")
     columns = {column: triplets.select_columns(column) for column in ("reference", "target")}
-    digests = {column: picture_digests(dataset, column) for column, dataset in columns.items()}
-    pictures = {column: opened(dataset) for column, dataset in columns.items()}
+    digests = {column: image_digests(dataset, column) for column, dataset in columns.items()}
+    opened_images = {column: opened(dataset) for column, dataset in columns.items()}
 
     def decode(place: int) -> Any:
         column, row = ("reference", place) if place < len(triplets) else ("target", place - len(triplets))
         try:
-            return pictures[column][row][column]
+            return opened_images[column][row][column]
         except ValueError as error:
             raise ValueError(
-                f"the {column} picture of row {row} cannot be read, replace it or drop the row: {error}"
+                f"the {column} image of row {row} cannot be read, replace it or drop the row: {error}"
             ) from error
 
     def encode_images(places: list[int]) -> tuple[list[Tensor], list[int]]:
@@ -276,7 +276,7 @@ def cache_features(
     try:
         with torch.inference_mode():
             images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
-            images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "pictures", progress)
+            images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
             texts = None
             if not any(p.requires_grad for module in text_side for p in module.parameters()):
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))

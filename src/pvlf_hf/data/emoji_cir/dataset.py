@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from ...digests import sha1_digest
-from ...models.image_processing_pvlf import open_picture
+from ...models.image_processing_pvlf import open_image
 from ..benchmark import CIRBenchmark, Protocol
 from ..checks import check_choice, check_list, naming_the_cache
 from .captions import TIERS, attribute_of, write_caption
@@ -148,7 +148,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
     queries = queries.select([row for row, value in enumerate(queries["tier"]) if value == tier])
     protocol = Protocol(
         name="emoji-cir",
-        gallery=f"all pictures of {vendor}" + ("" if split == "test" else " that are not also Google's"),
+        gallery=f"all images of {vendor}" + ("" if split == "test" else " that are not also Google's"),
         captions=f"{tier}; subsets of six look-alikes, reference and target among them, as in CIRR",
         revision=_packages(),
     )
@@ -353,7 +353,7 @@ def _read_images(split: str, packages: str, source: str) -> Iterator[dict[str, s
 
 def _picture_id(file: Path) -> str:
     """Return the sha1 of size and RGB pixels, composited on white."""
-    with open_picture(file) as image:
+    with open_image(file) as image:
         rgba = image.convert("RGBA")
     seen = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return sha1_digest(f"{seen.size}".encode() + seen.tobytes())
