@@ -104,7 +104,7 @@ def test_it_indexes_and_searches(squares, tmp_path):
     for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):  # the halves, which this model does not hand over
         assert loaded.search(query=result.query, weights=weights).ids
     assert result.refine("make it green").ids and loaded.search(image).ids and loaded.search(text="green").ids
-    with pytest.raises(ValueError, match="explain=True: this model does not return"):
+    with pytest.raises(ValueError, match="explain=True: this model returns no aggregation weights"):
         loaded.search(image, "make it blue", explain=True)
     pipe = pipeline(
         "composed-image-retrieval", model=model, processor=processor, gallery=list(map(image_of, loaded.paths))

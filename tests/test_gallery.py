@@ -1,4 +1,4 @@
-"""A gallery finds what brute force finds, encodes nothing twice, and says why."""
+"""A gallery finds what brute force finds, encodes no image twice, and explains its results."""
 
 import base64
 import logging
@@ -232,7 +232,7 @@ def test_a_gallery_of_another_model_is_refused(build, photos, tiny_model, tiny_p
         with pytest.raises(ValueError, match="kept holds embeddings of another model"), counting(other) as counts:
             refused()
         assert counts == [0]
-    with pytest.raises(ValueError, match="the query is of another model"):
+    with pytest.raises(ValueError, match="the query was encoded by another model"):
         elsewhere.search(query=gallery.query(text=TEXT))
 
 
@@ -380,7 +380,7 @@ def test_datasets_and_urls_are_galleries_too(build, photos, tiny_model, tiny_pro
     loaded = Gallery.load(tmp_path / "kept", tiny_model, tiny_processor)
     with pytest.raises(
         ValueError,
-        match=r"the image 'red' cannot be opened \(the gallery knows no file of it\): make the gallery again",
+        match=r"the image 'red' cannot be opened \(the gallery has no file for it\): build the gallery again",
     ):
         loaded.image("red")
     data = "data:image/png;base64," + base64.b64encode((photos / "red.png").read_bytes()).decode()
@@ -432,7 +432,7 @@ def test_table_and_embeddings_of_different_runs_are_refused(build, photos, tiny_
     (photos / "red.png").unlink()
     build(path=path)
     (path / "gallery.parquet").write_bytes(table)
-    with pytest.raises(ValueError, match="are not of one time: make the gallery again with this path"):
+    with pytest.raises(ValueError, match="were not written together: build the gallery again with this path"):
         Gallery.load(path, tiny_model, tiny_processor)
     with counting(tiny_model) as counts:
         assert build(path=path).ids == Gallery.load(path, tiny_model, tiny_processor).ids

@@ -16,7 +16,7 @@ except ImportError as error:
     raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`') from error
 
 WAITING, KEPT = 100, 600
-"""Requests that may wait, and seconds that uploaded files stay (our choice)."""
+"""Requests that may wait, and seconds that uploaded files are kept (our choice)."""
 
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
@@ -38,7 +38,7 @@ CSS = """
 #balance .tab-like-container {display: none}
 #balance .min_value, #balance .max_value {display: inline; font-size: 0}
 #balance .min_value::before {content: "image"; font-size: 13px}
-#balance .max_value::before {content: "words"; font-size: 13px}
+#balance .max_value::before {content: "text"; font-size: 13px}
 @media (max-width: 640px) {#grid .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr))}}
 """
 
@@ -61,7 +61,7 @@ class Page:
         with gr.Blocks(title="PVLF", analytics_enabled=False, delete_cache=(60, KEPT)) as self.blocks:
             self._lay_out()
             self._connect()
-        # One at a time, since each takes all cores. Nobody skips the queue.
+        # One request at a time, since each takes all cores; no event bypasses the queue.
         self.blocks.queue(max_size=WAITING, api_open=False)
 
     def _lay_out(self) -> None:
@@ -107,16 +107,16 @@ class Page:
                 self.grid = gr.Gallery(show_label=False, elem_id="grid", **strip)
                 with gr.Accordion("Why these?", open=False, visible=False, elem_id="why") as self.panel, gr.Row():
                     self.shares = gr.Label(label="What the query is made of", show_heading=False, min_width=200)
-                    self.looked_at = gr.Image(label="Where the model looked", height=230, min_width=200, **still)
+                    self.attention = gr.Image(label="Where the model looked", height=230, min_width=200, **still)
 
     def _connect(self) -> None:
         session, balance, reference = self.session, self.balance, self.reference
-        why = [self.panel, self.shares, self.looked_at]
+        why = [self.panel, self.shares, self.attention]
         results = [session, self.grid, self.heading, self.trail, balance, *why]
         everything = [*results, reference, self.text]
         begin, go = [self.blocks.load, self.over.click], [self.button.click, self.text.submit]
         _listen("start", begin, self.start, [], everything)
-        # Unprocessed, so that a file that is no image gets our own message.
+        # Unprocessed, so that a file that is not an image gets our own message.
         _listen("take", [reference.upload], self.take, [session, reference], [*results, reference], preprocess=False)
         _listen("drop", [reference.clear], self.drop, [session], results)
         picked = _listen("pick", [self.grid.select], self.pick, [session], [session, reference, self.text])
@@ -154,7 +154,7 @@ class Page:
         return {self.session: session, self.reference: self.searcher.file(session.reference), self.text: ""}
 
     def search(self, session: Session, text: str, balance: float) -> dict[Any, Any]:
-        """Search by what the visitor gave."""
+        """Search by the reference and the text that the visitor entered."""
         return self._show(self.searcher.search(session, text, balance))
 
     def weigh(self, session: Session, balance: float) -> dict[Any, Any]:
@@ -190,13 +190,13 @@ class Page:
             self.balance: gr.Slider(interactive=not steps or has_both(steps[-1].query), **slider),
             self.panel: gr.Accordion(visible=why is not None),
             self.shares: why.shares if why else None,
-            self.looked_at: why.looked_at if why else None,
+            self.attention: why.attention if why else None,
         }
         return shown | {getattr(self, name): value for name, value in values.items()}
 
 
 def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *components: Any, **options: Any) -> Any:
-    """Connect a handler; events of all visitors pass one by one, of one visitor's faster ones the last counts."""
+    """Connect a handler; events of all visitors run one at a time, of one visitor's rapid events only the last."""
     return gr.on(
         events,
         _with_messages(act),

@@ -18,23 +18,23 @@ SHOWN = 12
 """Images in the grid (our choice)."""
 
 LONGEST, THUMBNAIL, MAX_PIXELS = 1024, 400, 64 * 10**6
-"""Pixels (our choice): the longer side of an upload, of which models see 224 to 384; the longer side of what is shown;
-and the most of an image that is opened at all."""
+"""Pixels (our choice): the longer side that uploads are reduced to (models see 224 to 384), the longer side of images
+shown, and the most pixels of an image that is opened."""
 
 Reference = PILImage.Image | str | None
 """The visitor's own image, the id of one in the gallery, or none."""
 
 
 class Why(NamedTuple):
-    """The part of an [`Explanation`] that the page shows: the share of each part, and where the model looked."""
+    """Parts of an [`Explanation`] that the page shows: the weights as shares, and the attention over the image."""
 
     shares: dict[str, float]
-    looked_at: PILImage.Image
+    attention: PILImage.Image
 
 
 @dataclass(frozen=True)
 class Step:
-    """One search of a session; its query is searched again with other weights without an encoder."""
+    """One search of a session. Its query can be searched again with other weights, without running an encoder."""
 
     reference: Reference
     query: Query = field(repr=False)
@@ -47,9 +47,9 @@ class Session:
 
     Args:
         steps: the chain of refinements.
-        reference: of the next search.
+        reference: the reference of the next search.
         shown: ids of the images in the grid.
-        scores: of the images in the grid, none while they are a random few to start from.
+        scores: cosines of the images in the grid; empty while they are random images to start from.
     """
 
     steps: tuple[Step, ...] = ()
@@ -63,7 +63,7 @@ class Searcher:
 
     Args:
         gallery: what is searched.
-        folder: for the files of images that are shown.
+        folder: where the files of displayed images are written.
     """
 
     def __init__(self, gallery: Gallery, folder: Path) -> None:
@@ -107,14 +107,14 @@ class Searcher:
         return replace(session, shown=tuple(result.ids), scores=tuple(result.scores))
 
     def back(self, session: Session, position: int, balance: float) -> Session:
-        """Return to a step of the chain; later ones are gone."""
+        """Return to a step of the chain and drop the later ones."""
         if not 0 <= position < len(session.steps):
             raise ValueError("this step is gone: search again, or start over")
         steps = session.steps[: position + 1]
         return self.weigh(replace(session, steps=steps, reference=steps[-1].reference), balance)
 
     def file(self, reference: Reference) -> str | None:
-        """Return the WebP file that shows an image, made when first asked for and named by the row in the gallery."""
+        """Return the WebP file of an image; it is written on first use and named by the row in the gallery."""
         if reference is None:
             return None
         if isinstance(reference, str):
@@ -133,7 +133,7 @@ class Searcher:
         total = sum(map(abs, explanation.weights))
         shares = {
             name if weight >= 0 else f"less of the {name}": abs(weight) / total
-            for name, weight in zip(("image", "fusion of both", "words"), explanation.weights, strict=True)
+            for name, weight in zip(("image", "fusion of both", "text"), explanation.weights, strict=True)
         }
         seen = self.gallery.processor.process_targets(query.images[0])["pixel_values"]  # (1, 3, height, width)
         seen = (seen - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)
@@ -157,7 +157,7 @@ def open_upload(path: str | Path | None) -> PILImage.Image:
     """Open an uploaded image: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
 
     Raises:
-        ValueError: if it is no image, or a huge one.
+        ValueError: if it is not an image, or has more than `MAX_PIXELS` pixels.
     """
     try:
         with open_image(Path(path or "").resolve()) as image:  # absolute, so that a name is never a URL

@@ -58,13 +58,13 @@ logger = logging.get_logger(__name__)
 class Gallery:
     """Embedded images, to be searched. Made by `from_folder`, `from_images`, `from_dataset`, `load` or `from_hub`.
 
-    Under `accelerate launch` all processes share the encoding; search in the main one. Threads may search one gallery
-    at a time, and several galleries may share a model: searches change nothing of it.
+    Under `accelerate launch` all processes share the encoding; search in the main one. Several threads may search one
+    gallery at the same time, and several galleries may share a model: a search changes nothing in it.
 
     Attributes:
         ids: names of the images.
         paths: their files or URLs, None where the dataset holds them itself.
-        digests: of the files; of a URL its string, which is not fetched again to see whether it still holds the same.
+        digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
         embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
         skipped: id of every image that could not be read, and why.
         made_by: `fingerprint` and `dtype` of model and processor, as [`EmbeddingStore`] states them.
@@ -105,14 +105,14 @@ class Gallery:
         """Embed the images of a folder and its subfolders: every file whose ending Pillow can open.
 
         Args:
-            folder: where the images are; their ids are their names in it (`"2024/dress.jpg"`).
-            model: embeds them.
-            processor: of the model.
-            path: folder to keep the work in. Run again, also after an interruption, only what is new or changed is
-                encoded, and what is gone is dropped; another run at work in it is waited for. None keeps it in memory,
-                see [`~Gallery.save`].
+            folder: folder of the images; the id of an image is its path relative to it (`"2024/dress.jpg"`).
+            model: embeds images and queries.
+            processor: the model's processor.
+            path: folder that keeps the embeddings. A repeated call, also after an interruption, encodes only new and
+                changed images and drops deleted ones; it waits for another process that is writing to the folder.
+                None keeps the embeddings in memory, see [`~Gallery.save`].
             allow_links: follow links that lead out of the folder, also to other folders.
-            include_hidden: also embed images in hidden folders (`.thumbnails`) and those that systems keep (`@eaDir`,
+            include_hidden: also embed images in hidden folders (`.thumbnails`) and system folders (`@eaDir`,
                 `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it a warning counts them.
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `index`,
@@ -151,11 +151,13 @@ class Gallery:
             ValueError: also if `images` holds something else.
         """
         if isinstance(images, str | bytes | PathLike):
-            raise ValueError(f"images={images!r:.80}: pass a list of files and URLs; of a folder Gallery.from_folder")
+            raise ValueError(
+                f"images={images!r:.80}: pass a list of files and URLs; for a folder use Gallery.from_folder"
+            )
         given = list(images)
         if other := [one for one in given if not isinstance(one, str | PathLike)]:
             raise ValueError(
-                f"images holds {other[0]!r:.80}, neither a file nor a URL: pass decoded images by Gallery.from_dataset"
+                f"images holds {other[0]!r:.80}, neither a file nor a URL: decoded images go to Gallery.from_dataset"
             )
         names = [str(image) for image in given]
         return cls._build(as_dataset(names, names), model, processor, path, **options)
@@ -179,10 +181,10 @@ class Gallery:
         if not isinstance(dataset, Dataset):
             splits = f", one of its splits {[*dataset]}" if isinstance(dataset, dict) else ""
             raise ValueError(
-                f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; of a stream, "
+                f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; for a stream, "
                 "Dataset.from_list(list(stream.take(n)), features=stream.features)"
             )
-        dataset = dataset.with_format(None)  # whatever the caller reads it as
+        dataset = dataset.with_format(None)  # the caller's output format must not matter
         check_columns(dataset, (image_column, id_column), "gallery")
         dataset = dataset.select_columns([image_column, id_column])
         dataset = dataset.rename_columns({image_column: "image", id_column: "image_id"})
@@ -219,11 +221,11 @@ class Gallery:
         mode = getattr(dataset.features["image"], "mode", None)
         sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
         is_main = PartialState().is_main_process
-        # Another run that keeps its work in the same folder is waited for, and what it has encoded is found.
+        # Waits for another process that writes to the same folder, and then reuses its embeddings.
         with ExitStack() as on_error, locked(Path(path)) if path and is_main else nullcontext():
             PartialState().wait_for_everyone()
             provenance = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
-            client = _client(index, uri, provenance)  # before images are encoded in vain
+            client = _client(index, uri, provenance)  # fails before any image is encoded
             on_error.callback(_close, client)
             options = DecodeOptions(mode, least_side(processor) if draft else None)
             indexer = IncrementalIndexer(sources, options, Path(path) if path else None, provenance)
@@ -267,7 +269,7 @@ class Gallery:
         return cls(table, embeds, provenance, model, processor, index, uri, gallery_id=gallery_id, client=client)
 
     def save(self, path: str | Path) -> None:
-        """Write the two files of a gallery, and remove what an interruption left.
+        """Write the two files of a gallery, and remove parts that an interruption left.
 
         Raises:
             ValueError: if the folder holds embeddings of another model.
@@ -279,7 +281,7 @@ class Gallery:
         if state.is_main_process:
             gallery_id = gallery_id_of(path) or new_gallery_id()
             write_gallery(path, self._table, self.embeds, self.made_by, gallery_id)
-            for part in path.glob(f"*{PART}*"):  # and of those that were being written
+            for part in path.glob(f"*{PART}*"):  # half-written parts, too
                 part.unlink()
         state.wait_for_everyone()
 
@@ -287,9 +289,9 @@ class Gallery:
         """Upload embeddings, ids, digests and web URLs as a dataset; images and paths of files stay here.
 
         Args:
-            repo_id: `"user/name"`, created if need be.
-            private: whether a new one is.
-            token: of the Hub; by default the one logged in with.
+            repo_id: `"user/name"`, created if it does not exist.
+            private: whether a new repository is private.
+            token: Hub token; by default that of the login.
         """
         return upload_gallery(repo_id, self._table, self.embeds, self.made_by, private, token)
 
@@ -307,8 +309,8 @@ class Gallery:
         """Load what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
 
         Raises:
-            ValueError: if it names files, which the gallery of someone else must not open here. Web URLs it may name
-                are fetched when their images are asked for.
+            ValueError: if it names local files, which a downloaded gallery must not open. Web URLs are accepted; they
+                are fetched when their images are opened.
         """
         return cls.load(download_gallery(repo_id, revision, token), model, processor, index, uri)
 
@@ -323,17 +325,17 @@ class Gallery:
         exclude: Sequence[str] = (),
         explain: bool = False,
     ) -> SearchResult:
-        """Find the k nearest images by cosine; equal ones in the order of the gallery.
+        """Find the k nearest images by cosine; ties keep the order of the gallery.
 
         Args:
             image: one reference image or several, see [`~Gallery.query`].
             text: what should be different; without an image, what to look for.
-            k: how many results; a gallery that has fewer gives all.
-            query: instead of both, one that was encoded before (`result.query`).
-            weights: of image, fusion and text: normalize(w_image image + w_fused fused + w_text text), without
-                running an encoder again, see [`Query.embed`]; by default the model's composition.
+            k: number of results; a smaller gallery returns all its images.
+            query: an encoded query (`result.query`), instead of image and text.
+            weights: weights of image, fusion and text: normalize(w_image image + w_fused fused + w_text text). No
+                encoder runs again, see [`Query.embed`]. By default the model's composition.
             exclude: ids that are left out.
-            explain: also say why, in `result.why`; needs an image and a text.
+            explain: also explain the query in `result.why`; needs an image and a text.
 
         Raises:
             ValueError: if there is nothing to search by, an image cannot be read, the text is empty, the query is of
@@ -352,7 +354,7 @@ class Gallery:
         elif image is not None or text is not None or explain:
             raise ValueError("a query is encoded already: pass it without image, text and explain")
         if query.made_by != self.made_by:
-            raise ValueError("the query is of another model than this gallery: make it with gallery.query(...)")
+            raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
         embeds = query.embed(weights)
         rows = self.index.candidates(embeds, min(k + len(excluded), len(self)))
         rows = rows[~torch.isin(rows, torch.tensor(excluded, dtype=torch.int64))].sort().values
@@ -377,7 +379,7 @@ class Gallery:
         """Open an image of the gallery, RGB.
 
         Raises:
-            ValueError: if the gallery does not have it, or it is no longer where it was.
+            ValueError: if the gallery does not have it, or its file cannot be opened.
         """
         if image_id not in self._row_of:
             raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
@@ -386,12 +388,12 @@ class Gallery:
             return open_cell(self._sources[self._row_of[image_id]]["image"], options)
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
             raise ValueError(
-                f"the image {image_id!r} cannot be opened ({error}): make the gallery again where its images are, "
-                "with the same path, which encodes nothing twice"
+                f"the image {image_id!r} cannot be opened ({error}): build the gallery again from the folder that "
+                "holds its images now, with the same path; images that are embedded are not encoded again"
             ) from error
 
     def preview(self, image_id: str) -> PILImage.Image:
-        """Open an image to be shown beside others; of one that cannot be opened a blank with its name, and a warning.
+        """Open an image for display; for one that cannot be opened, warn and return a blank with its id.
 
         Raises:
             ValueError: if the gallery does not have it.
@@ -406,12 +408,12 @@ class Gallery:
 
     @cached_property
     def index(self) -> VectorIndex:
-        """Builds the index at the first search."""
+        """Index of the embeddings, built at the first search."""
         if self.index_name != "milvus":
             return make_index(self.index_name, self.embeds, self.digests)
         fingerprint = self.made_by["fingerprint"]
         client = self._client or connect(str(self.uri), fingerprint)
-        # A gallery in memory has no id: what it holds identifies it.
+        # A gallery in memory has no id: its content identifies it.
         gallery_id = self._gallery_id or sequence_digest(*sorted(set(self.digests)))
         return make_index(self.index_name, self.embeds, self.digests, client, collection_of(fingerprint, gallery_id))
 

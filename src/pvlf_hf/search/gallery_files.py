@@ -17,13 +17,13 @@ from .indexing import EMBEDDINGS
 TABLE = "gallery.parquet"
 
 GALLERY_ID = b"gallery_id"
-"""Key of the table's metadata: what a vector database knows a kept gallery by, wherever its folder is moved to."""
+"""Key of the gallery's id in the table's metadata: a vector database recognises a gallery after its folder moved."""
 
 WEB = ("http://", "https://")
 
 
 class GalleryTable(NamedTuple):
-    """Columns of `gallery.parquet`: what each embedded image is."""
+    """Columns of `gallery.parquet`: id, path and digest of each embedded image."""
 
     id: list[str]
     path: list[str | None]
@@ -58,8 +58,8 @@ def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
     keys, embeds = read_rows(folder / EMBEDDINGS)
     if [digest for (digest,) in keys] != table.digest:
         raise ValueError(
-            f"{folder}: {EMBEDDINGS} and {TABLE} are not of one time: make the gallery again with this path, which "
-            "encodes nothing twice"
+            f"{folder}: {EMBEDDINGS} and {TABLE} were not written together: build the gallery again with this path; "
+            "images that are embedded are not encoded again"
         )
     return table, embeds
 
@@ -99,7 +99,7 @@ def download_gallery(repo_id: str, revision: str | None = None, token: str | Non
     """Download what [`upload_gallery`] uploaded, and return the folder.
 
     Raises:
-        ValueError: if it names files, which the gallery of someone else must not open here.
+        ValueError: if it names local files, which a downloaded gallery must not open.
     """
     files: dict[str, Any] = {"allow_patterns": [EMBEDDINGS, TABLE]}
     folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, **files))

@@ -1,4 +1,4 @@
-"""Finds the images of a folder, and names what looks like an image but is not indexed."""
+"""Finds the images of a folder, and reports files that look like images but are not indexed."""
 
 import os
 import stat
@@ -56,7 +56,7 @@ HEAD_BYTES = 16
 
 
 class FolderImages(NamedTuple):
-    """Images of a folder, and what else in it looks like one."""
+    """Images of a folder, and other files in it that look like images."""
 
     files: list[Path]
     """Files with the ending of an image, sorted."""
@@ -128,7 +128,7 @@ def not_indexed(file: Path) -> str | None:
 
 
 def explain_unidentified(content: bytes) -> str | None:
-    """Return the remedy for content that no decoder takes but that is an image of another format; None if not."""
+    """Return the remedy for content in an image format that is not decoded; None for any other content."""
     kind, ending = format_of(content[:HEAD_BYTES])
     return _convert(kind) if kind and not ending else None
 

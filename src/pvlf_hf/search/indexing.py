@@ -55,8 +55,8 @@ class IncrementalIndexer:
         made_by: provenance of the embeddings, as [`EmbeddingStore`] states it.
 
     Attributes:
-        digests: of every row, after [`~IncrementalIndexer.run`].
-        bad: reason by digest of every image that cannot be read.
+        digests: digest of every row, after [`~IncrementalIndexer.run`].
+        bad: digest of every image that cannot be read, and the reason.
     """
 
     def __init__(self, sources: Dataset, options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
@@ -64,7 +64,7 @@ class IncrementalIndexer:
         self.digests: list[str] = []
         self.bad: dict[str, str] = {}
         files = [path / EMBEDDINGS, *sorted(path.glob(f"*{PART}"))] if path else []
-        self._row_of: dict[str, int] = {}  # in `_embeds`, joined
+        self._row_of: dict[str, int] = {}  # digest -> row of the concatenated `_embeds`
         self._embeds: list[Tensor] = []
         for file in filter(Path.exists, files):
             keys, embeds = read_rows(file)
@@ -75,7 +75,7 @@ class IncrementalIndexer:
     def run(
         self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, batch_size: int, progress: bool
     ) -> None:
-        """Read every image and encodes those that are new; several processes each take a share."""
+        """Read every image and encode new ones; several processes each take a share."""
         state = PartialState()
         rows = range(state.process_index, len(self.sources), state.num_processes)
         reader = _Reader(self, processor)
@@ -112,7 +112,7 @@ class IncrementalIndexer:
         return [*new]
 
     def _save(self) -> None:
-        """Write what was added since the last time as a part."""
+        """Write the embeddings that were added since the last call as a part."""
         if self.path and self._unsaved and PartialState().is_main_process:
             keys, embeds = [(name,) for name in self._unsaved], torch.cat(self._embeds[self._saved_tensors :])
             write_rows(self.path / f"{uuid4().hex}{PART}", keys, embeds, self.made_by)
@@ -120,7 +120,7 @@ class IncrementalIndexer:
 
 
 class _Reader:
-    """Reader that reads, identifies and decodes one process's share of the images, in several threads."""
+    """Reader of one process's share of the images: identifies and decodes them, in several threads."""
 
     def __init__(self, indexer: IncrementalIndexer, processor: ComposedRetrievalProcessor) -> None:
         self.indexer, self.processor, self.bar = indexer, processor, tqdm(disable=True)
@@ -142,7 +142,7 @@ class _Reader:
         return self.processor.process_targets(decode(source, self.indexer.options))["pixel_values"]
 
     def skip(self, row: int, error: Exception) -> None:
-        """Note why the image of a row is left out; one without a file is identified by its row."""
+        """Record why the image of a row is left out; an image without a file is identified by its row."""
         digest = self.digest_at.setdefault(row, f"unreadable {row}")
         self.bad[digest] = str(error) or type(error).__name__
 
@@ -172,10 +172,10 @@ def source_of(cell: dict[str, Any] | None) -> bytes | str:
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if the cell is empty, or the file too large or no regular one.
+        ValueError: if the cell is empty, or the file is too large or not a regular file.
     """
     if not cell or cell["bytes"] is cell["path"] is None:
-        raise ValueError("the gallery knows no file of it")
+        raise ValueError("the gallery has no file for it")
     if cell["bytes"] is not None:
         return cell["bytes"]
     if cell["path"].startswith(("http://", "https://", "data:")):
@@ -185,7 +185,7 @@ def source_of(cell: dict[str, Any] | None) -> bytes | str:
 
 
 def digest_of(source: bytes | str, options: DecodeOptions) -> str:
-    """Return the digest of a file's content and of how it is decoded; of a URL, its string only."""
+    """Return the digest of a file's content and decode options; for a URL, of its string only."""
     decoded = f"{options.mode} draft {options.draft}" if options.draft else str(options.mode)
     return sequence_digest(decoded, source)
 
@@ -194,7 +194,7 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
     """Decode the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other kinds.
+        ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
     """
     try:
         with open_image(source) as image:

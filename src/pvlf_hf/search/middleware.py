@@ -40,7 +40,7 @@ class Guard:
         self.times: dict[str, deque[float]] = {}
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Callable, send: Callable) -> None:
-        """Pass a request on, or answers it with 400, 403, 411, 413 or 429."""
+        """Pass a request on, or answer it with 400, 403, 411, 413 or 429."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refusal = self._refuse(scope)
@@ -60,10 +60,10 @@ class Guard:
             return None
         length = dict(scope["headers"]).get(b"content-length", b"").decode("latin-1")
         if not length.isdecimal():
-            return 411, "say how long the request is (Content-Length)"
+            return 411, "the request needs a Content-Length header"
         limit = MAX_UPLOAD + MAX_REQUEST if scope["path"].endswith("/upload") else MAX_REQUEST
         if len(length) > 12 or int(length) > limit:
-            return 413, f"this is larger than {limit >> 10:,} KB: send a smaller image, or fewer words"
+            return 413, f"this is larger than {limit >> 10:,} KB: send a smaller image, or a shorter text"
         if self._is_too_fast(scope["client"][0] if scope["client"] else ""):
             return 429, f"more than {self.per_minute} requests a minute: wait a moment, then go on"
         return None
@@ -72,7 +72,7 @@ class Guard:
         try:
             values = [json.loads(body)]
         except (ValueError, RecursionError):
-            return 400, "this is not JSON that can be read"
+            return 400, "the request is not valid JSON"
         while values:
             value = values.pop()
             if isinstance(value, dict):

@@ -29,11 +29,11 @@ Source = Literal["text", "prompts", "image"]
 
 
 class Explanation(NamedTuple):
-    """How the model weighed image and text of a query, and where its fusion Transformer looked.
+    """Explanation of a query: the weights of image and text, and the attention of the fusion Transformer.
 
     Args:
         weights: w of eq. 13, for the image, the fused feature and the text; free, they need not sum to 1.
-        tokens: of the text, special ones included.
+        tokens: tokens of the text, special tokens included.
         attention: float32 `(layers, length, length)`, mean over heads; row i is the attention of position i. Positions
             are the tokens, the prompts, the image as a whole, and its patches row by row.
         num_prompts: number of prompts.
@@ -51,16 +51,16 @@ class Explanation(NamedTuple):
         return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
 
     def shares(self, source: Source = "prompts") -> dict[str, Tensor]:
-        """Return the share of a part's attention that each part got: float32 `(layers,)` each, together 1."""
+        """Return how a part divides its attention among all parts: float32 `(layers,)` each, which sum to 1."""
         given = self.attention[:, self.places[source]].mean(dim=1)  # (layers, length)
         return {part: given[:, positions].sum(dim=1) for part, positions in self.places.items()}
 
     def words(self, source: Source = "prompts", layer: int = -1) -> list[float]:
-        """Return the attention that a part gave to each token, in their order."""
+        """Return the attention from a part to each token of the text, in order."""
         return self.attention[layer, self.places[source], self.places["text"]].mean(dim=0).tolist()
 
     def patches(self, source: Source = "prompts", layer: int = -1) -> Tensor:
-        """Return the attention that a part gave to each patch: float32 `(rows, columns)` of the cropped image."""
+        """Return the attention from a part to each patch: float32 `(rows, columns)` of the cropped image."""
         given = self.attention[layer, self.places[source], self.places["image"]].mean(dim=0)[1:]
         return given.view(math.isqrt(len(given)), -1)
 
@@ -72,11 +72,11 @@ class Query:
     Args:
         images: the reference images, RGB.
         text: the text, or None.
-        fused: float32 `(d,)`, the model's composition, or the only half that there is.
-        image_embeds: float32 `(d,)`, of the images alone (their mean, where several), None without.
-        text_embeds: float32 `(d,)`, of the text alone, None without.
+        fused: float32 `(d,)`, the model's composition; for a query of images or text alone, their embedding.
+        image_embeds: float32 `(d,)`, embedding of the images alone (the mean of several); None without images.
+        text_embeds: float32 `(d,)`, embedding of the text alone; None without a text.
         made_by: provenance, as [`EmbeddingStore`] states it.
-        why: one explanation a reference image, if asked for.
+        why: one explanation per reference image, if requested.
     """
 
     images: tuple[PILImage.Image, ...]
@@ -96,7 +96,7 @@ class Query:
                 a negative weight leads away from its part.
 
         Raises:
-            ValueError: if they are not three finite numbers, all are 0, or one is of a half that the query lacks.
+            ValueError: if they are not three finite numbers, all are 0, or the query lacks a part of nonzero weight.
         """
         parts = {"image": self.image_embeds, "fused": self.fused, "text": self.text_embeds}
         total = torch.zeros_like(self.fused)
@@ -146,8 +146,8 @@ def encode_query(
     The model stays as it is, whatever other threads do with it.
 
     Raises:
-        ValueError: if there is neither image nor text, an image cannot be read, the text is no text or empty, or
-            `explain` lacks one of them.
+        ValueError: if there is neither image nor text, an image cannot be read, the text is no string or empty, or
+            `explain` is set without both.
     """
     if image is None and text is None:
         raise ValueError("nothing to search by: pass an image, a text or both")
@@ -188,7 +188,7 @@ def _encode(
     options: dict[str, Any] = {"output_attentions": True} if explain else {}
     output: Any = model.get_query_features(**inputs, **options)
     of_images, of_text = output.image_embeds, output.text_embeds
-    if of_images is None:  # not computed on the way
+    if of_images is None:  # the model computes queries without it
         of_images = model.get_image_features(inputs["pixel_values"]).pooler_output
     if of_text is None:
         of_text = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
@@ -203,7 +203,7 @@ def _encode(
 def inference_view(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
     """Return the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
 
-    Several threads may use a model at a time, one of them for training: it is not switched.
+    Other threads may be using the model, one of them for training, so its mode is never changed.
     """
     return _view(model, {}) if any(module.training for module in model.modules()) else model
 
@@ -228,13 +228,13 @@ def _view(module: Any, views: dict[nn.Module, Any]) -> Any:
 
 
 def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompts: int) -> Explanation:
-    """Explain one row of a composed batch whose attentions were asked for; `tokens` are the caption's.
+    """Explain one row of a composed batch that was computed with attentions; `tokens` are the caption's.
 
     Raises:
         ValueError: if the model returns neither weights nor attentions.
     """
     if getattr(output, "aggregation_weights", None) is None or getattr(output, "attentions", None) is None:
-        raise ValueError("explain=True: this model does not return what it weighed and attended to; leave it out")
+        raise ValueError("explain=True: this model returns no aggregation weights or attentions; leave explain out")
     image, fused, text = output.aggregation_weights[row].tolist()  # type: ignore[index]  # checked above
     attention = torch.stack([layer[row].float().mean(dim=0) for layer in output.attentions]).cpu()  # type: ignore[union-attr]
     return Explanation((image, fused, text), tokens, attention, num_prompts)

@@ -14,10 +14,10 @@ class SearchResult:
     """Images that a search found, best first, and the session that led to it.
 
     Args:
-        ids: of the images.
-        scores: cosines.
-        paths: their files or URLs, None where the gallery knows none.
-        query: what was searched; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
+        ids: ids of the images.
+        scores: cosines with the query.
+        paths: files or URLs of the images, None where the gallery has none.
+        query: the encoded query; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
         gallery: the [`Gallery`] that was searched.
         previous: the result that this one refines.
         pick: which result of `previous` it started from.
@@ -33,12 +33,12 @@ class SearchResult:
 
     @property
     def why(self) -> tuple[Explanation, ...]:
-        """Returns one explanation a reference image, if the search was asked to `explain`."""
+        """Explanations, one per reference image, if the search was made with `explain=True`."""
         return self.query.why
 
     @property
     def session(self) -> list["SearchResult"]:
-        """Returns the results of a chain of refinements, from the first search to this one."""
+        """Results of a chain of refinements, from the first search to this one."""
         return [*(self.previous.session if self.previous else []), self]
 
     def refine(
@@ -54,7 +54,7 @@ class SearchResult:
         Args:
             text: what should be different; None for more like it.
             pick: which result is the reference, counted from 0.
-            k: how many results; as many as here by default.
+            k: number of results; as many as here by default.
             weights: see [`Query.embed`].
             explain: see [`Gallery.search`].
 
@@ -71,9 +71,10 @@ class SearchResult:
         return replace(refined, previous=self, pick=pick)
 
     def sheet(self, title: str = "", k: int = 5) -> PILImage.Image:
-        """Draw the session, a row a search; framed is the result that the next row refines, in the last row the best.
+        """Draw the session, one row per search.
 
-        A blank with its name stands for an image that cannot be opened.
+        The result that the next row refines is framed; in the last row, the best one. An image that cannot be opened
+        is drawn as a blank with its id.
 
         Args:
             title: heading.

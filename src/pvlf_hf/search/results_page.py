@@ -33,12 +33,12 @@ li span { display: block; overflow-wrap: anywhere } .score { color: #6e7781 }
 
 
 def search_page(result: SearchResult, title: str = "Composed image retrieval") -> str:
-    """Write the session of a result, a section a search, as a page that needs no other file.
+    """Write the session of a result, one section per search, as a page that needs no other file.
 
-    A blank with its name stands for an image that cannot be opened.
+    An image that cannot be opened is shown as a blank with its id.
 
     Args:
-        result: of [`Gallery.search`]; with `explain`, the page also says what the model looked at.
+        result: result of [`Gallery.search`]; with `explain`, the page also shows weights and attention of the model.
         title: heading.
     """
     sections = "\n".join(map(_section, result.session))
@@ -62,7 +62,7 @@ def _section(result: SearchResult) -> str:
 
 
 def _why(why: Explanation) -> str:
-    """Write the weights of eq. 13, and the tokens, the darker the more the prompts looked at them."""
+    """Write the weights of eq. 13, and the tokens, shaded by the attention that the prompts pay to them."""
     image, fused, text = why.weights
     attention = why.words()
     most = max(attention)

@@ -17,14 +17,14 @@ from ..embeddings.similarity import error_bound, kth_at_least, where_above
 IndexName = Literal["exact", "faiss", "milvus"]
 
 SEARCH_WIDTH = 128
-"""Neighbours that FAISS's graph search keeps in view, its `efSearch` (our choice): of the ten best of 20,000 random
-vectors of width 64, the worst case, this finds 97 %, FAISS's default of 16 half of them."""
+"""Length of the candidate list of FAISS's graph search, its `efSearch` (our choice). Of the ten best of 20,000 random
+vectors of width 64, the worst case, this finds 97 %; FAISS's default of 16 finds half."""
 
 COLLECTION = "pvlf_"
-"""Prefix of a Milvus collection's name, which goes on with the model's fingerprint and the gallery's id."""
+"""Prefix of a Milvus collection's name; the model's fingerprint and the gallery's id follow."""
 
 MILVUS_BATCH, MILVUS_MOST = 1000, 16384
-"""Rows sent at once (our choice), and the most rows that Milvus answers with."""
+"""Rows per request (our choice), and Milvus's limit of rows per answer."""
 
 
 class VectorIndex(Protocol):
@@ -40,7 +40,7 @@ class VectorIndex(Protocol):
 
 
 class ExactIndex:
-    """Comparison of the query with every image in half precision, whose error decides how many candidates are left.
+    """Exact index: compares every image with the query in half precision and keeps all that its error could hide.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised; a float16 copy is kept, half their size, and read in half the
@@ -51,7 +51,7 @@ class ExactIndex:
         self.halves = embeds.half()
 
     def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Return candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k."""
+        """Return candidates, see [`VectorIndex`]; all images that rounding could have kept out of the best k."""
         cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
         return where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
 
@@ -66,7 +66,7 @@ def half_error_bound(width: int) -> float:
 
 
 class FaissIndex:
-    """FAISS's HNSW graph through `datasets`, in memory; built again each time, a minute per 100,000 images.
+    """FAISS's HNSW graph through `datasets`, in memory; rebuilt on each load, a minute per 100,000 images.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised.
@@ -92,7 +92,9 @@ class FaissIndex:
 
 
 class MilvusIndex:
-    """A collection in a Milvus database: a local file (Milvus Lite) or a cluster. Takes up new images, drops others.
+    """A collection in a Milvus database: a local file (Milvus Lite) or a cluster.
+
+    New images of the gallery are added to the collection, and images that it no longer has are deleted.
 
     Args:
         embeds: float32 `(gallery, d)`, L2-normalised.
@@ -165,7 +167,7 @@ def check_index(name: str, uri: str | None) -> None:
 
 
 def connect(uri: str, fingerprint: str) -> Any:
-    """Open a Milvus database, before anything is encoded that could then not be kept there.
+    """Open a Milvus database; called before encoding, so that no embedding is computed that cannot be stored.
 
     Args:
         uri: a file ending in .db, or a cluster's URL (`http://user:password@host:19530/database`).

@@ -1,4 +1,4 @@
-"""A web page to search a gallery with: an image, what should be different, and on from any of the results.
+"""Web demo: search a gallery by an image and what should be different, and refine from any result.
 
 `pvlf-hf demo` opens it. As a Hub Space (SDK Gradio, requirements `pvlf-hf[demo,emoji]`) its `app.py` is
 
@@ -11,8 +11,8 @@
 which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder;
 `PVLF_GALLERY`, a folder of images, EmojiCIR without it; Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
 
-The server listens on this machine only unless told otherwise, one request at a time reaches the model, a [`Guard`]
-bounds what a client may send, and every image shown is encoded again, so that locations and names in EXIF stay behind.
+The server listens on this machine only, unless configured otherwise. One request at a time reaches the model, and a
+[`Guard`] limits what a client may send. Every image shown is re-encoded, so that EXIF data is never served.
 """
 
 import os
@@ -45,7 +45,7 @@ except ImportError as error:
     raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`') from error
 
 SESSIONS = 1000
-"""Visitors that are remembered (our choice)."""
+"""Visitors whose sessions are kept (our choice)."""
 
 EXAMPLES = (
     ("Goog/grinning_face_with_smiling_eyes", "an astonished face"),
@@ -83,7 +83,7 @@ def build(gallery: Gallery, examples: Sequence[tuple[str, str]] | None = None) -
 
 @contextmanager
 def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
-    """Serve the page while the context lasts, and give its URL; uploads are deleted with it.
+    """Serve the page while the context lasts, and yield its URL; uploads are deleted at the end.
 
     Args:
         gallery: the gallery to search.
@@ -103,7 +103,7 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) ->
         os.environ[UPLOADS] = folder
         page = build(gallery)
         guards = [Middleware(Guard, folder=Path(folder).resolve())]
-        if host in LOOPBACK:  # a page elsewhere cannot reach it by a name of its own for this machine
+        if host in LOOPBACK:  # against DNS rebinding: a foreign page reaches this machine by a name of its own
             guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
         else:
             logger.warning(f"the demo listens on {host}: whoever reaches this machine sees the gallery's images")
