@@ -301,7 +301,7 @@ def test_ignore_data_skip(tmp_path):
 def test_training_resumes_from_output_dir(tmp_path):
     settings = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
     folder = settings.pop("output_dir")
-    with pytest.raises(ValueError, match="resume_from_checkpoint=True, but .*run holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True, but .*run holds no complete checkpoint"):
         make_trainer(folder, **settings).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"nothing' holds no trainer_state.json: name a folder checkpoint-N"):
         make_trainer(folder, **settings).train(resume_from_checkpoint=str(tmp_path / "nothing"))

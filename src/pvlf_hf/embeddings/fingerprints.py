@@ -46,9 +46,9 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
     """
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # A config loses and gains these on the way through a file; the weights below tell their dtype themselves.
+    # Saving and loading a config drops or adds these keys; the weights below carry their own dtype.
     lost = ["dtype", "transformers_version", "_name_or_path"]
-    if model.encoder_config is model.config:  # which says where the code of a model is
+    if model.encoder_config is model.config:  # which names the file of the model's code
         lost += ["architectures", "auto_map", "custom_pipelines"]
     config = json.loads(model.encoder_config.to_json_string(use_diff=False))
     for part in (config, *config.values()):

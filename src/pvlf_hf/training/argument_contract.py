@@ -34,19 +34,19 @@ ARGUMENTS: dict[str, tuple[Status, str]] = {
     "max_steps": (HONOURED, "length of the run"),
     "seed": (HONOURED, "seed of everything random"),
     "data_seed": (HONOURED, "seed of the order of rows"),
-    "full_determinism": (HONOURED, "the same bits again on the same device"),
+    "full_determinism": (HONOURED, "bitwise reproducible on the same device"),
     "use_cpu": (HONOURED, "set where there is no accelerator"),
     "do_train": (MEANINGLESS, _FOR_SCRIPTS),
     "do_eval": (MEANINGLESS, _FOR_SCRIPTS),
     "do_predict": (MEANINGLESS, _FOR_SCRIPTS),
     "resume_from_checkpoint": (MEANINGLESS, f"{_FOR_SCRIPTS}: `pvlf-hf train` resumes from it"),
-    "local_rank": (MEANINGLESS, "deprecated: the launcher's environment says it"),
+    "local_rank": (MEANINGLESS, "deprecated: the launcher's environment sets it"),
     # Batches
-    "per_device_train_batch_size": (HONOURED, "triplets a step and device"),
-    "gradient_accumulation_steps": (HONOURED, "batches a step; the negatives stay those of one batch"),
+    "per_device_train_batch_size": (HONOURED, "triplets per step and device"),
+    "gradient_accumulation_steps": (HONOURED, "batches per step; the negatives stay those of one batch"),
     "auto_find_batch_size": (
         REFUSED,
-        "would halve the batch, and with it every query's negatives, without a word: set per_device_train_batch_size, "
+        "would silently halve the batch, and with it every query's negatives: set per_device_train_batch_size, "
         "with gradient_cache_chunk_size where memory is short",
     ),
     "train_sampling_strategy": (HONOURED, "'random' or 'sequential'"),
@@ -143,7 +143,7 @@ ARGUMENTS: dict[str, tuple[Status, str]] = {
     "save_strategy": (HONOURED, "when to save"),
     "save_steps": (HONOURED, "when to save"),
     "save_total_limit": (HONOURED, "checkpoints that stay"),
-    "save_only_model": (HONOURED, "a run resumed from it starts the optimiser anew, with a warning"),
+    "save_only_model": (HONOURED, "a run resumed from it restarts the optimiser, with a warning"),
     "save_on_each_node": (
         REFUSED,
         "would save all but the weights on other nodes, because the library's save_pretrained writes on one process "
@@ -157,7 +157,7 @@ ARGUMENTS: dict[str, tuple[Status, str]] = {
     # Hub
     "push_to_hub": (HONOURED, "after checking that the token may write"),
     "hub_token": (HONOURED, "token of every push"),
-    "hub_private_repo": (HONOURED, "visibility of a repository that is made"),
+    "hub_private_repo": (HONOURED, "visibility of a new repository"),
     "hub_model_id": (HONOURED, "repository"),
     "hub_strategy": (HONOURED, "what is pushed, and when"),
     "hub_always_push": (HONOURED, "waits for a push under way"),

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: whenever a process is killed or a disk fills up, a run's folder holds only whole checkpoints."""
+"""Atomic checkpoints: a run's folder holds only complete checkpoints, even after a kill or a full disk."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ STAGING = "_unfinished"
 
 
 class AtomicCheckpointsMixin(Trainer):
-    """Trainer mixin that writes in a staging folder and rename what is complete; stands first in the bases.
+    """Trainer mixin that writes to a staging folder and renames complete checkpoints; must be the first base class.
 
     The library writes `checkpoint-N` in place. A kill during the write leaves a checkpoint that lacks files, and the
     library resumes from it. Here a rename publishes the checkpoint once every process has written its part.
@@ -30,11 +30,11 @@ class AtomicCheckpointsMixin(Trainer):
     _is_saving_checkpoint = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, see the base class; `resume_from_checkpoint=True` takes the last whole checkpoint.
+        """Train the model, see the base class; `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            OSError: if a checkpoint cannot be written. Those written before are whole and can be resumed from.
-            ValueError: if `resume_from_checkpoint` is no whole checkpoint.
+            OSError: if a checkpoint cannot be written. Earlier ones are complete and can be resumed from.
+            ValueError: if `resume_from_checkpoint` is not a complete checkpoint.
         """
         folder = Path(str(self.args.output_dir))
         if self.args.save_strategy != "no":
@@ -72,19 +72,19 @@ class AtomicCheckpointsMixin(Trainer):
             self._push_from_checkpoint(str(run / name))
 
     def _record_best(self, run: Path, name: str) -> None:
-        """Record where the best checkpoint will be; the library has looked for it in the staging folder."""
+        """Record where the best checkpoint will be; the library has recorded its path in the staging folder."""
         best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.exists():
             self.state.best_model_checkpoint = str(best)
 
     def _publish(self, staging: Path, run: Path, name: str) -> None:
-        """Rename the written checkpoint into the run's folder, and superfluous ones out of it."""
+        """Move the written checkpoint into the run's folder, and superfluous ones out of it, by renaming."""
         self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
         if (run / name).exists():
             (run / name).replace(staging / "replaced")
         (staging / name).replace(run / name)
         for old in self._superfluous_checkpoints(run):
-            old.replace(staging / old.name)  # deleted with the staging folder: a kill leaves no half of one
+            old.replace(staging / old.name)  # deleted with the staging folder, so a kill leaves none half deleted
 
     def _superfluous_checkpoints(self, run: Path) -> list[Path]:
         """Return all checkpoints but the last `save_total_limit`, the best and the last."""
@@ -96,7 +96,7 @@ class AtomicCheckpointsMixin(Trainer):
         return list(map(Path, oldest_first[: -max(limit, len(protected))]))
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """Delete all checkpoints but the best if only one may stay, as the library does, but never half of one."""
+        """Delete all checkpoints but the best if only one may stay, as the library does, but atomically."""
         best, run = self.state.best_model_checkpoint, Path(self._get_output_dir(trial))
         if best is not None and self.args.save_total_limit == 1:
             with self._staging(run) as staging, writing(run):
@@ -114,7 +114,7 @@ class AtomicCheckpointsMixin(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write a model to the staging folder and rename its files, weights last: weights mark a whole model."""
+        """Write a model to the staging folder and rename its files, weights last: they mark the model as complete."""
         if self._is_saving_checkpoint or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -144,9 +144,9 @@ class AtomicCheckpointsMixin(Trainer):
 def writing(folder: Path) -> Iterator[None]:
     """Raise an `OSError` that names the folder and the remedy for any error of a block that only writes files.
 
-    `torch.save` raises a plain `RuntimeError` when a disk is full. What it raises is told from other failures by where
-    it is raised: the block must hold nothing but writing. A lost process or a lack of GPU memory, which gathering
-    weights can meet, keeps its own error.
+    `torch.save` raises a plain `RuntimeError` when a disk is full, which its type does not distinguish from other
+    failures. So the block must only write files. Gathering weights, which can fail for lack of GPU memory or a lost
+    process, stays outside and keeps its own errors.
     """
     try:
         yield
@@ -157,7 +157,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last whole checkpoint in a run's folder: the Trainer writes a checkpoint's state last."""
+    """Return the last complete checkpoint in a run's folder: one with a state, which the Trainer writes last."""
     states = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     steps = {int(state.parent.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): state.parent for state in states}
     return str(steps[max(steps)]) if steps else None
@@ -169,13 +169,15 @@ def holds_optimizer(checkpoint: Path) -> bool:
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, folder: Path) -> str | None:
-    """Return the checkpoint that the Trainer's argument stands for: none, the last whole one of a run, or itself."""
+    """Return the checkpoint that the Trainer's argument refers to: none, the run's last complete one, or the named."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is True:
         checkpoint = last_checkpoint(folder)
         if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint=True, but {folder} holds no whole checkpoint: train without it")
+            raise ValueError(
+                f"resume_from_checkpoint=True, but {folder} holds no complete checkpoint: train without it"
+            )
         return checkpoint
     if not Path(resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
         raise ValueError(

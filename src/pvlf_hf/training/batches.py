@@ -19,7 +19,7 @@ class OneValueBatchSampler(Sampler[int]):
 
     Args:
         values: the column. Its values should be frequent.
-        batch_size: rows of a block. Rows that do not fill a block are left out of the epoch, different ones in each.
+        batch_size: rows per block. Rows that do not fill a block are left out, different ones in each epoch.
         seed: seeds the order, together with the epoch.
 
     Raises:

@@ -69,7 +69,7 @@ def fast_cpu_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def register_attention(chosen: str) -> str:
-    """Register an attention that is `chosen` without dropout and eager with [`fast_dropout`]; return its name.
+    """Register an attention that uses `chosen` without dropout, else eager with [`fast_dropout`]; return its name.
 
     PyTorch's fused kernel for CPUs has no dropout, so that nothing is lost.
     """

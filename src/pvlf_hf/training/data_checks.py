@@ -14,14 +14,14 @@ from ..evaluation.scoring import score
 from ..models.interface_pvlf import ComposedRetrievalOutput
 
 ROWS_AT_ONCE = 10_000
-"""Rows read at once where a column is looked through."""
+"""Rows read at once when a column is checked."""
 
 
 def check_train_dataset(dataset: Any, args: Any) -> None:
     """Raise a `ValueError` if training on a dataset would fail, or ignore an argument; name the row or argument.
 
     Args:
-        dataset: the training set. Only a `datasets` dataset can be looked into; any other is taken as it is.
+        dataset: the training set. Only a `datasets` dataset can be checked; any other is accepted unchecked.
         args: [`PVLFTrainingArguments`].
     """
     if isinstance(dataset, dict):
@@ -130,7 +130,7 @@ def describe_nonfinite_loss(
     if count == len(bad):
         advice = "all of them, so the weights are to blame: resume the last checkpoint with a lower learning rate"
     elif count:
-        advice = "look at their images and captions"
+        advice = "check their images and captions"
     else:
         advice = "another process has such triplets and names them, or the temperature is too low"
     return (

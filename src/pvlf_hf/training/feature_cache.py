@@ -1,8 +1,8 @@
-"""Tokens of encoders that do not train, computed once and kept on disk: most of a training step is already known.
+"""Feature cache: tokens of frozen encoders, computed once and kept on disk, which saves most of a training step.
 
-A frozen ViT gives the same tokens for an image in every epoch, run and row of a table. They are found again by what
-they were made of: a *fingerprint* of weights, configuration and preprocessing names a folder, and the digest of a
-image's file (or of a caption) a row in it. Whatever changes, changes the name, so that nothing stale is ever read.
+A frozen ViT gives the same tokens for an image in every epoch, run and row of a table. A *fingerprint* of weights,
+configuration and preprocessing names the folder of a cache, and the digest of an image file (or of a caption)
+identifies a row in it. Any change yields another fingerprint or digest, so that stale tokens are never read.
 """
 
 import json
@@ -37,7 +37,7 @@ from ..models.modeling_pvlf import PVLFModel
 logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-"""Bytes after which a shard is written (our choice): the most that an interruption loses, about 220 images of BLIP."""
+"""Bytes after which a shard is written (our choice): an interruption loses at most these, about 220 images of BLIP."""
 
 
 class FeatureCache:
@@ -45,7 +45,7 @@ class FeatureCache:
 
     Args:
         folder: where caches live; each fingerprint has its own folder in it.
-        fingerprint: of everything but the sample that the tokens depend on, see [`fingerprint`].
+        fingerprint: digest of everything but the sample that the tokens depend on, see [`fingerprint`].
 
     Raises:
         ValueError: if a file in the folder cannot be read.
@@ -53,26 +53,26 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder) / fingerprint
-        self.place_of: dict[str, tuple[str, int]] = {}  # digest -> shard and row
+        self.location_of: dict[str, tuple[str, int]] = {}  # digest -> shard and row
         self.shards: dict[str, dict[str, Tensor]] = {}
         self.read_new_shards()
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self.place_of
+        return digest in self.location_of
 
     def __getitem__(self, digest: str) -> Tensor:
         """Tokens float16 `(length, d)`, a view of the file."""
-        name, row = self.place_of[digest]
+        name, row = self.location_of[digest]
         start, end = self.shards[name]["starts"][row : row + 2].tolist()
         return self.shards[name]["tokens"][start:end]
 
     def position(self, digest: str) -> int:
-        """Where the global token of a sequence stands."""
-        name, row = self.place_of[digest]
+        """Return the position of a sequence's global token."""
+        name, row = self.location_of[digest]
         return int(self.shards[name]["positions"][row])
 
     def read_new_shards(self) -> None:
-        """Take up what this or another process has written meanwhile."""
+        """Load the shards that this or another process has written since the last call."""
         for file in sorted(self.folder.glob("*.safetensors")):
             if file.name in self.shards:
                 continue
@@ -81,9 +81,11 @@ class FeatureCache:
                     shard = {name: opened.get_tensor(name) for name in opened.keys()}
                     digests = json.loads(opened.metadata()["digests"])
             except (SafetensorError, OSError, KeyError, TypeError) as error:
-                raise ValueError(f"{file} is damaged ({error}): delete it, its part is encoded anew") from error
+                raise ValueError(
+                    f"{file} is damaged ({error}): delete it, and its samples are encoded again"
+                ) from error
             self.shards[file.name] = shard
-            self.place_of |= {digest: (file.name, row) for row, digest in enumerate(digests)}
+            self.location_of |= {digest: (file.name, row) for row, digest in enumerate(digests)}
 
     def fill(
         self,
@@ -93,7 +95,7 @@ class FeatureCache:
         what: str,
         progress: bool = True,
     ) -> None:
-        """Encode what is missing, each process a share; interrupted, the next call goes on.
+        """Encode missing samples, each process a share; after an interruption the next call resumes.
 
         Args:
             digests: of all samples needed; repeated ones are encoded once.
@@ -104,15 +106,15 @@ class FeatureCache:
             progress: show a progress bar.
 
         Raises:
-            OSError: if the disk is full; everything written before can be used.
+            OSError: if the disk is full; shards written before stay usable.
             ValueError: if tokens do not fit float16.
         """
         state = PartialState()
-        # A second run waits for the first and then finds everything there.
+        # A second run waits for the first and then has nothing left to encode.
         with locked(self.folder) if state.is_main_process else nullcontext():
             self.read_new_shards()
-            first_of = {digest: place for place, digest in reversed(list(enumerate(digests))) if digest not in self}
-            # One process says what is missing: another may read the folder when there is more in it already.
+            first_of = {digest: index for index, digest in reversed(list(enumerate(digests))) if digest not in self}
+            # One process decides what is missing: another may read the folder later, when it holds more shards.
             (missing,) = broadcast_object_list([sorted(first_of.values())])
             with state.split_between_processes(missing) as share:
                 self._encode_share(share, digests, encode, batch_size, f"{len(missing)} {what}", progress)
@@ -233,7 +235,7 @@ def cache_features(
     """
     model = unwrap(model)  # type: ignore[assignment]
     if "encoder_outputs" not in signature(type(model).forward).parameters:
-        raise ValueError(f"{type(model).__name__} takes no kept encoder outputs: train it without feature_cache")
+        raise ValueError(f"{type(model).__name__} takes no cached encoder outputs: train it without feature_cache")
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
@@ -247,8 +249,8 @@ def cache_features(
     digests = {column: image_digests(dataset, column) for column, dataset in columns.items()}
     opened_images = {column: opened(dataset) for column, dataset in columns.items()}
 
-    def decode(place: int) -> Any:
-        column, row = ("reference", place) if place < len(triplets) else ("target", place - len(triplets))
+    def decode(index: int) -> Any:
+        column, row = ("reference", index) if index < len(triplets) else ("target", index - len(triplets))
         try:
             return opened_images[column][row][column]
         except ValueError as error:
@@ -256,20 +258,20 @@ def cache_features(
                 f"the {column} image of row {row} cannot be read, replace it or drop the row: {error}"
             ) from error
 
-    def encode_images(places: list[int]) -> tuple[list[Tensor], list[int]]:
-        pixels = processor.process_targets([decode(place) for place in places])
+    def encode_images(indices: list[int]) -> tuple[list[Tensor], list[int]]:
+        pixels = processor.process_targets([decode(index) for index in indices])
         tokens = model.get_image_features(pixels["pixel_values"].to(model.device)).last_hidden_state
-        return list(tokens), [0] * len(places)
+        return list(tokens), [0] * len(indices)
 
     captions = list(triplets["caption"])
 
-    def encode_texts(places: list[int]) -> tuple[list[Tensor], list[int]]:
-        inputs = processor(text=[captions[p] for p in places]).to(model.device)
+    def encode_texts(indices: list[int]) -> tuple[list[Tensor], list[int]]:
+        inputs = processor(text=[captions[index] for index in indices]).to(model.device)
         tokens, positions = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
         # Padding is left out, unless it has the global feature (SigLIP); the fusion has no positions to move.
         kept = inputs["attention_mask"].scatter(1, positions[:, None], 1).bool()
-        places = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
-        return [t[k] for t, k in zip(tokens, kept, strict=True)], places
+        kept_positions = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
+        return [t[k] for t, k in zip(tokens, kept, strict=True)], kept_positions
 
     was_training = model.training
     model.eval()

@@ -25,14 +25,14 @@ def embed_in_chunks(
     """Embed a batch chunk by chunk, keeping nothing else for backward.
 
     Args:
-        model: a [`ComposedRetrievalModel`], or what DDP or FSDP made of one.
-        inputs: of its `forward`: tensors, or dictionaries of tensors, with the same number of rows each.
+        model: a [`ComposedRetrievalModel`], or its DDP or FSDP wrapper.
+        inputs: inputs of its `forward`: tensors, or dictionaries of tensors, with the same number of rows each.
         chunk_size: rows embedded at once.
         no_sync: context in which gradients are not averaged over processes; entered for all chunks but the last.
 
     Returns:
-        `query_embeds` and `target_embeds`, whose gradients reach the model's parameters, and what else the model
-        returns for each row, detached.
+        `query_embeds` and `target_embeds`, whose gradients reach the model's parameters, and the model's other
+        outputs for each row, detached.
 
     Raises:
         ValueError: if inputs differ in their number of rows, so that a query has no target.
@@ -77,7 +77,7 @@ def _first_pass(model: nn.Module, chunk: Mapping[str, Any]) -> "_Pass":
 
 
 class _CallOnBackward(torch.autograd.Function):
-    """Hands tensors on; in backward, hands their gradients to a function that accumulates the parameters' own."""
+    """Passes tensors through; backward passes their gradients to a function that accumulates the parameters' own."""
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[..., None], anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -101,7 +101,7 @@ class _Pass(NamedTuple):
 
 @contextmanager
 def _restored(random: tuple[Tensor, list[int], list[Tensor]]) -> Iterator[None]:
-    """Set random generators back to a state for the time of a context."""
+    """Restore a state of the random generators within a context."""
     cpu, devices, states = random
     with torch.random.fork_rng(devices):
         torch.set_rng_state(cpu)

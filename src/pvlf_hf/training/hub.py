@@ -16,7 +16,7 @@ class HubMixin(Trainer):
     """Trainer mixin that checks the right to push before the first step and writes this project's model card."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the Hub repository and check the token before the first step; pushes in training fail unseen.
+        """Make the Hub repository and check the token before the first step; pushes in training fail silently.
 
         Raises:
             ValueError: if the token may not write there.

@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, args: Any, decayed: set[str]) -> tuple[li
 
     Args:
         model: the model; `requires_grad` says which weights train. LoRA's weights count as new wherever they are,
-            because they start from nothing, as the fusion does.
+            because they are not pretrained, like the fusion's.
         args: [`PVLFTrainingArguments`].
         decayed: names of the weights that decay where `decay_norms_and_biases` is False; prompts never do then.
 
@@ -158,7 +158,7 @@ def check_optimizers(model: Any, args: Any, optimizer: Any, schedule: Any, class
 
 
 def advance(schedule: Any, steps: int) -> None:
-    """Move a new schedule on by a number of steps."""
+    """Advance a new schedule by a number of steps."""
     with warnings.catch_warnings():  # PyTorch warns of a step of the schedule before one of the optimiser
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):

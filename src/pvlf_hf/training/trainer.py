@@ -121,13 +121,13 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     # ---- training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, see the base class; first fills `args.feature_cache` where one is named.
+        """Train the model, see the base class; first fill `args.feature_cache`, if one is named.
 
-        A checkpoint of `save_only_model=True` has no optimiser: a run resumed from it warns, starts the optimiser
-        again and takes the schedule up at the checkpoint's step.
+        A checkpoint of `save_only_model=True` has no optimiser: a run resumed from it warns, restarts the optimiser
+        and continues the schedule at the checkpoint's step.
 
         Raises:
-            OSError: if checkpoints or features cannot be written. Those written before are whole; the next run
+            OSError: if checkpoints or features cannot be written. Those written before are complete; the next run
                 resumes from them.
         """
         if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
@@ -173,7 +173,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a model by `model_init` and chooses which of its weights train."""
+        """Make a model by `model_init` and choose which of its weights train."""
         model = super().call_model_init(trial)
         set_finetuning(model, self.args)
         return model
@@ -239,7 +239,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         )
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """Open images by this package's own opener, see [`opened`]; only the columns that our collator reads."""
+        """Build a data loader whose images are opened by [`opened`], with only the columns that our collator reads."""
         if type(self.data_collator) is PVLFCollator and isinstance(dataset, Dataset):
             dataset = dataset.select_columns(list(TRIPLET_COLUMNS)) if dataset.format["type"] != "custom" else dataset
         return super()._get_dataloader(opened(dataset), *args, **kwargs)
@@ -276,8 +276,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         unwrapped: Any = self.accelerator.unwrap_model(model)
         loss = unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
         if model.training and not loss.isfinite():
-            said = describe_nonfinite_loss(loss, outputs, inputs.get("target_ids"), self.train_dataset)
-            raise ValueError(f"the loss of step {self.state.global_step + 1} is {said}")
+            problem = describe_nonfinite_loss(loss, outputs, inputs.get("target_ids"), self.train_dataset)
+            raise ValueError(f"the loss of step {self.state.global_step + 1} is {problem}")
         return (loss, outputs) if return_outputs else loss
 
     def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -327,7 +327,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values; the library's `learning_rate` is any group's, here the fusion's, the encoders' beside it."""
+        """Log values, with the learning rates of fusion and encoders; the library logs that of an arbitrary group."""
         if "learning_rate" in logs and self._rates:
             del logs["learning_rate"]
             logs |= self._rates

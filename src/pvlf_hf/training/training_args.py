@@ -28,7 +28,7 @@ class PVLFTrainingArguments(TrainingArguments):
             Encoders that train besides fusion and aggregation (paper, Table 3): `"frozen"` none, `"text"` the text
             encoder, `"both"`. The paper's headline row is `"both"`. With a PEFT adapter only the adapter trains.
         encoder_learning_rate (`float`, *optional*, defaults to 1e-6):
-            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which start from nothing.
+            Learning rate of the encoders' weights (TransAgg), but not of LoRA's, which are not pretrained.
         min_lr_ratio (`float`, *optional*, defaults to 0.01):
             The cosine schedule of every group ends at this share of `learning_rate` (TransAgg's `eta_min`), but never
             above the group's own rate. With the defaults this floor is the encoders' rate, which stays constant.
@@ -52,7 +52,7 @@ class PVLFTrainingArguments(TrainingArguments):
     > Arguments of the library for several processes and repeatable runs
 
     `ddp_timeout` (1800 s): a process that hangs ends the job after this time; one that dies ends it at once.
-    `full_determinism` (False): the same bits again on the same GPUs, which otherwise differ in rounding; slower.
+    `full_determinism` (False): bitwise reproducible on the same GPUs, whose runs otherwise differ in rounding; slower.
 
     > Defaults that differ from `TrainingArguments`
 
@@ -97,7 +97,7 @@ class PVLFTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of fusion and aggregation (paper)."})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay (paper)."})
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradient clipping (TransAgg)."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Triplets a step and device (paper)."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Triplets per step and device (paper)."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Queries or images encoded at once."})
     num_train_epochs: float = field(default=100, metadata={"help": "Epochs (TransAgg)."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last, shorter batch (TransAgg)."})
