@@ -308,7 +308,7 @@ ENDINGS = ("png", "jpg")
     4,
     "PostScript under the name of an image, as a file, as a cell of a data set or opened elsewhere, is refused with a "
     "sentence wherever images come in; nothing runs Ghostscript, and `datasets` decodes no image for this package",
-    broken=("src/pvlf_hf/models/image_processing_pvlf.py", "    if not found:\n", "    if True:\n"),
+    broken=("src/pvlf_hf/models/image_processing_pvlf.py", "    if not columns:\n", "    if True:\n"),
 )
 @pytest.mark.parametrize("ending", [ENDINGS[0], pytest.param(ENDINGS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DOORS)

@@ -138,5 +138,5 @@ def test_help_lists_protocols_and_the_launch_command(capsys):
 
 def test_dual_encoder_without_tokenizer_raises(data_root, tmp_path, tiny_checkpoint):
     make_model().config.vl_config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no tokenizer; save its original's there"):
+    with pytest.raises(ValueError, match="has no tokenizer; save the original's tokenizer there"):
         main(flags(tmp_path, data_root, tmp_path / "out", "cirr-val"))

@@ -25,7 +25,7 @@ class BackboneSpec:
         padding: `"longest"` of the batch, or `"max_length"` for text encoders trained with all positions filled.
         image_mean: mean of each channel of an image whose values are in [0, 1].
         image_std: standard deviation, likewise.
-        text_settings: settings of its text configuration that are always these.
+        text_settings: settings of its text configuration that are set in every model.
         tokenizers: class of a checkpoint's tokenizer to the class that is loaded in its place.
     """
 
@@ -59,7 +59,7 @@ BACKBONES = {
         tokenizers=(("SiglipTokenizer", "PreTrainedTokenizerFast"), ("GemmaTokenizer", "Siglip2Tokenizer")),
     ),
 }
-"""`model_type` of a dual encoder to what is known of its family."""
+"""Supported families of dual encoders, by `model_type`."""
 
 # Settings under which PVLF equals its baseline TransAgg: one shallow prompt (its separator token), cross-entropy.
 TRANSAGG = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0}
@@ -144,7 +144,7 @@ class PVLFConfig(DualEncoderConfig):
     Args:
         vl_config (`BlipConfig`, `CLIPConfig` or `dict`, *optional*, defaults to BLIP base):
             The dual encoder. Its joint width is the width `d` of everything below.
-        num_prompts (`int`, *optional*, defaults to 25): learnable context prompts a layer, `p` (Table 4).
+        num_prompts (`int`, *optional*, defaults to 25): learnable context prompts per layer, `p` (Table 4).
         prompt_depth (`int`, *optional*, defaults to `fusion_layers`):
             How many fusion layers get prompts of their own. 1 is PVLF-Shallow (eq. 8-9: prompts enter the first
             layer and are carried on); `fusion_layers` is PVLF-Deep (eq. 12: every layer gets fresh ones).
@@ -164,9 +164,9 @@ class PVLFConfig(DualEncoderConfig):
         aggregation_sum_input (`"encoder"` or `"fused"`, *optional*, defaults to `"encoder"`):
             Which global features the weighted sum of eq. 13 mixes with the MLP's output.
         text_padding (`"masked"` or `"transagg"`, *optional*, defaults to `"masked"`):
-            `"masked"`: fusion never attends to text padding. `"transagg"`: padding keeps its place and gains 1.0
-            on its attention scores, as in TransAgg's training; only for reproducing that, with captions padded to
-            the maximum length.
+            `"masked"`: fusion never attends to text padding. `"transagg"`: padding is attended to, with 1.0 added to
+            its attention scores, as in TransAgg's training; only for reproducing that, with captions padded to the
+            maximum length.
         alpha (`float`, *optional*, defaults to 1.0): factor of the focal InfoNCE loss (eq. 15).
         gamma (`float`, *optional*, defaults to 2.0): focusing exponent (eq. 15); 0 is cross-entropy.
         temperature (`float`, *optional*, defaults to 0.01): `τ` of eq. 14.

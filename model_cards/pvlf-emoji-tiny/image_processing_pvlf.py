@@ -6,8 +6,8 @@ alpha channel, so that transparent areas turn up black or in hidden colours; her
 the EXIF orientation are applied before any other step.
 
 Files and URLs may be hostile: what is opened is limited by `FORMATS`, `MAX_BYTES`, `MAX_SECONDS` and Pillow's own
-`PIL.Image.MAX_IMAGE_PIXELS`. They belong to the machine and are set on it, never by a checkpoint. Which URLs may be
-fetched is the caller's to decide: a service must not hand on addresses that its users name, which may lie behind it.
+`PIL.Image.MAX_IMAGE_PIXELS`. These limits are settings of the machine, which no checkpoint can change. The caller
+decides which URLs may be fetched: a service must not pass on URLs from its users, which may point into its network.
 """
 
 import io
@@ -36,10 +36,10 @@ FORMATS: tuple[str, ...] | None = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PN
 which runs Ghostscript."""
 
 MAX_BYTES: int = 2**28
-"""The largest file or download (our choice): what `PIL.Image.MAX_IMAGE_PIXELS` pixels take uncompressed."""
+"""Largest file or download in bytes (our choice): the size of `PIL.Image.MAX_IMAGE_PIXELS` pixels, uncompressed."""
 
 MAX_SECONDS: float = 60
-"""The longest download (our choice)."""
+"""Longest download in seconds (our choice)."""
 
 
 class PVLFImageProcessorKwargs(ImagesKwargs, total=False):
@@ -215,27 +215,27 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 
 def opened(data: Any) -> Any:
-    """Return a data set, a stream or a column of one whose images [`decode_cell`] opens as rows are read.
+    """Let [`decode_cell`] open the images of a data set, a stream or a column, instead of `datasets`.
 
-    `datasets` decodes image columns itself, with every format that Pillow knows. Rows come out as it would give them,
-    and reach a transform of the data set so. Columns that are not to be decoded stay as they are, and so does what is
-    no data set.
+    `datasets` decodes image columns with every format that Pillow knows. The rows returned here are the same as its
+    own, also for a transform of the data set. Columns that are not decoded, and anything but a data set, are returned
+    unchanged.
 
     Raises:
         ValueError: if a column holds images inside lists or structures.
     """
-    # What travels with checkpoints does not import `datasets`.
+    # Recognised by attributes: files that travel with checkpoints do not import `datasets`.
     if hasattr(data, "column_name") and hasattr(data, "source"):  # a Column
         return opened(data.source)[data.column_name]
     if not hasattr(data, "cast_column") or not getattr(data, "features", None):
         return data
-    found = {name: feature for name, feature in data.features.items() if _decodes(feature)}
-    if not found:
+    columns = {name: feature for name, feature in data.features.items() if _decodes(feature)}
+    if not columns:
         return data
-    if nested := [name for name, feature in found.items() if type(feature).__name__ != "Image"]:
+    if nested := [name for name, feature in columns.items() if type(feature).__name__ != "Image"]:
         raise ValueError(f"columns {nested} hold images inside lists: leave them out with dataset.remove_columns")
-    modes = {name: feature.mode for name, feature in found.items()}
-    for name, feature in found.items():
+    modes = {name: feature.mode for name, feature in columns.items()}
+    for name, feature in columns.items():
         data = data.cast_column(name, type(feature)(mode=feature.mode, decode=False))
     if not hasattr(data, "with_transform"):  # a stream
         return data.map(partial(_open_row, modes=modes))
@@ -269,7 +269,7 @@ def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | 
 
     Args:
         cell: `bytes`, the content of a file, or else its `path`, which may be a URL of any kind that `fsspec` knows.
-        mode: of the column; None leaves images in their own.
+        mode: Pillow mode of the column; None keeps that of each image.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -283,15 +283,15 @@ def decode_cell(cell: dict[str, Any] | None, mode: str | None) -> Image.Image | 
                 content = stream.read(MAX_BYTES + 1)
             check_bytes(len(content))
         image = open_image(path if content is None else content)
-        image.load()  # too many files would be open otherwise
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its file
+        image.load()  # closes the file: a batch would hold too many open
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would lose the file name
         return image.convert(mode) if mode and mode != image.mode else image
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
         raise ValueError(f"cannot read {describe(path or '')}: {error}") from error
 
 
 def check_file(file: str | Path) -> None:
-    """Raise a `ValueError` for a file that is too large, or is none: reading a pipe or a device may never end."""
+    """Raise a `ValueError` for a file that is too large or not a regular one: reading a pipe may never end."""
     status = Path(file).stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no file, but a folder, a pipe or a device")
@@ -323,13 +323,13 @@ def download(url: str) -> bytes:
             content += part
             check_bytes(len(content))
             if monotonic() > end:
-                raise ValueError(f"it was not there after {__name__}.MAX_SECONDS = {MAX_SECONDS}")
+                raise ValueError(f"the download did not finish within {__name__}.MAX_SECONDS = {MAX_SECONDS}")
     return bytes(content)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an image, turn it upright by EXIF, composite transparent areas on white and convert it to RGB."""
-    if FORMATS is not None and image.format == "EPS" and getattr(image, "tile", None):  # opened elsewhere
+    if FORMATS is not None and image.format == "EPS" and getattr(image, "tile", None):  # opened by the caller
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     if 0 in image.size:
         raise ValueError("it has no pixels")
@@ -372,7 +372,7 @@ def array_to_image(array: np.ndarray | torch.Tensor, input_data_format: str | No
 
 
 def describe(image: Any) -> str:
-    """Names an image in an error message: its file or URL where known, else its type and size."""
+    """Describe an image for an error message: its file or URL where known, else its type and size."""
     if source := str(image if isinstance(image, str | Path) else getattr(image, "filename", "")):
         return f"image {source[:200]!r}"
     size = getattr(image, "shape", getattr(image, "size", None))
@@ -380,7 +380,7 @@ def describe(image: Any) -> str:
 
 
 def check_area(height: int, width: int, step: str) -> None:
-    """Raise a `ValueError` where a step would blow a very elongated image up beyond Pillow's own limit."""
+    """Raise a `ValueError` if a step would enlarge a very elongated image beyond Pillow's own limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit and height * width > limit:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The interface of a composed retrieval model: all that training, evaluation and search ask of one.
+"""The interface of a composed retrieval model: all that training, evaluation and search need.
 
 Travels with checkpoints. A model implements three embedding methods and a loss, and names the modules of its image
 side and its text side; [`ComposedRetrievalModel`] derives `forward` and the choice of what trains from them.
@@ -129,7 +129,7 @@ class ComposedRetrievalModel(PreTrainedModel):
 
     @property
     def encoder_config(self) -> PreTrainedConfig:
-        """Part of the configuration that the encoders are built from; the whole, unless a subclass knows better."""
+        """Part of the configuration that the encoders are built from; by default all of it."""
         return self.config
 
     @property
@@ -214,7 +214,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         """
         if finetuning not in FINETUNING:
             raise ValueError(f"finetuning={finetuning!r}: choose one of {sorted(FINETUNING)}")
-        self.requires_grad_(True)  # also what PEFT froze and left so when its adapter was merged
+        self.requires_grad_(True)  # PEFT leaves the base weights frozen after an adapter is merged
         for side, trains in zip((self.image_side, self.text_side), FINETUNING[finetuning], strict=True):
             for module in side.values():
                 module.requires_grad_(trains)
@@ -253,7 +253,7 @@ class ComposedRetrievalProcessor(ProcessorMixin):
         raise NotImplementedError
 
     def process_captions(self, text: Any, **kwargs: Any) -> BatchFeature:
-        """Prepare the relative captions of queries whose images are prepared apart, as a pipeline does.
+        """Prepare the relative captions of queries whose images are prepared separately, as in a pipeline.
 
         Returns:
             all inputs of a query but `pixel_values`.
@@ -272,7 +272,7 @@ class ComposedRetrievalProcessor(ProcessorMixin):
 def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
     """Return the composed retrieval model inside an adapter of PEFT, DDP or FSDP, or the model itself.
 
-    It is told by its methods: code that came with a checkpoint has a class of its own.
+    It is recognised by its methods, because the code of a checkpoint defines a class of its own.
     """
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "get_query_features"))  # type: ignore[return-value]
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def cosine_similarity(query_embeds: Tensor, target_embeds: Tensor) -> Tensor:
-    """Similarity of L2-normalised embeddings, in float32 even under autocast.
+    """Compute the cosine similarity of L2-normalised embeddings, in float32 even under autocast.
 
     Args:
         query_embeds: `(num_queries, d)`, unit rows.
@@ -30,7 +30,7 @@ def focal_info_nce(
     target_ids: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Focal InfoNCE from queries to the targets of the batch (equations 14-15).
+    r"""Compute focal InfoNCE from queries to the targets of the batch (equations 14-15).
 
     With s_ij = cos(q_i, t_j) / temperature and p_i the softmax of row i at its own target,
     L = mean_i -alpha (1 - p_i)^gamma log p_i. `gamma=0, alpha=1` is cross-entropy. Computed in float32 from
@@ -46,14 +46,14 @@ def focal_info_nce(
         positives: int64 `(num_queries,)`, the row of `target_embeds` that is each query's target; row i by default.
         target_ids: int64 `(num_targets,)`; targets that share the id of a query's own are left out of its
             denominator instead of counting as negatives (several queries of a batch may want the same image).
-        chunk_size: queries compared at once. Backward compares each chunk again, so that never more than
-            `(chunk_size, num_targets)` similarities are held; by default all are.
+        chunk_size: queries compared at once. The backward pass recomputes each chunk, so that at most
+            `(chunk_size, num_targets)` similarities are in memory; by default all queries at once.
 
     Returns:
         float32 scalar. A batch of one has no negatives, p = 1 and loss 0.
 
     Raises:
-        ValueError: if there are fewer targets than queries and `positives` does not say whose they are.
+        ValueError: if there are fewer targets than queries and no `positives`.
     """
     num_queries, num_targets = len(query_embeds), len(target_embeds)
     if positives is None:
@@ -62,7 +62,7 @@ def focal_info_nce(
         positives = torch.arange(num_queries, device=query_embeds.device)
 
     def losses(queries: Tensor, own: Tensor) -> Tensor:
-        """`(chunk, d)` queries and the rows of their targets, `(chunk,)`, to their losses `(chunk,)`."""
+        """Return the losses `(chunk,)` of queries `(chunk, d)` whose targets are the rows `own`, `(chunk,)`."""
         logits = cosine_similarity(queries, target_embeds) / temperature  # (chunk, num_targets)
         own = own[:, None]
         if target_ids is not None:

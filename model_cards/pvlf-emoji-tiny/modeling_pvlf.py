@@ -26,13 +26,13 @@ from .loss_pvlf import focal_info_nce
 
 @dataclass
 class PVLFQueryOutput(QueryOutput):
-    """Query embeddings and how they came about, as [`PVLFModel.get_query_features`] returns them.
+    """Query embeddings with the values that explain them, as [`PVLFModel.get_query_features`] returns them.
 
     Args:
         aggregation_weights (`(batch, 3)`): w of eq. 13, for the image feature, the fused feature and the text feature.
         hidden_states (`tuple`, with `output_hidden_states=True`): the input of the first fusion layer, and every
             layer's output, each `(batch, n + p + 1 + m, d)` in the order text, prompts, image.
-        attentions (`tuple`, with `output_attentions=True`): one `(batch, heads, length, length)` a fusion layer.
+        attentions (`tuple`, with `output_attentions=True`): one `(batch, heads, length, length)` per fusion layer.
     """
 
     aggregation_weights: Tensor | None = None
@@ -42,7 +42,7 @@ class PVLFQueryOutput(QueryOutput):
 
 @dataclass
 class PVLFOutput(ComposedRetrievalOutput):
-    """Embeddings of queries and targets, the focal InfoNCE loss (eq. 15), and how the queries came about.
+    """Embeddings of queries and targets, the focal InfoNCE loss (eq. 15), and the values that explain queries.
 
     Args:
         aggregation_weights (`(batch, 3)`): w of eq. 13, for image, fused and text feature.
@@ -56,7 +56,7 @@ class PVLFOutput(ComposedRetrievalOutput):
 
 
 class PVLFPreTrainedModel(DualEncoderModel):
-    """Class-level facts of PVLF and the initialisation of its own weights."""
+    """Class attributes of PVLF and the initialisation of its own weights."""
 
     config_class = PVLFConfig
     base_model_prefix = "pvlf"
@@ -70,7 +70,7 @@ class PVLFPreTrainedModel(DualEncoderModel):
             init.normal_(module.prompts, std=self.config.prompt_init_std)
         elif isinstance(module, PVLFFusionAttention):
             for projection in (module.q_proj, module.k_proj, module.v_proj):
-                # nn.MultiheadAttention draws q, k and v as one (3d, d) matrix: its Xavier gain, for a (d, d) one.
+                # nn.MultiheadAttention initialises q, k and v as one (3d, d) matrix: this gain gives the same bound.
                 init.xavier_uniform_(projection.weight, gain=0.5**0.5)
             init_linear(module.out_proj)
             init.zeros_(module.out_proj.bias)
@@ -189,7 +189,7 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         # Autocast leaves half precision behind, and so does the feature cache (TransAgg casts here, too).
         image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
-        if attention_mask is not None:  # the global text feature takes part, also where it stands on padding (SigLIP)
+        if attention_mask is not None:  # the global text feature takes part, even at a padded position (SigLIP)
             attention_mask = attention_mask.scatter(1, text_position[:, None], 1)
         image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.num_prompts)
         pooled_positions = torch.stack([image_position, text_position], dim=1)
@@ -234,7 +234,7 @@ class PVLFModel(PVLFPreTrainedModel):
             target_ids: int64 `(targets,)`, equal for equal targets, which are then no negatives of each other.
             return_loss: compare queries with targets; by default whenever there are both. With False the output has
                 no loss and no similarity.
-            encoder_outputs: kept outputs of encoders that do not train, in place of their inputs:
+            encoder_outputs: cached outputs of frozen encoders, in place of their inputs:
                 `image_tokens` `(batch, 1 + m, d)` and `target_features` `(targets, d)`; optionally `text_tokens`
                 `(batch, n, d)` with `text_position` `(batch,)`. See `pvlf_hf.training.feature_cache`.
             **kwargs: `output_attentions` and `output_hidden_states`, see [`~PVLFModel.get_query_features`], and
@@ -250,7 +250,7 @@ class PVLFModel(PVLFPreTrainedModel):
         if "text_tokens" in encoder_outputs:
             text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
         else:
-            text = self.backbone.text_tokens(input_ids, attention_mask)  # type: ignore[arg-type]  # not kept, so given
+            text = self.backbone.text_tokens(input_ids, attention_mask)  # type: ignore[arg-type]  # given if not cached
         output = self._start_output(self.compose(encoder_outputs["image_tokens"], *text, attention_mask))
         output.target_embeds = normalize(encoder_outputs["target_features"])
         return self._compare(output, target_ids, return_loss)  # type: ignore[return-value]

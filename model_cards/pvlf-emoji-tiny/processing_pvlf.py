@@ -78,7 +78,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             raise ValueError(
                 f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {sorted(BACKBONES)}"
             )
-        advice = "save its original's there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
+        advice = "save the original's tokenizer there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
         replacements = dict(BACKBONES[config.model_type].tokenizers)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
@@ -215,8 +215,8 @@ class PVLFProcessor(ComposedRetrievalProcessor):
                 raise ValueError(f"caption {index} is {caption!r}, not a string")
             if half := next((letter for letter in caption if "\ud800" <= letter <= "\udfff"), None):
                 raise ValueError(
-                    f"caption {index} holds {half!r}, which is no character but half of one (a surrogate): it was "
-                    "read with a wrong encoding, or cut in two"
+                    f"caption {index} contains {half!r}, a lone surrogate, which is not a valid character: it was "
+                    "read with a wrong encoding, or a character was cut in two"
                 )
             if not caption.strip():
                 raise ValueError(

@@ -64,7 +64,7 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def fuse_attention(self) -> None:
-        """Put a fused kernel where Transformers only has attention written out; the weights stay as they are."""
+        """Replace eager attention by a fused kernel where Transformers has no other; weights are unchanged."""
 
     def set_attn_implementation(self, name: str) -> None:
         """Switch the attention of both encoders."""
@@ -90,7 +90,7 @@ class FusedBlipAttention(BlipAttention):
     def forward(  # type: ignore[override]  # it has no weights to return
         self, hidden_states: Tensor, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """`(batch, length, width)` to the same shape."""
+        """Map `(batch, length, width)` to the same shape."""
         batch, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, length, head_dim) each
@@ -117,7 +117,7 @@ class BlipDualEncoder(DualEncoder):
         self.fuse_attention()
 
     def fuse_attention(self) -> None:
-        """Put SDPA into the ViT, see [`DualEncoder.fuse_attention`]."""
+        """Replace the ViT's attention by SDPA, see [`DualEncoder.fuse_attention`]."""
         for layer in self.vision_model.encoder.layers:
             layer.self_attn.__class__ = FusedBlipAttention
 
@@ -202,9 +202,9 @@ class SiglipDualEncoder(DualEncoder):
     """SigLIP's two encoders, and SigLIP 2's at a fixed resolution.
 
     SigLIP has neither a [CLS] token nor an image projection. A head pools the patches: a learnt probe attends to them,
-    and a residual MLP follows, `head(X) = r + MLP(LN(r))` with `r = W_out (sum_j a_j W_value x_j)`. The heads' weights
-    `a` sum to 1, so a patch that alone is attended to has the feature `head` at `r = W_out W_value x_j`: this is how
-    each patch is brought into the joint space here (our choice). The image feature itself is row 0.
+    and a residual MLP follows, `head(X) = r + MLP(LN(r))` with `r = W_out (sum_j a_j W_value x_j)`. Attention weights
+    `a` sum to 1. If the probe attended to patch j alone, the feature would be that of `r = W_out W_value x_j`; this
+    projects each patch into the joint space (our choice). Row 0 is the image feature itself.
 
     Text: every token passes `head`, the linear layer after the encoder; the feature is that of the last position.
     """

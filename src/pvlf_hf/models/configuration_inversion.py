@@ -57,7 +57,7 @@ OTI_PROMPTS = (
     *(f"$ {medium}" for medium in ("photo", "image", "illustration")),
 )
 
-# What a method's own code says; PALAVRA's for composed retrieval is not published, so it has SEARLE's template.
+# Settings of each method's own code. PALAVRA's for composed retrieval is unpublished, so it uses SEARLE's template.
 METHODS = {
     "pic2word": InversionMethod(
         "mlp", "*", 265, "a photo of * , {caption}", ("a photo of *",), mapping_width=512, dropout=0.1
@@ -81,7 +81,7 @@ METHODS = {
     "searle_oti": InversionMethod(
         None, "$", 259, "a photo of $ that {caption}", OTI_PROMPTS, target_pad=True, steps=350
     ),
-    # Its prompts are the token alone, and the coarse word that it is told apart from.
+    # Its prompts are the token alone, and the coarse word that it must differ from.
     "palavra": InversionMethod(
         "deep_set",
         "*",
@@ -106,7 +106,7 @@ class InversionConfig(PreTrainedConfig):
     Args:
         vl_config (`CLIPConfig` or `dict`, *optional*, defaults to CLIP ViT-B/32): the dual encoder.
         method (`str`, *optional*, defaults to `"pic2word"`): a name in `METHODS`.
-        placeholder_id (`int`, *optional*): token that a pseudo word takes the place of. The defaults are ids of
+        placeholder_id (`int`, *optional*): token that the pseudo word replaces. The defaults are ids of
             OpenAI's vocabulary, which all released checkpoints have.
         replace (`"first"` or `"all"`, *optional*): which placeholders of a row become the pseudo word.
         mapping_width (`int`, *optional*): width of the mapping network's hidden layers.

@@ -24,7 +24,7 @@ class TrainingFreeConfig(DualEncoderConfig):
         temperature (`float`, *optional*, defaults to 0.07): of InfoNCE, for fine-tuning (arXiv 2405.00571).
 
     Raises:
-        ValueError: if a setting is none of these; the message says what to change.
+        ValueError: if a setting is invalid; the message says what to change.
 
     Example:
         >>> from pvlf_hf import TrainingFreeConfig
@@ -42,10 +42,10 @@ class TrainingFreeConfig(DualEncoderConfig):
         super().__post_init__(**kwargs)
         if self.composition_weight is None and self.composition in COMPOSITIONS:
             self.composition_weight = COMPOSITIONS[self.composition].default_weight
-        self.validate_architecture()  # see PVLFConfig: an error of its own kind
+        self.validate_architecture()  # raises a ValueError, which @strict would wrap, see PVLFConfig
 
     def validate_architecture(self) -> None:
-        """Refuse settings that there are not (also called by `@strict` when saved)."""
+        """Raise a `ValueError` for invalid settings (also called by `@strict` when saved)."""
         super().validate_architecture()
         if self.composition not in COMPOSITIONS:
             raise ValueError(f"composition={self.composition!r}: choose one of {sorted(COMPOSITIONS)}")

@@ -1,4 +1,4 @@
-"""Base class of composed retrieval models that stand on a pretrained dual encoder. Travels with checkpoints.
+"""Base class of composed retrieval models built on a pretrained dual encoder. Travels with checkpoints.
 
 It embeds images and captions; a subclass says how the two become a query.
 """
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 class DualEncoderModel(ComposedRetrievalModel):
-    """A composed retrieval model on the dual encoder that `config.vl_config` describes, a [`DualEncoderConfig`]'s.
+    """A composed retrieval model built on the dual encoder of its [`DualEncoderConfig`], `config.vl_config`.
 
     A subclass defines `config_class`, [`~ComposedRetrievalModel.get_query_features`] and
     [`~ComposedRetrievalModel.loss`].
@@ -113,7 +113,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     def resize_token_embeddings(  # type: ignore[override]  # the rest of the signature is passed on
         self, new_num_tokens: int | None = None, **kwargs: Any
     ) -> nn.Module:
-        """Resize the text encoder's vocabulary, and records it where the encoder is built from."""
+        """Resize the text encoder's vocabulary, and record its size in the encoder's configuration."""
         embeddings = super().resize_token_embeddings(new_num_tokens, **kwargs)
         self.config.vl_config.text_config.vocab_size = embeddings.num_embeddings
         return embeddings

@@ -158,7 +158,7 @@ class ContextMapping(Mapping):
             init.normal_(branch.projection.weight, std=width**-0.5)
 
     def forward(self, tokens: Tensor, text_features: Tensor) -> Tensor:
-        """Map images in the light of captions to pseudo words.
+        """Map images, conditioned on captions, to pseudo words.
 
         Args:
             tokens: `(batch, 1 + m, v)`, outputs of the last image encoder layer, before its final norm.
@@ -172,7 +172,7 @@ class ContextMapping(Mapping):
         return self.whole(gated[:, 0]) + self.local_gate.tanh() * local
 
     def gate_tokens(self, tokens: Tensor, text_features: Tensor) -> Tensor:
-        """Rotate image tokens `(batch, 1 + m, v)` and multiplies them by the caption's context."""
+        """Rotate image tokens `(batch, 1 + m, v)` and multiply them by the caption's context."""
         return self.rotation(tokens) * self.context(text_features)[:, None]
 
     def extract(self, patches: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class InversionModel(ComposedRetrievalModel):
         return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images by CLIP, once for all that a method reads.
+        """Encode images by CLIP, in one pass, into everything that a method reads.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
@@ -165,7 +165,7 @@ class InversionModel(ComposedRetrievalModel):
         Args:
             input_ids: int64 `(batch, n)`.
             attention_mask: `(batch, n)`, 0 for padding; None to end each caption at its first end token.
-            pseudo_words: `(batch, w)`; None to leave placeholders the ordinary tokens that they are.
+            pseudo_words: `(batch, w)`; None to embed placeholders as ordinary tokens.
 
         Returns:
             features `(batch, d)`, not normalised.
@@ -385,7 +385,7 @@ class InversionModel(ComposedRetrievalModel):
         return_loss: bool | None = None,
         **kwargs: Any,
     ) -> ComposedRetrievalOutput:
-        """Embed queries, target images, or both; or computes the method's own objective, which needs no triplets.
+        """Embed queries, target images, or both; or compute the method's own objective, which needs no triplets.
 
         With target images, and without `return_loss=True`, see [`ComposedRetrievalModel.forward`]. With
         `return_loss=True` and no target images the loss is the method's own, see `OBJECTIVES`.

@@ -104,9 +104,9 @@ def cycle(
     caption_attention_mask: Tensor | None = None,
     align_attention_mask: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
-    """Make a token of a set of images of one object stand for the object's name (PALAVRA).
+    """Train the mapping network to turn a set of images of one object into a token for its name (PALAVRA).
 
-    Trains the map A beside it, whose loss shares no weights with the other.
+    The loss of the map A is added; the two losses share no weights.
 
     Args:
         model: the model.
@@ -135,7 +135,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., ComposedRetrievalOutput], tuple[str, .
     "lincir": (reconstruction, ("input_ids", "caption_ids")),
     "palavra": (cycle, ("pixel_values", "input_ids", "caption_ids", "teacher_words", "align_ids")),
 }
-"""Name of a method to its objective and the inputs that this needs."""
+"""Objective of each method, by name, and the inputs that it needs."""
 
 
 def own_objective(model: Any, inputs: dict[str, Tensor]) -> ComposedRetrievalOutput:

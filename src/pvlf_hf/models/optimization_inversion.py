@@ -162,7 +162,7 @@ def digests(*batches: Tensor | None) -> list[str]:
 
 
 def through_cache(cache: dict[str, Tensor], keys: list[str], invert: Callable[[list[int]], Tensor]) -> Tensor:
-    """Look up words of images by their keys, and inverts those that are not known, once each.
+    """Look up pseudo words by the keys of their images; invert each image that is not in the cache, once.
 
     Args:
         cache: key to word, float32 on the CPU; new ones are added.

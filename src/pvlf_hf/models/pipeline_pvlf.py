@@ -1,4 +1,4 @@
-"""`pipeline("composed-image-retrieval")`: queries and a gallery to what was found. Travels with checkpoints.
+"""`pipeline("composed-image-retrieval")`: searches a gallery by composed queries. Travels with checkpoints.
 
 `import pvlf_hf` registers the task; without the package `trust_remote_code=True` finds this file beside the weights.
 """
@@ -19,21 +19,21 @@ from .image_processing_pvlf import opened
 
 TASK = "composed-image-retrieval"
 
-# What config.json says of this file, as the library writes it; "pt" is what loads the model.
+# Entry of config.json for this file, as the library writes it; "pt" names the class that loads the model.
 CUSTOM_PIPELINES = {
     TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
 }
 
 
 class ComposedImageRetrievalPipeline(Pipeline):
-    """Finds the images of a gallery that a reference image and a relative caption ask for.
+    """Retrieves gallery images by a reference image and a relative caption.
 
     Args:
-        gallery: what is searched, unless a call names another: images (files, URLs, PIL images, arrays, a column
+        gallery: the gallery to search, unless a call passes another: images (files, URLs, PIL images, arrays, a column
             of a data set), or their embeddings, float `(n, d)`, from [`~ComposedImageRetrievalPipeline.embed_gallery`]
-            or `Gallery.embeds`. Images given here are embedded once; given to a call, in that call.
-        top_k: how many results, 10 by default (our choice); a gallery that has fewer gives all.
-        **kwargs: the library's: `model`, `processor`, `device`, `batch_size`, ...
+            or `Gallery.embeds`. Images passed here are embedded once; images passed to a call, in that call.
+        top_k: number of results, 10 by default (our choice); a smaller gallery returns all its images.
+        **kwargs: arguments of the library: `model`, `processor`, `device`, `batch_size`, ...
 
     Raises:
         ValueError: if the model is not PVLF or the gallery not as above.
@@ -66,17 +66,18 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
         Args:
             inputs: a query `{"image": image, "text": relative caption}`, a list of them, or a data set or generator
-                of them, which is read as its results are taken. With `text` the reference image alone, or a list.
+                of them, which is read lazily. With `text`, one reference image or a list of them.
             text: the relative caption, or a list of as many as there are images.
             **kwargs: `gallery` and `top_k` for this call; `batch_size`, queries encoded at a time (1), `num_workers`.
 
         Returns:
-            for a query its results, best first and equal ones in the order of the gallery:
-            `[{"score": cosine, "index": place in the gallery, "image": as the gallery has it}, ...]`, without "image"
-            where the gallery is embeddings. For a list a list of these, for other inputs an iterator over them.
+            for a query its results, best first, ties in the order of the gallery:
+            `[{"score": cosine, "index": position in the gallery, "image": gallery item}, ...]`, without "image" if the
+            gallery is embeddings. For a list a list of these, for other inputs an iterator over them.
 
         Raises:
-            ValueError: if there is no gallery, a query lacks a half, `top_k` is below 1, or an image cannot be read.
+            ValueError: if there is no gallery, a query lacks its image or text, `top_k` is below 1, or an image cannot
+                be read.
         """
         if "gallery_embeds" not in self._forward_params and kwargs.get("gallery") is None:
             raise ValueError(
@@ -96,7 +97,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
         Args:
             images: the images.
-            batch_size: how many at a time (as `Gallery`).
+            batch_size: images embedded at once (as `Gallery`).
 
         Returns:
             float32 `(n, d)`, L2-normalised, on the pipeline's device.
@@ -112,8 +113,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return torch.cat([self._embed(target_pixel_values=batch).target_embeds for batch in pixels])
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save model and processor, this file among theirs; the gallery is not part of them."""
-        # The library's own would save tokenizer and image processor, but not the processor that both belong to.
+        """Save model and processor, with the code of this pipeline; the gallery is not saved."""
+        # The library's own method would save tokenizer and image processor, but not the processor that holds both.
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -169,10 +170,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     def postprocess(self, model_outputs: dict[str, Tensor], gallery: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
         """Turn scores and gallery positions, `(1, k)` each, into results."""
-        found = zip(model_outputs["scores"][0].tolist(), model_outputs["indices"][0].tolist(), strict=True)
+        ranked = zip(model_outputs["scores"][0].tolist(), model_outputs["indices"][0].tolist(), strict=True)
         return [
             {"score": score, "index": index} | ({} if gallery is None else {"image": gallery[index]})
-            for score, index in found
+            for score, index in ranked
         ]
 
     def _embed(self, **inputs: Tensor) -> Any:

@@ -82,7 +82,7 @@ class InversionProcessor(PVLFProcessor):
         cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, method: str = "pic2word", **settings: Any
     ) -> "InversionProcessor":
         """Build the processor of a CLIP from its configuration and its tokenizer."""
-        InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # refuses what is no CLIP
+        InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # raises unless it is a CLIP
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
         plain.image_processor.do_target_pad = METHODS[method].target_pad
         return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ class InversionProcessor(PVLFProcessor):
             ValueError: naming the first caption that holds the placeholder, or is too long for the template.
         """
         captions = [text] if isinstance(text, str) else list(text)
-        self._tokenize(captions, "np")  # refuses what is no caption
+        self._tokenize(captions, "np")  # raises if an item is not a caption
         sentences = [self.template.replace("{caption}", caption) for caption in captions]
         for row, ids in enumerate(self._ids_of(sentences)):
             if excess := max(0, len(ids) - self.max_text_length):
