@@ -45,7 +45,7 @@ def test_store_encodes_only_missing_keys(store):
         ValueError, match=r"x\.safetensors lacks 1 of 2 embeddings, first: \[\('3',\)\]; pass the model"
     ):
         again.fetch("x", [("a",), ("3",)])
-    with pytest.raises(ValueError, match="say whose embeddings these are"):
+    with pytest.raises(ValueError, match="the model of these embeddings is unknown"):
         EmbeddingStore(store.folder / "new").fetch("x", KEYS, encoder(calls))
 
 
@@ -98,7 +98,7 @@ def test_store_of_another_model_raises(store, tiny_processor, tmp_path):
     for model, processor in others:
         with pytest.raises(ValueError, match="holds embeddings of another model or processor"):
             EmbeddingStore(store.folder).claim(model, processor)
-    with pytest.raises(ValueError, match=r"or of it in float32 \(it is in float16 now: try --dtype float32\)"):
+    with pytest.raises(ValueError, match=r"or of this one in float32 \(now float16: try --dtype float32\)"):
         EmbeddingStore(store.folder).claim(*others[2])
     tiny_processor(text="a cat")  # the tokenizer keeps the settings of its last call
     EmbeddingStore(store.folder).claim(make_model().train(), tiny_processor)
@@ -123,7 +123,7 @@ def test_reloaded_model_keeps_its_store(tiny_model, tiny_processor, tmp_path):
 def test_damaged_file_raises_with_its_path(store):
     store.fetch("x", KEYS, encoder([]))
     (store.folder / "x.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"x\.safetensors is damaged or not ours .*: delete it"):
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged or was not written by pvlf_hf .*: delete it"):
         EmbeddingStore(store.folder)
 
 

@@ -351,12 +351,12 @@ def test_invalid_subsets_scores_and_cutoffs_raise():
         recall_at_k(target, [0, 1])
     with pytest.raises(ValueError, match=r"ranks must have shape \(queries,\) and be 0 or more"):
         recall_at_k(torch.tensor([1, -1]), [1])
-    with pytest.raises(ValueError, match="one value a query.*'rank': 2, 'subset_rank': 1"):
+    with pytest.raises(ValueError, match="one value per query.*'rank': 2, 'subset_rank': 1"):
         METRICS["cirr"].means({"rank": target, "subset_rank": target[:1]})
     precisions = METRICS["circo"].precisions(target[:, None])
-    with pytest.raises(ValueError, match="one value a query.*'rank': 1, 'average_precision@5': 2"):
+    with pytest.raises(ValueError, match="one value per query.*'rank': 1, 'average_precision@5': 2"):
         METRICS["circo"].means({"rank": target[:1], **precisions})
-    with pytest.raises(ValueError, match="one value a query.*'semantic_aspects': 1"):
+    with pytest.raises(ValueError, match="one value per query.*'semantic_aspects': 1"):
         METRICS["circo"].values({"rank": target, **precisions, "semantic_aspects": [["negation"]]})
     for nothing in ({}, {"rank": []}):
         with pytest.raises(ValueError, match="at least one query"):
@@ -405,7 +405,7 @@ def test_invalid_ranks_of_positives_raise(ranks, message):
         ({"exclude": ["b", 3]}, r"query 1: its ids are of types \['int', 'str'\]"),
         ({"exclude": ["b", "c"]}, "query 1: its target 'c' is also its excluded image"),
         ({"subsets": [["a", "b"], ["a", "b"]]}, "query 1: its target 'c' is not in its subset"),
-        ({"exclude": ["b"]}, "one row a query, .* 'exclude': 1"),
+        ({"exclude": ["b"]}, "one row per query, .* 'exclude': 1"),
         ({"ranked": [], "positives": []}, "at least one query"),
     ],
 )

@@ -143,8 +143,8 @@ def test_paired_test_equals_scipy(seed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bootstrap_interval([]), r"values must be one number a query .* got shape \(0,\)"),
-        (lambda: bootstrap_interval([[1.0]]), r"values must be one number a query .* got shape \(1, 1\)"),
+        (lambda: bootstrap_interval([]), r"values must be one number per query .* got shape \(0,\)"),
+        (lambda: bootstrap_interval([[1.0]]), r"values must be one number per query .* got shape \(1, 1\)"),
         (lambda: paired_test([1.0, 0.0], [1.0, np.nan]), r"b\[1\] is nan; pass finite numbers"),
         (lambda: paired_test([1.0, 0.0], [1.0]), "a has 2 queries and b 1"),
         (lambda: bootstrap_interval([1.0], confidence=95), "confidence must lie between 0 and 1, .* got 95"),

@@ -131,7 +131,7 @@ def make_benchmark(
         name: name of the benchmark.
         rows: the columns of the queries except `reference`.
         gallery: by image id, the file names it may have, relative to one of the folders.
-        folders: folders that may hold the images; the one that has most of them is taken.
+        folders: folders that may hold the images; the one that has most of them is used.
         protocol: the benchmark's protocol; `missing` is filled in here.
         allow_missing: leave out images without a file, and the queries that name one anywhere: as reference, as a
             target or as a member of the subset.

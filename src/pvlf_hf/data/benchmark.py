@@ -1,6 +1,6 @@
 """A composed-retrieval benchmark: queries, the gallery they are ranked against, and the protocol.
 
-Every benchmark of this package, and a user's own, is brought to this shape; evaluation knows no other.
+Every benchmark of this package, and a user's own, has this form; evaluation takes no other.
 """
 
 from collections import Counter
@@ -60,8 +60,8 @@ class CIRBenchmark:
 
     Args:
         name: name of the benchmark and split in results, e.g. `"emoji-cir/test"`.
-        queries: one row a query, columns `QUERY_COLUMNS`.
-        gallery: one row an image, columns `GALLERY_COLUMNS`; ids are unique.
+        queries: one row per query, columns `QUERY_COLUMNS`.
+        gallery: one row per image, columns `GALLERY_COLUMNS`; ids are unique.
         protocol: the evaluation protocol, copied into results.
 
     Raises:

@@ -107,7 +107,7 @@ def _check_type(dataset: Any, what: str, streams: bool) -> None:
 
 
 def _remedy(missing: Sequence[str], names: Sequence[str]) -> str:
-    """Say how a data set gets the columns that it lacks."""
+    """Return the remedy for missing columns."""
     alike = names_alike(missing, names)
     if alike:
         renames = ", ".join(f'("{name}", "{wanted}")' for wanted, name in alike.items())
@@ -118,7 +118,7 @@ def _remedy(missing: Sequence[str], names: Sequence[str]) -> str:
 
 
 def names_alike(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """Return by wanted name the one that differs only in case or outer blanks, where there is one."""
+    """Return, by wanted name, a name that differs from it only in case or outer blanks, if there is one."""
     plain = {name.strip().casefold(): name for name in names}
     return {name: plain[name.casefold()] for name in wanted if name.casefold() in plain}
 
@@ -180,7 +180,7 @@ def row_problem(row: dict[str, Any]) -> str | None:
 
 @contextmanager
 def naming_the_cache() -> Iterator[None]:
-    """Names the cache folder of `datasets`, and how to choose another, where it cannot be written.
+    """Name the cache folder of `datasets`, and how to choose another, if it cannot be written.
 
     Raises:
         OSError: in place of the error of `datasets` if that is about the cache; others pass.

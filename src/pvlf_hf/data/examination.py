@@ -107,7 +107,7 @@ class Tree:
 
     @property
     def row_type(self) -> str:
-        """Plural of what a row is."""
+        """Plural noun for the rows."""
         return "triplets" if self.is_training else "queries"
 
 
@@ -184,8 +184,8 @@ def _examine_names(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
 
 def _examine_files(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        looked_at = list(tqdm(pool.map(_look_at, paths.values()), f"reading {tree.name}", len(paths), unit="image"))
-    of_id = dict(zip(paths, looked_at, strict=True))
+        read = list(tqdm(pool.map(_examine_file, paths.values()), f"reading {tree.name}", len(paths), unit="image"))
+    of_id = dict(zip(paths, read, strict=True))
     findings = []
     if empty := [i for i, (_, reason) in of_id.items() if reason == "empty"]:
         message, effect = f"{len(empty)} files are empty", f"reading stops there; without: {_effect(tree, empty)}"
@@ -202,7 +202,7 @@ def _examine_files(tree: Tree, paths: Mapping[str, str]) -> list[Finding]:
     return findings + _examine_duplicates(tree, [ids for ids in same.values() if len(ids) > 1])
 
 
-def _look_at(file: str) -> tuple[str, str | None]:
+def _examine_file(file: str) -> tuple[str, str | None]:
     """Return the digest of a file, and what is wrong with the image, or None."""
     try:
         content = Path(file).read_bytes()
@@ -220,7 +220,7 @@ def _examine_duplicates(tree: Tree, groups: list[list[str]]) -> list[Finding]:
     effect = f"equal images tie and keep gallery order, by which {touched} of {len(positives)} targets are ranked"
     if tree.is_training:
         effect = f"{touched} of {len(positives)} triplets have a target that is also a negative, under its other id"
-    message = f"{len(twins)} images are {len(groups)} different ones, byte for byte"
+    message = f"{len(twins)} images have only {len(groups)} different contents"
     return [Finding("warning", "duplicate", tree.name, message, effect, first_of(" = ".join(g[:3]) for g in groups))]
 
 

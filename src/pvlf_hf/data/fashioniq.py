@@ -37,8 +37,8 @@ CAPTION_STYLES = {
     "first": "the first of the two",
     "separate": "each of the two by itself, embeddings averaged",
 }
-"""Ways to make a query's text of its two captions, with their descriptions. Those that average give lists. Of a pair
-with one blank caption `"first"` and `"separate"` take the other one alone."""
+"""Ways to make a query's text of its two captions, with their descriptions. Those that average return lists. If one
+caption of a pair is blank, `"first"` and `"separate"` use the other one alone."""
 
 EXPECTED_COUNTS = {
     "train": {"dress": (5985, 11452), "shirt": (5988, 19036), "toptee": (6027, 16121)},

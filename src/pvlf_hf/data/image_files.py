@@ -1,4 +1,4 @@
-"""Finds the image files that names stand for, and checks names, links and images before they are used."""
+"""Finds the image files that names refer to, and checks names, links and images before they are used."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def check_image_files(
     folder: Path, names: Collection[str], open_them: bool = True, allow_links: bool = False
 ) -> dict[str, str]:
-    """Check that names stand for images in a folder.
+    """Check that names refer to images in a folder.
 
     Args:
         folder: the images' folder.
@@ -57,10 +57,10 @@ def check_image_files(
 
 
 def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Find the files of a folder that names stand for.
+    """Find the files of a folder that names refer to.
 
-    Names that are not spelled as a file's are taken for the one file, if there is just one, that differs in Unicode
-    form, in slashes or in outer blanks only.
+    A name that no file has exactly refers to the file that differs from it only in Unicode form, slashes or outer
+    blanks, if there is exactly one.
 
     Args:
         folder: the images' folder.
@@ -78,7 +78,7 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
     @cache
     def listing(below: str) -> dict[str, list[str]]:
-        """Names of files and folders by their form; each folder is listed once."""
+        """Return the names of files and folders by their form; each folder is listed once."""
         subfolder, by_form = folder / below, defaultdict(list)
         for entry in os.scandir(subfolder) if subfolder.is_dir() else ():
             by_form[_form(entry.name)].append(entry.name)
@@ -149,7 +149,7 @@ def escapes_folder(folder: Path, name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """Return a name without what is hard to see: compatibility forms, escapes, quotes, blanks, control characters."""
+    """Return a name without compatibility forms, escapes, quotes, blanks and control characters, all hard to see."""
     text = unicodedata.normalize("NFKC", unquote(name)).strip("'\"")
     return "".join(letter for letter in text if unicodedata.category(letter) not in ("Cc", "Cf", "Zs"))
 
@@ -163,19 +163,20 @@ _DIFFERENCES: tuple[tuple[str, bool, Callable[[str], str]], ...] = (
     ("ending", False, lambda name: Path(name).stem),
     ("leading zeros", False, lambda name: name.lstrip("0")),
 )
-"""Differences between a file's name and the one that is looked for: what differs, whether the two still mean the same
-image, and the function that removes the difference. Each comes on top of those before it."""
+"""Differences between a file's name and a requested one: what differs, whether both still mean the same image, and the
+function that removes the difference. Each is applied on top of those before it."""
 
 
 def similar_files(
     folders: Sequence[Path], names: Iterable[str], taken: Collection[str] = ()
 ) -> dict[str, tuple[str, str]]:
-    """Find files that names without a file may mean.
+    """Find files that may be meant by names that no file has.
 
     Args:
         folders: where the images may be, subfolders included.
         names: file names, of which folders do not count.
-        taken: paths of files that other names stand for: an ending or zeros then make another image of them.
+        taken: paths of files that other names refer to; for these, another extension or leading zeros mean another
+            image.
 
     Returns:
         By name the path of the most similar file and how it differs; names with none are left out.
@@ -202,7 +203,7 @@ def similar_files(
 
 
 def _what_is_there(folder: Path, missing: Sequence[str], taken: Collection[str]) -> str:
-    """Say for missing names which files are similar, and how they differ."""
+    """Describe which files are similar to missing names, and how they differ."""
     similar = similar_files([folder], missing, taken)
     if not similar:
         return "Names must be given with their ending, relative to the image folder."

@@ -109,7 +109,7 @@ def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]
         try:
             images = {column: encoded_bytes(row[column]) for column in ("reference", "target")}
             for content in images.values():
-                open_image(content).close()  # not decoded: readers would refuse what is in no format that is read
+                open_image(content).close()  # raises for formats that readers refuse, without decoding
             yield number, {**row, **images}
         except (OSError, ValueError) as error:
             raise ValueError(f"an image of row {number} cannot be read: {error}") from error
@@ -186,7 +186,7 @@ def find_shards(shards: str | Path | list[str]) -> list[str]:
         if "*" in name:
             matches = [match for match in filesystem.glob(path) if _ending(match) in BUILDERS]
         elif _ending(name) in BUILDERS:
-            # Servers need not say whether a file is there without sending it.
+            # A URL is not checked: servers need not support it without sending the file.
             matches = [path] if name.startswith("http") or filesystem.isfile(path) else []
         else:
             matches = [match for ending in BUILDERS for match in filesystem.glob(f"{path.rstrip('/')}/*{ending}")]
@@ -221,7 +221,7 @@ def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:
                 for column in ("reference", "target"):
                     if row[column]["bytes"] is None:  # a file of this machine, or a URL
                         raise ValueError(f"the {column} of row {number} is a name, not the image itself")
-                    open_image(row[column]["bytes"]).close()  # `datasets` would decode what we do not read
+                    open_image(row[column]["bytes"]).close()  # `datasets` would also decode formats that we refuse
                 yield {**row, "target_id": str(row["target_id"])}
         except Exception as error:  # pyarrow, tarfile and networks raise many errors, none of which names the file
             raise ValueError(f"shard {shard} cannot be read to its end: {error}; write or fetch it again") from error
@@ -324,7 +324,7 @@ def own_share(stream: IterableDataset) -> IterableDataset:
     and keeps each n-th row, with a warning. A stream that is a share already stays as it is.
     """
     rank, processes = _process()
-    # No public function says so, and splitting a share again would lose rows.
+    # No public function tells whether a stream is a share already; splitting it again would lose rows.
     if processes == 1 or stream._distributed is not None:
         return stream
     if rank == 0 and stream.num_shards % processes:
@@ -355,7 +355,7 @@ class EndlessTriplets(torch.utils.data.IterableDataset):
         self.stream = opened(stream)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        stream = deepcopy(self.stream)  # workers share the number of the pass in memory, and each is in its own
+        stream = deepcopy(self.stream)  # workers would share the pass number, but each is in its own pass
         for number in count():
             stream.set_epoch(number)
             row = None

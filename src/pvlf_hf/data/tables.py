@@ -172,7 +172,7 @@ def _read_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) 
 
 
 def _check_names(names: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> None:
-    """Raise a `ValueError` unless the required names are there, and none of all is there twice or nearly."""
+    """Raise a `ValueError` if a required name is missing, or a name is repeated or differs in case or blanks only."""
     if repeated := [name for name in (*required, *optional) if list(names).count(name) > 1]:
         raise ValueError(f"column(s) {repeated} are given more than once; it has {list(names)}")
     missing = [name for name in required if name not in names]

@@ -1,7 +1,7 @@
 """Training triplets of a user's own: a table beside a folder of images.
 
 Triplets are a `datasets.Dataset` with the columns of `TRIPLET_COLUMNS`; every training set of this package, and a
-user's own folder of images, is brought to this shape.
+user's own folder of images, has this form.
 """
 
 import json
@@ -66,7 +66,7 @@ def load_triplets(
 
 
 def _warn_of_own_negatives(file: Path, targets: list[str], target_ids: list[str]) -> None:
-    """Warns of images that are targets under several ids, and so negatives of themselves."""
+    """Warn of images that are targets under several ids, and so negatives of themselves."""
     ids_of = defaultdict(set)
     for target, target_id in zip(targets, target_ids, strict=True):
         ids_of[target].add(target_id)

@@ -65,7 +65,7 @@ class EmbeddingStore:
         claimed = made_by(model, processor)
         if self.model and self.model != claimed:
             kept, new = self.model["dtype"], claimed["dtype"]
-            same = "" if kept == new else f" or of it in {kept} (it is in {new} now: try --dtype {kept}),"
+            same = "" if kept == new else f" or of this one in {kept} (now {new}: try --dtype {kept}),"
             raise ValueError(
                 f"{self.folder} holds embeddings of another model or processor,{same} which must not be mixed: choose "
                 "another folder, or delete this one"
@@ -85,8 +85,8 @@ class EmbeddingStore:
         Under several processes all must call this with the same keys; the main one writes.
 
         Args:
-            name: of the file: dataset and what is embedded.
-            keys: of the rows to return; repeated ones are encoded once.
+            name: name of the file: the data set, and what is embedded.
+            keys: keys of the rows to return; repeated ones are encoded once.
             encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is kept.
             former_name: name under which an earlier version kept these embeddings; read where there is none of `name`.
 
@@ -122,7 +122,7 @@ class EmbeddingStore:
 
     def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
         if self.model is None:
-            raise ValueError("say whose embeddings these are: call claim(model, processor) first")
+            raise ValueError("the model of these embeddings is unknown: call claim(model, processor) first")
         with locked(self.folder):  # two runs over one dataset may write the same file
             write_rows(file, keys, embeds, self.model)
 
@@ -159,7 +159,9 @@ def _read_header(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.metadata()[name] for name in ("fingerprint", "dtype")}
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged or not ours ({error}): delete it, its part is encoded again") from error
+        raise ValueError(
+            f"{file} is damaged or was not written by pvlf_hf ({error}): delete it, its part is encoded again"
+        ) from error
 
 
 __all__ = ["EmbeddingStore", "made_by"]

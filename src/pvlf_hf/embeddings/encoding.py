@@ -171,7 +171,7 @@ def _encode_images(
 
 
 def image_encoder(model: ComposedRetrievalModel) -> Callable[[Tensor], Tensor]:
-    """Return what embeds pixel values `(batch, 3, height, width)`: float32 `(batch, d)`, L2-normalised."""
+    """Return a function from pixel values `(batch, 3, height, width)` to L2-normalised float32 `(batch, d)`."""
 
     def encode(pixel_values: Tensor) -> Tensor:
         return model(target_pixel_values=pixel_values.to(device_of(model))).target_embeds
@@ -340,7 +340,7 @@ def _threads(device: torch.device) -> int:
 
 @dataclass
 class _Use:
-    """How a model was before the first of the threads that encode with it at this moment."""
+    """State of a model before the first of the threads that are encoding with it changed it."""
 
     was_training: bool
     forward: Any
@@ -355,8 +355,8 @@ _IN_USE_LOCK = Lock()
 def _as_saved(model: nn.Module) -> Iterator[None]:
     """Put the model, within the block, in the state it will be reloaded in: eval mode, the precision of its weights.
 
-    Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16. Where
-    several threads encode with one model, the last to leave restores what the first met.
+    Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16. If several
+    threads encode with one model, the last to finish restores the state that the first one saved.
     """
     with _IN_USE_LOCK:
         use = _IN_USE.setdefault(model, _Use(model.training, model.__dict__.get("forward")))

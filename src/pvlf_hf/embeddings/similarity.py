@@ -257,10 +257,10 @@ def top_k(
 
 
 def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
-    """Return one gallery position a query as int64 (Q,) on the CPU; raise a `ValueError` for any other index."""
+    """Return one gallery position per query as int64 (Q,) on the CPU; raise a `ValueError` for any other index."""
     index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
     if index.shape != (num_queries,):
-        raise ValueError(f"{name} must have shape ({num_queries},), one a query, got {tuple(index.shape)}")
+        raise ValueError(f"{name} must have shape ({num_queries},), one per query, got {tuple(index.shape)}")
     if (row := first_true((index < 0) | (index >= gallery_size))) is not None:
         raise ValueError(f"{name} of query {row} is {int(index[row])}, outside the gallery of {gallery_size} images")
     return index

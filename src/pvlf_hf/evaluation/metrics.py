@@ -8,7 +8,7 @@
   within the bounds that `target_ranks(..., ties="best")` and `ties="worst"` give.
 - A metric is a fraction in [0, 1]; percent is a matter of rendering. It is defined once, in `METRICS`.
 
-Shapes: Q queries, N gallery images, at most G positives a query, embedding width d.
+Shapes: Q queries, N gallery images, at most G positives per query, embedding width d.
 
 Example:
     >>> queries, gallery, target = torch.eye(2), torch.eye(2), 0
@@ -137,7 +137,7 @@ def map_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
 # ---- metrics by benchmark ----
 
 PerQuery = Mapping[str, Sequence[Any]]
-"""One value a query in each named column, as `Evaluation.per_query` and `results_per_query.json` hold them."""
+"""One value per query in each named column, as `Evaluation.per_query` and `results_per_query.json` hold them."""
 
 
 class BenchmarkMetrics(ABC):
@@ -182,7 +182,7 @@ class BenchmarkMetrics(ABC):
         """Return the numbers that each metric is the mean of, for all metrics but `averages`."""
 
     def values(self, per_query: PerQuery) -> dict[str, list[float]]:
-        """Return the numbers whose mean is the metric, by metric: one a query unless the metric says otherwise.
+        """Return the numbers whose mean is the metric, by metric: one per query unless the metric says otherwise.
 
         Args:
             per_query: columns from `measure`, or from a results file.
@@ -208,7 +208,7 @@ class BenchmarkMetrics(ABC):
     def _checked_values(self, per_query: PerQuery) -> dict[str, list[float]]:
         sizes = {name: len(column) for name, column in per_query.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
-            raise ValueError(f"columns must have one value a query, at least one query; got lengths {sizes}")
+            raise ValueError(f"columns must have one value per query, at least one query; got lengths {sizes}")
         return self._values(per_query)
 
     def _complete_averages(self, metrics: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:

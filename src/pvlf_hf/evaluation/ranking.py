@@ -4,7 +4,7 @@ The definition is [`~pvlf_hf.evaluation.metrics.rank_gallery`], a plain float64 
 index that the target has in that ranking, bit for bit, in a fraction of the time: float32 products settle most
 comparisons, and pairs within their error are scored again as defined (`embeddings/similarity.py`).
 
-Shapes: Q queries, N gallery images, S subset members, at most G positives a query, embedding width d.
+Shapes: Q queries, N gallery images, S subset members, at most G positives per query, embedding width d.
 
 Example:
     >>> target_ranks(torch.eye(2), torch.eye(2), target_index=torch.tensor([0, 0])).tolist()
@@ -74,7 +74,7 @@ def positive_ranks(
     exclude_index: Tensor | None = None,
     chunk_size: int = QUERIES_PER_CHUNK,
 ) -> Tensor:
-    """Return the rank of every positive of each query, for benchmarks with several positives a query (CIRCO).
+    """Return the rank of every positive of each query, for benchmarks with several positives per query (CIRCO).
 
     Args:
         query_embeds: (Q, d), any float dtype, need not be normalised.
@@ -189,7 +189,7 @@ def ranks_from_lists(
     counts = {"ranked": ranked, "positives": positives, "exclude": exclude, "subsets": subsets}
     sizes = {name: len(rows) for name, rows in counts.items() if rows is not None}
     if len(set(sizes.values())) > 1 or not ranked:
-        raise ValueError(f"pass one row a query, and at least one query; got {sizes} rows")
+        raise ValueError(f"pass one row per query, and at least one query; got {sizes} rows")
     rows = []
     for query, (ids, positive_ids) in enumerate(zip(ranked, positives, strict=True)):
         excluded = [] if exclude is None else [exclude[query]]
@@ -237,7 +237,7 @@ def _ranks(
 def _count_before(
     queries: Tensor, gallery: Tensor, cosines: Tensor, score: Tensor, positive: Tensor, ties: Ties
 ) -> Tensor:
-    """Count a tile's images before one positive a query, which may lie in another tile.
+    """Count a tile's images before one positive per query, which may lie in another tile.
 
     Args:
         queries: (c, d) embeddings.
@@ -281,7 +281,7 @@ def _ranks_among(
 
 
 def _before(scores: Tensor, positions: Tensor, score: Tensor, target: Tensor, ties: Ties) -> Tensor:
-    """Tell which images, by score and gallery position, rank before a target of this score and position."""
+    """Return which images, by score and gallery position, rank before a target of this score and position."""
     if ties not in get_args(Ties):
         raise ValueError(f"ties={ties!r}: choose one of {get_args(Ties)}")
     ahead = scores > score

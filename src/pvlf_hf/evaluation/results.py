@@ -33,7 +33,7 @@ class Evaluation:
         counts: number of queries and of gallery images.
         protocol: how the metrics were measured, see [`~pvlf_hf.data.benchmark.Protocol`].
         dtype: dtypes in which embeddings and cosines were computed.
-        per_query: columns of one value a query, in the order of the queries: `query_id`, `rank` (0-based, of the
+        per_query: columns of one value per query, in the order of the queries: `query_id`, `rank` (0-based, of the
             target), and, if the benchmark has them, `subset_rank`, `average_precision@k`, `semantic_aspects`; an
             average over benchmarks also has `benchmark`.
     """
@@ -47,7 +47,7 @@ class Evaluation:
     per_query: dict[str, tuple[Any, ...]]
 
     def values(self, metric: str) -> list[float]:
-        """Return one number a query, whose mean is the metric, as `pvlf_hf.evaluation.significance` takes them.
+        """Return one number per query, whose mean is the metric, as `pvlf_hf.evaluation.significance` takes them.
 
         The metric of an average over benchmarks is not the mean of these numbers, but of the means over each.
 

@@ -107,7 +107,7 @@ def average(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Average evaluations of one protocol without weights, as FashionIQ reports its three categories.
 
     Args:
-        evaluations: one a category (`"fashioniq/val/dress"` and so on), all by the same method.
+        evaluations: one per category (`"fashioniq/val/dress"` and so on), all by the same method.
 
     Returns:
         An evaluation of `"fashioniq/val/average"`: metrics are means, counts are sums.

@@ -55,7 +55,7 @@ def bootstrap_interval(
     interval becomes too narrow: pass the means of such groups instead.
 
     Args:
-        values: (Q,) one number a query; hits may be booleans.
+        values: (Q,) one number per query; hits may be booleans.
         confidence: probability that the interval covers the true mean.
         resamples: number of resamples of Q queries.
         seed: seed of the resampling.
@@ -93,7 +93,7 @@ def paired_test(
     `n_resamples=np.inf`. The interval is that of `bootstrap_interval(a - b)`.
 
     Args:
-        a: (Q,) one number a query, of the first run.
+        a: (Q,) one number per query, of the first run.
         b: (Q,) of the second, the same queries in the same order.
         confidence: confidence level of the interval, see `bootstrap_interval`.
         resamples: number of sign flips, and of resamples of the queries.
@@ -122,7 +122,7 @@ def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     Equals `scipy.stats.t.interval(confidence, len(values) - 1, np.mean(values), scipy.stats.sem(values))`.
 
     Args:
-        values: (runs,) one number a run, such as its recall@10; at least two.
+        values: (runs,) one number per run, such as its recall@10; at least two.
         confidence: probability that the interval covers the true mean if runs are normally distributed.
 
     Returns:
@@ -173,7 +173,7 @@ def _batch_sizes(resamples: int, num_values: int) -> Iterator[int]:
 def _vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1 or not len(vector):
-        raise ValueError(f"{name} must be one number a query or run, at least one; got shape {vector.shape}")
+        raise ValueError(f"{name} must be one number per query or run, at least one; got shape {vector.shape}")
     if not (finite := np.isfinite(vector)).all():
         raise ValueError(f"{name}[{finite.argmin()}] is {vector[finite.argmin()]}; pass finite numbers")
     return vector

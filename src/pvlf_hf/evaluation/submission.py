@@ -3,8 +3,8 @@
     pvlf-hf submit lint cirr_test1_recall.json circo_test.json
 
 A file is a JSON object that maps each query to a ranked list of image ids. CIRR (<https://cirr.cecs.anu.edu.au>) takes
-two files, `"metric": "recall"` (50 names a query) and `"recall_subset"` (3 names from the query's subset). CIRCO
-(<https://circo.micc.unifi.it>) takes one (50 numbers a query).
+two files, `"metric": "recall"` (50 names per query) and `"recall_subset"` (3 names from the query's subset). CIRCO
+(<https://circo.micc.unifi.it>) takes one (50 numbers per query).
 """
 
 import json
@@ -153,7 +153,7 @@ def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> 
     except OSError as error:
         return [f"cannot be opened: {error}"]
     except (ValueError, RecursionError) as error:
-        return [f"is not JSON that can be read ({error}): write it again, it may be truncated"]
+        return [f"is not valid JSON ({error}): write it again, it may be truncated"]
     if not isinstance(content, _Pairs):
         return [f"is {_show(content)}, not an object of ranked lists by query: write {{query: [ids]}}"]
     problems = [] if len(raw) <= MAX_BYTES else [f"has {len(raw):,} bytes, more than {MAX_BYTES:,}: write no indent"]
@@ -285,7 +285,7 @@ def _show(value: Any) -> str:
 
 
 def is_error(problem: str) -> bool:
-    """Tell a problem that makes a file refused or its scores wrong from a warning."""
+    """Return whether a problem makes the server refuse a file or score it wrongly; warnings do not."""
     return not problem.startswith("warning: ")
 
 

@@ -42,7 +42,7 @@ EXPECTED_COUNTS = {"pictures": 24223, "train": 29600, "validation": 500, "test":
 """Rows of every split, checked whenever it is loaded."""
 
 _PAIRS_PER_ATTRIBUTE = 900
-"""Most pairs of a kind of change: otherwise changes of role (50,000 pairs) would outnumber all others."""
+"""Largest number of pairs per type of change; without it changes of role (50,000 pairs) would outnumber all others."""
 
 _PAIRS_PER_TWO_ATTRIBUTES = 200
 

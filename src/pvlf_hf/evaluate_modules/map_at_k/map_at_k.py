@@ -24,7 +24,7 @@ Args:
     exclude: for each query an id to take out of its list first, if it is in it. CIRCO's server leaves nothing out.
     per_query: also return the average precision of each query.
 Returns:
-    `map@k` for each k, a fraction; with `per_query` also `average_precision@k`, one a query.
+    `map@k` for each k, a fraction; with `per_query` also `average_precision@k`, one per query.
 Raises:
     ValueError: naming the query, if a list or its positives are empty or repeat an id, or a positive is excluded.
 Examples:
