@@ -1,8 +1,8 @@
-"""The command line `pvlf-hf`: index and search images, train, evaluate, check data, convert, demonstrate.
+"""The command line `pvlf-hf`: index and search images, train, evaluate, check data, convert, run the web demo.
 
 It is a module beside the package, because importing the package imports PyTorch and the models of Transformers, which
-takes seconds: `--help`, a completion and a wrong call have to answer at once. This module says what a command takes;
-`pvlf_hf.commands`, which a command imports when it runs, says what it does.
+takes seconds: `--help`, completion and usage errors must answer at once. This module declares the arguments of each
+command; `pvlf_hf.commands`, which a command imports when it runs, implements it.
 """
 
 import sys
@@ -114,7 +114,7 @@ def common(
 
 @app.command(no_args_is_help=True)
 def index(
-    photos: Annotated[Path, typer.Argument(help="Folder of images; subfolders count.", show_default=False)],
+    photos: Annotated[Path, typer.Argument(help="Folder of images, subfolders included.", show_default=False)],
     model: Model,
     path: Annotated[Path, typer.Option(help="Folder that keeps the index.", show_default=False)],
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once (our choice).")] = 64,
@@ -141,7 +141,7 @@ def index(
     \b
     pvlf-hf index photos/ --model outputs/mine --path photos.gallery
 
-    Run it again after an interruption or when images changed: only what is new is encoded, what is gone is dropped.
+    Run it again after an interruption or when images changed: only new images are encoded, deleted ones are dropped.
     Images that cannot be read are skipped, listed and counted.
     """
     from pvlf_hf.commands import gallery
@@ -157,13 +157,13 @@ def search(
         list[str] | None, typer.Option(help="Reference image, file or URL; several are averaged.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="What should be different; alone, what to look for.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many results (our choice).")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results (our choice).")] = 10,
     weights: Annotated[
         str,
         typer.Option(help="Weights of image, composition and text (eq. 13); by default the composition alone."),
     ] = "0,1,0",
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet: a file ending in .png or .html.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Also say what the model looked at.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Also print weights and attention of the model.")] = False,
     composition: Composition = None,
     as_json: Json = False,
 ) -> None:
@@ -247,7 +247,7 @@ def card(
     \b
     pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
 
-    An existing card keeps what its author wrote.
+    An existing card keeps its author's text.
     """
     from pvlf_hf import write_card
 

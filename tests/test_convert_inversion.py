@@ -199,5 +199,5 @@ def test_files_of_another_method_are_refused(clips, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             convert_inversion(tmp_path / name, "searle", clips("searle"), tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"method='palavra': weights were released of"):
+    with pytest.raises(ValueError, match=r"method='palavra': weights were released for"):
         check_method("palavra")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 PARTIAL = ".partial"
-"""Ending of a file that is being written. The next writing of the same file replaces what a kill left of it."""
+"""Suffix of a file that is being written. The next write of the same file replaces one that a kill left behind."""
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def whole(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder within the block, after waiting for others, and remove files that killed processes left half.
+    """Lock a folder within the block, after waiting for others, and remove partial files of killed processes.
 
     Raises:
         OSError: if nothing can be written there.
@@ -71,8 +71,8 @@ def cannot_write(what: str, error: Exception) -> OSError:
     """Return the error to raise from one that occurred while writing."""
     reason = str(error).partition("\n")[0]
     return OSError(
-        f"cannot write {what} ({reason}): make room there, get the right to write, or choose another folder, and run "
-        "again. What was there before is unchanged."
+        f"cannot write {what} ({reason}): free disk space, get write permission, or choose another folder, and run "
+        "again. Existing files are unchanged."
     )
 
 

@@ -1,4 +1,4 @@
-"""Query and gallery tower as `torch.export` programs and as ONNX, checked against the model they come from.
+"""Exports query and gallery tower as `torch.export` programs and as ONNX, checked against their model.
 
     python -m pvlf_hf.export --model you/mine --output_dir exported/
 
@@ -26,7 +26,7 @@ from .onnx_encoder import OnnxEncoder
 
 TOLERANCE = 1e-5
 """Largest difference of an embedding's entries from the model's (our choice). The same float32 operations in another
-order differ by 4e-7 on the tests' models and 3e-7 at the size of BLIP base; padding that is seen, by 0.2."""
+order differ by 4e-7 on the tests' models and 3e-7 at the size of BLIP base; attending to padding, by 0.2."""
 
 AXES: dict[str, dict[str, dict[int, str]]] = {
     "query": {
@@ -36,7 +36,7 @@ AXES: dict[str, dict[str, dict[int, str]]] = {
     },
     "gallery": {"pixel_values": {0: "batch"}},
 }
-"""Inputs of each tower, with their axes that may have any length."""
+"""Inputs of each tower, with their axes of variable length."""
 
 OUTPUT = {"query": "query_embeds", "gallery": "image_embeds"}
 
@@ -165,7 +165,9 @@ def check_parity(
         "query": (encoder.embed_queries(images, CAPTIONS), model.get_query_features(**queries).pooler_output),
         "gallery": (encoder.embed_images(images), model.get_image_features(**targets).pooler_output),
     }
-    differences = {tower: float(np.abs(found - its.cpu().numpy()).max()) for tower, (found, its) in pairs.items()}
+    differences = {
+        tower: float(np.abs(exported - expected.cpu().numpy()).max()) for tower, (exported, expected) in pairs.items()
+    }
     for tower, difference in differences.items():
         if not difference <= TOLERANCE:
             raise ValueError(

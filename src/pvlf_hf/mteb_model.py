@@ -1,7 +1,7 @@
 """PVLF for the benchmark library `mteb`, whose composed retrieval tasks come from M-BEIR.
 
-Their CIRR and FashionIQ have the galleries of M-BEIR, leave reference images in them and report nDCG@10: numbers
-that compare with those of mteb's leaderboard, not with the paper's (for these see `pvlf_hf.data.protocols`).
+Their CIRR and FashionIQ have the galleries of M-BEIR, leave reference images in them and report nDCG@10. The numbers
+compare with mteb's leaderboard, not with the paper (for its protocols see `pvlf_hf.data.protocols`).
 
 Example:
     ```python
@@ -29,12 +29,12 @@ from .sentence_transformer import PVLFSentenceModule
 class PVLFEncoder(SentenceTransformerEncoderWrapper):
     """Encoder for [`mteb.evaluate`]: composed queries, images and texts, as [`PVLFSentenceModule`] embeds them.
 
-    Instructions that tasks have for language models are not put before captions.
+    Task instructions, which are meant for language models, are not prepended to captions.
 
     Args:
         model_name: Hub name or local folder of a PVLF checkpoint.
-        revision: of the Hub's repository. Without it the fingerprint of the model stands in `mteb`'s results, so that
-            its cache never takes those of other weights for this model's.
+        revision: revision of the Hub repository. Without it `mteb` records the model's fingerprint, so that its cache
+            never returns results of other weights.
         device: by default an accelerator, where there is one.
         kwargs: passed to [`PVLFSentenceModule.load`].
     """

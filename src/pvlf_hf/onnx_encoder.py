@@ -38,11 +38,11 @@ class OnnxEncoder:
     """The two towers of an exported PVLF model with their preprocessing.
 
     Args:
-        folder: what `pvlf_hf.export` wrote.
-        providers: of onnxruntime, e.g. `["CUDAExecutionProvider"]`.
+        folder: folder that `pvlf_hf.export` wrote.
+        providers: execution providers of onnxruntime, e.g. `["CUDAExecutionProvider"]`.
 
     Raises:
-        ValueError: if the processor prepares images otherwise than this file can.
+        ValueError: if the processor prepares images in a way that this file does not implement.
     """
 
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -89,14 +89,14 @@ class OnnxEncoder:
         return self.query.run(None, inputs)[0]
 
     def pixel_values(self, images: Sequence[ImageInput]) -> np.ndarray:
-        """Target pad, resize, centre crop and normalisation of `PVLFImageProcessor`: float32 `(images, 3, H, W)`."""
+        """Prepare images as `PVLFImageProcessor` does (pad, resize, crop, normalise): float32 `(images, 3, H, W)`."""
         pixels = np.stack([self._crop(to_rgb(image)) for image in images]).astype(np.float64)
         pixels = (pixels * self.images["rescale_factor"]).astype(np.float32)
         mean, std = (np.array(self.images[name], dtype=np.float32) for name in ("image_mean", "image_std"))
         return np.ascontiguousarray(((pixels - mean) / std).transpose(0, 3, 1, 2))
 
     def _crop(self, image: Image.Image) -> np.ndarray:
-        """uint8 `(H, W, 3)`."""
+        """Pad, resize and crop an image: uint8 `(H, W, 3)`."""
         ratio, (long, short) = self.images["target_ratio"], (max(image.size), min(image.size))
         if self.images["do_target_pad"] and long / short >= ratio:
             left, top = (max(int((long / ratio - side) / 2), 0) for side in image.size)
@@ -115,7 +115,7 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if not isinstance(image, Image.Image):
         Image.init()
         image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
-    if image.format == "EPS" and getattr(image, "tile", None):  # opened elsewhere
+    if image.format == "EPS" and getattr(image, "tile", None):  # opened by the caller
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
@@ -131,12 +131,12 @@ def to_rgb(image: ImageInput) -> Image.Image:
 def main() -> None:
     """Run the command line: a reference image, a caption, and the gallery images."""
     if len(sys.argv) < 4:
-        raise SystemExit(f"usage: python {Path(__file__).name} PICTURE CAPTION GALLERY_PICTURE ...")
+        raise SystemExit(f"usage: python {Path(__file__).name} IMAGE CAPTION GALLERY_IMAGE ...")
     image, caption, *paths = sys.argv[1:]
     encoder = OnnxEncoder(Path(__file__).parent)
     scores = (encoder.embed_queries([image], [caption]) @ encoder.embed_images(paths).T)[0]
-    for place in np.argsort(-scores, kind="stable")[:10]:
-        sys.stdout.write(f"{scores[place]:.4f} {paths[place]}\n")
+    for index in np.argsort(-scores, kind="stable")[:10]:
+        sys.stdout.write(f"{scores[index]:.4f} {paths[index]}\n")
 
 
 __all__ = ["OnnxEncoder"]

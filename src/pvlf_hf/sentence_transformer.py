@@ -27,11 +27,11 @@ from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerBase
 from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
 IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp")
-"""Endings of file names that are taken for images."""
+"""File extensions that are recognised as images."""
 
 
 class PVLFSentenceModule(InputModule):
-    """Embeds inputs by what they hold: image and text as a composed query, one of them alone in the same space.
+    """Module that embeds image and text as a composed query, and either of them alone in the same space.
 
     Inputs are dictionaries with `image`, `text` or both, an image (PIL, array, tensor, path or URL of one) or a
     string; each input of a batch may be of another kind.
@@ -109,7 +109,7 @@ class PVLFSentenceModule(InputModule):
 
         Args:
             inputs: see the class.
-            prompt: put before every text.
+            prompt: prepended to every text.
             processing_kwargs: settings of this call for `"text"`, `"image"` or both (`"common"`), as [`PVLFProcessor`]
                 takes them.
             **kwargs: `task` and others of the library, not used.

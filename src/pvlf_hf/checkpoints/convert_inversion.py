@@ -36,7 +36,7 @@ File = str | PathLike[str]
 Tensors = Mapping[str, Tensor]
 
 WRAPPERS = {"pic2word": "state_dict_img2text", "context_i2w": "state_dict_img2text", "searle": "Phi", "lincir": "Phi"}
-"""Name of a method to the key under which its files hold the mapping network."""
+"""Key under which the files of each method hold the mapping network."""
 
 LICENCES = {
     "pic2word": "Apache-2.0 (google-research/composed_image_retrieval)",
@@ -44,7 +44,7 @@ LICENCES = {
     "lincir": "CC BY-NC 4.0: no commercial use (navervision/lincir)",
     "context_i2w": "Apache-2.0 by its LICENSE file, MIT by its README (Pter61/context-i2w)",
 }
-"""Name of a method to the licence of its repository, which nothing says is not that of its weights."""
+"""Licence of each method's repository, which is taken to be that of its weights: none is stated for them."""
 
 # (theirs, ours), applied in this order.
 MLP_NAMES = ((r"^layers\.(\d+)\.0\.", r"layers.\1."), (r"^fc_out\.", "output."))
@@ -82,8 +82,8 @@ def convert_inversion(
         backbone: Hub name or folder of the CLIP that the network was trained on, tokenizer included, such as
             `openai/clip-vit-large-patch14`.
         output_dir: a new or empty folder.
-        extractor_heads: attention heads of Context-I2W's extractor, which no shape tells; needed where they are not
-            64 wide.
+        extractor_heads: attention heads of Context-I2W's extractor, which shapes do not show; needed where they are
+            not 64 wide.
 
     Raises:
         ValueError: if the file is damaged, holds more than tensors, is of another method, lacks or has unknown
@@ -108,9 +108,9 @@ def convert_inversion(
 
 
 def check_method(method: str) -> str:
-    """Return the method; raise a `ValueError` where nothing of it was released."""
+    """Return the method; raise a `ValueError` if no weights of it were released."""
     if method not in WRAPPERS:
-        raise ValueError(f"method={method!r}: weights were released of {sorted(WRAPPERS)} alone")
+        raise ValueError(f"method={method!r}: weights were released for {sorted(WRAPPERS)} only")
     return method
 
 
@@ -159,10 +159,10 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
 def translate_mapping(
     tensors: Tensors, vl_config: PreTrainedConfig, method: str, extractor_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Rename a released mapping network and reads its configuration off the shapes.
+    """Rename the weights of a released mapping network and infer its configuration from their shapes.
 
     Args:
-        tensors: the whole state dict, in the names of the method's own code; the meta device will do.
+        tensors: the whole state dict, in the names of the method's own code; may be on the meta device.
         vl_config: configuration of the CLIP that it belongs to.
         method: a name in `WRAPPERS`.
         extractor_heads: see [`convert_inversion`].
@@ -174,7 +174,7 @@ def translate_mapping(
         ValueError: if they are not exactly those of the method's network, or of another CLIP.
     """
     kind = METHODS[method].mapping
-    weights = {  # matrices named projection are for x @ W there
+    weights = {  # the original computes x @ W with matrices named projection
         name: (tensor.T if name.endswith("projection.weight") else tensor).float().contiguous()
         for name, tensor in rename(tensors, NAMES[kind]).items()  # type: ignore[index]  # every released method has one
     }
@@ -201,7 +201,7 @@ def translate_mapping(
 
 
 def _settings(weights: Tensors, kind: str | None, extractor_heads: int | None) -> dict[str, Any]:
-    """Read sizes off the shapes; what is absent here is found when the names are compared."""
+    """Infer settings from shapes; absent weights are reported when names are compared."""
     mlp = "whole.mlp." if kind == "context" else ""
     settings: dict[str, Any] = {}
     if f"{mlp}output.weight" in weights:
@@ -211,7 +211,7 @@ def _settings(weights: Tensors, kind: str | None, extractor_heads: int | None) -
         inner = weights["layers.0.query.weight"].shape[0]
         heads = extractor_heads or inner // 64
         if not heads or inner % heads:
-            raise ValueError(f"attention of width {inner} has not {heads} heads: pass extractor_heads")
+            raise ValueError(f"attention of width {inner} cannot have {heads} heads: pass extractor_heads")
         settings |= {
             "latents": weights["latents"].shape[0],
             "extractor_layers": _count(weights, "layers."),
@@ -242,7 +242,7 @@ def _check_widths(weights: Tensors, vl_config: PreTrainedConfig, kind: str | Non
 
 
 def compare_clip(tensors: Tensors, model: InversionModel) -> float:
-    """Compare the CLIP beside a mapping network with the backbone, and says in the log where they differ.
+    """Compare the CLIP beside a mapping network with the backbone, and log how they differ.
 
     Args:
         tensors: CLIP's state dict in OpenAI's names.

@@ -1,7 +1,6 @@
-"""A golden file beside a checkpoint: a query and a target with their embeddings, to be replayed anywhere and later.
+"""Golden file of a checkpoint: a query and a target with their embeddings, to check the checkpoint on any machine.
 
-`train_pvlf.py` writes it beside what it trains. Whoever downloads a checkpoint, or changes a version of a library, can
-then check it:
+`train_pvlf.py` writes it beside the trained model. Replay it after a download, or after a library was updated:
 
     check_golden("outputs/mine")
 """
@@ -60,27 +59,27 @@ def check_golden(folder: str | Path) -> dict[str, float]:
     """
     file = Path(folder, GOLDEN)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; who trained the weights makes it by write_golden(folder)")
+        raise FileNotFoundError(f"{file}: no such file; the author of the weights makes it by write_golden(folder)")
     with safe_open(file, framework="pt") as opened:
-        golden = {name: opened.get_tensor(name) for name in opened.keys()}  # it is no mapping
+        golden = {name: opened.get_tensor(name) for name in opened.keys()}  # `opened` has no items()
         made_with: Mapping[str, str] = opened.metadata()
     ours = _outputs(folder, golden["picture"], made_with["caption"])
     if not torch.equal(ours["input_ids"], golden["input_ids"]):
         raise ValueError(
             f"{folder}: {made_with['caption']!r} is now {ours['input_ids'].tolist()} and was "
-            f"{golden['input_ids'].tolist()}: the tokenizer is another, or read differently"
+            f"{golden['input_ids'].tolist()}: the tokenizer differs, or is loaded differently"
         )
     off = {name: (ours[name] - golden[name]).abs().max().item() for name in ("query_embeds", "target_embeds")}
     if not max(off.values()) <= TOLERANCE:  # also if one is NaN
         raise ValueError(
             f"{folder}: embeddings are off by {off}, more than {TOLERANCE}, from the published ones, made with "
-            f"{dict(made_with)}: weights or settings are others, or a library computes differently"
+            f"{dict(made_with)}: weights or settings differ, or a library computes differently"
         )
     return off
 
 
 def draw_image() -> Tensor:
-    """uint8 `(48, 64, 3)`: colours that differ everywhere, on no side alike; integers, so the same everywhere."""
+    """Draw uint8 `(48, 64, 3)` without symmetries, by integer arithmetic, so that all machines draw the same."""
     rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
     return torch.stack([rows * 5, columns * 4, (rows - 20) * (columns - 30) % 256], dim=-1).to(torch.uint8)
 

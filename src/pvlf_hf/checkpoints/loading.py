@@ -59,8 +59,8 @@ def load_model(
         model = TrainingFreeModel.from_vl_pretrained(name, dtype=dtype, **settings)
         logger.warning(
             f"{name} is a plain {config.model_type} encoder: queries are composed by {model.config.composition!r}, "
-            "without training. Fine-tuning PVLF on it (pvlf-hf train --finetuning text) finds more, and leaves the "
-            "embeddings of images as they are"
+            "without training. Fine-tuning PVLF on it (pvlf-hf train --finetuning text) retrieves better, "
+            "and keeps the embeddings of images"
         )
     else:
         raise ValueError(

@@ -3,8 +3,8 @@
 pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
 hf upload you/pvlf-mine outputs/mine --exclude "checkpoint-*"
 
-What stands between `<!-- pvlf-hf: results -->` and `<!-- pvlf-hf: end of results -->`, and the same for the other
-sections, is rendered; everything else of a card is its author's, and is kept byte for byte when it is rendered again.
+The text between `<!-- pvlf-hf: results -->` and `<!-- pvlf-hf: end of results -->` is rendered, and so are the other
+sections. Everything else in a card is its author's, and is kept byte for byte when the card is rendered again.
 """
 
 import json
@@ -25,18 +25,18 @@ from ..embeddings.encoding import FORMER_NAME
 from ..evaluation.results import Evaluation, environment, recorded_dtype
 
 PICTURE = "retrievals.png"
-"""A sheet of queries and what was retrieved ([`retrieval_sheet`]); shown where it lies beside the card."""
+"""File name of a sheet of queries and results ([`retrieval_sheet`]); shown if it is beside the card."""
 
 _DEFAULTS = {
     "library_name": "transformers",
-    "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval: the tag below finds it
+    "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval, see the tag below
     "tags": ["composed-image-retrieval", "pvlf"],
 }
 _METHODS = {"pvlf": "PVLF", "transagg": "TransAgg"}
 
 _ABOUT = """\
-{method} for composed image retrieval: a reference image and a relative caption are embedded where gallery
-images are, and the nearest gallery images by cosine are the answer. Built on {base},
+{method} for composed image retrieval: a reference image and a relative caption are embedded into the space
+of gallery images, and the nearest gallery images by cosine are returned. Built on {base},
 trained on {data}."""
 
 _USAGE = """\
@@ -66,14 +66,14 @@ _CITATION = """\
 def write_card(
     folder: str | Path, name: str | None = None, results: str | Path | Mapping[str, Any] | None = None, **metadata: Any
 ) -> Path:
-    """Render `README.md` in a checkpoint's folder; one that is there keeps what its author wrote.
+    """Render `README.md` in a checkpoint's folder; an existing card keeps its author's text.
 
     Args:
-        folder: of the checkpoint, as the Trainer or `save_pretrained` left it.
+        folder: folder of the checkpoint, as the Trainer or `save_pretrained` wrote it.
         name: Hub name of the model, `you/pvlf-mine`; by default the folder's name.
-        results: what was measured and how it was trained, a file of [`write_results`] or its content; by default
-            `results.json` in the folder. Without one the card says that nothing was measured.
-        metadata: more of [`~huggingface_hub.ModelCardData`]: `license`, `language`, `base_model`, ...
+        results: results and training settings, a file of [`write_results`] or its content; by default `results.json`
+            in the folder. Without one the card states that nothing was measured.
+        metadata: further fields of [`~huggingface_hub.ModelCardData`]: `license`, `language`, `base_model`, ...
 
     Raises:
         ValueError: as [`render_card`].
@@ -99,17 +99,17 @@ def render_card(
     Args:
         results: the content of a run's `results.json`: `model`, `data`, `training`, `evaluations`, `environment`.
         name: Hub name of the model.
-        card: the card as it is. The rendered sections that it has are rendered anew; one without any, such as the
-            library's, gets all of them at its end. Of its metadata, `model-index` and what `results` or `metadata`
-            say are replaced. The rest stays as it is.
+        card: the existing card. Its rendered sections are rendered again; a card without any, such as the library's,
+            gets all of them at its end. In its metadata, `model-index` and the fields of `results` and `metadata` are
+            replaced. The rest is unchanged.
         picture: an example to show, a file beside the card.
-        metadata: more of [`~huggingface_hub.ModelCardData`].
+        metadata: further fields of [`~huggingface_hub.ModelCardData`].
 
     Returns:
         the card with its metadata; `huggingface_hub.ModelCard` takes it and can push it.
 
     Raises:
-        ValueError: if a section of the card has a start and no end, or the reverse, or stands there twice.
+        ValueError: if a section of the card has a start and no end, or the reverse, or occurs twice.
     """
     sections = {
         "about": (f"# {name.rpartition('/')[2]}", _about(results, picture)),
@@ -121,7 +121,7 @@ def render_card(
     }
     line_end = "\r\n" if "\r\n" in card else "\n"
     present = [(span, section) for section in sections if (span := _span(card, section))]
-    for (start, end), section in sorted(present, reverse=True):  # from the end: places before it stay valid
+    for (start, end), section in sorted(present, reverse=True):  # from the end: earlier positions stay valid
         card = card[:start] + _marked(section, sections[section][1]).replace("\n", line_end) + card[end:]
     if not present:
         gap = "\n" if card.endswith("\n") or not card else "\n\n"
@@ -131,7 +131,7 @@ def render_card(
 
 
 def results_tables(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown tables of what [`write_results`] wrote: one for each set of metrics, semantic aspects apart."""
+    """Render results of [`write_results`] as Markdown tables, one per set of metrics, semantic aspects separately."""
     if not evaluations:
         return "Not measured."
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -205,13 +205,13 @@ def _training(results: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Render a setting for readers elsewhere: of a local path, the name alone."""
+    """Render a setting for publication: for a local path, its last part only."""
     is_path = isinstance(value, str) and Path(value).expanduser().is_absolute()
     return str(Path(value).name if is_path else value).replace("|", "/")
 
 
 def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata that `results` and the caller state; `model-index` is None where nothing was measured."""
+    """Return the metadata of `results` and of the caller; `model-index` is None where nothing was measured."""
     base = results.get("model", {}).get("model")
     dataset = results.get("data", {}).get("dataset")
     stated = {"base_model": base if _is_hub_name(base) else None, "datasets": [dataset] if dataset else None, **given}
@@ -219,9 +219,9 @@ def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -
         tags = stated["tags"]
         stated["tags"] = [*_DEFAULTS["tags"], *([tags] if isinstance(tags, str) else tags)]
     data = ModelCardData(eval_results=_eval_results(results) or None, model_name=name.rpartition("/")[2], **stated)
-    its = data.to_dict()
-    its.pop("model_name", None)  # what the library leaves of a model-index without results
-    return {**its, "model-index": its.get("model-index")}
+    metadata = data.to_dict()
+    metadata.pop("model_name", None)  # what the library leaves of a model-index without results
+    return {**metadata, "model-index": metadata.get("model-index")}
 
 
 def _is_hub_name(name: str | None) -> bool:
@@ -260,17 +260,17 @@ def _marked(section: str, text: str) -> str:
 
 
 def _span(card: str, section: str) -> tuple[int, int] | None:
-    """Where a section with its markers stands; None if it does not."""
+    """Return start and end of a section with its markers; None if the card does not have it."""
     starts, ends = (
-        [found.span() for found in re.finditer(re.escape(f"<!-- pvlf-hf: {words}{section} -->"), card)]
-        for words in ("", "end of ")
+        [match.span() for match in re.finditer(re.escape(f"<!-- pvlf-hf: {prefix}{section} -->"), card)]
+        for prefix in ("", "end of ")
     )
     if not starts and not ends:
         return None
     if len(starts) != 1 or len(ends) != 1 or ends[0][0] < starts[0][1]:
         raise ValueError(
             f"the card must have one <!-- pvlf-hf: {section} --> and after it one <!-- pvlf-hf: end of {section} -->, "
-            f"but has {len(starts)} and {len(ends)}; mend it, or take both out to leave the section to yourself"
+            f"but has {len(starts)} and {len(ends)}; fix it, or remove both to write the section yourself"
         )
     return starts[0][0], ends[0][1]
 
@@ -283,21 +283,21 @@ def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
         opening, front = block.group(1), card[block.end(1) : block.end(3) - len(closing)]
         body = card[block.end() :]
     for key, value in {**_DEFAULTS, **stated}.items():
-        found = re.search(rf"^{re.escape(key)}:[^\n]*\n(?:[ -][^\n]*\n)*", front, re.MULTILINE)
-        if found and key not in stated:
+        match = re.search(rf"^{re.escape(key)}:[^\n]*\n(?:[ -][^\n]*\n)*", front, re.MULTILINE)
+        if match and key not in stated:
             continue
         text = "" if value is None else yaml_dump({key: value}, sort_keys=False).replace("\n", line_end)
-        start, end = found.span() if found else (len(front), len(front))
+        start, end = match.span() if match else (len(front), len(front))
         front = front[:start] + text + front[end:]
     return opening + front + closing + body
 
 
 def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = None) -> str:
-    """How numbers were measured, as a Markdown table.
+    """Render the protocol of an evaluation as a Markdown table.
 
     Args:
-        evaluation: what was measured.
-        facts: versions and commit, from a results file; by default those of now.
+        evaluation: the evaluation.
+        facts: versions and commit, from a results file; by default the current ones.
     """
     protocol = evaluation.protocol
     facts = environment() if facts is None else facts

@@ -1,4 +1,4 @@
-"""Translates the weights of the original code bases: names, layouts, and what has no use in retrieval."""
+"""Translates the weights of the original code bases: names, layouts, and weights that retrieval does not use."""
 
 import re
 from collections import Counter

@@ -126,7 +126,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
 
 
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
-    """Measures Image-only, Text-only and Image+Text by the pretrained dual encoder alone (Tables 1-2 of the paper)."""
+    """Evaluate Image-only, Text-only and Image+Text by the pretrained dual encoder alone (paper, Tables 1-2)."""
     model, processor = load_model(name)
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 

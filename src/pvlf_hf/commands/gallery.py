@@ -67,7 +67,7 @@ def search(
     as_json: bool,
     composition: str | None = None,
 ) -> None:
-    """Search an index, and prints or draws the results."""
+    """Search an index, and print or draw the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
     if text:
         check_vocabulary(gallery.processor.tokenizer, text)
@@ -84,8 +84,8 @@ def search(
     for explanation in map(explained, result.why):
         typer.echo("weights: " + ", ".join(f"{part} {weight:.2f}" for part, weight in explanation["weights"].items()))
         shares = sorted(zip(explanation["attention"], explanation["tokens"], strict=True), reverse=True)
-        typer.echo("looked at: " + ", ".join(f"{token} {share:.3f}" for share, token in shares))
-    if sheet:  # after the results, which a full disk does not take with it
+        typer.echo("attention: " + ", ".join(f"{token} {share:.3f}" for share, token in shares))
+    if sheet:  # after the results, so that a full disk does not lose them
         draw(result, sheet, k)
         typer.echo(f"see {sheet}")
 
@@ -101,7 +101,7 @@ def demo(
 
 
 def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
-    """Write a contact sheet, if one is asked for, as an image or a page by its ending."""
+    """Write a contact sheet, if requested, as an image or a page by its file extension."""
     if sheet and sheet.suffix == ".png":
         result.sheet(k=k).save(sheet)
     elif sheet:
@@ -133,13 +133,13 @@ def load(
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Report words that the model does not know; raise a `ValueError` if it knows none, as of another script."""
+    """Report words that the tokenizer does not know; raise a `ValueError` if it knows none, as in another script."""
     words = {word: tokenizer.tokenize(word) for word in text.split()}
     unknown = [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
     if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
-        raise ValueError(f"the model's tokenizer knows nothing of {text!r}: say it in the language it was trained on")
+        raise ValueError(f"the model's tokenizer knows no word of {text!r}: use the language it was trained on")
     if unknown:
-        typer.echo(f"the model's tokenizer does not know {', '.join(unknown)}; the search goes by the rest", err=True)
+        typer.echo(f"the model's tokenizer does not know {', '.join(unknown)}; the search uses the rest", err=True)
 
 
 def explained(why: Explanation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Prints what commands found."""
+"""Prints the results of commands as JSON."""
 
 import json
 from typing import Any

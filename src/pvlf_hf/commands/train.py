@@ -221,7 +221,7 @@ def train(
     args: PVLFTrainingArguments,
     benchmarks: list[CIRBenchmark] | None = None,
 ) -> list[Evaluation]:
-    """Train from the last checkpoint or from the start, saves model and processor, evaluates, writes `results.json`.
+    """Train from the last checkpoint or from scratch, save model and processor, evaluate, write `results.json`.
 
     Args:
         model_args: arguments of the model.
