@@ -220,11 +220,13 @@ def cuda_encoding(options: Options, size: str) -> Table:
     compiled_model.backbone.vision_model.compile()
 
     @torch.inference_mode()
-    def embed(its: PVLFModel) -> Tensor:
-        return waited_for(its(target_pixel_values=images).target_embeds, options.device)
+    def embed(candidate: PVLFModel) -> Tensor:
+        return waited_for(candidate(target_pixel_values=images).target_embeds, options.device)
 
     models = {"bfloat16": model, "bfloat16, compiled": compiled_model}
-    timings = side_by_side({name: partial(embed, its) for name, its in models.items()}, options.rounds, warmup=3)
+    timings = side_by_side(
+        {name: partial(embed, candidate) for name, candidate in models.items()}, options.rounds, warmup=3
+    )
     floor = image_operations(model) * batch / matrix_rate(BF16, size, options.device)
     if options.profile:
         with torch.profiler.profile() as profile:
@@ -371,22 +373,22 @@ def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:
     timings: dict[str, Timing] = {}
     columns: dict[str, list[str]] = {"recall@10": [], "seconds to build": [], "index of a million": []}
     for name, pair in galleries.items():
-        gallery, asked = (F.normalize(embeds, dim=1) for embeds in pair)
+        gallery, unit_queries = (F.normalize(embeds, dim=1) for embeds in pair)
         start = time.perf_counter()
         indices = {"exact": ExactIndex(gallery), "FAISS": FaissIndex(gallery)}
         built = time.perf_counter() - start
         graph = indices["FAISS"].rows.get_index("embeds").faiss_index
         for way, index in indices.items():
-            timings |= side_by_side({f"{way}, {name}": partial(ask, index, asked[:32])}, options.rounds)
-        columns["recall@10"] += [f"{recall(index, asked, gallery):.3f}" for index in indices.values()]
+            timings |= side_by_side({f"{way}, {name}": partial(best_ten, index, unit_queries[:32])}, options.rounds)
+        columns["recall@10"] += [f"{recall(index, unit_queries, gallery):.3f}" for index in indices.values()]
         columns["seconds to build"] += ["0", f"{built:.1f}"]
         bytes_of = (indices["exact"].halves.nbytes, serialized(graph))
         columns["index of a million"] += [megabytes(1e6 / rows * size) for size in bytes_of]
     return Table(f"32 queries in turn, the best 10 of {rows:,} images", timings, columns)
 
 
-def ask(index: VectorIndex, queries: Tensor) -> list[set[int]]:
-    """Return the best ten of each query, as an index finds them."""
+def best_ten(index: VectorIndex, queries: Tensor) -> list[set[int]]:
+    """Return the ten candidates of an index for each query."""
     return [set(index.candidates(query, 10).tolist()) for query in queries]
 
 
@@ -394,7 +396,9 @@ def recall(index: VectorIndex, queries: Tensor, gallery: Tensor) -> float:
     """Return the fraction of the ten nearest that an index finds."""
     nearest = top_k(queries, gallery, 10)[1].tolist()
     return float(
-        np.mean([len(found.intersection(best)) / 10 for found, best in zip(ask(index, queries), nearest, strict=True)])
+        np.mean(
+            [len(ten.intersection(best)) / 10 for ten, best in zip(best_ten(index, queries), nearest, strict=True)]
+        )
     )
 
 

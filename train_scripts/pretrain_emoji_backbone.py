@@ -77,7 +77,7 @@ class PretrainingArguments(TrainingArguments):
     init_from: str | None = field(default=None, metadata={"help": "Model of this script to start from."})
 
     def __post_init__(self) -> None:
-        self.use_cpu = not torch.cuda.is_available()  # the Trainer asks for this to be said when bf16 is on
+        self.use_cpu = not torch.cuda.is_available()  # the Trainer requires this setting when bf16 is on
         super().__post_init__()
 
 
