@@ -1,21 +1,20 @@
-"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that one that no longer holds is red in the suite.
+"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that the suite fails if a claim no longer holds.
 
     python tests/reliability.py           # the quick rows, part of the suite
     python tests/reliability.py --long    # the long ones, `tests/long_*.py`, which the suite leaves out
-    python tests/reliability.py --break   # breaks what each row guards, in a copy, and notes what its test then says;
-                                          # with --long what the long rows guard
+    python tests/reliability.py --break   # applies each row's edit in a copy, and records how its test fails;
+                                          # with --long the edits of the long rows
 
-A row is written where it is tested. The marker takes its chapter, its claim, and one edit of a file that must turn the
-test red, all as literals; `figure` takes what was counted. Figures are counts or errors, not seconds, so that two runs
-write the same:
+The marker of a test declares its row: chapter, claim, and one edit of a file that must make the test fail, all as
+literals. `figure` records the row's figure: counts or errors, not seconds, so that two runs write the same:
 
     @pytest.mark.reliability(4, "PDF is not read as an image", broken=("src/pvlf_hf/x.py", "old text", "new text"))
     def test_pdf_is_refused(figure):
         ...
         figure("12 files, 12 refused")
 
-`-k` chooses tests by a part of their name. What was found stays in `tests/reliability.json`; rows that are not run
-keep what they had, and those whose test is gone go.
+`-k` chooses tests by a part of their name. Results are kept in `tests/reliability.json`; rows that are not run keep
+theirs, and rows whose test was deleted are removed.
 """
 
 import argparse

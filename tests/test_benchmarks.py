@@ -99,7 +99,7 @@ def shows(image, file):
 
 
 @pytest.mark.parametrize("subset", ["template", "llm", "combined"])
-def test_laion_cir(originals, subset):
+def test_laion_cir_loads_every_triplet(originals, subset):
     root = originals / "laion-cir"
     content = read(root / f"laion_{subset}_info.json")
     records = [{"ref_image_id": i, **r} for i, r in content.items()] if isinstance(content, dict) else content
@@ -133,7 +133,7 @@ def test_laion_cir_ids_may_be_numbers(data):
 
 
 @pytest.mark.parametrize("split", ["val", "test1", "train"])
-def test_cirr(originals, split):
+def test_cirr_loads_every_query_and_image(originals, split):
     records = read(originals / f"cirr/cirr/captions/cap.rc2.{split}.json")
     gallery = read(originals / f"cirr/cirr/image_splits/split.rc2.{split}.json")
     benchmark = load_cirr(originals / "cirr", split, check_counts=False)
@@ -161,7 +161,7 @@ def test_cirr(originals, split):
 
 @pytest.mark.parametrize("category", FASHION_CATEGORIES)
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_fashioniq(originals, category, split):
+def test_fashioniq_loads_every_query_and_image(originals, category, split):
     root = originals / "fashioniq"
     records = read(root / f"captions/cap.{category}.{split}.json")
     benchmark = load_fashioniq(root, category, split, check_counts=False)
@@ -222,7 +222,7 @@ def test_caption_styles(data, style, expected):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_circo(originals, split):
+def test_circo_loads_every_query_and_image(originals, split):
     records = read(originals / f"circo/annotations/{split}.json")
     images = read(originals / GALLERY_FILES["circo/val"])["images"]
     benchmark = load(f"circo/{split}", originals)
@@ -560,7 +560,7 @@ def test_published_counts():
         ("circo/test", {"reference": "removed"}, ("circo-test-removed", "COCO unlabeled2017", "removed", "circo")),
     ],
 )
-def test_protocols(originals, name, options, expected):
+def test_benchmarks_state_their_protocol(originals, name, options, expected):
     benchmark = load(name, originals, **options)
     protocol = benchmark.protocol
     assert benchmark.name == name

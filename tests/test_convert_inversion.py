@@ -141,7 +141,7 @@ def test_a_file_becomes_a_folder_that_gives_the_references_queries(method, clips
         convert_inversion(file, method, clips(method), tmp_path / "ours", heads)
 
 
-def test_a_state_dict_alone_will_do(clips, tmp_path):
+def test_a_bare_state_dict_is_converted(clips, tmp_path):
     save_file(mapping_tensors("lincir"), tmp_path / "phi.safetensors")
     convert_inversion(tmp_path / "phi.safetensors", "lincir", clips("lincir"), tmp_path / "ours")
     torch.save(mapping_tensors("lincir"), tmp_path / "phi.pt")
@@ -149,7 +149,7 @@ def test_a_state_dict_alone_will_do(clips, tmp_path):
     assert weights.keys() == mapping_tensors("lincir").keys() and not clip
 
 
-def test_a_clip_that_differs_from_the_backbone_is_told(clips, tmp_path, caplog):
+def test_a_clip_that_differs_from_the_backbone_is_reported(clips, tmp_path, caplog):
     changed = clip_tensors("pic2word")
     changed["ln_final.bias"] = changed["ln_final.bias"] + 1
     file = save(mapping_tensors("pic2word"), tmp_path / "released.pt", "pic2word", changed)

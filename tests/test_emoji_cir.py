@@ -197,7 +197,7 @@ def test_write_caption_names_changes_and_varies_by_key():
     assert len({write_caption(man, woman, "train", str(key)) for key in range(50)}) > 20
 
 
-def test_tiers_ask_for_the_same_pairs(tiers):
+def test_tiers_share_their_pairs(tiers):
     plain = tiers["plain"]
     assert len(plain.queries) == 1500 and len(plain.gallery) == 3633
     assert plain.name == "emoji-cir/test/plain"

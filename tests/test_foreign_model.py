@@ -136,7 +136,7 @@ def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
     assert module.max_seq_length == 12
 
 
-def test_what_needs_a_dual_encoder_says_so(tmp_path):
+def test_export_and_openvino_refuse_other_models(tmp_path):
     model, _ = make_foreign()
     with pytest.raises(ValueError, match="ColourModel is not exported: only models on one of"):
         export_program(model, "query")

@@ -63,7 +63,7 @@ class Evil:
 
 @pytest.mark.reliability(
     4,
-    "`from_pretrained` reads weights as tensors alone: a pickle's code is not run",
+    "`from_pretrained` reads weights as tensors only: code in a pickle is not run",
     broken=(
         "src/pvlf_hf/models/modeling_pvlf.py",
         'PVLFModel.register_for_auto_class("AutoModel")',
@@ -224,7 +224,7 @@ def test_triplets_outside_their_folder_raise(photos, figure):
 
 @pytest.mark.reliability(
     4,
-    "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a circle of links ends",
+    "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a cycle of links ends",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
 def test_gallery_images_outside_its_folder_raise(photos, tiny_model, tiny_processor, figure):
@@ -280,7 +280,7 @@ def test_annotations_outside_their_folders_raise(tmp_path, figure):
 
 @pytest.mark.reliability(
     4,
-    "A shard holds its images: one that names a file, or holds what is in no format that is read, is refused",
+    "A shard holds its images: one that names a file, or holds a format that is not decoded, is refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
 def test_shards_that_name_files_raise(tmp_path, figure):
@@ -449,8 +449,8 @@ def good_reference(folder):
 
 @pytest.mark.reliability(
     4,
-    "Pixels, bytes, download time and formats have limits, which the user sets and no checkpoint does; what is "
-    "beyond them is refused before it takes memory",
+    "Pixels, bytes, download time and formats have limits, set by the user and never by a checkpoint; an "
+    "image beyond them is refused before it takes memory",
     broken=(
         "src/pvlf_hf/models/image_processing_pvlf.py",
         "content += part\n            check_bytes(len(content))",
@@ -581,7 +581,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
 @pytest.mark.slow
 @pytest.mark.reliability(
     4,
-    "Whatever is done to the bytes of an image, an annotation, a table or a submission file, its reader answers or "
+    "However the bytes of an image, an annotation, a table or a submission file are changed, its reader returns or "
     "raises a `ValueError` (by hypothesis; for 100,000 inputs guided by coverage see the long row)",
     broken=(
         "src/pvlf_hf/models/image_processing_pvlf.py",

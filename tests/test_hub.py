@@ -294,7 +294,7 @@ def test_trainer_pushes_during_training(trained):
 
 @pytest.mark.reliability(
     1,
-    "What is pushed while training goes on is whole and of its step, also where the Hub is slower than a step",
+    "A push during training uploads a complete checkpoint of its step, even if the Hub is slower than a step",
     broken=(
         "src/pvlf_hf/training/atomic_checkpoints.py",
         "            self._finish_current_push()",

@@ -41,8 +41,8 @@ def kill(*arguments):
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no torn file, no finished "
-    "work done again, the same bits in weights, index and metrics",
+    "Training, evaluation, gallery and feature cache killed (SIGKILL) and started again: no partial file, no "
+    "finished work repeated, weights, index and metrics bit-equal to an uninterrupted run",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _save_checkpoint(", "def _not_save_checkpoint("),
 )
 def test_killed_runs_resume_bit_equal(figure):
@@ -52,7 +52,7 @@ def test_killed_runs_resume_bit_equal(figure):
 
 @pytest.mark.reliability(
     1,
-    "A complete run that is started again makes no step more",
+    "A finished run that is started again takes no further step",
     broken=(
         "src/pvlf_hf/training/atomic_checkpoints.py",
         "if self.state.global_step < self.state.max_steps:",
@@ -90,7 +90,8 @@ class FirstIsBest(TrainerCallback):
 
 @pytest.mark.reliability(
     1,
-    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): no half stays",
+    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): none "
+    "stays half deleted",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_failed_save_leaves_no_partial_checkpoint(squares, tiny_processor, tmp_path, monkeypatch, figure):
@@ -104,7 +105,7 @@ def test_failed_save_leaves_no_partial_checkpoint(squares, tiny_processor, tmp_p
 
 @pytest.mark.reliability(
     1,
-    "`results.json` stands for a finished run: killed before the values of its queries are in place, there is none",
+    "`results.json` marks a finished run: a run killed before it has written the values of its queries has none",
     broken=("src/pvlf_hf/evaluation/results.py", "file.unlink(missing_ok=True)", "pass"),
 )
 def test_results_and_queries_belong_to_one_run(tiny_model, tiny_processor, tmp_path, monkeypatch, figure):
@@ -309,8 +310,8 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
 
 @pytest.mark.reliability(
     1,
-    "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, what was "
-    "there as it was, and the same outcome once there is room",
+    "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, "
+    "existing files unchanged, and the same results once there is space",
     broken=(
         "src/pvlf_hf/embeddings/embedding_store.py",
         "    with whole(file) as partial:",
@@ -323,7 +324,7 @@ def test_full_disk_keeps_the_last_checkpoint(disk, tmp_path, squares, tiny_model
 
 @pytest.mark.reliability(
     1,
-    "A folder that may not be written to: the same",
+    "A folder without write permission: an error that names folder and remedy, existing files unchanged",
     broken=(
         "src/pvlf_hf/training/atomic_checkpoints.py",
         "    except (OSError, SafetensorError, RuntimeError) as error:",

@@ -115,7 +115,7 @@ def test_pic2word_of_a_domain_and_of_the_plain_text():
 
 
 @torch.no_grad()
-def test_every_step_of_context_i2w():
+def test_every_step_of_context_i2w_equals_the_reference():
     model, io = reference_model("context_i2w"), io_of("context_i2w")
     mapping, ids = model.mapping, io["query_input_ids"]
     tokens, _ = model.encode_images(io["pixel_values"])
@@ -185,7 +185,7 @@ def test_losses_and_gradients_are_the_references(method):
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
 
 
-def test_terms_of_searles_loss():
+def test_terms_of_searles_loss_equal_the_reference():
     model, io = reference_model("searle"), io_of("searle")
     words = model.get_pseudo_words(io["pixel_values"])
     within(nt_xent(io["oti_tokens"], words), io["phi.distillation_loss"][0])
@@ -193,7 +193,7 @@ def test_terms_of_searles_loss():
     within(cosine_distance(replaced, model.encode_text(io["phi.regularised_ids"])), io["phi.gpt_loss"][0])
 
 
-def test_three_steps_of_pic2word():
+def test_three_steps_of_pic2word_equal_the_reference():
     model, io = reference_model("pic2word"), io_of("pic2word")
     decays = [p for n, p in model.mapping.named_parameters() if n.endswith("weight")]
     biases = [p for n, p in model.mapping.named_parameters() if n.endswith("bias")]
@@ -209,7 +209,7 @@ def test_three_steps_of_pic2word():
     within(model.mapping.layers[0].bias, io["trace.layers.0.0.bias"], atol=5e-6)
 
 
-def test_three_steps_of_lincir():
+def test_three_steps_of_lincir_equal_the_reference():
     model, io = reference_model("lincir"), io_of("lincir")
     within(model.encode_text(io["train.original_ids"]), io["train.original_embeds"])
     optimizer = torch.optim.AdamW(model.mapping.parameters(), lr=1e-3, weight_decay=0.01)
@@ -343,7 +343,7 @@ def relu_less(mapping):
 
 
 @torch.no_grad()
-def test_wrong_details_of_a_query_are_seen(monkeypatch):
+def test_wrong_details_of_a_query_are_detected(monkeypatch):
     """The smallest and the likeliest mistakes move a query further than the tolerance of 2e-6."""
 
     def moves(model, method):
@@ -384,7 +384,7 @@ def test_wrong_details_of_a_query_are_seen(monkeypatch):
             assert moves(reference_model(method), method) > 3, method
 
 
-def test_wrong_details_of_a_loss_are_seen():
+def test_wrong_details_of_a_loss_are_detected():
     wrong = {
         "pic2word": {"input_ids": io_of("pic2word")["query_input_ids"]},
         "searle": {"teacher_words": io_of("searle")["oti_tokens"].flip(0)},
@@ -404,7 +404,7 @@ def test_wrong_details_of_a_loss_are_seen():
 # Tokens that are optimised.
 
 
-def test_four_steps_of_searle_oti():
+def test_four_steps_of_searle_oti_equal_the_reference():
     model, io = reference_model("searle_oti"), io_of("searle")
     _, features = model.encode_images(io["pixel_values"])
     steps = map(Sentences, io["oti.template_ids"], io["oti.replaced_ids"], io["oti.regularised_ids"])
@@ -417,7 +417,7 @@ def test_four_steps_of_searle_oti():
 
 
 @torch.no_grad()
-def test_queries_of_palavra():
+def test_queries_of_palavra_equal_the_reference():
     model, io = reference_model("palavra"), io_of("palavra")
     sets = F.normalize(model.encode_images(io["set_pixel_values"].flatten(0, 1))[1], dim=-1).unflatten(0, (4, 3))
     within(sets, io["set_features"])
@@ -431,7 +431,7 @@ def test_queries_of_palavra():
     within(F.normalize(raw, dim=-1), io["query"], atol=2e-6)
 
 
-def test_the_second_stage_of_palavra():
+def test_the_second_stage_of_palavra_equals_the_reference():
     model, io = reference_model("palavra"), io_of("palavra")
     text = model.encode_text(io["coarse_ids"]).detach()
     coarse = align(model.text_map, F.normalize(text, dim=-1)).detach()
@@ -443,7 +443,7 @@ def test_the_second_stage_of_palavra():
     within(optimized.words, io["stage2_token"], atol=5e-6)
 
 
-def test_training_of_palavra():
+def test_training_of_palavra_equals_the_reference():
     model, io = reference_model("palavra"), io_of("palavra")
     names = model.get_input_embeddings()(io["concept_ids"][:, 1]).detach()
     inputs = {"input_ids": io["prompt_star_ids"], "caption_ids": io["prompt_concept_ids"], "teacher_words": names}
@@ -466,7 +466,7 @@ def test_training_of_palavra():
 
 
 @pytest.mark.parametrize("method", ["searle_oti", "palavra"])
-def test_an_image_is_inverted_once_whatever_stands_beside_it(method, monkeypatch):
+def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
     model, processor = reference_model(method, inversion_steps=5), make_processor(method)
     pictures = [PICTURE, PICTURE.rotate(90), PICTURE.rotate(180)]
     queries = [processor.process_queries([picture], ["is red"]) for picture in pictures]
@@ -496,7 +496,7 @@ def test_an_image_is_inverted_once_whatever_stands_beside_it(method, monkeypatch
             getattr(model, name)(**inputs)
 
 
-def test_optimisation_makes_the_token_say_its_image():
+def test_an_optimised_token_matches_its_image():
     model, processor = reference_model("searle_oti", inversion_steps=60), make_processor("searle_oti")
     batch = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2)
     prompts = batch["prompt_ids"]
@@ -512,7 +512,7 @@ def test_optimisation_makes_the_token_say_its_image():
     assert likeness(words) > likeness(start) + 0.1
 
 
-def test_phrases_take_part():
+def test_phrases_change_the_optimised_token():
     model, processor = reference_model("searle_oti", inversion_steps=4), make_processor("searle_oti")
     batch, io = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2), io_of("searle")
     replaced, phrases = (io[f"oti.{name}_ids"][:2].transpose(0, 1)[:2] for name in ("replaced", "regularised"))
@@ -565,7 +565,7 @@ def test_placeholders_have_the_ids_of_the_real_tokenizers():
     assert tokens["searle"]["a photo of $ that costs $20"].count(259) == 2
 
 
-def test_a_placeholder_in_another_token_is_none():
+def test_a_placeholder_inside_another_token_is_refused():
     with pytest.raises(ValueError, match=r"with a blank or nothing on both sides"):
         make_processor("searle", template="a photo of $, {caption}")
 

@@ -239,7 +239,7 @@ def test_attentions_are_probabilities():
     assert model(**inputs).attentions is None
 
 
-def test_parts_of_a_training_input():
+def test_parts_of_a_training_input_give_parts_of_the_output():
     model, inputs = make_model(), make_inputs()
     queries = model(**query_of(inputs))
     assert queries.query_embeds is not None

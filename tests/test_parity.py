@@ -22,7 +22,7 @@ def close(ours, theirs, quantity):
 
 
 @torch.no_grad()
-def test_backbone_features(backbone):
+def test_backbone_features_equal_the_reference(backbone):
     model, io, inputs = reference_model(backbone), reference_io(backbone), reference_inputs(backbone)
     image = model.get_image_features(inputs["pixel_values"])
     close(image.last_hidden_state, io["image_tokens_ref"], "image_tokens")
@@ -37,7 +37,7 @@ def test_backbone_features(backbone):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("text_padding", "path"), [("transagg", "slow"), ("masked", "bool")])
 @torch.no_grad()
-def test_query_logits_and_loss(backbone, text_padding, path, attention):
+def test_query_logits_and_loss_equal_the_reference(backbone, text_padding, path, attention):
     model, io = reference_model(backbone, text_padding), reference_io(backbone)
     model.set_attn_implementation({"": attention})
     output = model(**reference_inputs(backbone))
@@ -48,7 +48,7 @@ def test_query_logits_and_loss(backbone, text_padding, path, attention):
 
 
 @torch.no_grad()
-def test_fusion_output(backbone):
+def test_fusion_output_equals_the_reference(backbone):
     model, io, inputs = reference_model(backbone), reference_io(backbone), reference_inputs(backbone)
     inputs.pop("target_pixel_values")
     states = model.get_query_features(**inputs, output_hidden_states=True).hidden_states
@@ -56,7 +56,7 @@ def test_fusion_output(backbone):
 
 
 @pytest.mark.parametrize(("text_padding", "prefix"), [("transagg", "grad."), ("masked", "grad_bool.")])
-def test_gradients(backbone, text_padding, prefix):
+def test_gradients_equal_the_reference(backbone, text_padding, prefix):
     model = reference_model(backbone, text_padding)
     model(**reference_inputs(backbone)).loss.backward()
     theirs = {k.removeprefix(prefix): v for k, v in reference_io(backbone).items() if k.startswith(prefix)}
@@ -68,7 +68,7 @@ def test_gradients(backbone, text_padding, prefix):
 
 
 @pytest.mark.parametrize("encoder", ["neither", "text", "both"])
-def test_six_training_steps(backbone, encoder, tmp_path):
+def test_six_training_steps_equal_the_reference(backbone, encoder, tmp_path):
     """Our optimiser groups, schedule and clipping against the reference's trace (dropout off in both)."""
     from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 

@@ -179,7 +179,7 @@ def leave_late(folder):
 
 @pytest.mark.reliability(
     3,
-    "A process that is done leaves when the others are: no launcher ends one amid a write",
+    "A finished process waits for the others, so that no launcher kills one during a write",
     broken=("src/pvlf_hf/commands/arguments.py", "        state.wait_for_everyone()\n", ""),
 )
 def test_processes_wait_for_the_slowest(tmp_path, figure):
@@ -197,7 +197,7 @@ def losses_of(folder, rows, **settings):
 @pytest.mark.reliability(
     3,
     "A last batch too short to share, kept (`dataloader_drop_last=False`): filled with the first rows of the epoch, "
-    "as the losses say, and nobody waits for it in vain",
+    "as the losses show, and no process waits forever",
     broken=(
         "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",

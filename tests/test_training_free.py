@@ -44,7 +44,7 @@ def test_slerp_divides_the_angle_and_stays_in_the_plane(weight):
     torch.testing.assert_close(query.norm(dim=-1), torch.ones(50, dtype=torch.float64))
 
 
-def test_slerp_in_numbers():
+def test_slerp_equals_numbers_computed_by_hand():
     image, text = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     query = COMPOSITIONS["slerp"].compose(image, text, 0.8)
     close(query, torch.tensor([[math.cos(0.8 * math.pi / 2), math.sin(0.8 * math.pi / 2)]]))
@@ -65,7 +65,7 @@ def test_slerp_is_linear_where_the_sine_vanishes():
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-def test_a_composition_has_its_published_weight_unless_told_otherwise():
+def test_a_composition_has_its_published_weight_by_default():
     assert TrainingFreeConfig().composition == "slerp"
     for name, composition in COMPOSITIONS.items():
         assert TrainingFreeConfig(composition=name).composition_weight == composition.default_weight == 0.8
@@ -174,7 +174,7 @@ def test_every_registered_model_loads_as_itself(tmp_path):
             load_model(str(tmp_path / name), "sum")
 
 
-def test_what_is_no_dual_encoder_is_refused_with_a_remedy(pretrained, tmp_path):
+def test_other_models_are_refused_with_a_remedy(pretrained, tmp_path):
     bert = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertModel(bert).save_pretrained(tmp_path / "bert")
     with pytest.raises(

@@ -232,7 +232,7 @@ def test_page_fits_a_phone(browse):
 
 @pytest.mark.reliability(
     5,
-    "What is shown, of the gallery or uploaded, is pixels: no place, no description",
+    "Images that are shown, of the gallery or uploaded, carry no metadata (location, description)",
     broken=(
         "src/pvlf_hf/search/demo_session.py",
         '"WEBP", quality=90)',
@@ -274,7 +274,7 @@ NOT_OURS = [
 
 @pytest.mark.reliability(
     5,
-    "Of files, only images that the demo itself has put there are served, by none of Gradio's routes any other",
+    "Only image files that the demo itself has written are served, by any of Gradio's routes",
     broken=("src/pvlf_hf/search/middleware.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
 )
 def test_only_gallery_images_are_served(url, gallery, figure):
@@ -289,7 +289,7 @@ def test_only_gallery_images_are_served(url, gallery, figure):
 
 @pytest.mark.reliability(
     5,
-    "Uploads, other requests and what a client sends in a minute are bounded, each client by itself",
+    "The size of uploads and other requests and the requests per minute are limited, for each client separately",
     broken=("src/pvlf_hf/search/middleware.py", "if self._is_too_fast(", "if False and self._is_too_fast("),
 )
 def test_requests_are_bounded(url, figure):
@@ -345,7 +345,7 @@ def test_huge_images_are_not_decoded(tmp_path, figure):
 
 @pytest.mark.reliability(
     5,
-    "By default only this machine is served, and no page of another name (DNS rebinding)",
+    "By default only this machine is served, and no page under another host name (DNS rebinding)",
     broken=(
         "src/pvlf_hf/search/web_demo.py",
         "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
