@@ -147,7 +147,7 @@ def operation_errors(name, function, args, kwargs, outs):
         return [
             u * (terms * (y**2 + q) / 3) ** 0.5 if y is not None else y for y, q in zip(outs, squares(), strict=True)
         ]
-    if name in ("sum", "mean", "scatter_add", "index_put", "embedding_dense_backward"):
+    if name in ("sum", "mean", "scatter_add", "index_put", "embedding_dense_backward", "_embedding_bag_forward_only"):
         terms = max(t.numel() for t in tensors) // outs[0].numel() + 2
         return [u * (terms * (outs[0] ** 2 + squares()[0]) / 3) ** 0.5]
     if name == "linalg_vector_norm":

@@ -1,14 +1,17 @@
 """Backbones: each family's embeddings are the library's own, and PVLF stands on any of them."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from datasets import Dataset, Image
 from dual_encoders import FAMILIES, save_dual_encoder, tokenizer_of
+from error_bounds import dot_error, embedding_error, rounding, unit_error
 from numpy.random import default_rng
 from PIL import Image as PILImage
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from pvlf_hf import PVLFModel, PVLFProcessor, cache_features
@@ -26,7 +29,7 @@ def pictures(count, seed=0):
     return [PILImage.fromarray(p) for p in pixels]
 
 
-def close(ours, theirs, tolerance=1e-6):
+def close(ours, theirs, tolerance):
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
 
 
@@ -55,17 +58,24 @@ def test_a_family_takes_an_entry_and_a_short_class():
 
 @torch.no_grad()
 def test_embeddings_are_the_librarys_own(pretrained):
+    """In float64, where only our embeddings' normalisation rounds to float32: so they agree within 1e-6."""
     family, folder, original = pretrained
-    model, processor = PVLFModel.from_vl_pretrained(folder, fusion_heads=4), PVLFProcessor.from_vl_pretrained(folder)
-    inputs = processor(images=pictures(3), text=CAPTIONS)
-    pixels, ids, mask = inputs["pixel_values"], inputs["input_ids"], inputs["attention_mask"]
+    original = copy.deepcopy(original).double()
+    model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4).double()
+    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=pictures(3), text=CAPTIONS)
+    pixels, ids, mask = inputs["pixel_values"].double(), inputs["input_ids"], inputs["attention_mask"]
     image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
+    assert image.dtype == text.dtype == torch.float32
     if family == "blip":  # no get_*_features of its own, but the cosines of images with captions
-        close(image @ text.T, original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score)
+        theirs = original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score
+        close(image.double() @ text.double().T, theirs, 2 * unit_error(32))
         return
     text_inputs = {"input_ids": ids} if family == "siglip" else {"input_ids": ids, "attention_mask": mask}
-    close(image, F.normalize(original.get_image_features(pixels).pooler_output, dim=-1))
-    close(text, F.normalize(original.get_text_features(**text_inputs).pooler_output, dim=-1))
+    theirs = original.get_image_features(pixels), original.get_text_features(**text_inputs)
+    for ours, embeds in zip((image, text), theirs, strict=True):
+        wanted = F.normalize(embeds.pooler_output, dim=-1)
+        error = dot_error(32 // 2 + 4) * wanted.abs()  # under the root half of the norm's roundings remain
+        assert ((ours - wanted).abs() <= error).all() and error.max() < 1e-6
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
 
@@ -86,7 +96,7 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
         assert torch.equal(again(**again_inputs).similarity, model(**inputs).similarity)
         # One query alone, its caption padded to another length, gives what it gives in a batch.
         alone = model.get_query_features(**processor.process_queries(pictures(3)[:1], CAPTIONS[:1])).pooler_output
-        close(alone, model(**inputs).query_embeds[:1], tolerance=1e-5)
+        close(alone, model(**inputs).query_embeds[:1], embedding_error(model, dict(inputs))["query_embeds"])
 
 
 # --- SigLIP ----------------------------------------------------------------------------------------------------------
@@ -96,11 +106,12 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
 def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alone(siglip):
     original, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
-    pixels = processor(images=pictures(2))["pixel_values"]
+    inputs = processor(images=pictures(2), text=CAPTIONS[:2])
+    pixels, error = inputs["pixel_values"], embedding_error(model, dict(inputs))["image_tokens"]
     tokens = model.get_image_features(pixels).last_hidden_state
     hidden, head = original.vision_model(pixels).last_hidden_state, original.vision_model.head
     assert tokens.shape == (2, 1 + 16, 32)
-    close(tokens[:, 0], head(hidden))
+    close(tokens[:, 0], head(hidden), error)
     weights = head.attention(head.probe.repeat(2, 1, 1), hidden, hidden)[1]
     assert weights.max() < 0.5  # it attends to many patches: row 0 is none of them
     for patch in (0, 7, 15):
@@ -109,10 +120,10 @@ def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alon
         keys = attention.in_proj_weight.detach().clone()
         wanted = torch.linalg.pinv(hidden[0]) @ F.one_hot(torch.tensor(patch), 16).float()  # (d,): hidden @ wanted
         query = attention.in_proj_weight[:32] @ head.probe[0, 0]
-        attention.in_proj_weight[32:64] = torch.outer(query, wanted) * 1e4 / query.square().sum()
+        attention.in_proj_weight[32:64] = torch.outer(query, wanted) * 1e6 / query.square().sum()
         weights = attention(head.probe, hidden[:1], hidden[:1], average_attn_weights=False)[1][0, :, 0]  # (heads, m)
-        assert torch.equal(weights.argmax(-1), torch.full((4,), patch)) and weights.max(-1).values.min() > 0.999999
-        close(head(hidden[:1])[0], tokens[0, 1 + patch], tolerance=1e-5)
+        assert torch.equal(weights.argmax(-1), torch.full((4,), patch)) and (weights.max(-1).values == 1).all()
+        close(head(hidden[:1])[0], tokens[0, 1 + patch], error)
         attention.in_proj_weight.copy_(keys)
 
 
@@ -183,8 +194,14 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
     cached, collator = cache_features(model, processor, triplets, tmp_path / "cache", progress=False)
     with torch.no_grad():
-        from_cache = model(**collator(list(cached))).query_embeds  # kept in half precision
-        close(from_cache, model(**PVLFCollator(processor)(list(triplets))).query_embeds, tolerance=1e-3)
+        batch = collator(list(cached))
+        from_cache = model(**batch).query_embeds
+        batch = tree_map(lambda t: t.float() if t.is_floating_point() else t, batch)
+        error = rounding(
+            lambda model, inputs: {"query": model(**inputs).query_embeds}, model, batch, stored=torch.float16
+        )
+        close(from_cache, model(**PVLFCollator(processor)(list(triplets))).query_embeds, error["query"])
+        assert error["query"] < 0.01
 
 
 @torch.no_grad()
@@ -193,4 +210,8 @@ def test_siglip_is_exported_at_its_only_length(siglip):
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
     inputs = processor.process_queries(pictures(3), CAPTIONS)
     exported = export_program(model, "query").module()(**inputs)
-    close(exported, model.get_query_features(**inputs).pooler_output, tolerance=1e-5)
+    close(
+        exported,
+        model.get_query_features(**inputs).pooler_output,
+        embedding_error(model, dict(inputs))["query_embeds"],
+    )

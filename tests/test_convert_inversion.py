@@ -136,7 +136,7 @@ def test_a_file_becomes_a_folder_that_gives_the_references_queries(method, clips
     ids = io["cirr_input_ids" if "cirr_input_ids" in io else "query_input_ids"]
     within(model.get_query_features(io["pixel_values"], ids).pooler_output, query_of(method), atol=2e-6)
     if method in ("pic2word", "context_i2w"):
-        assert model.config.temperature == pytest.approx(tiny_clip(method)[2])
+        assert model.config.temperature == tiny_clip(method)[2]
     with pytest.raises(ValueError, match="is not an empty folder"):
         convert_inversion(file, method, clips(method), tmp_path / "ours", heads)
 

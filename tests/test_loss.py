@@ -112,6 +112,18 @@ def test_extreme_probabilities_stay_finite(gamma, sign):
         assert ((queries.grad.diagonal() - 100 / 4).abs() <= error.queries.diagonal()).all()
 
 
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
+def test_confident_queries_lose_no_digits(gamma):
+    """Given log p in float32, 1 - p is exact: no difference of two numbers near 1."""
+    for logit in (5.0, 8.0, 10.0, 12.0, 14.0):  # 1 - p from 0.02 to 2.5e-6
+        logits = torch.eye(4) / (1 / logit)
+        log_p = logits.log_softmax(dim=1).diagonal().double()
+        truth = (-torch.expm1(log_p)) ** gamma * -log_p
+        loss = focal_info_nce(torch.eye(4), torch.eye(4), temperature=1 / logit, gamma=gamma)
+        # Roundings: expm1 and the power, whose base's error it multiplies; the product; a mean of four.
+        assert loss.item() == pytest.approx(truth.mean().item(), rel=roundoff() * (2 * gamma + 6 + 4))
+
+
 def test_batch_of_one_has_nothing_to_learn():
     queries = unit(1).requires_grad_()
     for gamma in (0.0, 0.5, 2.0):

@@ -19,6 +19,7 @@ from transformers import AutoModel, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from pvlf_hf import ComposedImageRetrievalPipeline, Gallery, PVLFModel
+from pvlf_hf.embeddings.similarity import top_k
 
 TASK = "composed-image-retrieval"
 GALLERY = [draw(row) for row in range(9)]
@@ -76,6 +77,36 @@ def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
         in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of images that are not at hand, only their places
         assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
         assert in_embeds[0].keys() == {"score", "index"}
+
+
+@pytest.mark.reliability(
+    9,
+    "equal images come in gallery order, with one score, wherever they lie in a batch or a matrix",
+    broken=(
+        "src/pvlf_hf/models/pipeline_pvlf.py",
+        "        scores = _scores(_unit_rows(query.to(gallery_embeds.device)), gallery_embeds)  # (batch, n)\n",
+        "        scores = query @ gallery_embeds.float().T\n",
+    ),
+)
+def test_equal_images_come_in_gallery_order(pipe, figure):
+    for query in ASKED:
+        results = pipe(query, gallery=[GALLERY[3]] * 81, top_k=81)
+        assert [result["index"] for result in results] == list(range(81))
+        assert len({result["score"] for result in results}) == 1
+    embeds = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))  # of any norm
+    results = pipe(ASKED, gallery=embeds.repeat(81, 1), top_k=729, batch_size=4)
+    for found in results:
+        order = sorted(found, key=lambda result: (-result["score"], result["index"]))
+        assert order == found and len({result["score"] for result in found}) == 9
+    scores, places = top_k(pipe.model.get_query_features(**first_query(pipe)).pooler_output, embeds, 9)
+    assert [(one["score"], one["index"]) for one in pipe(ASKED[0], gallery=embeds)] == list(
+        zip(scores[0].tolist(), places[0].tolist(), strict=True)
+    )
+    figure(f"81 equal images and {len(ASKED)} queries on 729 rows of 9 kinds: in order, one score a kind")
+
+
+def first_query(pipe):
+    return pipe.processor.process_queries(ASKED[0]["image"], ASKED[0]["text"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -218,7 +249,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
-folder, again, *pictures = sys.argv[1:]
+folder, again, *images = sys.argv[1:]
 try:
     pipeline("composed-image-retrieval", model=folder)
 except ValueError as error:
@@ -229,7 +260,7 @@ results = []
 for place in (folder, again):
     pipe = pipeline(task="composed-image-retrieval", model=place, trust_remote_code=True, gallery=images)
     assert type(pipe).__module__.startswith("transformers_modules."), type(pipe)
-    results.append(pipe({"image": pictures[0], "text": "the same but red"}, top_k=2))
+    results.append(pipe({"image": images[0], "text": "the same but red"}, top_k=2))
     pipe.save_pretrained(again)
 assert type(pipeline(model=folder, trust_remote_code=True)).__name__ == "ComposedImageRetrievalPipeline"
 Path(again, "../results.json").write_text(json.dumps(results))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
+from error_bounds import MEAN_ERROR, roundoff
 from hub_server import serving
 from processes import run_in_processes
 from squares import each_with_each, make_benchmark
@@ -403,10 +404,10 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert rates(make_trainer(tmp_path, **settings)) == pytest.approx(expected, rel=1e-12)
+    assert rates(make_trainer(tmp_path, **settings)) == expected
     cycles = make_trainer(tmp_path, lr_scheduler_kwargs={"num_cycles": 1.0})
     values = rates(cycles)
-    assert values[0] == 1e-4 and values[5] == pytest.approx(1e-6) and values[9] > 0.8e-4
+    assert values[0] == 1e-4 and values[5] == pytest.approx(1e-6, rel=100 * MEAN_ERROR) and values[9] > 0.8e-4
 
 
 @pytest.mark.parametrize(
@@ -470,7 +471,7 @@ def test_passed_optimizers_train(tmp_path):
 def test_logged_learning_rate_is_that_of_the_fusion(finetuning, tmp_path):
     trainer = train(tmp_path, finetuning=finetuning, max_steps=4, encoder_learning_rate=1e-5)
     expected = [1e-4, 8.550178566873411e-05, 5.05e-05, 1.5498214331265904e-05]
-    assert logged(trainer, "learning_rate") == pytest.approx(expected, rel=1e-9)
+    assert logged(trainer, "learning_rate") == pytest.approx(expected, rel=MEAN_ERROR)
     encoders = logged(trainer, "encoder_learning_rate")
     assert (encoders[0], len(encoders)) == (1e-5, 4) if finetuning == "text" else encoders == []
     assert encoders == sorted(encoders, reverse=True)
@@ -487,7 +488,8 @@ def test_settings_that_change_the_losses(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(tmp_path, model=model, optim="sgd", weight_decay=0.0, max_grad_norm=1e-9)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, before[name], atol=1e-9, rtol=0)
+        # Two steps of at most learning rate times norm; each rounds a weight as it is added.
+        torch.testing.assert_close(parameter, before[name], rtol=2 * roundoff(), atol=2 * 1e-4 * 1e-9)
 
 
 def test_unsupported_precision_raises(tmp_path, monkeypatch):
@@ -526,7 +528,7 @@ def test_torch_compile(tmp_path):
     assert not torch._dynamo.utils.counters["stats"]
     compiled = train(tmp_path, torch_compile=True, torch_compile_backend="eager")
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
-    assert logged(compiled) == pytest.approx(plain, rel=1e-5)
+    assert logged(compiled) == plain  # the backend runs the operations as they are
     torch._dynamo.reset()
     plugin = make_trainer(tmp_path, torch_compile_mode="max-autotune").accelerator.state.dynamo_plugin
     assert plugin.mode == "max-autotune"
@@ -635,7 +637,8 @@ def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
 def test_evaluation_reports_its_speed(tmp_path):
     metrics = make_trainer(tmp_path, make_benchmark()).evaluate()
     queries = metrics["eval_samples_per_second"] * metrics["eval_runtime"]
-    assert queries == pytest.approx(len(make_benchmark().queries), rel=0.02)
+    rounded = 0.5e-3 * metrics["eval_runtime"] + 0.5e-4 * metrics["eval_samples_per_second"] + 1e-6
+    assert queries == pytest.approx(len(make_benchmark().queries), rel=0, abs=rounded)  # to 3 and 4 decimals
     several = make_trainer(tmp_path, {"a": make_benchmark(), "b": make_benchmark()})
     assert {"eval_a_recall@1", "eval_b_recall@1", "eval_a_runtime"} <= several.evaluate().keys()
     assert "test_recall@1" in several.evaluate("b", metric_key_prefix="test")

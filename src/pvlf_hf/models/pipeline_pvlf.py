@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from numbers import Integral
 from os import PathLike
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
@@ -93,7 +93,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     @torch.no_grad()
     def embed_gallery(self, images: Sequence[Any], batch_size: int = 64) -> Tensor:
-        """Embed gallery images, to be searched many times.
+        """Embed gallery images, to be searched many times; equal ones once, so that their embeddings are equal.
 
         Args:
             images: the images.
@@ -108,9 +108,19 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if len(images) == 0:
             raise ValueError("the gallery is empty: pass at least one image")
         images = opened(images)
-        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-        pixels = (self.processor.process_targets(batch)["pixel_values"].to(self.device) for batch in batches)
-        return torch.cat([self._embed(target_pixel_values=batch).target_embeds for batch in pixels])
+        known: dict[bytes, int] = {}  # which embedding an image has, by the digest of its pixels
+        rows, embeds = [], []
+        for start in range(0, len(images), batch_size):
+            pixels = self.processor.process_targets(images[start : start + batch_size])["pixel_values"]
+            digests = [sha256(image.numpy().tobytes()).digest() for image in pixels]
+            new = {digest: row for row, digest in enumerate(digests) if digest not in known}
+            known |= {digest: len(known) + number for number, digest in enumerate(new)}
+            rows += [known[digest] for digest in digests]
+            if new:
+                embeds.append(
+                    self._embed(target_pixel_values=pixels[list(new.values())].to(self.device)).target_embeds
+                )
+        return torch.cat(embeds)[rows]
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save model and processor, with the code of this pipeline; the gallery is not saved."""
@@ -124,7 +134,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         forward: dict[str, Any] = {}
         gallery = opened(gallery)
         if gallery is not None:
-            forward["gallery_embeds"] = self._gallery_embeds(gallery)
+            device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
+            forward["gallery_embeds"] = _unit_rows(self._gallery_embeds(gallery).to(device))
         if top_k is not None:
             if not isinstance(top_k, Integral) or top_k < 1:
                 raise ValueError(f"top_k={top_k!r}: pass a whole number of at least 1")
@@ -140,7 +151,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
                     f"gallery is a tensor of shape {tuple(gallery.shape)}; embeddings of this model are (n, {width}), "
                     "from embed_gallery(images)"
                 )
-            return F.normalize(gallery.to(self.device).float(), dim=-1)
+            return gallery
         if hasattr(gallery, "column_names"):
             raise ValueError(
                 f"gallery is a {type(gallery).__name__} with columns {gallery.column_names}: pass its column of "
@@ -165,7 +176,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         # but BLIP's text embedding is the token at position 0.
         tokens = self.processor.process_captions(model_inputs["text"]).to(self.device)
         query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
-        best = (query @ gallery_embeds.T).sort(dim=1, descending=True, stable=True)  # (batch, n)
+        scores = _scores(_unit_rows(query.to(gallery_embeds.device)), gallery_embeds)  # (batch, n)
+        best = scores.sort(dim=1, descending=True, stable=True)
         return {"scores": best.values[:, :top_k], "indices": best.indices[:, :top_k]}
 
     def postprocess(self, model_outputs: dict[str, Tensor], gallery: Any = None) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -179,6 +191,33 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def _embed(self, **inputs: Tensor) -> Any:
         self.model.eval()  # the library leaves a model that has just been trained in train mode
         return self.model(**inputs)
+
+
+def _scores(queries: Tensor, gallery: Tensor) -> Tensor:
+    """Score unit rows in float64, `(c, d)` and `(n, d)`, as float32 `(c, n)` that depend on the two rows alone.
+
+    The last bit of a matrix product depends on where a row lies in the matrix. Where it decides how the product is
+    rounded, halves are added instead, as the package's exact search does.
+    """
+    products, error = queries @ gallery.T, queries.shape[1] * 2.0**-50
+    scores, upper = (products - error).float(), (products + error).float()
+    rows, columns = (scores != upper).nonzero(as_tuple=True)
+    scores[rows, columns] = _sum_halves(queries[rows] * gallery[columns]).float()
+    return scores
+
+
+def _unit_rows(embeds: Tensor) -> Tensor:
+    """Divide the rows `(n, d)` by their norms, in float64."""
+    rows = embeds.double()
+    return rows / _sum_halves(rows * rows).sqrt().clamp(min=1e-12)[:, None]
+
+
+def _sum_halves(rows: Tensor) -> Tensor:
+    """Sum rows `(n, d)` to `(n,)` in an order that depends on `d` alone."""
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = torch.cat([rows[:, :half] + rows[:, half : 2 * half], rows[:, 2 * half :]], dim=1)
+    return rows[:, 0]
 
 
 def _pair(images: Any, text: str | Sequence[str]) -> Any:
