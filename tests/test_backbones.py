@@ -20,6 +20,7 @@ from pvlf_hf.models import backbones_pvlf
 from pvlf_hf.models.backbones_pvlf import DUAL_ENCODERS, MetaClip2DualEncoder, SiglipDualEncoder
 from pvlf_hf.models.configuration_pvlf import BACKBONES
 from pvlf_hf.training.batches import PVLFCollator
+from pvlf_hf.training.feature_cache import accept_cached_features
 
 CAPTIONS = ["the same but Red", "dog", "a face with a hat and no glasses"]
 
@@ -193,6 +194,7 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     columns = {"reference": paths[:3], "caption": CAPTIONS, "target": paths[3:], "target_id": ["a", "b", "c"]}
     triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
     cached, collator = cache_features(model, processor, triplets, tmp_path / "cache", progress=False)
+    accept_cached_features(model)
     with torch.no_grad():
         batch = collator(list(cached))
         from_cache = model(**batch).query_embeds
@@ -204,6 +206,7 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
         assert error["query"] < 0.01
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_siglip_is_exported_at_its_only_length(siglip):
     _, model = siglip

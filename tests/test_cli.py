@@ -154,6 +154,7 @@ def test_shell_completion_works(tmp_path):
 # ---- index and search ----
 
 
+@pytest.mark.slow
 def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path, openvino):
     path, model = tmp_path / "kept", ("--model", models[0])
     assert call("index", photos, *model, "--path", path, "--dtype", "bfloat16").exit_code == 0

@@ -153,6 +153,7 @@ def in_docstrings():
         yield script, [line for text in documented for line in PROGRAM.findall(text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [in_documents, in_docstrings])
 def test_commands_exist_and_take_their_flags(source):
     checked = 0
@@ -244,6 +245,7 @@ def flags_of_the_command_line(*words):
 EXAMPLES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_in_docstrings_run(path, monkeypatch, tmp_path):
     """Runs them in a temporary copy of the root, where they may write to `outputs/`."""
@@ -303,6 +305,7 @@ def test_python_of_the_readme_runs(clone, capsys):
     assert len(ids) == 5 and ids[0].endswith("dark_skin_tone") and (clone / "session.png").exists()
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run(clone, monkeypatch):
     """In order, on the files that the text asks of the user; only the server of the web demo is not started."""
     photos = clone / "photos"

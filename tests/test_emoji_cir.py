@@ -127,6 +127,7 @@ def test_images_of_every_vendor():
     assert set(images["vendor"]) == set(TRAINING_VENDORS)
 
 
+@pytest.mark.slow
 def test_no_training_image_is_in_the_test_gallery(train):
     google = set(load_emoji_pictures([TEST_VENDOR])["picture_id"])
     leaked = set(load_emoji_pictures(keep_leaked=True)["picture_id"]) & google
@@ -138,6 +139,7 @@ def test_no_training_image_is_in_the_test_gallery(train):
         assert set(zip(train["vendor"], train[column], strict=True)) <= allowed
 
 
+@pytest.mark.slow
 def test_training_triplets(train):
     assert len(train) == EXPECTED_COUNTS["train"]
     assert {"reference", "caption", "target", "target_id", "reference_id", "attribute", "vendor"} == set(
@@ -152,6 +154,7 @@ def test_training_triplets(train):
     assert row["reference"].mode == row["target"].mode == "RGBA"
 
 
+@pytest.mark.slow
 def test_no_pair_is_in_two_splits_in_either_direction(train, validation, tiers):
     pairs = emoji_pairs()
     assert {split: len(its) for split, its in pairs.items()} == {"train": 8895, "validation": 1272, "test": 2541}

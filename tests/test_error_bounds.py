@@ -46,6 +46,7 @@ def two_steps(model, inputs):
     return sgd(model, inputs, steps=2, rate=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute", "dtype"), [(embeds, torch.float32), (embeds, torch.bfloat16), (two_steps, torch.float32)]
 )

@@ -386,6 +386,7 @@ def outcomes_of_two(folder):
     return list(outcomes(folder))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     first, second = run_in_processes(2, outcomes_of_two, tmp_path / "together")
     alone = list(outcomes(tmp_path / "alone"))

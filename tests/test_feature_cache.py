@@ -19,7 +19,7 @@ from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.digests import sequence_digest
 from pvlf_hf.embeddings.fingerprints import fingerprint
 from pvlf_hf.training import feature_cache
-from pvlf_hf.training.feature_cache import FeatureCache, cache_features
+from pvlf_hf.training.feature_cache import FeatureCache, accept_cached_features, cache_features
 
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange")
 
@@ -74,10 +74,12 @@ def cached_batch(model, squares, folder, rows, finetuning="frozen"):
     """What the cache gives for some rows, in float32."""
     model.set_finetuning(finetuning)
     known, collate = cache_features(model, make_processor(), squares, folder, progress=False)
+    accept_cached_features(model)
     batch = collate([known[row] for row in rows])
     return tree_map(lambda t: t.float() if t.is_floating_point() else t, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning", ["frozen", "text"])
 def test_cached_training_equals_uncached_within_float16(tiny_model, encoded_images, squares, tmp_path, finetuning):
     plain = train(plain_model(), squares, tmp_path, finetuning)
@@ -99,6 +101,7 @@ def test_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_pat
 def test_cached_tokens_equal_the_encoder_outputs(tiny_model, tiny_processor, squares, tmp_path):
     tiny_model.set_finetuning("frozen")
     known, collate = cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
+    accept_cached_features(tiny_model)
     batch = collate([known[row] for row in (3, 20, 41)])
     rows = [squares[row] for row in (3, 20, 41)]
     inputs = tiny_processor(
@@ -180,7 +183,7 @@ def test_full_disk_keeps_finished_parts(tmp_path, monkeypatch):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # no file may grow beyond 100 bytes
     try:
-        with pytest.raises(OSError, match=r"cannot write \w+\.safetensors in .*/model .*make room there"):
+        with pytest.raises(OSError, match=r"cannot write \w+\.safetensors in .*/model .*free disk space"):
             cache.fill(digests, numbered, 4, "samples", progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

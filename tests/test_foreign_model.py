@@ -173,6 +173,7 @@ print(model.get_query_features(**inputs).pooler_output.tolist(), file=open(sys.a
 """
 
 
+@pytest.mark.slow
 def test_it_is_pushed_and_loaded_with_its_own_class(tmp_path):
     with serving(TOKENS) as hub:
         run(PUBLISH, hub, tmp_path, HF_TOKEN="hf_owner")

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_pictures
-from pvlf_hf.embeddings.embedding_store import made_by
+from pvlf_hf.embeddings.embedding_store import images_made_by, made_by
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.models.image_processing_pvlf import to_rgb
@@ -135,6 +135,7 @@ def test_exact_search_allows_for_half_precision(width):
         assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["faiss", "milvus"])
 def test_a_gallery_searches_alike_with_each_index(build, name, tmp_path, photos):
     for copy in ("zebra", "ant"):  # of the first result, all three with one score
@@ -190,6 +191,7 @@ def test_interrupted_indexing_resumes(build, photos, tiny_model, tmp_path, monke
     assert sorted(file.name for file in path.iterdir()) == ["embeddings.safetensors", "gallery.parquet", "lock"]
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_folder(photos, tiny_processor, tmp_path, caplog):
     """The second waits for the first, says so, and encodes nothing again."""
 
@@ -603,6 +605,7 @@ def test_threads_that_index_with_one_model_restore_its_mode(photos, tiny_process
         torch.testing.assert_close(gallery.embeds, galleries[0].embeds, rtol=0, atol=squares_error()["target_embeds"])
 
 
+@pytest.mark.slow
 def test_two_galleries_share_a_milvus_database(photos, build, tiny_model, tiny_processor, tmp_path):
     options = index_options("milvus", tmp_path)
     first = build(**options)
@@ -743,7 +746,7 @@ def test_a_quantised_model_has_a_gallery_of_its_own(photos, tiny_model, tiny_pro
     small, other = quantise(tiny_model), quantise(make_model(seed=1))
     gallery = Gallery.from_folder(photos, small, tiny_processor, tmp_path / "kept", progress=False)
     assert len(gallery) == 9 and gallery.search(draw(0), TEXT, explain=True).why
-    assert made_by(quantise(tiny_model), tiny_processor) == gallery.made_by  # the same in every process
+    assert images_made_by(quantise(tiny_model), tiny_processor) == gallery.made_by  # the same in every process
     scaled = deepcopy(tiny_model)
     for layer in scaled.modules():
         if isinstance(layer, torch.nn.Linear):

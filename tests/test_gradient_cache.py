@@ -55,6 +55,7 @@ def in_one_piece(model, inputs):
     return model(**inputs, return_loss=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning", FINETUNING)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_caching_equals_the_whole_batch(backbone, finetuning, checkpointing):

@@ -447,6 +447,7 @@ def good_reference(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     4,
     "Pixels, bytes, download time and formats have limits, set by the user and never by a checkpoint; an "

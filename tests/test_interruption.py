@@ -50,6 +50,7 @@ def test_killed_runs_resume_bit_equal(figure):
     figure(f"{summary.split(',')[0]}, all results bit-equal to runs left alone, no unreadable file")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "A finished run that is started again takes no further step",
@@ -308,6 +309,7 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
     return f"{len(WORK)} kinds of work; " + ", ".join(hindrances)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, "
@@ -322,6 +324,7 @@ def test_full_disk_keeps_the_last_checkpoint(disk, tmp_path, squares, tiny_model
     figure(hinder(full, disk, tmp_path, squares, tiny_model, tiny_processor))
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     1,
     "A folder without write permission: an error that names folder and remedy, existing files unchanged",

@@ -728,6 +728,7 @@ def queries(model, inputs):
     return {"query": model.get_query_features(**inputs).pooler_output}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
     root = tmp_path / "checkpoints"

@@ -60,6 +60,7 @@ def embed_error(model, backbone):
     return 2 * max(error["query_embeds"], error["target_embeds"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
 def test_training_moves_only_the_adapter(backbone, squares, tmp_path, tiny_processor):
     plain = base_model(tmp_path / "base", backbone)
@@ -86,6 +87,7 @@ def test_adapter_has_the_learning_rate_of_the_fusion(squares, tmp_path, tiny_pro
         assert rate == (1e-6 if "text_proj" in name else 1e-4), name  # the encoder's own weights keep its rate
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_only_the_adapter_and_resumes(squares, tmp_path, tiny_processor):
     def run(folder, resume=None, **kwargs):
         model = with_lora(base_model(tmp_path / "base"), modules_to_save=["aggregation"])
@@ -128,6 +130,7 @@ def test_adapter_saves_loads_and_merges(backbone, squares, tmp_path, tiny_proces
     assert all(p.requires_grad for p in merged.parameters())  # PEFT had frozen them
 
 
+@pytest.mark.slow
 def test_evaluation_and_gallery_use_the_adapter(squares, tmp_path, tiny_processor):
     model = with_lora(make_model())
     trainer = make_trainer(model, tmp_path / "run", squares, tiny_processor)

@@ -443,6 +443,7 @@ def gradient_error(model, dtype=torch.float32):
     return rounding(gradients, model, make_inputs(model.config.vl_config.model_type, batch=5), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_skipped_outputs_do_not_change_gradients(backbone, residual, attention):

@@ -46,6 +46,7 @@ def plain_loss(queries, targets, temperature, gamma, ids):
     return (-focal * log_p).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     7,
     "The loss and its gradient are those of float64, also for identical, zero and tied embeddings, one query, bf16 "

@@ -160,6 +160,7 @@ def test_equal_images_keep_gallery_order(pipe):
     assert indices in ([*range(0, 80, 2), *range(1, 80, 2)], [*range(1, 80, 2), *range(0, 80, 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placed", ["device_map", "mapping", "offloaded", "bfloat16"])
 def test_pipeline_accepts_device_map_and_dtype(tiny_checkpoint, pipe, placed, tmp_path):
     modules = {"backbone": "cpu", "fusion": "disk", "aggregation": "disk"}

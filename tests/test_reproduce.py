@@ -189,6 +189,7 @@ def test_recipes_may_hold_lists(tmp_path):
 # The cost
 
 
+@pytest.mark.slow
 def test_operations_agree_with_pencil_and_paper(tmp_path):
     model_args, *_ = parse_arguments([str(RECIPES["pvlf-blip-both-combined"]), f"--output_dir={tmp_path}"])
     config = gpu_hours.model_config(model_args).to_json_string()

@@ -96,6 +96,7 @@ np.save(f"{folder}/found.npy", encoder.encode([query]))
     np.testing.assert_allclose(np.load(tmp_path / "found.npy")[0], expected[1], rtol=0, atol=error["query_embeds"])
 
 
+@pytest.mark.slow
 def test_saved_folder_loads_in_both_libraries():
     encoder = SentenceTransformer(str(CARD), trust_remote_code=True, device="cpu")
     expected = plainly(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))

@@ -170,6 +170,7 @@ def test_shards_without_a_column_raise(triplets, tmp_path):
             list(stream_triplets(tmp_path / f"{lost}.tar"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_pass_has_each_row_once_in_another_order(triplets, tmp_path, workers):
     write_shards(triplets, tmp_path / "shards", 6)
@@ -200,6 +201,7 @@ def arguments(folder, **settings):
     return PVLFTrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
     """A pass is less than four steps: it stops in the second and resumes there."""
     write_shards(triplets, tmp_path / "shards", 8)

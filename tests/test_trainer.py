@@ -108,6 +108,7 @@ def test_resumed_run_equals_the_uninterrupted_run(tiny_model, tiny_processor, sq
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_evaluation_selects_the_best_checkpoint(tiny_processor, squares, benchmark, tmp_path):
     args = arguments(
         tmp_path,
@@ -207,6 +208,7 @@ def trained_error(squares, processor, dropout, dtype=torch.float32, stored=None)
     return training_error(model, dict(inputs), 2, 1e-3, dtype, stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_it", ["nothing else", "accumulation", "feature_cache", "bf16"])
 def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_it):
     settings = {
@@ -224,6 +226,7 @@ def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_i
         torch.testing.assert_close(chunked[name], wanted, atol=error[name], rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_does_not_change_training(tiny_processor, squares, tmp_path, monkeypatch):
     """The argument reaches both encoders and the fusion; a layer that is computed again draws the same dropout."""
     inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer

@@ -267,6 +267,7 @@ def order(folder, **settings):
     return [row for batch in collator.batches for row in batch]
 
 
+@pytest.mark.slow
 def test_order_of_rows(tmp_path):
     first = order(tmp_path, seed=1)
     assert first == order(tmp_path, seed=1) != order(tmp_path, seed=2)
@@ -289,6 +290,7 @@ def test_data_loader(tmp_path, squares):
         assert loader.pin_memory and not loader.in_order
 
 
+@pytest.mark.slow
 def test_ignore_data_skip(tmp_path):
     whole = Collator()
     train(tmp_path, max_steps=4, data_collator=whole, save_strategy="steps", save_steps=2)
@@ -346,6 +348,7 @@ def test_enable_jit_checkpoint(tmp_path):
     assert not (checkpoint / "checkpoint-is-incomplete.txt").exists()
 
 
+@pytest.mark.slow
 def test_restored_callbacks(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     settings |= {"metric_for_best_model": "eval_recall@1", "load_best_model_at_end": True}
@@ -477,6 +480,7 @@ def test_logged_learning_rate_is_that_of_the_fusion(finetuning, tmp_path):
     assert encoders == sorted(encoders, reverse=True)
 
 
+@pytest.mark.slow
 def test_settings_that_change_the_losses(tmp_path):
     """The first loss but for bf16 and noise, the later ones with the weights."""
     plain = logged(train(tmp_path, finetuning="text", max_steps=3, learning_rate=1e-2))
@@ -521,6 +525,7 @@ def test_activation_checkpointing(tmp_path):
         assert layer._gradient_checkpointing_func.keywords["determinism_check"] == "none"
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -591,6 +596,7 @@ def test_integrations(tmp_path, monkeypatch):
     assert {name: getattr(told.args, name) for name in own} == own
 
 
+@pytest.mark.slow
 def test_memory_and_debug(tmp_path):
     trainer = train(tmp_path, make_benchmark(), skip_memory_metrics=False)
     assert "train_mem_cpu_alloc_delta" in trainer.state.log_history[-1]
@@ -644,6 +650,7 @@ def test_evaluation_reports_its_speed(tmp_path):
     assert "test_recall@1" in several.evaluate("b", metric_key_prefix="test")
 
 
+@pytest.mark.slow
 def test_best_checkpoint(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
     settings |= {"max_steps": 3}
@@ -702,6 +709,7 @@ def test_plain_training_arguments_raise(tmp_path):
             PVLFTrainer(make_model(), args, Rows(), processing_class=make_processor())
 
 
+@pytest.mark.slow
 def test_model_init_makes_the_model_from_the_seed(tmp_path):
     def model_init():
         return make_model(seed=torch.initial_seed() % 1000)  # the Trainer has set it

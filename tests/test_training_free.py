@@ -272,6 +272,7 @@ save_file(outputs, root / "outputs.safetensors")
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
     (picture,) = pictures(1)
     picture.save(tmp_path / "picture.png")

@@ -31,6 +31,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
 from pvlf_hf.training.batches import PVLFCollator
+from pvlf_hf.training.feature_cache import accept_cached_features
 from pvlf_hf.training.gradient_cache import embed_in_chunks
 
 HERE = Path(__file__).parent
@@ -115,6 +116,7 @@ def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Te
             reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
             features = {"image_tokens": reference, "target_features": target[:, 0]}
             texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            accept_cached_features(model)
             loss = model(**texts, encoder_outputs=features).loss
         elif way.chunk_size:
             output = embed_in_chunks(model, batch, way.chunk_size)

@@ -355,15 +355,19 @@ def fill(model_class: type[ModelT], config: PreTrainedConfig, weights: Tensors) 
     return model.eval()
 
 
+TOKENIZERS: dict[str, tuple[type[BertTokenizer] | type[CLIPTokenizer], str, int]] = {
+    # Salesforce adds [DEC] and [ENC] to BERT's tokens; queries do not use them.
+    "blip": (BertTokenizer, "bert-base-uncased", 2),
+    "clip": (CLIPTokenizer, "openai/clip-vit-base-patch32", 0),
+}
+"""Encoder of a converted file to its tokenizer's class, its usual checkpoint, and the tokens it may lack."""
+
+
 def load_tokenizer(name_or_path: File, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a dual encoder and check that it has its vocabulary."""
     vocab_size = config.text_config.vocab_size
-    tokenizer_class: type[BertTokenizer] | type[CLIPTokenizer]
-    if config.model_type == "blip":
-        tokenizer_class, usual = BertTokenizer, "bert-base-uncased"
-        fewest = vocab_size - 2  # Salesforce adds [DEC] and [ENC] to BERT's tokens; queries do not use them
-    else:
-        tokenizer_class, usual, fewest = CLIPTokenizer, "openai/clip-vit-base-patch32", vocab_size
+    tokenizer_class, usual, added = TOKENIZERS[config.model_type]
+    fewest = vocab_size - added
     try:
         tokenizer = tokenizer_class.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

@@ -133,10 +133,19 @@ class ComposedRetrievalModel(PreTrainedModel):
         return self.config
 
     @property
-    def image_side(self) -> dict[str, nn.Module]:
-        """Modules that embed images, by their name in the model: the image encoder and its projection.
+    def image_config(self) -> PreTrainedConfig:
+        """Part of the configuration that the image side is built from; `encoder_config` unless overridden.
 
-        A gallery depends on these weights and no others.
+        A gallery depends on it, on the weights of `image_side` and on the image processor, and on nothing else: models
+        that agree in these search the same gallery.
+        """
+        return self.encoder_config
+
+    @property
+    def image_side(self) -> dict[str, nn.Module]:
+        """Modules that embed images: the image encoder and its projection.
+
+        Their names are those that all models on the same encoder give them, see `image_config`.
         """
         raise NotImplementedError
 
@@ -181,18 +190,23 @@ class ComposedRetrievalModel(PreTrainedModel):
         query = None
         if pixel_values is not None and input_ids is not None:
             query = self.get_query_features(pixel_values, input_ids, attention_mask, **kwargs)
-        output = self._start_output(query)
+        output = self.start_output(query)
         if target_pixel_values is not None:
             output.target_embeds = self.get_image_features(target_pixel_values).pooler_output
-        return self._compare(output, target_ids, return_loss)
+        return self.compare(output, target_ids, return_loss)
 
-    def _start_output(self, query: QueryOutput | None) -> ComposedRetrievalOutput:
+    def start_output(self, query: QueryOutput | None) -> ComposedRetrievalOutput:
         """Start the output of `forward` from that of `get_query_features`; a subclass hands on more of it."""
         return ComposedRetrievalOutput(query_embeds=None if query is None else query.pooler_output)
 
-    def _compare(
+    def compare(
         self, output: ComposedRetrievalOutput, target_ids: Tensor | None, return_loss: bool | None
     ) -> ComposedRetrievalOutput:
+        """Add similarities and the loss to an output that holds queries and targets.
+
+        Raises:
+            ValueError: if `return_loss` is True without queries or targets.
+        """
         if output.query_embeds is not None and output.target_embeds is not None:
             if return_loss is not False:
                 output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)

@@ -212,50 +212,8 @@ class PVLFModel(PVLFPreTrainedModel):
             attentions=attentions if output_attentions else None,
         )
 
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        target_pixel_values: Tensor | None = None,
-        target_ids: Tensor | None = None,
-        return_loss: bool | None = None,
-        encoder_outputs: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> PVLFOutput:
-        """Embed queries, target images, or both, and compare them by the focal InfoNCE loss.
-
-        Args:
-            pixel_values: `(batch, 3, height, width)`, reference images.
-            input_ids: int64 `(batch, n)`, relative captions.
-            attention_mask: `(batch, n)`, 0 for padding.
-            target_pixel_values: `(targets, 3, height, width)`; for a loss the target of each query, in order.
-            target_ids: int64 `(targets,)`, equal for equal targets, which are then no negatives of each other.
-            return_loss: compare queries with targets; by default whenever there are both. With False the output has
-                no loss and no similarity.
-            encoder_outputs: cached outputs of frozen encoders, in place of their inputs:
-                `image_tokens` `(batch, 1 + m, d)` and `target_features` `(targets, d)`; optionally `text_tokens`
-                `(batch, n, d)` with `text_position` `(batch,)`. See `pvlf_hf.training.feature_cache`.
-            **kwargs: `output_attentions` and `output_hidden_states`, see [`~PVLFModel.get_query_features`], and
-                `return_dict=False` for a tuple.
-
-        Raises:
-            ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.
-        """
-        if encoder_outputs is None:
-            return super().forward(
-                pixel_values, input_ids, attention_mask, target_pixel_values, target_ids, return_loss, **kwargs
-            )
-        if "text_tokens" in encoder_outputs:
-            text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
-        else:
-            text = self.backbone.text_tokens(input_ids, attention_mask)  # type: ignore[arg-type]  # given if not cached
-        output = self._start_output(self.compose(encoder_outputs["image_tokens"], *text, attention_mask))
-        output.target_embeds = normalize(encoder_outputs["target_features"])
-        return self._compare(output, target_ids, return_loss)  # type: ignore[return-value]
-
-    def _start_output(self, query: QueryOutput | None) -> PVLFOutput:
+    def start_output(self, query: QueryOutput | None) -> PVLFOutput:
+        """Start the output of `forward` from that of `get_query_features`."""
         if not isinstance(query, PVLFQueryOutput):
             return PVLFOutput()
         return PVLFOutput(

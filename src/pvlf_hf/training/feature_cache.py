@@ -9,8 +9,8 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from uuid import uuid4
 
@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -31,8 +31,8 @@ from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import id_number, sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalProcessor, unwrap
-from ..models.modeling_pvlf import PVLFModel
+from ..models.interface_pvlf import ComposedRetrievalProcessor, normalize, unwrap
+from ..models.modeling_pvlf import PVLFModel, PVLFOutput
 
 logger = logging.get_logger(__name__)
 
@@ -169,7 +169,7 @@ class FeatureCache:
 
 
 class FeatureCollator:
-    """Makes training batches of cached features, which [`PVLFModel.forward`] takes as `encoder_outputs`.
+    """Makes training batches of cached features, which a model takes after [`accept_cached_features`].
 
     Args:
         processor: tokenizes captions where the text encoder trains.
@@ -208,6 +208,35 @@ class FeatureCollator:
         return batch | {"attention_mask": mask}
 
 
+def accept_cached_features(model: nn.Module) -> None:
+    """Let a model's `forward` take batches of [`FeatureCollator`] beside its own inputs.
+
+    Cached tokens belong to training, not to the model, whose class and checkpoints stay as they are.
+
+    Args:
+        model: a [`PVLFModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
+    """
+    inner = unwrap(model)
+    if "forward" not in vars(inner):
+        inner.forward = MethodType(_forward_of_cached_features, inner)
+
+
+def _forward_of_cached_features(
+    self: PVLFModel, *args: Any, encoder_outputs: dict[str, Tensor] | None = None, **inputs: Any
+) -> PVLFOutput:
+    """Compute what [`PVLFModel.forward`] does, with cached outputs of frozen encoders in place of their inputs."""
+    if encoder_outputs is None:
+        return type(self).forward(self, *args, **inputs)
+    mask = inputs.get("attention_mask")
+    if "text_tokens" in encoder_outputs:
+        text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
+    else:
+        text = self.backbone.text_tokens(inputs["input_ids"], mask)
+    output = self.start_output(self.compose(encoder_outputs["image_tokens"], *text, mask))
+    output.target_embeds = normalize(encoder_outputs["target_features"])
+    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))  # type: ignore[return-value]
+
+
 def cache_features(
     model: PVLFModel,
     processor: ComposedRetrievalProcessor,
@@ -234,7 +263,7 @@ def cache_features(
         OSError: if the disk is full.
     """
     model = unwrap(model)  # type: ignore[assignment]
-    if "encoder_outputs" not in signature(type(model).forward).parameters:
+    if not isinstance(model, PVLFModel):
         raise ValueError(f"{type(model).__name__} takes no cached encoder outputs: train it without feature_cache")
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
@@ -291,4 +320,4 @@ def cache_features(
     return known, FeatureCollator(processor, images, texts)
 
 
-__all__ = ["FeatureCache", "FeatureCollator", "cache_features"]
+__all__ = ["FeatureCache", "FeatureCollator", "accept_cached_features", "cache_features"]

@@ -27,7 +27,7 @@ from .atomic_checkpoints import AtomicCheckpointsMixin, checkpoint_to_resume, ho
 from .batches import OneValueBatchSampler, PVLFCollator
 from .cpu_dropout import fast_cpu_dropout
 from .data_checks import check_batch_size, check_eval_dataset, check_train_dataset, describe_nonfinite_loss
-from .feature_cache import FeatureCollator, cache_features
+from .feature_cache import FeatureCollator, accept_cached_features, cache_features
 from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
 from .hub import HubMixin, has_adapter
@@ -149,6 +149,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train the final model, which `model_init` has made by now, on a CPU with faster dropout."""
         model: Any = self.model
+        if isinstance(self.data_collator, FeatureCollator):
+            accept_cached_features(model)
         with fast_cpu_dropout(model) if self.args.device.type == "cpu" else nullcontext():
             return super()._inner_training_loop(*args, **kwargs)
 
