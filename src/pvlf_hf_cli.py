@@ -143,6 +143,9 @@ def index(
 
     Run it again after an interruption or when images changed: only new images are encoded, deleted ones are dropped.
     Images that cannot be read are skipped, listed and counted.
+
+    Any model on the same image encoder searches the index, however it composes queries. With another image encoder
+    the new index is built beside the old one, which serves until it is complete.
     """
     from pvlf_hf.commands import gallery
 
@@ -176,7 +179,7 @@ def search(
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
     three = parse_weights(weights)
-    if not (index / INDEX).is_file():
+    if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.old").is_dir():  # amid a replacement
         raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
     from pvlf_hf.commands import gallery
 

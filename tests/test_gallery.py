@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import load_emoji_pictures
-from pvlf_hf.embeddings.embedding_store import made_by
+from pvlf_hf.embeddings.embedding_store import images_made_by, made_by
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.models.image_processing_pvlf import to_rgb
@@ -743,7 +743,7 @@ def test_a_quantised_model_has_a_gallery_of_its_own(photos, tiny_model, tiny_pro
     small, other = quantise(tiny_model), quantise(make_model(seed=1))
     gallery = Gallery.from_folder(photos, small, tiny_processor, tmp_path / "kept", progress=False)
     assert len(gallery) == 9 and gallery.search(draw(0), TEXT, explain=True).why
-    assert made_by(quantise(tiny_model), tiny_processor) == gallery.made_by  # the same in every process
+    assert images_made_by(quantise(tiny_model), tiny_processor) == gallery.made_by  # the same in every process
     scaled = deepcopy(tiny_model)
     for layer in scaled.modules():
         if isinstance(layer, torch.nn.Linear):

@@ -56,6 +56,8 @@ FOLDERS = {
         "image_folder",
         "indexing",
         "gallery_files",
+        "replacement",
+        "building",
         "previews",
         "result",
         "gallery",

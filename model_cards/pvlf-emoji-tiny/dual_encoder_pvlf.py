@@ -124,6 +124,11 @@ class DualEncoderModel(ComposedRetrievalModel):
         return self.config.vl_config
 
     @property
+    def image_config(self) -> PreTrainedConfig:
+        """The image encoder's configuration, see [`ComposedRetrievalModel.image_config`]."""
+        return self.config.vl_config.vision_config
+
+    @property
     def image_side(self) -> dict[str, nn.Module]:
         """Modules that embed images, see [`ComposedRetrievalModel.image_side`]."""
         return {name: getattr(self.backbone, name) for name in self.backbone.vision_modules}

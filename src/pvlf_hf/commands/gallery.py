@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
-from ..embeddings.embedding_store import EmbeddingStore, made_by
+from ..embeddings.embedding_store import images_made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
-from ..search.gallery_files import TABLE, is_gallery
+from ..search.gallery_files import TABLE, check_encoder, is_gallery, kept_provenance
 from ..search.query import Explanation, Weights
+from ..search.replacement import finish_replacement
 from ..search.result import SearchResult
 from ..search.results_page import search_page
 from .output import print_json
@@ -38,12 +39,13 @@ def index(
     composition: str | None = None,
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
-    known = set(pq.read_table(path / TABLE)["digest"].to_pylist()) if is_gallery(path) else set()
+    finish_replacement(path)
     encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype, composition)
+    known = indexed_digests(path, encoder, processor)
     if openvino:
         encode_by_openvino(encoder)
     options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
-    gallery = Gallery.from_folder(folder, encoder, processor, path=path, **options)
+    gallery = Gallery.from_folder(folder, encoder, processor, path=path, replace=True, **options)
     new = len({*gallery.digests} - known)
     if as_json:
         print_json(path=str(path), pictures=len(gallery), new=new, skipped=gallery.skipped)
@@ -111,16 +113,28 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
 def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
     """Open an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
     if images is None:
-        cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{made_by(model, processor)['fingerprint'][:16]}"
+        cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{images_made_by(model, processor)['fingerprint'][:16]}"
         return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
+    finish_replacement(images)
     if is_gallery(images):
         return Gallery.load(images, model, processor)
     return Gallery.from_folder(images, model, processor)
 
 
+def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:
+    """Return the digests of the images that an index holds embeddings of by this model's image encoder."""
+    if not is_gallery(path):
+        return set()
+    try:
+        check_encoder(path, model, processor)
+    except ValueError:
+        return set()
+    return set(pq.read_table(path / TABLE, columns=["digest"])["digest"].to_pylist())
+
+
 def index_dtype(path: Path) -> str:
     """Return the dtype that the embeddings of an index were computed in, `"auto"` where there is no index yet."""
-    provenance = EmbeddingStore(path).model
+    provenance = kept_provenance(path)
     return provenance["dtype"] if provenance else "auto"
 
 

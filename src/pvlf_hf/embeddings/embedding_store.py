@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..atomic_files import locked, whole
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .fingerprints import fingerprint, image_settings, own_settings, text_settings
+from .fingerprints import fingerprint, image_fingerprint, image_settings, own_settings, text_settings
 
 Key = tuple[Any, ...]
 """Key of a row: `(image_id,)` or `(reference_id, caption)`; what the method ignores is dropped."""
@@ -47,7 +47,7 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        models = {file: _read_header(file) for file in sorted(self.folder.glob("*.safetensors"))}
+        models = read_provenance(self.folder)
         self.model: dict[str, str] | None = next(iter(models.values()), None)
         """`fingerprint` and `dtype` of the model that made the embeddings; None in an empty folder."""
         if other := [file for file, model in models.items() if model != self.model]:
@@ -145,6 +145,23 @@ def made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor
     return {"fingerprint": fingerprint([model], model, settings), "dtype": dtype_of(model)}
 
 
+def images_made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:
+    """Return the provenance of embeddings of images alone, which any model on the same image encoder shares.
+
+    Beside `fingerprint` ([`image_fingerprint`]) and `dtype`, `covers` tells it from that of a whole model.
+    """
+    return {"fingerprint": image_fingerprint(model, processor), "dtype": dtype_of(model), "covers": "images"}
+
+
+def read_provenance(folder: Path) -> dict[Path, dict[str, str]]:
+    """Read the provenance of every file of embeddings in a folder.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    return {file: _read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def dtype_of(model: ComposedRetrievalModel) -> str:
     """Return the dtype that the model computes in: `"float32"`, `"bfloat16"` (also under autocast), ..."""
     weight = next(model.parameters())
@@ -157,11 +174,13 @@ def _read_header(file: Path) -> dict[str, str]:
     """Read the provenance of a file's embeddings."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.metadata()[name] for name in ("fingerprint", "dtype")}
+            metadata = opened.metadata()
+            covers = {"covers": metadata["covers"]} if "covers" in metadata else {}
+            return {name: metadata[name] for name in ("fingerprint", "dtype")} | covers
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged or was not written by pvlf_hf ({error}): delete it, its part is encoded again"
         ) from error
 
 
-__all__ = ["EmbeddingStore", "made_by"]
+__all__ = ["EmbeddingStore", "images_made_by", "made_by", "read_provenance"]

@@ -44,21 +44,45 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
     Raises:
         ValueError: if a module's state holds an object of an unknown type.
     """
-    device = model.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # Saving and loading a config drops or adds these keys; the weights below carry their own dtype.
-    lost = ["dtype", "transformers_version", "_name_or_path"]
-    if model.encoder_config is model.config:  # which names the file of the model's code
-        lost += ["architectures", "auto_map", "custom_pipelines"]
-    config = json.loads(model.encoder_config.to_json_string(use_diff=False))
-    for part in (config, *config.values()):
-        for name in lost if isinstance(part, dict) else ():
-            part.pop(name, None)
-    parts: list[bytes | str] = [json.dumps(config, sort_keys=True), str(autocast), preprocessing]
+    parts: list[bytes | str] = [_settings_of(model.encoder_config, model), _autocast(model), preprocessing]
     for module in modules:
         for name, value in module.state_dict().items():
             parts += _state_parts(name, value)
     return sequence_digest(*parts)
+
+
+def image_fingerprint(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> str:
+    """Return a digest of all that embeddings of images depend on beside the images, and of nothing else.
+
+    It covers the image encoder and its projection (configuration and weights), autocast and the image processor. What
+    composes queries is left out, so that models of different classes on one encoder have the same.
+
+    Raises:
+        ValueError: if a module's state holds an object of an unknown type.
+    """
+    parts: list[bytes | str] = [_settings_of(model.image_config, model), _autocast(model), image_settings(processor)]
+    for name, module in sorted(model.image_side.items()):
+        for key, value in module.state_dict().items():
+            parts += _state_parts(f"{name}.{key}", value)
+    return sequence_digest(*parts)
+
+
+def _settings_of(config: PreTrainedConfig, model: ComposedRetrievalModel) -> str:
+    """Return what a part of the model's configuration says, as JSON."""
+    # Saving and loading a config drops or adds these keys; the weights carry their own dtype.
+    lost = ["dtype", "transformers_version", "_name_or_path"]
+    if config is model.config:  # which names the file of the model's code
+        lost += ["architectures", "auto_map", "custom_pipelines"]
+    settings = json.loads(config.to_json_string(use_diff=False))
+    for part in (settings, *settings.values()):
+        for name in lost if isinstance(part, dict) else ():
+            part.pop(name, None)
+    return json.dumps(settings, sort_keys=True)
+
+
+def _autocast(model: ComposedRetrievalModel) -> str:
+    device = model.device.type
+    return str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
 
 def own_settings(model: ComposedRetrievalModel) -> str:
@@ -114,4 +138,4 @@ def _raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-__all__ = ["fingerprint", "image_digests", "image_settings", "own_settings", "text_settings"]
+__all__ = ["fingerprint", "image_digests", "image_fingerprint", "image_settings", "own_settings", "text_settings"]

@@ -133,10 +133,19 @@ class ComposedRetrievalModel(PreTrainedModel):
         return self.config
 
     @property
-    def image_side(self) -> dict[str, nn.Module]:
-        """Modules that embed images, by their name in the model: the image encoder and its projection.
+    def image_config(self) -> PreTrainedConfig:
+        """Part of the configuration that the image side is built from; `encoder_config` unless overridden.
 
-        A gallery depends on these weights and no others.
+        A gallery depends on it, on the weights of `image_side` and on the image processor, and on nothing else: models
+        that agree in these search the same gallery.
+        """
+        return self.encoder_config
+
+    @property
+    def image_side(self) -> dict[str, nn.Module]:
+        """Modules that embed images: the image encoder and its projection.
+
+        Their names are those that all models on the same encoder give them, see `image_config`.
         """
         raise NotImplementedError
 

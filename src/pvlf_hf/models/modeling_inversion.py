@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
@@ -130,6 +130,11 @@ class InversionModel(ComposedRetrievalModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the text encoder's token embeddings."""
         self.backbone.text_model.set_input_embeddings(value)
+
+    @property
+    def image_config(self) -> PreTrainedConfig:
+        """The image encoder's configuration, see [`ComposedRetrievalModel.image_config`]."""
+        return self.config.vl_config.vision_config
 
     @property
     def image_side(self) -> dict[str, nn.Module]:

@@ -13,9 +13,7 @@ Example:
     ```
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -29,26 +27,25 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
 
-from ..atomic_files import locked
 from ..data.benchmark import check_columns
 from ..digests import sequence_digest
-from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.similarity import top_k
 from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .building import build_gallery, open_database, save_gallery
 from .gallery_files import (
     GalleryTable,
+    check_encoder,
     download_gallery,
     gallery_id_of,
-    new_gallery_id,
     read_gallery,
     upload_gallery,
-    write_gallery,
 )
 from .image_folder import find_images
-from .indexing import PART, DecodeOptions, IncrementalIndexer, as_dataset, least_side, open_cell, report
+from .indexing import DecodeOptions, as_dataset, open_cell
 from .previews import blank
 from .query import FUSION, Query, Weights, check_positive, encode_query
+from .replacement import finish_replacement
 from .result import SearchResult
 from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
 
@@ -67,7 +64,8 @@ class Gallery:
         digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
         embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
         skipped: id of every image that could not be read, and why.
-        made_by: `fingerprint` and `dtype` of model and processor, as [`EmbeddingStore`] states them.
+        made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
+            model on the same image encoder, projection and preprocessing searches the gallery.
     """
 
     def __init__(
@@ -115,7 +113,10 @@ class Gallery:
             include_hidden: also embed images in hidden folders (`.thumbnails`) and system folders (`@eaDir`,
                 `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it a warning counts them.
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
-                much larger than the model sees at reduced size: faster, for nearly the same embeddings; `index`,
+                much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
+                (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
+                `path + ".new"`, and put it in its place at the end: until then that one serves, and a kill leaves it
+                and what was built; `index`,
                 `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
                 .db, or a cluster's URL), see `pvlf_hf.search.vector_index`.
 
@@ -199,51 +200,12 @@ class Gallery:
         return cls._build(dataset, model, processor, path, **options)
 
     @classmethod
-    def _build(
-        cls,
-        dataset: Dataset,
-        model: ComposedRetrievalModel,
-        processor: ComposedRetrievalProcessor,
-        path: str | Path | None = None,
-        skipped: dict[str, str] | None = None,
-        batch_size: int = 64,
-        progress: bool = True,
-        draft: bool = False,
-        index: IndexName = "exact",
-        uri: str | None = None,
-    ) -> "Gallery":
-        """Embed `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read."""
-        check_index(index, uri)
-        batch_size = check_positive("batch_size", batch_size)
-        ids = [str(image_id) for image_id in dataset["image_id"][:]]
-        if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
-            raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
-        mode = getattr(dataset.features["image"], "mode", None)
-        sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
-        is_main = PartialState().is_main_process
-        # Waits for another process that writes to the same folder, and then reuses its embeddings.
-        with ExitStack() as on_error, locked(Path(path)) if path and is_main else nullcontext():
-            PartialState().wait_for_everyone()
-            provenance = EmbeddingStore(path).claim(model, processor) if path else made_by(model, processor)
-            client = _client(index, uri, provenance)  # fails before any image is encoded
-            on_error.callback(_close, client)
-            options = DecodeOptions(mode, least_side(processor) if draft else None)
-            indexer = IncrementalIndexer(sources, options, Path(path) if path else None, provenance)
-            indexer.run(model, processor, batch_size, progress)
-            reasons = [indexer.bad.get(digest) for digest in indexer.digests]
-            skipped = {**(skipped or {}), **{ids[row]: why for row, why in enumerate(reasons) if why is not None}}
-            kept = [row for row, why in enumerate(reasons) if why is None]
-            report(skipped, len(kept) + len(skipped))
-            sources = sources.select(kept)
-            paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
-            table = GalleryTable([ids[row] for row in kept], paths, [indexer.digests[row] for row in kept])
-            embeds = indexer.take(table.digest)
-            gallery = cls(table, embeds, provenance, model, processor, index, uri, sources, skipped, None, client)
-            if path:
-                gallery.save(path)
-                gallery._gallery_id = gallery_id_of(Path(path))
-            on_error.pop_all()
-        return gallery
+    def _build(cls, dataset: Dataset, *arguments: Any, **options: Any) -> "Gallery":
+        """Embed `image` of a dataset, named by `image_id`; arguments as [`build_gallery`]."""
+        model, processor = arguments[:2]
+        index, uri = options.get("index", "exact"), options.get("uri")
+        made = build_gallery(dataset, *arguments, **options)
+        return cls(made.table, made.embeds, made.made_by, model, processor, index, uri, *made[3:])
 
     @classmethod
     def load(
@@ -262,9 +224,10 @@ class Gallery:
         """
         path = Path(path)
         check_index(index, uri)
+        finish_replacement(path)
         table, embeds = read_gallery(path)
-        provenance = EmbeddingStore(path).claim(model, processor)
-        client = _client(index, uri, provenance)
+        provenance = check_encoder(path, model, processor)
+        client = open_database(index, uri, provenance)
         gallery_id = gallery_id_of(path)
         return cls(table, embeds, provenance, model, processor, index, uri, gallery_id=gallery_id, client=client)
 
@@ -274,16 +237,8 @@ class Gallery:
         Raises:
             ValueError: if the folder holds embeddings of another model.
         """
-        path = Path(path)
-        if EmbeddingStore(path).model not in (None, self.made_by):
-            raise ValueError(f"{path} holds embeddings of another model or processor: choose another folder")
-        state = PartialState()
-        if state.is_main_process:
-            gallery_id = gallery_id_of(path) or new_gallery_id()
-            write_gallery(path, self._table, self.embeds, self.made_by, gallery_id)
-            for part in path.glob(f"*{PART}*"):  # half-written parts, too
-                part.unlink()
-        state.wait_for_everyone()
+        check_encoder(Path(path), self.model, self.processor, self.made_by)
+        save_gallery(Path(path), self._table, self.embeds, self.made_by)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> CommitInfo:
         """Upload embeddings, ids, digests and web URLs as a dataset; images and paths of files stay here.
@@ -430,18 +385,6 @@ class Gallery:
 
     def __repr__(self) -> str:
         return f"Gallery({len(self)} images, {len(self.skipped)} skipped, index={self.index_name!r})"
-
-
-def _client(index: IndexName, uri: str | None, provenance: dict[str, str]) -> Any:
-    """Connect to the database of an index, if it needs one; the main process searches."""
-    if index != "milvus" or not PartialState().is_main_process:
-        return None
-    return connect(str(uri), provenance["fingerprint"])
-
-
-def _close(client: Any) -> None:
-    if client is not None:
-        client.close()
 
 
 __all__ = ["Gallery"]

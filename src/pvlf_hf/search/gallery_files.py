@@ -11,7 +11,8 @@ from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from torch import Tensor
 
 from ..atomic_files import whole
-from ..embeddings.embedding_store import read_rows, write_rows
+from ..embeddings.embedding_store import images_made_by, made_by, read_provenance, read_rows, write_rows
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .indexing import EMBEDDINGS
 
 TABLE = "gallery.parquet"
@@ -35,11 +36,55 @@ def is_gallery(folder: Path) -> bool:
     return (folder / TABLE).is_file()
 
 
+def check_encoder(
+    folder: Path,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
+    provenance: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Check that what a folder holds was embedded by the image encoder of a model, and return its provenance.
+
+    Args:
+        folder: of a gallery, or of one that is to be.
+        model: any model on the image encoder, projection and preprocessing that made the embeddings.
+        processor: of the model.
+        provenance: of the model ([`images_made_by`]), where it is known.
+
+    Raises:
+        ValueError: if another image encoder or preprocessing made them, or the model has another dtype.
+    """
+    provenance = provenance or images_made_by(model, processor)
+    others = [kept for kept in read_provenance(folder).values() if kept != provenance]
+    if any("covers" not in kept for kept in others):  # version 0.1 wrote the fingerprint of the whole model
+        whole = made_by(model, processor)
+        others = [kept for kept in others if kept != whole]
+    if not others:
+        return provenance
+    kept, now = others[0]["dtype"], provenance["dtype"]
+    same = f", or of it in {kept} (it is in {now} now: try --dtype {kept})" if kept != now else ""
+    early = (
+        "; an index of version 0.1 is opened to all models on its image encoder by `pvlf-hf index` with the model "
+        "that made it, which encodes nothing again"
+    )
+    raise ValueError(
+        f"{folder} holds embeddings of another model or processor{same}, which must not be mixed: its image encoder, "
+        "projection or preprocessing is another, and what composes the queries makes no difference. Index the images "
+        f"again by `pvlf-hf index PHOTOS --model NEW --path {folder}`, which builds the new index beside this one "
+        "while it serves and then puts it in its place (replace=True in Python), or choose another folder"
+        f"{'' if 'covers' in others[0] else early}"
+    )
+
+
+def kept_provenance(folder: Path) -> dict[str, str] | None:
+    """Return the provenance of the embeddings of a gallery, None where there is none yet."""
+    return next(iter(read_provenance(folder).values()), None)
+
+
 def write_gallery(
-    folder: Path, table: GalleryTable, embeds: Tensor, made_by: dict[str, str], gallery_id: str | None = None
+    folder: Path, table: GalleryTable, embeds: Tensor, provenance: dict[str, str], gallery_id: str | None = None
 ) -> None:
     """Write embeddings and table, each file atomically."""
-    write_rows(folder / EMBEDDINGS, [(digest,) for digest in table.digest], embeds, made_by)
+    write_rows(folder / EMBEDDINGS, [(digest,) for digest in table.digest], embeds, provenance)
     columns = {name: pa.array(values, pa.string()) for name, values in table._asdict().items()}
     metadata = {GALLERY_ID: gallery_id} if gallery_id else None
     with whole(folder / TABLE) as partial:
@@ -81,14 +126,14 @@ def upload_gallery(
     repo_id: str,
     table: GalleryTable,
     embeds: Tensor,
-    made_by: dict[str, str],
+    provenance: dict[str, str],
     private: bool | None = None,
     token: str | None = None,
 ) -> CommitInfo:
     """Upload embeddings and table as a dataset, paths of files left out."""
     table = table._replace(path=[path if path and path.startswith(WEB) else None for path in table.path])
     with TemporaryDirectory() as folder:
-        write_gallery(Path(folder), table, embeds, made_by)
+        write_gallery(Path(folder), table, embeds, provenance)
         api = HfApi(token=token)
         api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         message = f"Gallery of {len(table.id)} images"
@@ -112,4 +157,13 @@ def download_gallery(repo_id: str, revision: str | None = None, token: str | Non
     return folder
 
 
-__all__ = ["GalleryTable", "download_gallery", "gallery_id_of", "is_gallery", "read_gallery", "upload_gallery"]
+__all__ = [
+    "GalleryTable",
+    "check_encoder",
+    "download_gallery",
+    "gallery_id_of",
+    "is_gallery",
+    "kept_provenance",
+    "read_gallery",
+    "upload_gallery",
+]

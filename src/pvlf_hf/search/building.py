@@ -1,0 +1,109 @@
+"""Builds a gallery: embeds the images of a dataset, keeps the work in a folder, and puts it in place at the end."""
+
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from datasets import Dataset, Image
+from torch import Tensor
+
+from ..embeddings.embedding_store import images_made_by
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .gallery_files import GalleryTable, gallery_id_of, new_gallery_id, write_gallery
+from .indexing import PART, DecodeOptions, IncrementalIndexer, least_side, report
+from .query import check_positive
+from .replacement import locked_gallery, place_to_build, put_in_place
+from .vector_index import IndexName, check_index, connect
+
+
+class BuiltGallery(NamedTuple):
+    """All that a [`Gallery`] is made of beside model and processor."""
+
+    table: GalleryTable
+    embeds: Tensor
+    made_by: dict[str, str]
+    sources: Dataset
+    skipped: dict[str, str]
+    gallery_id: str | None
+    client: Any
+
+
+def build_gallery(
+    dataset: Dataset,
+    model: ComposedRetrievalModel,
+    processor: ComposedRetrievalProcessor,
+    path: str | Path | None = None,
+    skipped: dict[str, str] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    draft: bool = False,
+    replace: bool = False,
+    index: IndexName = "exact",
+    uri: str | None = None,
+) -> BuiltGallery:
+    """Embed `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read.
+
+    Other arguments and errors are those of [`Gallery.from_folder`].
+    """
+    check_index(index, uri)
+    batch_size = check_positive("batch_size", batch_size)
+    ids = [str(image_id) for image_id in dataset["image_id"][:]]
+    if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
+    mode = getattr(dataset.features["image"], "mode", None)
+    sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
+    home, state = Path(path) if path else None, PartialState()
+    # Waits for another process that writes to the same folder, and then reuses its embeddings.
+    with ExitStack() as on_error, locked_gallery(home) if home and state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        provenance = images_made_by(model, processor)
+        place = home and place_to_build(home, model, processor, provenance, replace)
+        client = open_database(index, uri, provenance)  # fails before any image is encoded
+        on_error.callback(_close, client)
+        options = DecodeOptions(mode, least_side(processor) if draft else None)
+        indexer = IncrementalIndexer(sources, options, place, provenance)
+        indexer.run(model, processor, batch_size, progress)
+        reasons = [indexer.bad.get(digest) for digest in indexer.digests]
+        skipped = {**(skipped or {}), **{ids[row]: why for row, why in enumerate(reasons) if why is not None}}
+        kept = [row for row, why in enumerate(reasons) if why is None]
+        report(skipped, len(kept) + len(skipped))
+        sources = sources.select(kept)
+        paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
+        table = GalleryTable([ids[row] for row in kept], paths, [indexer.digests[row] for row in kept])
+        embeds = indexer.take(table.digest)
+        gallery_id = None
+        if home and place:
+            save_gallery(place, table, embeds, provenance)
+            if place != home and state.is_main_process:
+                put_in_place(home)
+            state.wait_for_everyone()
+            gallery_id = gallery_id_of(home)
+        on_error.pop_all()
+    return BuiltGallery(table, embeds, provenance, sources, skipped, gallery_id, client)
+
+
+def save_gallery(folder: Path, table: GalleryTable, embeds: Tensor, provenance: dict[str, str]) -> None:
+    """Write the two files of a gallery, and remove what an interruption left."""
+    state = PartialState()
+    if state.is_main_process:
+        write_gallery(folder, table, embeds, provenance, gallery_id_of(folder) or new_gallery_id())
+        for part in folder.glob(f"*{PART}*"):  # half-written parts, too
+            part.unlink()
+    state.wait_for_everyone()
+
+
+def open_database(index: IndexName, uri: str | None, provenance: dict[str, str]) -> Any:
+    """Connect to the database of an index, if it needs one; the main process searches."""
+    if index != "milvus" or not PartialState().is_main_process:
+        return None
+    return connect(str(uri), provenance["fingerprint"])
+
+
+def _close(client: Any) -> None:
+    if client is not None:
+        client.close()
+
+
+__all__ = ["BuiltGallery", "build_gallery", "open_database", "save_gallery"]

@@ -1,0 +1,287 @@
+"""An index belongs to the image side: whatever composes queries searches it, and another encoder replaces it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from dual_encoders import FAMILIES, save_dual_encoder
+from safetensors.torch import load_file, save_file
+from squares import COLOURS, draw, each_with_each
+from test_gallery import counting
+from typer.testing import CliRunner
+
+from pvlf_hf import (
+    Gallery,
+    InversionModel,
+    InversionProcessor,
+    PVLFModel,
+    PVLFProcessor,
+    PVLFTrainer,
+    PVLFTrainingArguments,
+)
+from pvlf_hf.checkpoints.loading import load_model
+from pvlf_hf.embeddings.embedding_store import images_made_by, made_by, read_provenance
+from pvlf_hf.search import replacement
+from pvlf_hf.search.indexing import EMBEDDINGS
+from pvlf_hf_cli import app
+
+TEXT = "the same but red"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for row, colour in enumerate(COLOURS):
+        draw(row).save(folder / f"{colour}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    save_dual_encoder("clip", folder)
+    return folder
+
+
+@pytest.fixture
+def index(photos, clip, tmp_path):
+    """An index that a training-free model made."""
+    Gallery.from_folder(photos, *load_model(str(clip)), path=tmp_path / "index", progress=False)
+    return tmp_path / "index"
+
+
+def train(checkpoint, folder, finetuning):
+    """PVLF after three steps on a pretrained encoder, and its processor, as they are loaded again."""
+    (folder / "squares").mkdir(parents=True)
+    triplets = each_with_each(folder / "squares", COLOURS[:4], lambda _, target: f"but {target}")
+    args = PVLFTrainingArguments(
+        str(folder / "run"),
+        finetuning=finetuning,
+        learning_rate=0.01,
+        encoder_learning_rate=0.01,
+        max_steps=3,
+        save_steps=3,
+        per_device_train_batch_size=6,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    model = PVLFModel.from_vl_pretrained(checkpoint, fusion_heads=4, fusion_ffn_size=40, num_prompts=2)
+    processor = PVLFProcessor.from_vl_pretrained(checkpoint)
+    PVLFTrainer(model, args, triplets, processing_class=processor).train()
+    return load_model(str(folder / "run" / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pvlf_trained_in_mode_text_searches_the_old_index(family, photos, tmp_path):
+    save_dual_encoder(family, tmp_path / "pretrained")
+    plain = load_model(str(tmp_path / "pretrained"))
+    old = Gallery.from_folder(photos, *plain, path=tmp_path / "index", progress=False)
+    trained, processor = train(tmp_path / "pretrained", tmp_path, "text")
+    moved = {
+        name.split(".")[1]
+        for name, weights in plain[0].named_parameters()
+        if not torch.equal(weights, trained.state_dict()[name])
+    }
+    assert moved and moved <= {*trained.text_side} and made_by(*plain) != made_by(trained, processor)
+    opened = Gallery.load(tmp_path / "index", trained, processor)
+    anew = Gallery.from_folder(photos, trained, processor, progress=False)
+    assert opened.embeds.equal(anew.embeds) and opened.embeds.equal(old.embeds) and opened.ids == anew.ids
+    query = opened.query(draw(0), TEXT)
+    assert anew.search(query=query).scores == opened.search(draw(0), TEXT).scores  # queries are exchanged, too
+    assert not torch.equal(query.fused, old.query(draw(0), TEXT).fused)
+    with counting(trained) as counts:
+        Gallery.from_folder(photos, trained, processor, path=tmp_path / "index", progress=False)
+    assert counts == [0]
+
+
+def test_other_compositions_towers_and_inversions_search_the_same_index(index, clip, photos, tmp_path):
+    expected = read_provenance(index)[index / EMBEDDINGS]
+    sums = load_model(str(clip), "sum")
+    other_text, processor = load_model(str(clip))
+    for module in other_text.text_side.values():
+        for weights in module.parameters():
+            weights.data.mul_(2)
+    other_text.config.vl_config.text_config.hidden_act = "gelu"
+    processor.max_text_length = 9
+    inversion = InversionModel.from_vl_pretrained(clip, "searle", placeholder_id=3, mapping_width=8).eval()
+    inverting = InversionProcessor.from_vl_pretrained(clip, "searle", placeholder="b", template="a b {caption}")
+    inversion.config.placeholder_id = inverting.placeholder_id
+    inversion.save_pretrained(tmp_path / "inversion")
+    inverting.save_pretrained(tmp_path / "inversion")
+    frozen = train(clip, tmp_path, "frozen")
+    models = [sums, (other_text, processor), (inversion, inverting), load_model(str(tmp_path / "inversion")), frozen]
+    for model in models:
+        assert images_made_by(*model) == expected
+        gallery = Gallery.load(index, *model)
+        assert len(gallery.search(draw(0), TEXT).ids) == 9
+        anew = Gallery.from_folder(photos, *model, progress=False)
+        torch.testing.assert_close(gallery.embeds, anew.embeds, rtol=0, atol=1e-6)
+    for change in (
+        lambda model, _: next(model.image_side["visual_projection"].parameters()).data.add_(1e-3),
+        lambda _, processor: setattr(processor.image_processor, "image_mean", [0.4, 0.4, 0.4]),
+        lambda model, _: setattr(model.config.vl_config.vision_config, "hidden_act", "gelu"),
+    ):
+        changed = load_model(str(clip))
+        change(*changed)
+        with pytest.raises(ValueError, match="index holds embeddings of another model or processor, which must not"):
+            Gallery.load(index, *changed)
+
+
+def test_both_is_refused_with_the_remedy(index, clip, tmp_path):
+    both = train(clip, tmp_path, "both")
+    with pytest.raises(ValueError, match=f"its image encoder.*`pvlf-hf index PHOTOS --model NEW --path {index}`"):
+        Gallery.load(index, *both)
+    refused = ["search", index, "--model", tmp_path / "run" / "checkpoint-3", "--text", "red"]
+    refused = CliRunner().invoke(app, list(map(str, refused)))
+    assert refused.exit_code == 1 and f"`pvlf-hf index PHOTOS --model NEW --path {index}`" in refused.stderr
+
+
+def as_version_01(index, model, processor):
+    """Writes the provenance that version 0.1 wrote: the fingerprint of the whole model."""
+    file = index / EMBEDDINGS
+    keys = json.dumps([(digest,) for digest in Gallery.load(index, model, processor).digests])
+    save_file(load_file(file), file, {**made_by(model, processor), "keys": keys})
+
+
+def test_an_index_of_version_01_is_read_and_brought_up_to_date(index, clip, photos):
+    plain, other = load_model(str(clip)), load_model(str(clip), "sum")
+    as_version_01(index, *plain)
+    opened = Gallery.load(index, *plain)
+    assert opened.made_by == images_made_by(*plain) and opened.search(text="red").ids
+    with pytest.raises(ValueError, match="an index of version 0.1 is opened to all models .* by `pvlf-hf index` with"):
+        Gallery.load(index, *other)
+    with counting(plain[0]) as counts:
+        Gallery.from_folder(photos, *plain, path=index, progress=False)
+    assert counts == [0] and Gallery.load(index, *other).embeds.equal(opened.embeds)
+
+
+# ---- another image encoder ----
+
+
+@pytest.fixture(scope="module")
+def other_clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    save_dual_encoder("clip", folder, seed=4)
+    return folder
+
+
+def call(*arguments):
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def names_beside(index):
+    return sorted(path.name for path in index.parent.iterdir())
+
+
+def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monkeypatch):
+    serving = Gallery.load(index, *load_model(str(clip)))
+    before, ids = serving.search(text="red"), []
+
+    def while_building(folder):
+        ids.append(Gallery.load(index, *load_model(str(clip))).search(text="red").ids)
+        assert (index.parent / "index.new" / EMBEDDINGS).exists()
+        return put_in_place(folder)
+
+    put_in_place = replacement.put_in_place
+    monkeypatch.setattr("pvlf_hf.search.building.put_in_place", while_building)
+    assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 9
+    assert ids == [before.ids] and names_beside(index) == ["index"]
+    assert serving.search(text="red").ids == before.ids  # an opened one still serves
+    now = call("search", index, "--model", other_clip, "--text", "red")["results"]
+    anew = Gallery.from_folder(photos, *load_model(str(other_clip)), progress=False).search(text="red")
+    assert [(one["id"], one["score"]) for one in now] == list(zip(anew.ids, anew.scores, strict=True))
+    with pytest.raises(ValueError, match="holds embeddings of another model"):
+        Gallery.load(index, *load_model(str(clip)))
+    assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 0
+
+
+def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, caplog):
+    third = load_model(str(clip))
+    third[0].image_side["visual_projection"].weight.data.add_(1)
+    Gallery.from_folder(photos, *third, path=index.parent / "index.new", progress=False)
+    replacement.logger.propagate = True
+    made = Gallery.from_folder(photos, *load_model(str(other_clip)), path=index, replace=True, progress=False)
+    assert "was begun with a third image encoder" in caplog.text
+    assert Gallery.load(index, *load_model(str(other_clip))).embeds.equal(made.embeds)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_at_the_exchange_leaves_one_of_the_two(index, clip, other_clip, photos, renames, monkeypatch):
+    """Dies at the first or the second rename; the next to open the index finds it whole."""
+    rename, done = Path.rename, []
+
+    def killed(path, target):
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Gallery.from_folder(photos, *load_model(str(other_clip)), path=index, replace=True, progress=False)
+    monkeypatch.undo()
+    if renames == 0:
+        assert len(Gallery.load(index, *load_model(str(clip))).search(text="red").ids) == 9
+    else:
+        assert names_beside(index) == ["index.new", "index.old"]
+        assert len(call("search", index, "--model", other_clip, "--text", "red")["results"]) == 9
+    assert call("index", photos, "--model", other_clip, "--path", index)["new"] == (9 if renames == 0 else 0)
+    assert names_beside(index) == ["index"]
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+
+from pvlf_hf.search import indexing
+from pvlf_hf_cli import main
+
+indexing.SAVE_EVERY = 2
+save = indexing.IncrementalIndexer._save
+
+def slow_save(indexer):
+    save(indexer)
+    time.sleep(float(sys.argv[1]))
+
+indexing.IncrementalIndexer._save = slow_save
+main(["index", *sys.argv[2:], "--batch-size", "1", "--json"])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, other_clip, photos, tmp_path):
+    def start(pause):
+        arguments = [pause, photos, "--model", other_clip, "--path", index]
+        command = [sys.executable, "-c", BUILD, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    new, before = tmp_path / "index.new", Gallery.load(index, *load_model(str(clip))).search(text="red")
+    process, end = start(60), time.monotonic() + 120
+    while not [*new.glob("*.part.safetensors")] and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len([*new.glob("*.part.safetensors")]) == 1 and not (new / "gallery.parquet").exists()
+    after = Gallery.load(index, *load_model(str(clip))).search(text="red")
+    assert (after.ids, after.scores) == (before.ids, before.scores)
+    shutil.copytree(new, tmp_path / "copy")
+    output, said = start(0).communicate(timeout=120)
+    assert json.loads(output)["pictures"] == 9, said
+    model, processor = load_model(str(other_clip))
+    with counting(model) as counts:  # the same work in this process: what the killed one had done is not done again
+        Gallery.from_folder(photos, model, processor, path=tmp_path / "copy", progress=False)
+    assert counts == [7]
+    resumed = Gallery.load(index, model, processor)
+    anew = Gallery.from_folder(photos, model, processor, progress=False, batch_size=1)
+    assert resumed.embeds.equal(anew.embeds) and "index.new" not in names_beside(index)
+    with pytest.raises(ValueError, match="holds embeddings of another model"):
+        Gallery.load(index, *load_model(str(clip)))
