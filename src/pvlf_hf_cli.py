@@ -78,7 +78,7 @@ Model = Annotated[
     ),
 ]
 Composition = Annotated[
-    str | None, typer.Option(help="How a plain dual encoder composes queries: sum or slerp (default: slerp).")
+    str | None, typer.Option(help="How a plain dual encoder composes queries: slerp, sum or product (default: slerp).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
 

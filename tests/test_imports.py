@@ -47,11 +47,12 @@ FOLDERS = {
         "examination",
         "doctor",
     ],
-    "embeddings": ["similarity", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
+    "embeddings": ["similarity", "combined", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
     "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
     "checkpoints": ["loading", "model_card", "golden", "weight_names", "convert", "convert_inversion"],
     "search": [
         "vector_index",
+        "nearest",
         "query",
         "image_folder",
         "indexing",

@@ -86,6 +86,11 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         raise ValueError(f"tower={tower!r}: choose one of {sorted(AXES)}")
     if model.training:
         raise ValueError("the model is in train mode, where dropout is on: call model.eval() first")
+    if tower == "query" and model.combine is not None:
+        raise ValueError(
+            "the query tower gives embeddings that are compared by cosine, and this model's composition scores by two "
+            "similarities: export it with composition='slerp' or 'sum'"
+        )
     config = model.encoder_config
     if config.model_type not in BACKBONES:
         raise ValueError(f"{type(model).__name__} is not exported: only models on one of {sorted(BACKBONES)} are")

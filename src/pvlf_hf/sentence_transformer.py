@@ -46,6 +46,11 @@ class PVLFSentenceModule(InputModule):
 
     def __init__(self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> None:
         super().__init__()
+        if model.combine is not None:
+            raise ValueError(
+                "sentence-transformers compares embeddings by cosine, and this model's composition scores by two "
+                "similarities: load it with composition='slerp' or 'sum'"
+            )
         self.model, self.processor = model, processor
 
     @property

@@ -21,7 +21,8 @@ from transformers import BatchFeature
 
 from ..data.benchmark import CIRBenchmark
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, unwrap
+from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
 
 QueryMethod = Literal["composed", "image", "text", "image+text"]
@@ -42,9 +43,12 @@ U = TypeVar("U")
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of a benchmark: float32 `(queries, d)` and `(gallery, d)`, L2-normalised, on the CPU, row by row."""
+    """Embeddings of a benchmark: float32 `(queries, d)` and `(gallery, d)`, L2-normalised, on the CPU, row by row.
 
-    queries: Tensor
+    Queries that are no embeddings, as those of the composition `"product"`, come with the function that scores them.
+    """
+
+    queries: Tensor | CombinedQueries
     gallery: Tensor
 
 
@@ -66,7 +70,7 @@ def embed(
         if gallery_embeds is None:
             gallery_embeds = encode_gallery(model, processor, benchmark.gallery, batch_size, progress)
         queries = encode_queries(model, processor, benchmark.queries, method, batch_size, progress)
-        return Embeddings(queries, gallery_embeds)
+        return Embeddings(_as_scored(queries, model, method), gallery_embeds)
     if model is not None and processor is not None:
         store.claim(model, processor)
     data_set, captions = benchmark.name.partition("/")[0], _captions(benchmark.queries)
@@ -87,7 +91,12 @@ def embed(
     keys = list(map(halves.get(method, tuple), keys))
     former_name = f"{data_set} {FORMER_NAME}" if method == "composed" else None
     embeds = store.fetch(f"{data_set} {method}", keys, encode_captions if model else None, former_name)
-    return Embeddings(_mean_over_captions(embeds, captions), gallery_embeds)
+    return Embeddings(_as_scored(_mean_over_captions(embeds, captions), model, method), gallery_embeds)
+
+
+def _as_scored(queries: Tensor, model: ComposedRetrievalModel | None, method: QueryMethod) -> Tensor | CombinedQueries:
+    combine = unwrap(model).combine if model is not None and method == "composed" else None
+    return queries if combine is None else CombinedQueries(queries, combine)
 
 
 def encode_gallery(

@@ -69,9 +69,9 @@ def image_fingerprint(model: ComposedRetrievalModel, processor: ComposedRetrieva
 
 def _settings_of(config: PreTrainedConfig, model: ComposedRetrievalModel) -> str:
     """Return what a part of the model's configuration says, as JSON."""
-    # A config loses and gains these on the way through a file; the weights tell their dtype themselves.
+    # Saving and loading a config drops or adds these keys; the weights carry their own dtype.
     lost = ["dtype", "transformers_version", "_name_or_path"]
-    if config is model.config:  # which says where the code of a model is
+    if config is model.config:  # which names the file of the model's code
         lost += ["architectures", "auto_map", "custom_pipelines"]
     settings = json.loads(config.to_json_string(use_diff=False))
     for part in (settings, *settings.values()):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows
+from ..embeddings.combined import CombinedQueries
 from ..embeddings.similarity import check_embeds, check_finite, exact_unit_rows, first_true, pairwise_sum
 from .ranking import NOT_RETRIEVED, positive_ranks, subset_ranks, target_ranks
 
@@ -158,12 +159,12 @@ class BenchmarkMetrics(ABC):
     reports_average: ClassVar[bool] = False
 
     def measure(
-        self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
+        self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
         """Rank the gallery for every query.
 
         Args:
-            query_embeds: (Q, d), any float dtype, in the order of the benchmark's queries.
+            query_embeds: (Q, d), any float dtype, or [`CombinedQueries`], in the order of the benchmark's queries.
             gallery_embeds: (N, d), in the order of its gallery.
             benchmark: queries with targets, gallery and protocol.
 
@@ -228,7 +229,7 @@ class CirrMetrics(BenchmarkMetrics):
     server = "cirr"
 
     def measure(
-        self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
+        self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
         """Add `subset_rank`, the rank of the target among the members of its subset, if the queries have subsets."""
         columns = super().measure(query_embeds, gallery_embeds, benchmark)
@@ -266,7 +267,7 @@ class CircoMetrics(BenchmarkMetrics):
     server = "circo"
 
     def measure(
-        self, query_embeds: Tensor, gallery_embeds: Tensor, benchmark: CIRBenchmark
+        self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
     ) -> dict[str, tuple[Any, ...]]:
         """Add `average_precision@k`, and `semantic_aspects` if the queries have them."""
         columns = super().measure(query_embeds, gallery_embeds, benchmark)

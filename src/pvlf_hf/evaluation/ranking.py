@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..embeddings.combined import CombinedQueries
 from ..embeddings.similarity import (
     QUERIES_PER_CHUNK,
     check_embeds,
@@ -37,7 +38,7 @@ NOT_RETRIEVED = torch.iinfo(torch.int64).max
 
 
 def target_ranks(
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     target_index: Tensor,
     exclude_index: Tensor | None = None,
@@ -47,7 +48,7 @@ def target_ranks(
     """Return the rank of each query's target in the gallery.
 
     Args:
-        query_embeds: (Q, d), any float dtype, need not be normalised.
+        query_embeds: (Q, d), any float dtype, need not be normalised; or [`CombinedQueries`].
         gallery_embeds: (N, d), likewise.
         target_index: (Q,) int, gallery position of each target.
         exclude_index: (Q,) int, gallery position that the query's ranking leaves out, such as its reference image
@@ -68,7 +69,7 @@ def target_ranks(
 
 
 def positive_ranks(
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     positive_index: Tensor,
     exclude_index: Tensor | None = None,
@@ -77,7 +78,7 @@ def positive_ranks(
     """Return the rank of every positive of each query, for benchmarks with several positives per query (CIRCO).
 
     Args:
-        query_embeds: (Q, d), any float dtype, need not be normalised.
+        query_embeds: (Q, d), any float dtype, need not be normalised; or [`CombinedQueries`].
         gallery_embeds: (N, d), likewise.
         positive_index: (Q, G) int, gallery positions of the positives in any order, shorter rows padded with -1.
         exclude_index: (Q,) int, gallery position that the query's ranking leaves out.
@@ -97,7 +98,7 @@ def positive_ranks(
 
 
 def subset_ranks(
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     subset_index: Tensor,
     target_index: Tensor,
@@ -107,7 +108,7 @@ def subset_ranks(
     """Return the rank of each query's target among a few gallery images only, as CIRR's recall_subset needs it.
 
     Args:
-        query_embeds: (Q, d), any float dtype, need not be normalised.
+        query_embeds: (Q, d), any float dtype, need not be normalised; or [`CombinedQueries`].
         gallery_embeds: (N, d), likewise.
         subset_index: (Q, S) int, gallery positions of the members in any order, target included, shorter rows padded
             with -1. The excluded image may be a member or not.
@@ -121,8 +122,11 @@ def subset_ranks(
     Raises:
         ValueError: as `target_ranks`, and if a row repeats a member or lacks its target.
     """
-    check_embeds(query_embeds, gallery_embeds)
+    if isinstance(query_embeds, Tensor):
+        check_embeds(query_embeds, gallery_embeds)
     indices = _checked_indices(target_index, exclude_index, subset_index, len(query_embeds), len(gallery_embeds))
+    if isinstance(query_embeds, CombinedQueries):
+        return _combined_ranks(query_embeds, gallery_embeds, *indices, ties)[:, 0]
     target, exclude, _ = indices.to(query_embeds.device)
     subset = subset_index.to(target)
     row, column = (subset >= 0).nonzero(as_tuple=True)
@@ -213,7 +217,7 @@ class _Indices(NamedTuple):
 
 
 def _ranks(
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     positives: Tensor,
     exclude: Tensor | None,
@@ -221,6 +225,8 @@ def _ranks(
     ties: Ties,
 ) -> Tensor:
     """Count the gallery images before each positive: (Q, G), -1 where padded."""
+    if isinstance(query_embeds, CombinedQueries):
+        return _combined_ranks(query_embeds, gallery_embeds, positives, exclude, None, ties)
     check_embeds(query_embeds, gallery_embeds)
     positives = positives.to(query_embeds.device)
     row, column = (positives >= 0).nonzero(as_tuple=True)
@@ -231,6 +237,31 @@ def _ranks(
         queries, gallery = query_embeds[rows], gallery_embeds[columns]
         for rank, score, positive in zip(ranks[rows].T, scores[rows].T, positives[rows].T, strict=True):
             rank += _count_before(queries, gallery, cosines, score, positive - columns.start, ties)
+    return ranks.where(positives >= 0, -1)
+
+
+def _combined_ranks(
+    queries: CombinedQueries,
+    gallery_embeds: Tensor,
+    positives: Tensor,
+    exclude: Tensor | None,
+    subset: Tensor | None,
+    ties: Ties,
+) -> Tensor:
+    """Count the images before each positive of queries that are no embeddings, by all scores: (Q, G), -1 where padded.
+
+    With `subset` (Q, S), padded with -1, only its members count.
+    """
+    ranks, everything = positives.clone(), torch.arange(len(gallery_embeds))[None]
+    for rows, scores in queries.against(gallery_embeds).tiles():
+        scores = scores.cpu()
+        positions = everything if subset is None else subset[rows]
+        among = scores if subset is None else scores.gather(1, positions.clamp(min=0))
+        for rank, positive in zip(ranks[rows].T, positives[rows].T, strict=True):
+            target = positive[:, None]
+            score = scores.gather(1, target.clamp(min=0))
+            left_out = None if exclude is None else exclude[rows]
+            rank.copy_(_ranks_among(among, positions, score, target, left_out, ties))
     return ranks.where(positives >= 0, -1)
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark
-from ..embeddings.similarity import top_k
+from ..embeddings.combined import CombinedQueries, top_k_of
 from ..models.image_processing_pvlf import opened, to_rgb
 from .metrics import target_ranks
 
@@ -65,7 +65,7 @@ class SheetRow:
 
 def sheet_rows(
     benchmark: CIRBenchmark,
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     query_rows: Sequence[int],
     k: int = 5,
@@ -99,9 +99,10 @@ def sheet_rows(
     row_of = {image_id: row for row, image_id in enumerate(gallery["image_id"])}
     reference = torch.tensor([row_of[i] for i in chosen["reference_id"]])
     target = torch.tensor([row_of[i] for i in chosen["target_id"]])
-    embeds = query_embeds[torch.as_tensor(query_rows)]
+    rows = torch.as_tensor(query_rows)
+    embeds = query_embeds[rows] if isinstance(query_embeds, Tensor) else query_embeds.select(rows)
     ranks = target_ranks(embeds, gallery_embeds, target, reference).tolist()
-    _, best = top_k(embeds, gallery_embeds, k, reference)
+    _, best = top_k_of(embeds, gallery_embeds, k, reference)
     shown, images = opened(chosen.select_columns(["reference", "caption"])), opened(gallery.select_columns("image"))
     return [
         SheetRow(

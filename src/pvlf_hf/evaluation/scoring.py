@@ -8,6 +8,7 @@ from statistics import fmean
 from torch import Tensor
 
 from ..data.benchmark import CIRBenchmark, query_ids
+from ..embeddings.combined import CombinedQueries
 from ..embeddings.embedding_store import EmbeddingStore, dtype_of
 from ..embeddings.encoding import QueryMethod, embed, encode_gallery, method_named
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
@@ -70,7 +71,7 @@ def evaluate_all(
 
 def score(
     benchmark: CIRBenchmark,
-    query_embeds: Tensor,
+    query_embeds: Tensor | CombinedQueries,
     gallery_embeds: Tensor,
     method: str = "composed",
     dtype: str = "unknown",

@@ -21,7 +21,7 @@ from ..atomic_files import whole
 from ..data.benchmark import CIRBenchmark, excluded_rows, query_ids
 from ..data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from ..data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
-from ..embeddings.similarity import top_k
+from ..embeddings.combined import CombinedQueries, top_k_of
 from .metrics import METRICS, CircoMetrics, metrics_named
 from .ranking import ranks_from_lists
 
@@ -33,7 +33,7 @@ MAX_BYTES = 5 * 10**6
 
 
 def cirr_submission(
-    benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+    benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the two files for CIRR's server: the first 50 of the ranking, and the first 3 of the subset.
 
@@ -59,7 +59,9 @@ def cirr_submission(
     return files[0], files[1]
 
 
-def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor) -> dict[str, Any]:
+def circo_submission(
+    benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor
+) -> dict[str, Any]:
     """Return the content of the file for CIRCO's server: the first 50 of the ranking, as numbers.
 
     Args:
@@ -76,7 +78,7 @@ def circo_submission(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embe
 
 
 def write_cirr_submission(
-    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor
 ) -> tuple[Path, Path]:
     """Write `cirr_test1_recall.json` and `cirr_test1_recall_subset.json`, see [`cirr_submission`]."""
     recall, subset = cirr_submission(benchmark, query_embeds, gallery_embeds)
@@ -87,7 +89,7 @@ def write_cirr_submission(
 
 
 def write_circo_submission(
-    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor
 ) -> Path:
     """Write `circo_test.json`, see [`circo_submission`]."""
     answers = circo_submission(benchmark, query_embeds, gallery_embeds)
@@ -95,7 +97,7 @@ def write_circo_submission(
 
 
 def write_submissions(
-    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor
+    folder: str | Path, benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor
 ) -> tuple[Path, ...]:
     """Write the files for the server of a benchmark's metrics and return their paths, none if it has no server.
 
@@ -294,7 +296,9 @@ def _check(benchmark: CIRBenchmark, server: str, column: str) -> None:
         raise ValueError(f"{benchmark.name} is not a benchmark for the {server} server, which needs {column}")
 
 
-def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tensor, length: int) -> list[list[str]]:
+def _ranked(
+    benchmark: CIRBenchmark, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, length: int
+) -> list[list[str]]:
     """Return the first `length` gallery ids of each query's ranking, the same that the metrics are computed from."""
     exclude, names = excluded_rows(benchmark), list(benchmark.gallery["image_id"])
     if len(gallery_embeds) != len(names) or len(query_embeds) != len(benchmark.queries):
@@ -303,7 +307,7 @@ def _ranked(benchmark: CIRBenchmark, query_embeds: Tensor, gallery_embeds: Tenso
             f"{len(benchmark.queries)} queries and {len(names)} gallery images of {benchmark.name}"
         )
     k = min(length, len(names) - (exclude is not None))
-    return [[names[row] for row in rows] for rows in top_k(query_embeds, gallery_embeds, k, exclude)[1].tolist()]
+    return [[names[row] for row in rows] for rows in top_k_of(query_embeds, gallery_embeds, k, exclude)[1].tolist()]
 
 
 def _write(file: Path, content: dict[str, Any]) -> Path:

@@ -15,12 +15,14 @@ class TrainingFreeConfig(DualEncoderConfig):
     Args:
         vl_config (`PreTrainedConfig` or `dict`, *optional*, defaults to BLIP base): the dual encoder. Its joint width
             is the width `d` of embeddings.
-        composition (`"sum"` or `"slerp"`, *optional*, defaults to `"slerp"`):
+        composition (`"sum"`, `"slerp"` or `"product"`, *optional*, defaults to `"slerp"`):
             How the image feature v and the text feature t become a query. `"sum"`: norm(a t + (1 - a) v).
             `"slerp"`: the point that lies the fraction a of the way from v to t on the sphere (arXiv 2405.00571).
+            `"product"`: no vector; an image scores max(0, s_v)^(1 - a) max(0, s_t)^a by its similarities with v and
+            t, centred by the gallery's mean (i-CIR, NeurIPS 2025). It is not fine-tuned.
         composition_weight (`float`, *optional*, defaults to that of `COMPOSITIONS`):
-            a, the weight of the text: 0 is the image alone, 1 the text alone. Both compositions were published
-            with 0.8; it is worth choosing on validation data.
+            a, the weight of the text: 0 is the image alone, 1 the text alone. Sum and Slerp were published with
+            0.8, the product corresponds to 0.5; it is worth choosing on validation data.
         temperature (`float`, *optional*, defaults to 0.07): of InfoNCE, for fine-tuning (arXiv 2405.00571).
 
     Raises:

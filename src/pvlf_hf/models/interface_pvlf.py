@@ -6,9 +6,11 @@ side and its text side; [`ComposedRetrievalModel`] derives `forward` and the cho
 Shapes: `batch` queries, `n` text tokens, `d` the width of embeddings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -26,7 +28,8 @@ class QueryOutput(ModelOutput):
     """Query embeddings, as `get_query_features` returns them.
 
     Args:
-        pooler_output (float32 `(batch, d)`): query embeddings, L2-normalised.
+        pooler_output (float32 `(batch, d)`): query embeddings, L2-normalised; of a model that scores by `combine`
+            `(batch, 2d)`.
         image_embeds (float32 `(batch, d)`, *optional*): embeddings of the reference images alone, L2-normalised, where
             the model has computed them on the way.
         text_embeds (float32 `(batch, d)`, *optional*): embeddings of the relative captions alone, likewise.
@@ -64,6 +67,7 @@ class ComposedRetrievalModel(PreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
+    explains = False  # whether queries come with `aggregation_weights` and `attentions` where they are asked for
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -109,6 +113,19 @@ class ComposedRetrievalModel(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def compose_embeds(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor | None:
+        """Compose queries from embeddings that are known already, such as that of an indexed image.
+
+        Args:
+            image_embeds: `(batch, d)`, from [`~ComposedRetrievalModel.get_image_features`].
+            text_embeds: `(batch, d)`, from [`~ComposedRetrievalModel.get_text_features`].
+
+        Returns:
+            as `pooler_output` of [`~ComposedRetrievalModel.get_query_features`]; None, by default, where the model
+            reads more of images or texts than these.
+        """
+        return None
+
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
         """Compute the training loss of queries against the targets of the batch.
 
@@ -121,6 +138,35 @@ class ComposedRetrievalModel(PreTrainedModel):
             float32 scalar.
         """
         raise NotImplementedError
+
+    @property
+    def combine(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Function of two similarities that scores an image, None where the score is the cosine of embeddings.
+
+        A composition that is no inner product has no query embedding of width `d`. Its `get_query_features` returns
+        the embeddings of image and text side by side, `(batch, 2d)`, and this function takes the similarities of a
+        gallery image with the two, centred by the gallery's mean ([`halves`]), and returns its score. It works
+        element by element and must not decrease in either similarity: exact search rests on that.
+        """
+        return None
+
+    def score(self, query_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """Score images for queries.
+
+        Args:
+            query_embeds: `(queries, d)`, or `(queries, 2d)` where the model has `combine`, L2-normalised.
+            image_embeds: `(images, d)`, L2-normalised: the whole gallery, whose mean centres similarities.
+
+        Returns:
+            `(queries, images)`, higher is better: cosines, or what `combine` makes of two similarities; float32, and
+            float64 where `combine` gets float64.
+        """
+        if self.combine is None:
+            return cosine_similarity(query_embeds, image_embeds)
+        dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+        images = image_embeds.to(dtype)
+        vectors, offsets = halves(query_embeds.to(dtype), images.mean(dim=0))
+        return self.combine(*((vectors @ images.T) - offsets[..., None]).unbind(dim=1))
 
     @property
     def embedding_width(self) -> int:
@@ -174,7 +220,7 @@ class ComposedRetrievalModel(PreTrainedModel):
             target_pixel_values: `(targets, 3, height, width)`; for a loss the target of each query, in order.
             target_ids: int64 `(targets,)`, equal for equal targets, which are then no negatives of each other.
             return_loss: compare queries with targets; by default whenever there are both. With False the output has
-                no loss and no similarity.
+                no loss and no similarity. A model that scores by `combine` has no loss.
             **kwargs: options of [`~ComposedRetrievalModel.get_query_features`], and `return_dict=False` for a tuple.
 
         Raises:
@@ -209,7 +255,8 @@ class ComposedRetrievalModel(PreTrainedModel):
         """
         if output.query_embeds is not None and output.target_embeds is not None:
             if return_loss is not False:
-                output.similarity = cosine_similarity(output.query_embeds, output.target_embeds)
+                output.similarity = self.score(output.query_embeds, output.target_embeds)
+            if return_loss or (return_loss is None and self.combine is None):
                 output.loss = self.loss(output.query_embeds, output.target_embeds, target_ids=target_ids)
         elif return_loss:
             raise ValueError("return_loss=True needs queries and target_pixel_values, one target image for each query")
@@ -289,6 +336,25 @@ def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
     It is recognised by its methods, because the code of a checkpoint defines a class of its own.
     """
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "get_query_features"))  # type: ignore[return-value]
+
+
+def halves(query_embeds: Tensor, gallery_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Split query embeddings of a model that scores by `combine` into their image and their text.
+
+    Similarities are centred by the gallery's mean m: (x - m) . (v - m) with the image v, (x - m) . t with the text t.
+    The step is BASIC's (i-CIR, NeurIPS 2025), with the mean of the gallery that is searched in place of LAION's; the
+    gallery gives no mean of texts, and that of the similarities, m . t, takes its place.
+
+    Args:
+        query_embeds: `(queries, 2d)`, image and text side by side.
+        gallery_mean: `(d,)`, mean of the gallery's embeddings, each L2-normalised.
+
+    Returns:
+        vectors `(queries, 2, d)` and offsets `(queries, 2)`: an image x has the similarities `vectors @ x - offsets`.
+    """
+    parts = F.normalize(query_embeds.unflatten(-1, (2, -1)), dim=-1)
+    centred = torch.stack([parts[:, 0] - gallery_mean, parts[:, 1]], dim=1)
+    return centred, centred @ gallery_mean
 
 
 def normalize(features: Tensor) -> Tensor:

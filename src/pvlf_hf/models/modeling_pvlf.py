@@ -105,6 +105,8 @@ class PVLFModel(PVLFPreTrainedModel):
         torch.Size([1, 128])
     """
 
+    explains = True
+
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__(config)
         self.fusion = PVLFFusion(config)

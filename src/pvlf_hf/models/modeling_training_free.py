@@ -5,6 +5,7 @@ The reference image and the relative caption are embedded by the dual encoder, a
 encoder, too, as long as fine-tuning leaves the image side as it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -48,7 +49,8 @@ class TrainingFreeModel(DualEncoderModel):
             **kwargs: `return_dict=False` for a tuple.
 
         Returns:
-            `pooler_output`, `image_embeds` and `text_embeds`: float32 `(batch, d)`, L2-normalised.
+            `pooler_output`, `image_embeds` and `text_embeds`: float32 `(batch, d)`, L2-normalised; the first of the
+            composition `"product"` `(batch, 2d)`.
 
         Raises:
             ValueError: if the numbers of images and captions differ, or attentions are asked for.
@@ -59,11 +61,33 @@ class TrainingFreeModel(DualEncoderModel):
             raise ValueError(f"{asked}: the composition {self.config.composition!r} is a formula and has none")
         image = self.get_image_features(pixel_values).pooler_output
         text = self.get_text_features(input_ids, attention_mask).pooler_output
-        query = COMPOSITIONS[self.config.composition].compose(image, text, self.config.composition_weight)
-        return QueryOutput(pooler_output=query, image_embeds=image, text_embeds=text)
+        return QueryOutput(pooler_output=self.compose_embeds(image, text), image_embeds=image, text_embeds=text)
+
+    def compose_embeds(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Compose queries from embeddings, see [`ComposedRetrievalModel.compose_embeds`]."""
+        compose = COMPOSITIONS[self.config.composition].compose
+        return compose(image_embeds, text_embeds, self.config.composition_weight)
+
+    @property
+    def combine(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Function of two similarities that the composition scores by, see [`ComposedRetrievalModel.combine`]."""
+        combine = COMPOSITIONS[self.config.composition].combine
+        if combine is None:
+            return None
+        weight = self.config.composition_weight
+        return lambda image, text: combine(image, text, weight)
 
     def loss(self, query_embeds: Tensor, target_embeds: Tensor, **kwargs: Any) -> Tensor:
-        """Compute InfoNCE with this configuration's temperature, see [`focal_info_nce`]."""
+        """Compute InfoNCE with this configuration's temperature, see [`focal_info_nce`].
+
+        Raises:
+            ValueError: if the composition has no query embedding.
+        """
+        if self.combine is not None:
+            raise ValueError(
+                f"the composition {self.config.composition!r} is no query embedding that a loss could train: "
+                "fine-tune with composition='slerp' or 'sum', and set model.config.composition afterwards"
+            )
         return focal_info_nce(query_embeds, target_embeds, self.config.temperature, alpha=1.0, gamma=0.0, **kwargs)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from numbers import Integral
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
         Returns:
             for a query its results, best first, ties in the order of the gallery:
-            `[{"score": cosine, "index": position in the gallery, "image": gallery item}, ...]`, without "image" if the
+            `[{"score": score, "index": position in the gallery, "image": gallery item}, ...]`, without "image" if the
             gallery is embeddings. For a list a list of these, for other inputs an iterator over them.
 
         Raises:
@@ -176,7 +176,11 @@ class ComposedImageRetrievalPipeline(Pipeline):
         # but BLIP's text embedding is the token at position 0.
         tokens = self.processor.process_captions(model_inputs["text"]).to(self.device)
         query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
-        scores = _scores(_unit_rows(query.to(gallery_embeds.device)), gallery_embeds)  # (batch, n)
+        model, query = cast(Any, self.model), query.to(gallery_embeds.device)
+        if model.combine is None:
+            scores = _scores(_unit_rows(query), gallery_embeds)  # (batch, n)
+        else:
+            scores = model.score(query.double(), gallery_embeds).float()
         best = scores.sort(dim=1, descending=True, stable=True)
         return {"scores": best.values[:, :top_k], "indices": best.indices[:, :top_k]}
 

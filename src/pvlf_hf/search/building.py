@@ -55,12 +55,12 @@ def build_gallery(
     mode = getattr(dataset.features["image"], "mode", None)
     sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
     home, state = Path(path) if path else None, PartialState()
-    # Another run that keeps its work in the same folder is waited for, and what it has encoded is found.
+    # Waits for another process that writes to the same folder, and then reuses its embeddings.
     with ExitStack() as on_error, locked_gallery(home) if home and state.is_main_process else nullcontext():
         state.wait_for_everyone()
         provenance = images_made_by(model, processor)
         place = home and place_to_build(home, model, processor, provenance, replace)
-        client = open_database(index, uri, provenance)  # before images are encoded in vain
+        client = open_database(index, uri, provenance)  # fails before any image is encoded
         on_error.callback(_close, client)
         options = DecodeOptions(mode, least_side(processor) if draft else None)
         indexer = IncrementalIndexer(sources, options, place, provenance)
@@ -89,7 +89,7 @@ def save_gallery(folder: Path, table: GalleryTable, embeds: Tensor, provenance: 
     state = PartialState()
     if state.is_main_process:
         write_gallery(folder, table, embeds, provenance, gallery_id_of(folder) or new_gallery_id())
-        for part in folder.glob(f"*{PART}*"):  # and of those that were being written
+        for part in folder.glob(f"*{PART}*"):  # half-written parts, too
             part.unlink()
     state.wait_for_everyone()
 

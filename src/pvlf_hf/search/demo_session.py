@@ -89,7 +89,8 @@ class Searcher:
         if reference is None and not text:
             raise ValueError("nothing to search by: drop or pick an image, say what to look for, or both")
         image = self.gallery.image(reference) if isinstance(reference, str) else reference
-        query = self.gallery.query(image, text or None, explain=image is not None and bool(text))
+        explain = self.gallery.model.explains and image is not None and bool(text)
+        query = self.gallery.query(image, text or None, explain)
         why = self._why(query, query.why[0]) if query.why else None
         step = Step(reference, replace(query, images=(), why=()), why)  # without megabytes of pixels and attention
         again = session.steps and session.steps[-1].reference == reference
@@ -149,8 +150,8 @@ def weights_of(balance: float) -> Weights:
 
 
 def has_both(query: Query) -> bool:
-    """Return whether there are an image and a text to weigh."""
-    return query.image_embeds is not None and query.text_embeds is not None
+    """Return whether there are an image and a text to weigh, by a composition that is an embedding."""
+    return query.image_embeds is not None and query.text_embeds is not None and query.combine is None
 
 
 def open_upload(path: str | Path | None) -> PILImage.Image:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from ..data.benchmark import check_columns
 from ..digests import sequence_digest
-from ..embeddings.similarity import top_k
+from ..embeddings.combined import gallery_mean
 from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .building import build_gallery, open_database, save_gallery
@@ -43,6 +43,7 @@ from .gallery_files import (
 )
 from .image_folder import find_images
 from .indexing import DecodeOptions, as_dataset, open_cell
+from .nearest import nearest
 from .previews import blank
 from .query import FUSION, Query, Weights, check_positive, encode_query
 from .replacement import finish_replacement
@@ -280,7 +281,7 @@ class Gallery:
         exclude: Sequence[str] = (),
         explain: bool = False,
     ) -> SearchResult:
-        """Find the k nearest images by cosine; ties keep the order of the gallery.
+        """Find the k best images by cosine, or by the score of the model's composition; ties keep the gallery's order.
 
         Args:
             image: one reference image or several, see [`~Gallery.query`].
@@ -310,13 +311,12 @@ class Gallery:
             raise ValueError("a query is encoded already: pass it without image, text and explain")
         if query.made_by != self.made_by:
             raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
-        embeds = query.embed(weights)
-        rows = self.index.candidates(embeds, min(k + len(excluded), len(self)))
-        rows = rows[~torch.isin(rows, torch.tensor(excluded, dtype=torch.int64))].sort().values
-        scores, best = top_k(embeds[None], self.embeds[rows], min(k, len(rows)))
-        results = rows[best[0]].tolist()
+        asked = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
+        scores, rows = nearest(self.index, self.embeds, asked, min(k + len(excluded), len(self)))
+        kept = (~torch.isin(rows, torch.tensor(excluded, dtype=torch.int64))).nonzero()[:k, 0]
+        results = rows[kept].tolist()
         ids, paths = [self.ids[row] for row in results], [self.paths[row] for row in results]
-        return SearchResult(ids, scores[0].tolist(), paths, query, self)
+        return SearchResult(ids, scores[kept].tolist(), paths, query, self)
 
     def query(
         self,
@@ -371,6 +371,11 @@ class Gallery:
         # A gallery in memory has no id: its content identifies it.
         gallery_id = self._gallery_id or sequence_digest(*sorted(set(self.digests)))
         return make_index(self.index_name, self.embeds, self.digests, client, collection_of(fingerprint, gallery_id))
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        """Float64 mean of the embeddings, which centres the similarities of a composition that is no embedding."""
+        return gallery_mean(self.embeds)
 
     @property
     def _table(self) -> GalleryTable:

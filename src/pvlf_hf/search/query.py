@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..embeddings.combined import Combine, CombinedQueries, CombinedScores
 from ..embeddings.encoding import device_of
 from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
@@ -75,8 +76,10 @@ class Query:
         fused: float32 `(d,)`, the model's composition; for a query of images or text alone, their embedding.
         image_embeds: float32 `(d,)`, embedding of the images alone (the mean of several); None without images.
         text_embeds: float32 `(d,)`, embedding of the text alone; None without a text.
-        made_by: provenance, as [`EmbeddingStore`] states it.
+        made_by: provenance, see [`images_made_by`].
         why: one explanation per reference image, if requested.
+        combine: function of two similarities that scores images, where `fused` is image and text side by side, see
+            [`ComposedRetrievalModel.combine`].
     """
 
     images: tuple[PILImage.Image, ...]
@@ -86,6 +89,28 @@ class Query:
     text_embeds: Tensor | None = field(repr=False)
     made_by: dict[str, str] = field(repr=False)
     why: tuple[Explanation, ...] = field(default=(), repr=False)
+    combine: Combine | None = field(default=None, repr=False)
+
+    def scored_by(self, weights: Weights, embeds: Tensor, mean: Tensor | None = None) -> Tensor | CombinedScores:
+        """Return what a gallery is searched by: the query's embedding, or scores that are combined.
+
+        Args:
+            weights: see [`~Query.embed`].
+            embeds: of the gallery, `(images, d)`.
+            mean: of them, where it is known.
+
+        Raises:
+            ValueError: as [`~Query.embed`], and if a composition that is no embedding is to be mixed with one.
+        """
+        image, fused, text = check_weights(weights)
+        if self.combine is None or fused == 0:
+            return self.embed(weights)
+        if image or text:
+            raise ValueError(
+                f"weights {weights}: this composition scores by two similarities and is no embedding to mix: weigh it "
+                "(0, 1, 0), or leave it out; the model's composition_weight balances image and text"
+            )
+        return CombinedQueries(self.fused[None], self.combine).against(embeds, mean)
 
     def embed(self, weights: Weights = FUSION) -> Tensor:
         """Return normalize(w_image image_embeds + w_fused fused + w_text text_embeds), float32 `(d,)`.
@@ -99,7 +124,7 @@ class Query:
             ValueError: if they are not three finite numbers, all are 0, or the query lacks a part of nonzero weight.
         """
         parts = {"image": self.image_embeds, "fused": self.fused, "text": self.text_embeds}
-        total = torch.zeros_like(self.fused)
+        total = torch.zeros(())
         for (name, embeds), weight in zip(parts.items(), check_weights(weights), strict=True):
             if weight == 0:
                 continue
@@ -197,7 +222,7 @@ def _encode(
         tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
         why = [explanation(output, row, tokens, getattr(model.config, "num_prompts", 0)) for row in range(len(images))]
     fused, image_embeds, text_embeds = map(mean_embedding, (output.pooler_output, of_images, of_text))
-    return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why))
+    return Query(images, text, fused, image_embeds, text_embeds, made_by, tuple(why), model.combine)
 
 
 def inference_view(model: ComposedRetrievalModel) -> ComposedRetrievalModel:

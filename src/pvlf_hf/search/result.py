@@ -15,7 +15,7 @@ class SearchResult:
 
     Args:
         ids: ids of the images.
-        scores: cosines with the query.
+        scores: cosines with the query, or what a composition that is no embedding makes of two similarities.
         paths: files or URLs of the images, None where the gallery has none.
         query: the encoded query; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
         gallery: the [`Gallery`] that was searched.

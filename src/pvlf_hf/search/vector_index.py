@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..embeddings.combined import CombinedScores
 from ..embeddings.similarity import error_bound, kth_at_least, where_above
 
 IndexName = Literal["exact", "faiss", "milvus"]
@@ -19,6 +20,9 @@ IndexName = Literal["exact", "faiss", "milvus"]
 SEARCH_WIDTH = 128
 """Length of the candidate list of FAISS's graph search, its `efSearch` (our choice). Of the ten best of 20,000 random
 vectors of width 64, the worst case, this finds 97 %; FAISS's default of 16 finds half."""
+
+GATHERED_SHARE = 1 / 4
+"""Share of the gallery below which rows are copied to be compared (our choice); beyond it comparing all costs less."""
 
 COLLECTION = "pvlf_"
 """Prefix of a Milvus collection's name; the model's fingerprint and the gallery's id follow."""
@@ -50,10 +54,42 @@ class ExactIndex:
     def __init__(self, embeds: Tensor) -> None:
         self.halves = embeds.half()
 
-    def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Return candidates, see [`VectorIndex`]; all images that rounding could have kept out of the best k."""
-        cosines = (self.halves @ query.half()).float()[None]  # (1, gallery)
-        return where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
+    def candidates(self, query: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
+        """Return candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k.
+
+        With `rows` int64, ascending, they are of these gallery rows only.
+        """
+        cosines = self._cosines(query, rows)[None]
+        chosen = where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
+        return chosen if rows is None else rows[chosen]
+
+    def combined_candidates(self, scores: CombinedScores, k: int, rows: Tensor | None = None) -> Tensor:
+        """Return candidates of a query whose scores are combined from two similarities; otherwise as `candidates`.
+
+        A score does not decrease with either similarity, so that the bounds of both bound the score. Where many images
+        have one settled score, as the 0 of a product, the first k of them are enough: ties keep the gallery's order.
+        """
+        bounds = []
+        for vector, offset in zip(*scores.parts(0), strict=True):
+            length = vector.norm().item()
+            error = length * half_error_bound(len(vector)) + 1e-6  # the scaled cosines are float32
+            similarity = length * self._cosines((vector / length).float(), rows) - offset.float()
+            bounds.append((similarity - error, similarity + error))
+        low, high = (scores.combine(*sides) for sides in zip(*bounds, strict=True))
+        low, high = low - 1e-5 * low.abs(), high + 1e-5 * high.abs()  # rounding of `combine`
+        kth = low.topk(min(k, len(low))).values[-1]
+        chosen = (high > kth) | ((high == kth) & (low < high))
+        chosen[((high == kth) & (low == high)).nonzero()[:k, 0]] = True
+        found = chosen.nonzero()[:, 0]
+        return found if rows is None else rows[found]
+
+    def _cosines(self, query: Tensor, rows: Tensor | None) -> Tensor:
+        """Compare in half precision: float32 `(rows,)`, or of the whole gallery."""
+        if rows is None:
+            return (self.halves @ query.half()).float()
+        if len(rows) < GATHERED_SHARE * len(self.halves):
+            return (self.halves[rows] @ query.half()).float()
+        return (self.halves @ query.half())[rows].float()
 
 
 def half_error_bound(width: int) -> float:
