@@ -84,8 +84,8 @@ def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
     "equal images come in gallery order, with one score, wherever they lie in a batch or a matrix",
     broken=(
         "src/pvlf_hf/models/pipeline_pvlf.py",
-        "        scores = _scores(_unit_rows(query.to(gallery_embeds.device)), gallery_embeds)  # (batch, n)\n",
-        "        scores = query @ gallery_embeds.float().T\n",
+        "            scores = _scores(_unit_rows(query), gallery_embeds)  # (batch, n)\n",
+        "            scores = query @ gallery_embeds.float().T\n",
     ),
 )
 def test_equal_images_come_in_gallery_order(pipe, figure):

@@ -347,6 +347,8 @@ class Gallery:
                 "holds its images now, with the same path; images that are embedded are not encoded again"
             ) from error
 
+    picture = image  # its name in version 0.1
+
     def preview(self, image_id: str) -> PILImage.Image:
         """Open an image for display; for one that cannot be opened, warn and return a blank with its id.
 
