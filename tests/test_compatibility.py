@@ -56,6 +56,6 @@ def test_golden_embeddings_are_reproduced(tmp_path, figure):
     with pytest.raises(ValueError, match="copy: 'the same but with a red hat' is now .* and was .*the tokenizer"):
         check_golden(folder)
     (folder / "golden.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"golden.safetensors: no such file; who trained"):
+    with pytest.raises(FileNotFoundError, match=r"golden.safetensors: no such file; the author of the weights"):
         check_golden(folder)
     figure("1 published, 3 changes noticed")

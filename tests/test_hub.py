@@ -110,7 +110,7 @@ for name in ("you/parts", "you/whole"):  # the pipeline's class travels with the
     assert abs(found["score"] - outputs["you/whole"].item()) <= float(sys.argv[3]), found
 if not offline:
     snippet = ModelCard.load("you/whole").text.split("```python")[1].split("```")[0]
-    names = {"images": [picture, picture.rotate(90)], "picture": picture}
+    names = {"images": [picture, picture.rotate(90)], "image": picture}
     exec(snippet, names)
     assert names["best"].shape == (1, 2)
 save_file(outputs, folder / f"{sys.argv[2]}.safetensors")

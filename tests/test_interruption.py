@@ -299,7 +299,7 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
         expected = alone.rest()
         work.first()
         before = contents(work.folder)
-        with hindrance(disk, kind.spare) as how, pytest.raises(OSError, match=f"{disk}.*(make room|free some)"):
+        with hindrance(disk, kind.spare) as how, pytest.raises(OSError, match=f"{disk}.*(free disk space|free some)"):
             work.rest()
         after = contents(work.folder)
         assert {name: after.get(name) for name in before} == before, f"{kind.__name__}: not as it was"
