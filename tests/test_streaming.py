@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from squares import each_with_each
 from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
@@ -290,6 +291,46 @@ def hub_folder(triplets, tmp_path):
     (tmp_path / "hub" / "data").mkdir(parents=True)
     embedded.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     return tmp_path / "hub"
+
+
+@pytest.mark.reliability(
+    9,
+    "a data set read from a folder is what its files hold now, whatever their times say",
+    broken=("src/pvlf_hf/data/streaming.py", "cache_dir=None if streaming else cache", "cache_dir=None"),
+)
+def test_rewritten_folder_is_read_again(hub_folder, figure):
+    (file,) = hub_folder.rglob("*.parquet")
+
+    def captions():
+        return load_hub_triplets(str(hub_folder), columns={"reference": "source"})["caption"][:]
+
+    before, status = captions(), file.stat()
+    assert captions() == before
+    rows = Dataset.from_parquet(str(file), cache_dir=str(hub_folder.parent / "cache"))
+    rows.map(lambda row: {"caption": row["caption"].swapcase()}).to_parquet(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert captions() == [caption.swapcase() for caption in before] != before
+    figure("a Parquet file rewritten at the same time: the new captions")
+
+
+@pytest.mark.reliability(
+    9,
+    "shards of images that were replaced since are refused when writing goes on",
+    broken=("src/pvlf_hf/data/streaming.py", "if _digest(_embedded(part, start)) != written[file.name]:", "if False:"),
+)
+@pytest.mark.parametrize("format", ["parquet", "tar"])
+def test_shards_of_replaced_images_are_refused(tmp_path, format, figure):
+    triplets = each_with_each(tmp_path, ["red", "blue", "lime"], lambda _, target: f"make it {target}")
+    first, *_ = write_shards(triplets, tmp_path / "shards", 2, format)
+    file = tmp_path / "blue.png"
+    status, raw = file.stat(), file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ValueError, match=f"{first.name} holds other images than these triplets, which have"):
+        write_shards(triplets, tmp_path / "shards", 2, format)
+    file.write_bytes(raw)
+    write_shards(triplets, tmp_path / "shards", 2, format)
+    figure("one bit of one image: refused")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

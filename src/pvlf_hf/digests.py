@@ -17,6 +17,18 @@ def content_digest(parts: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
+def folder_digest(folder: Path) -> str:
+    """Return 32 hexadecimal digits of the names and contents of a folder's files; hidden ones do not count."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {file: file.relative_to(folder) for file in files}
+    parts: list[str] = []
+    for file in files:
+        if not any(part.startswith(".") for part in names[file].parts):
+            with file.open("rb") as stream:
+                parts += [names[file].as_posix(), content_digest(iter(lambda: stream.read(2**20), b""))]
+    return sequence_digest(*parts)
+
+
 def sequence_digest(*parts: bytes | str) -> str:
     """Return 32 hexadecimal digits (BLAKE2b) of a sequence: the same bytes divided differently differ."""
     hasher = hashlib.blake2b(digest_size=16)
@@ -41,4 +53,4 @@ def id_number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-__all__ = ["annotations_digest", "content_digest", "id_number", "sequence_digest", "sha1_digest"]
+__all__ = ["annotations_digest", "content_digest", "folder_digest", "id_number", "sequence_digest", "sha1_digest"]

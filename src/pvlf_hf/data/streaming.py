@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import datasets
 import fsspec
 import pyarrow.parquet as pq
 import torch
@@ -31,7 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from ..atomic_files import whole
-from ..digests import content_digest
+from ..digests import content_digest, folder_digest, sequence_digest
 from ..models.image_processing_pvlf import open_image, opened
 from .checks import as_path, check_integer, check_rows, naming_the_cache, row_problem
 from .triplets import TRIPLET_COLUMNS, check_triplets, triplets_digest
@@ -80,27 +81,61 @@ def write_shards(
     for column in ("reference", "target"):
         rows = rows.cast_column(column, Image(decode=False))
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(
-        folder,
-        {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": triplets_digest(rows)},
-    )
+    facts = {"rows": len(rows), "rows_per_shard": rows_per_shard, "format": format, "digest": triplets_digest(rows)}
+    written = _claim(folder, facts)
     starts = range(0, len(rows), rows_per_shard)
     files = [folder / f"triplets-{n:05d}-of-{len(starts):05d}.{format}" for n in range(len(starts))]
     write = _write_tar if format == "tar" else _write_parquet
     for start, file in zip(tqdm(starts, desc="writing shards", unit="shard"), files, strict=True):
-        if not file.exists():
-            with whole(file) as partial:
-                write(partial, rows.select(range(start, min(start + rows_per_shard, len(rows)))), start)
+        part = rows.select(range(start, min(start + rows_per_shard, len(rows))))
+        if file.exists() and file.name in written:
+            if _digest(_embedded(part, start)) != written[file.name]:
+                raise ValueError(
+                    f"{file} holds other images than these triplets, which have changed since: take an empty folder, "
+                    "or delete the shard"
+                )
+            continue
+        digests: list[str] = []
+        with whole(file) as partial:
+            write(partial, _noting(_embedded(part, start), digests))
+        written[file.name] = sequence_digest(*digests)
+        _write_note(folder, facts, written)
     return files
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Record the settings of a folder's shards; raise a `ValueError` if it holds shards of other triplets."""
+def _claim(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+    """Record the settings of a folder's shards, and return digests of the images in those that are written, by file.
+
+    Raises:
+        ValueError: if it holds shards of other triplets.
+    """
     note = folder / "shards.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != facts:
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else dict(facts)
+    written = known.pop("images", {})
+    if known != facts:
         raise ValueError(f"{folder} holds shards of other triplets or another size or format: take an empty folder")
-    with whole(note) as partial:
-        partial.write_text(json.dumps(facts), encoding="utf-8")
+    _write_note(folder, facts, written)
+    return written
+
+
+def _write_note(folder: Path, facts: dict[str, Any], written: dict[str, str]) -> None:
+    with whole(folder / "shards.json") as partial:
+        partial.write_text(json.dumps({**facts, "images": written}), encoding="utf-8")
+
+
+def _noting(rows: Iterable[tuple[int, dict[str, Any]]], digests: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield rows of [`_embedded`], and add a digest of each row's images to a list."""
+    for number, row in rows:
+        digests.append(sequence_digest(row["reference"], row["target"]))
+        yield number, row
+
+
+def _digest(rows: Iterable[tuple[int, dict[str, Any]]]) -> str:
+    """Return the digest of the images of a shard's rows."""
+    digests: list[str] = []
+    for _ in _noting(rows, digests):
+        pass
+    return sequence_digest(*digests)
 
 
 def _embedded(rows: Dataset, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -123,15 +158,15 @@ def encoded_bytes(image: dict[str, Any]) -> bytes:
         return stream.read()
 
 
-def _write_parquet(file: Path, rows: Dataset, first: int) -> None:
-    table = [{**row, "target_id": str(row["target_id"])} for _, row in _embedded(rows, first)]
+def _write_parquet(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
+    table = [{**row, "target_id": str(row["target_id"])} for _, row in rows]
     # Row groups are read at once: small ones keep the memory of a reader small.
     pq.write_table(Dataset.from_list(table, features=_FEATURES).with_format("arrow")[:], file, row_group_size=100)
 
 
-def _write_tar(file: Path, rows: Dataset, first: int) -> None:
+def _write_tar(file: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> None:
     with tarfile.open(file, "w") as tar:
-        for number, row in _embedded(rows, first):
+        for number, row in rows:
             text = json.dumps({"caption": row["caption"], "target_id": str(row["target_id"])})
             members = {"reference.png": row["reference"], "target.png": row["target"], "json": text.encode()}
             for ending, content in members.items():
@@ -274,7 +309,9 @@ def load_hub_triplets(
     if unknown := sorted(columns.keys() - set(TRIPLET_COLUMNS)):
         raise ValueError(f"columns={unknown}: keys are {TRIPLET_COLUMNS}, values the names in the dataset")
     with naming_the_cache():
-        dataset: Any = load_dataset(name, split=split, streaming=streaming)
+        # `datasets` knows what it has read of a folder by the times of its files; by content, each has its own cache.
+        cache = Path(datasets.config.HF_DATASETS_CACHE, folder_digest(Path(name))) if Path(name).is_dir() else None
+        dataset: Any = load_dataset(name, split=split, streaming=streaming, cache_dir=None if streaming else cache)
     features = dataset.features or Features()
     if columns["target_id"] == "target_id" and "target_id" not in features:
         del columns["target_id"]

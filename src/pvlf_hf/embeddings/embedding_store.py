@@ -1,11 +1,11 @@
 """Keeps embeddings of gallery images and queries on disk, so that another protocol over them needs no model.
 
 One safetensors file holds the gallery of a dataset, and one its queries for each method to embed them; rows are found
-by what they embed. An image id must therefore name the same image in all benchmarks of a dataset.
+by what they embed: ids and captions, and digests of the images, so that an image that changed is embedded again.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -79,6 +79,7 @@ class EmbeddingStore:
         keys: Sequence[Key],
         encode: Callable[[list[int]], Tensor] | None = None,
         former_name: str | None = None,
+        contents: Sequence[str] | None = None,
     ) -> Tensor:
         """Return embeddings in the order of the keys; what is missing is encoded and added.
 
@@ -88,6 +89,8 @@ class EmbeddingStore:
             name: name of the file: the data set, and what is embedded.
             keys: keys of the rows to return; repeated ones are encoded once.
             encode: takes positions in `keys`, returns float32 `(positions, d)`; None to take only what is kept.
+            contents: digest of what each key names, such as the image of an id: rows that were kept of other content
+                are encoded again. None to take them as they are.
             former_name: name under which an earlier version kept these embeddings; read where there is none of `name`.
 
         Returns:
@@ -99,6 +102,12 @@ class EmbeddingStore:
         file, former = (self.folder / f"{quote(n, safe='')}.safetensors" for n in (name, former_name or name))
         written = file if file.exists() else former
         kept, embeds = read_rows(written) if written.exists() else ([], torch.empty(0))
+        content_of: dict[Key, str | None] = dict(_read_contents(written)) if written.exists() else {}
+        if contents is not None:
+            now = dict(zip(keys, contents, strict=True))
+            rows = [row for row, key in enumerate(kept) if now.get(key, content_of.get(key)) == content_of.get(key)]
+            kept, embeds = [kept[row] for row in rows], embeds[rows]
+            content_of |= now
         row_of = {key: row for row, key in enumerate(kept)}
         first_position = {key: position for position, key in reversed(list(enumerate(keys))) if key not in row_of}
         missing = sorted(first_position.values())
@@ -116,15 +125,15 @@ class EmbeddingStore:
             embeds = torch.cat([embeds, encode(positions)])  # type: ignore[misc]  # not None
             row_of |= {keys[position]: row for row, position in enumerate(positions, len(row_of))}
             if state.is_main_process:
-                self._write(file, list(row_of), embeds)
+                self._write(file, list(row_of), embeds, [content_of.get(key) for key in row_of])
             state.wait_for_everyone()
         return embeds[[row_of[key] for key in keys]]
 
-    def _write(self, file: Path, keys: list[Key], embeds: Tensor) -> None:
+    def _write(self, file: Path, keys: list[Key], embeds: Tensor, contents: list[str | None]) -> None:
         if self.model is None:
             raise ValueError("the model of these embeddings is unknown: call claim(model, processor) first")
         with locked(self.folder):  # two runs over one dataset may write the same file
-            write_rows(file, keys, embeds, self.model)
+            write_rows(file, keys, embeds, {**self.model, "contents": json.dumps(contents)})
 
 
 def write_rows(file: Path, keys: Sequence[Key], embeds: Tensor, model: dict[str, str]) -> None:
@@ -137,6 +146,14 @@ def read_rows(file: Path) -> tuple[list[Key], Tensor]:
     """Read the keys of all rows, and the rows float32 `(keys, d)`, a view of the file."""
     with safe_open(file, framework="pt") as opened:
         return list(map(tuple, json.loads(opened.metadata()["keys"]))), opened.get_tensor("embeddings")
+
+
+def _read_contents(file: Path) -> Iterator[tuple[Key, str | None]]:
+    """Yield the key of each row and the digest of what it named, None where an earlier version kept none."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    keys = list(map(tuple, json.loads(metadata["keys"])))
+    return zip(keys, json.loads(metadata.get("contents", "null")) or [None] * len(keys), strict=True)
 
 
 def made_by(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, unwrap
 from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
+from .fingerprints import image_digests
 
 QueryMethod = Literal["composed", "image", "text", "image+text"]
 
@@ -84,13 +85,20 @@ def embed(
 
     if gallery_embeds is None:
         images = [(image_id,) for image_id in benchmark.gallery["image_id"]]
-        gallery_embeds = store.fetch(f"{data_set} gallery", images, encode_images if model else None)
+        contents = image_digests(benchmark.gallery, "image") if model else None
+        gallery_embeds = store.fetch(
+            f"{data_set} gallery", images, encode_images if model else None, contents=contents
+        )
     references = list(benchmark.queries["reference_id"])
     halves = {"image": lambda key: key[:1], "text": lambda key: key[1:]}  # the other half makes no difference
     keys: list[Key] = [(references[row], caption) for row, caption in captions]
     keys = list(map(halves.get(method, tuple), keys))
     former_name = f"{data_set} {FORMER_NAME}" if method == "composed" else None
-    embeds = store.fetch(f"{data_set} {method}", keys, encode_captions if model else None, former_name)
+    contents = None
+    if model and method != "text":
+        digests = image_digests(benchmark.queries, "reference")
+        contents = [digests[row] for row, _ in captions]
+    embeds = store.fetch(f"{data_set} {method}", keys, encode_captions if model else None, former_name, contents)
     return Embeddings(_as_scored(_mean_over_captions(embeds, captions), model, method), gallery_embeds)
 
 

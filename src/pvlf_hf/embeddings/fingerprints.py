@@ -19,7 +19,7 @@ PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def image_digests(dataset: Dataset, column: str) -> list[str]:
-    """Return a digest of each row's undecoded image file and of the mode that the column decodes it to."""
+    """Return a digest of each row's undecoded image file, of a URL's string, and of the mode that it is decoded to."""
     mode = str(getattr(dataset.features[column], "mode", None))
     known: dict[str, str] = {}  # an image occurs in several triplets
 
@@ -27,10 +27,12 @@ def image_digests(dataset: Dataset, column: str) -> list[str]:
         if cell["bytes"] is not None:
             return sequence_digest(mode, cell["bytes"])
         if cell["path"] not in known:
-            known[cell["path"]] = sequence_digest(mode, Path(cell["path"]).read_bytes())
+            is_url = cell["path"].startswith(("http://", "https://", "data:"))
+            known[cell["path"]] = sequence_digest(mode, cell["path"] if is_url else Path(cell["path"]).read_bytes())
         return known[cell["path"]]
 
-    return [digest_of(cell) for cell in dataset.cast_column(column, Image(decode=False))[column]]
+    cells = dataset.select_columns(column).with_format(None).cast_column(column, Image(decode=False))
+    return [digest_of(row[column]) for row in cells]
 
 
 def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, preprocessing: str) -> str:

@@ -39,7 +39,8 @@ def evaluate(
         gallery_embeds: `(gallery, d)` from [`encode_gallery`] with the same model, to encode the gallery only once
             for several query sets.
         progress: show progress bars.
-        store: embeddings on disk: those it holds are not encoded again, the others are added.
+        store: embeddings on disk: those it holds are not encoded again, the others are added, and those of images that
+            have changed since replaced; without a model they are taken as they are.
 
     Raises:
         ValueError: for an unknown method, a benchmark without targets, a gallery that does not fit the benchmark, a
