@@ -166,6 +166,7 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         triplets = make_triplets(Path(folder), 8, model.config.vl_config.vision_config.image_size)
         known, collate_known = cache_features(model, processor, triplets, folder, batch_size=4, progress=False)
+        accept_cached_features(model)
         collate = PVLFCollator(processor)
 
         def encoded() -> dict[str, Tensor]:
