@@ -36,8 +36,6 @@ EXAMPLE = 'price < 50 and brand in ("Acme", "Zen") and sold is null'
 MOST_CHARACTERS = 10_000
 """Longest text of a filter (our choice)."""
 
-ROW = "row number"
-
 
 def passing_rows(condition: Filter, metadata: pa.Table | None) -> np.ndarray:
     """Return the rows that a filter lets pass, int64, ascending.
@@ -60,9 +58,9 @@ def passing_rows(condition: Filter, metadata: pa.Table | None) -> np.ndarray:
         raise ValueError(
             f"filter={condition!r:.200}: pass a text such as {EXAMPLE!r}, or a pyarrow.compute.Expression"
         )
-    numbered = metadata.append_column(ROW, pa.array(np.arange(len(metadata))))
     try:
-        return ds.dataset(numbered).to_table(columns=[ROW], filter=expression)[ROW].to_numpy()
+        passes = ds.dataset(metadata).to_table(columns={"passes": expression})["passes"].combine_chunks()
+        return np.flatnonzero(pc.fill_null(passes, False).to_numpy(zero_copy_only=False))
     except (pa.ArrowException, TypeError) as error:
         missing = "No match for FieldRef" in str(error)
         reason = _columns(metadata.schema) if missing else f"its columns are {_types(metadata.schema)}"
@@ -178,11 +176,11 @@ class _Reader:
 
 
 def _columns(schema: pa.Schema) -> str:
-    return f"the columns are {[name for name in schema.names if name != ROW]}"
+    return f"the columns are {schema.names}"
 
 
 def _types(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name != ROW)
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 __all__ = ["Filter", "parse_filter", "passing_rows"]
