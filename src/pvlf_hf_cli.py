@@ -133,6 +133,12 @@ def index(
     include_hidden: Annotated[
         bool, typer.Option("--include-hidden", help="Index images in hidden and system folders (@eaDir) too.")
     ] = False,
+    metadata: Annotated[
+        Path | None, typer.Option(help="CSV, Parquet or JSON lines with a column file_name: what to filter by.")
+    ] = None,
+    exif: Annotated[
+        bool, typer.Option("--exif", help="Read date, size and place of the photos, to filter by.")
+    ] = False,
     composition: Composition = None,
     as_json: Json = False,
 ) -> None:
@@ -149,7 +155,9 @@ def index(
     """
     from pvlf_hf.commands import gallery
 
-    gallery.index(photos, model, path, batch_size, dtype.value, openvino, draft, include_hidden, as_json, composition)
+    options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
+    options |= {"metadata": metadata, "exif": exif}
+    gallery.index(photos, model, path, dtype.value, openvino, as_json, composition, options)
 
 
 @app.command(no_args_is_help=True)
@@ -157,9 +165,30 @@ def search(
     index: Annotated[Path, typer.Argument(help="Folder that `pvlf-hf index` made.", show_default=False)],
     model: Model,
     image: Annotated[
-        list[str] | None, typer.Option(help="Reference image, file or URL; several are averaged.")
+        list[str] | None, typer.Option(help="Reference image, file or URL; several are averaged, see --text.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="What should be different; alone, what to look for.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What should be different; alone, what to look for. Several count together, each with a weight "
+            'before it: "2:red", "-stripes" (away from it), "-0.5:stripes".'
+        ),
+    ] = None,
+    id: Annotated[
+        list[str] | None, typer.Option(help='Indexed image to search by, "a.jpg", or away from, "-a.jpg".')
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="Part of the image to search by: left,top,right,bottom in pixels.")
+    ] = None,
+    filter: Annotated[
+        str | None,
+        typer.Option(help="Condition on columns of the metadata: \"price < 50 and brand in ('Acme', 'Zen')\"."),
+    ] = None,
+    min_score: Annotated[float | None, typer.Option(help="Leave out results that score less.")] = None,
+    offset: Annotated[int, typer.Option(min=0, help="Results to pass over, those of earlier pages.")] = 0,
+    fold: Annotated[
+        float | None, typer.Option(help="Fold near-duplicates of a result, from this cosine on (try 0.98).")
+    ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results (our choice).")] = 10,
     weights: Annotated[
         str,
@@ -175,6 +204,7 @@ def search(
     \b
     pvlf-hf search photos.gallery --image dress.jpg --text "without sleeves" -k 5 --sheet result.html
     pvlf-hf search photos.gallery --image dress.jpg --text "in blue" --weights 1,1,0    # more of the image
+    pvlf-hf search photos.gallery --text "2:red dress" --text "-stripes" --filter "price < 50" --fold 0.98
     """
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
@@ -183,7 +213,14 @@ def search(
         raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
     from pvlf_hf.commands import gallery
 
-    gallery.search(index, model, image, text, k, three, sheet, explain, as_json, composition)
+    asked = {
+        "images": [weighted(one, "--image") for one in image or ()],
+        "texts": dict(weighted(one, "--text") for one in text or ()),
+        "ids": dict(weighted(one, "--id") for one in id or ()),
+    }
+    settings: dict[str, Any] = {"filter": filter, "min_score": min_score, "offset": offset, "fold": fold}
+    settings["box"] = None if box is None else parse_box(box)
+    gallery.search(index, model, asked, settings, k, three, sheet, explain, as_json, composition)
 
 
 @app.command()
@@ -387,6 +424,31 @@ def parse_weights(weights: str) -> tuple[float, float, float]:
     raise typer.BadParameter(
         f"{weights!r}: give three numbers, of image, composition and text, such as 1,1,0", param_hint="--weights"
     )
+
+
+def weighted(given: str, option: str) -> tuple[str, float]:
+    """Split a weight off an argument: `red`, `-red`, `2:red`, `-0.5:red`; `1:-red` is the text "-red"."""
+    head, colon, rest = given.partition(":")
+    try:
+        weight = float(head)
+    except ValueError:
+        return (given[1:], -1.0) if given.startswith("-") and len(given) > 1 else (given, 1.0)
+    if not colon or not isfinite(weight):
+        return given, 1.0
+    if weight == 0 or not rest.strip():
+        raise typer.BadParameter(f"{given!r}: write a weight other than 0 and what it weighs", param_hint=option)
+    return rest, weight
+
+
+def parse_box(box: str) -> list[float]:
+    """Parse four numbers, separated by commas."""
+    try:
+        sides = [float(side) for side in box.split(",")]
+    except ValueError:
+        sides = []
+    if len(sides) != 4:
+        raise typer.BadParameter(f"{box!r}: give left,top,right,bottom in pixels", param_hint="--box")
+    return sides
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

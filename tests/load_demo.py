@@ -76,7 +76,7 @@ class Client:
         (function,) = (d for d in self.config["dependencies"] if d["api_name"] == name)
         given = iter(values)
         stateful = {c["id"] for c in self.config["components"] if c["type"] == "state"}
-        data = [None if number in stateful else next(given) for number in function["inputs"]]
+        data = [None if number in stateful else next(given, "") for number in function["inputs"]]
         body = {"data": data, "fn_index": function["id"], "session_hash": self.session, "event_data": event}
         joined = (await self.post("/queue/join", json=body))["event_id"]
         async with self.http.stream("GET", f"{API}/queue/data", params={"session_hash": self.session}) as stream:

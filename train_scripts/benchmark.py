@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image
 from measuring import Table, Timing, matrix_rate, measure, parser_of, side_by_side, waited_for
@@ -43,7 +44,9 @@ from pvlf_hf.embeddings.encoding import prefetch_map
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.ranking import subset_ranks, target_ranks
 from pvlf_hf.models.image_processing_pvlf import open_rgb
+from pvlf_hf.search.filters import passing_rows
 from pvlf_hf.search.indexing import DecodeOptions, least_side, open_cell
+from pvlf_hf.search.nearest import nearest
 from pvlf_hf.search.vector_index import ExactIndex, FaissIndex, VectorIndex
 
 HERE = Path(__file__).parent
@@ -335,7 +338,9 @@ def search_speed(options: Options) -> list[Table]:
     """Measure exact search for one query and many, and approximate search."""
     rows, k = (1_000_000, 50) if options.size == "base" else (5_000, 10)
     queries = random_units(256, 256)
-    tables = exact_search(random_units(rows, 256), queries, k, options)
+    gallery = random_units(rows, 256)
+    tables = [*exact_search(gallery, queries, k, options), filtered_search(gallery, queries, k, options)]
+    del gallery
     return [*tables, approximate_search(min(rows, 30_000), queries, options)]
 
 
@@ -344,7 +349,7 @@ def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> 
     index = ExactIndex(gallery)
     one = {
         "reading the gallery once": lambda: gallery.view(-1).amax(),
-        f"exact, the best {k}": lambda: nearest(index, queries[:1], gallery, k),
+        f"exact, the best {k}": lambda: nearest(index, gallery, queries[0], k),
     }
     many = {
         "one product, nothing searched": lambda: queries @ gallery.T,
@@ -357,10 +362,23 @@ def exact_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> 
     ]
 
 
-def nearest(index: VectorIndex, query: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """Return the best k in order, as `Gallery.search` finds them; the query is (1, d)."""
-    rows = index.candidates(query[0], k).sort().values
-    return rows[top_k(query, gallery[rows], k)[1][0]]
+def filtered_search(gallery: Tensor, queries: Tensor, k: int, options: Options) -> Table:
+    """Measure one query with filters that let 1, 10 and 50 % pass, the filter itself included, against none."""
+    size = len(gallery)
+    index, random = ExactIndex(gallery), np.random.default_rng(0)
+    brands = np.array([f"brand {number}" for number in range(100)])
+    columns = {"price": random.integers(0, 1000, size), "brand": brands[random.integers(0, 100, size)]}
+    metadata = pa.table(columns)
+
+    def search(condition: str | None) -> Tensor:
+        rows = None if condition is None else torch.from_numpy(passing_rows(condition, metadata))
+        return nearest(index, gallery, queries[0], k, rows)[1]
+
+    filters = {f"price < {10 * share}, {share} % pass": f"price < {10 * share}" for share in (1, 10, 50)}
+    filters["a brand of 100, 1 % pass"] = "brand == 'brand 7'"
+    ways = {"no filter": partial(search, None)} | {name: partial(search, one) for name, one in filters.items()}
+    title = f"One query with a filter, the best {k} of {size:,} images of width 256"
+    return Table(title, side_by_side(ways, options.rounds * 3), {})
 
 
 def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:

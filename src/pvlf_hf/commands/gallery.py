@@ -18,6 +18,7 @@ from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, check_encoder, is_gallery, kept_provenance
 from ..search.query import Explanation, Weights
 from ..search.replacement import finish_replacement
+from ..search.requests import as_plain
 from ..search.result import SearchResult
 from ..search.results_page import search_page
 from .output import print_json
@@ -30,13 +31,11 @@ def index(
     folder: Path,
     model: str,
     path: Path,
-    batch_size: int,
     dtype: str,
     openvino: bool,
-    draft: bool,
-    include_hidden: bool,
     as_json: bool,
-    composition: str | None = None,
+    composition: str | None,
+    options: dict[str, Any],
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
     finish_replacement(path)
@@ -44,7 +43,6 @@ def index(
     known = indexed_digests(path, encoder, processor)
     if openvino:
         encode_by_openvino(encoder)
-    options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
     gallery = Gallery.from_folder(folder, encoder, processor, path=path, replace=True, **options)
     new = len({*gallery.digests} - known)
     if as_json:
@@ -60,8 +58,8 @@ def index(
 def search(
     path: Path,
     model: str,
-    images: list[str] | None,
-    text: str | None,
+    asked: dict[str, Any],
+    settings: dict[str, Any],
     k: int,
     weights: Weights,
     sheet: Path | None,
@@ -71,23 +69,30 @@ def search(
 ) -> None:
     """Search an index, and print or draw the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
-    if text:
-        check_vocabulary(gallery.processor.tokenizer, text)
-    result = gallery.search(images, text, k, weights=weights, explain=explain)
+    for one in asked["texts"]:
+        check_vocabulary(gallery.processor.tokenizer, one)
+    terms = {name: part or None for name, part in asked.items()}
+    result = gallery.search(
+        terms["images"], k=k, texts=terms["texts"], ids=terms["ids"], weights=weights, explain=explain, **settings
+    )
     if as_json:
-        draw(result, sheet, k)
-        rows = zip(result.ids, result.scores, result.paths, strict=True)
-        results = [{"id": image_id, "score": score, "path": path} for image_id, score, path in rows]
+        draw(result, sheet if result.ids else None, k)
+        results = as_plain(result)["results"]
+        for one, file in zip(results, result.paths, strict=True):
+            one["path"] = file
         why = {"why": list(map(explained, result.why))} if explain else {}
         print_json(results=results, sheet=str(sheet) if sheet else None, **why)
         return
-    for rank, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1):
-        typer.echo(f"{rank:>3}  {score:.4f}  {image_id}")
+    for rank, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1 + settings["offset"]):
+        folded = f"  and {len(result.folded[image_id])} like it" if image_id in result.folded else ""
+        typer.echo(f"{rank:>3}  {score:.4f}  {image_id}{folded}")
+    if not result.ids:
+        typer.echo("nothing found: no image passes the filter and the least score from this offset on", err=True)
     for explanation in map(explained, result.why):
         typer.echo("weights: " + ", ".join(f"{part} {weight:.2f}" for part, weight in explanation["weights"].items()))
         shares = sorted(zip(explanation["attention"], explanation["tokens"], strict=True), reverse=True)
         typer.echo("attention: " + ", ".join(f"{token} {share:.3f}" for share, token in shares))
-    if sheet:  # after the results, so that a full disk does not lose them
+    if sheet and result.ids:  # after the results, so that a full disk does not lose them
         draw(result, sheet, k)
         typer.echo(f"see {sheet}")
 

@@ -5,14 +5,17 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 from torch import Tensor
 
+from ..data.benchmark import check_columns
 from ..embeddings.embedding_store import images_made_by
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .gallery_files import GalleryTable, gallery_id_of, new_gallery_id, write_gallery
+from .gallery_files import GalleryTable, gallery_id_of, new_gallery_id, read_columns, write_gallery
 from .indexing import PART, DecodeOptions, IncrementalIndexer, least_side, report
+from .metadata import gather_metadata, read_metadata
 from .query import check_positive
 from .replacement import locked_gallery, place_to_build, put_in_place
 from .vector_index import IndexName, check_index, connect
@@ -28,6 +31,7 @@ class BuiltGallery(NamedTuple):
     skipped: dict[str, str]
     gallery_id: str | None
     client: Any
+    metadata: pa.Table | None
 
 
 def build_gallery(
@@ -40,6 +44,8 @@ def build_gallery(
     progress: bool = True,
     draft: bool = False,
     replace: bool = False,
+    metadata: str | Path | pa.Table | None = None,
+    exif: bool = False,
     index: IndexName = "exact",
     uri: str | None = None,
 ) -> BuiltGallery:
@@ -49,6 +55,7 @@ def build_gallery(
     """
     check_index(index, uri)
     batch_size = check_positive("batch_size", batch_size)
+    given = None if metadata is None else read_metadata(metadata)
     ids = [str(image_id) for image_id in dataset["image_id"][:]]
     if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
@@ -73,22 +80,49 @@ def build_gallery(
         paths = [cell["path"] if cell["bytes"] is None else None for cell in sources["image"]]
         table = GalleryTable([ids[row] for row in kept], paths, [indexer.digests[row] for row in kept])
         embeds = indexer.take(table.digest)
+        kept_columns = home and read_columns(home)
+        columns = gather_metadata(table.id, table.digest, sources["image"], kept_columns, given, exif, [*skipped])
         gallery_id = None
         if home and place:
-            save_gallery(place, table, embeds, provenance)
+            save_gallery(place, table, embeds, provenance, columns)
             if place != home and state.is_main_process:
                 put_in_place(home)
             state.wait_for_everyone()
             gallery_id = gallery_id_of(home)
         on_error.pop_all()
-    return BuiltGallery(table, embeds, provenance, sources, skipped, gallery_id, client)
+    return BuiltGallery(table, embeds, provenance, sources, skipped, gallery_id, client, columns)
 
 
-def save_gallery(folder: Path, table: GalleryTable, embeds: Tensor, provenance: dict[str, str]) -> None:
+def checked_dataset(dataset: Dataset, image_column: str, id_column: str) -> Dataset:
+    """Return the columns `image` and `image_id` of a data set; errors as [`Gallery.from_dataset`]."""
+    if not isinstance(dataset, Dataset):
+        splits = f", one of its splits {[*dataset]}" if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; for a stream, "
+            "Dataset.from_list(list(stream.take(n)), features=stream.features)"
+        )
+    dataset = dataset.with_format(None)  # the caller's output format must not matter
+    check_columns(dataset, (image_column, id_column), "gallery")
+    dataset = dataset.select_columns([image_column, id_column])
+    dataset = dataset.rename_columns({image_column: "image", id_column: "image_id"})
+    feature = dataset.features["image"]
+    if not (isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("string", "binary"))):
+        raise ValueError(
+            f"gallery: column {image_column!r} is {feature}: it must hold one image a row (datasets.Image), its "
+            "file or its bytes"
+        )
+    if missing := [row for row, image_id in enumerate(dataset["image_id"]) if image_id is None]:
+        raise ValueError(f"gallery: {id_column} is missing in rows {missing[:3]}; name or drop them")
+    return dataset
+
+
+def save_gallery(
+    folder: Path, table: GalleryTable, embeds: Tensor, provenance: dict[str, str], metadata: pa.Table | None = None
+) -> None:
     """Write the two files of a gallery, and remove what an interruption left."""
     state = PartialState()
     if state.is_main_process:
-        write_gallery(folder, table, embeds, provenance, gallery_id_of(folder) or new_gallery_id())
+        write_gallery(folder, table, embeds, provenance, gallery_id_of(folder) or new_gallery_id(), metadata)
         for part in folder.glob(f"*{PART}*"):  # half-written parts, too
             part.unlink()
     state.wait_for_everyone()
@@ -106,4 +140,4 @@ def _close(client: Any) -> None:
         client.close()
 
 
-__all__ = ["BuiltGallery", "build_gallery", "open_database", "save_gallery"]
+__all__ = ["BuiltGallery", "build_gallery", "checked_dataset", "open_database", "save_gallery"]

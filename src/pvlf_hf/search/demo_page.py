@@ -84,6 +84,18 @@ class Page:
                 self.text = gr.Textbox(
                     label="but …", placeholder="what should be different", max_length=300, elem_id="text"
                 )
+                self.without = gr.Textbox(
+                    label="and not …", placeholder="what to avoid", max_length=300, elem_id="without"
+                )
+                columns = [] if self.searcher.gallery.metadata is None else self.searcher.gallery.metadata.column_names
+                self.filter = gr.Textbox(
+                    label="Only where …",
+                    placeholder='price < 50 and brand in ("Acme", "Zen")',
+                    info=f"columns: {', '.join(columns)}",
+                    max_length=1000,
+                    visible=bool(columns),
+                    elem_id="filter",
+                )
                 with gr.Row():
                     self.button = gr.Button("Search", variant="primary", min_width=100, elem_id="search")
                     self.over = gr.Button("Start over", min_width=100, elem_id="over")
@@ -113,15 +125,16 @@ class Page:
         session, balance, reference = self.session, self.balance, self.reference
         why = [self.panel, self.shares, self.attention]
         results = [session, self.grid, self.heading, self.trail, balance, *why]
-        everything = [*results, reference, self.text]
-        begin, go = [self.blocks.load, self.over.click], [self.button.click, self.text.submit]
+        everything = [*results, reference, self.text, self.without, self.filter]
+        fields = [self.text, self.without, self.filter]
+        begin, go = [self.blocks.load, self.over.click], [self.button.click, *(one.submit for one in fields)]
         _listen("start", begin, self.start, [], everything)
         # Unprocessed, so that a file that is not an image gets our own message.
         _listen("take", [reference.upload], self.take, [session, reference], [*results, reference], preprocess=False)
         _listen("drop", [reference.clear], self.drop, [session], results)
         picked = _listen("pick", [self.grid.select], self.pick, [session], [session, reference, self.text])
         picked.then(None, js=ASK_ON)
-        searched = _listen("search", go, self.search, [session, self.text, balance], results)
+        searched = _listen("search", go, self.search, [session, self.text, balance, *fields[1:]], results)
         searched.success(None, js=LOOK)
         _listen("weigh", [balance.input], self.weigh, [session, balance], results, show_progress="hidden")
         _listen("back", [self.trail.select], self.back, [session, balance], everything)
@@ -131,13 +144,14 @@ class Page:
 
     def start(self) -> dict[Any, Any]:
         """Show images to start from."""
-        return self._show(self.searcher.browse(), reference=None, text="", balance=0)
+        return self._show(self.searcher.browse(), reference=None, text="", without="", filter="", balance=0)
 
     def example(self, number: int) -> dict[Any, Any]:
         """Search for an example."""
         reference, text = self.examples[number]
         session = self.searcher.search(Session(reference=reference), text, 0)
-        return self._show(session, reference=self.searcher.file(reference), text=text, balance=0)
+        shown = {"reference": self.searcher.file(reference), "text": text, "without": "", "filter": "", "balance": 0}
+        return self._show(session, **shown)
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
         """Take the visitor's own image."""
@@ -153,9 +167,9 @@ class Page:
         session = self.searcher.pick(session, event.index)
         return {self.session: session, self.reference: self.searcher.file(session.reference), self.text: ""}
 
-    def search(self, session: Session, text: str, balance: float) -> dict[Any, Any]:
-        """Search by the reference and the text that the visitor entered."""
-        return self._show(self.searcher.search(session, text, balance))
+    def search(self, session: Session, text: str, balance: float, without: str, filter: str) -> dict[Any, Any]:
+        """Search by the reference, the texts and the filter that the visitor entered."""
+        return self._show(self.searcher.search(session, text, balance, without, filter))
 
     def weigh(self, session: Session, balance: float) -> dict[Any, Any]:
         """Weigh the last query as the slider says."""
@@ -165,7 +179,8 @@ class Page:
         """Return to the step that was clicked."""
         session = self.searcher.back(session, event.index, balance)
         step = session.steps[-1]
-        return self._show(session, reference=self.searcher.file(step.reference), text=step.query.text or "")
+        entered = {"text": step.text, "without": step.without, "filter": step.filter or ""}
+        return self._show(session, reference=self.searcher.file(step.reference), **entered)
 
     def _show(self, session: Session, **values: Any) -> dict[Any, Any]:
         """Return the value of every component that follows from a session, and the values given by name."""
@@ -181,6 +196,8 @@ class Page:
             self.grid: gr.Gallery(list(zip(files, captions, strict=True)) if captions else files, selected_index=None),
             self.heading: "Nearest first. Click one to go on from it."
             if captions
+            else "No image passes the filter."
+            if steps and steps[-1].filter and not session.shown
             else "Try one of the searches above, or pick an image to start from.",
             self.trail: gr.Gallery(
                 [(file(step.reference or blank), step.query.text or "more like it") for step in steps],

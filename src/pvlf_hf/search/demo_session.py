@@ -38,6 +38,9 @@ class Step:
 
     reference: Reference
     query: Query = field(repr=False)
+    text: str = ""
+    without: str = ""
+    filter: str | None = None
     why: Why | None = field(default=None, repr=False)
 
 
@@ -80,19 +83,27 @@ class Searcher:
             raise ValueError("this image is no longer shown: search again, or start over")
         return replace(session, reference=session.shown[position])
 
-    def search(self, session: Session, text: str, balance: float) -> Session:
+    def search(self, session: Session, text: str, balance: float, without: str = "", filter: str = "") -> Session:
         """Search by the reference and the text.
 
         A search from the reference of the last step replaces that step; one from a result of it continues the chain.
+
+        Args:
+            session: the visitor's session.
+            text: what should be different, or what to look for.
+            balance: see [`weights_of`].
+            without: text to lead away from.
+            filter: condition on columns of the gallery's metadata.
         """
-        reference, text = session.reference, text.strip()
+        reference, text, without = session.reference, text.strip(), without.strip()
         if reference is None and not text:
             raise ValueError("nothing to search by: drop or pick an image, say what to look for, or both")
         image = self.gallery.image(reference) if isinstance(reference, str) else reference
         explain = self.gallery.model.explains and image is not None and bool(text)
-        query = self.gallery.query(image, text or None, explain)
+        query = self.gallery.query(image, text or None, explain, texts={without: -1} if without else None)
         why = self._why(query, query.why[0]) if query.why else None
-        step = Step(reference, replace(query, images=(), why=()), why)  # without megabytes of pixels and attention
+        query = replace(query, images=(), why=())  # without megabytes of pixels and attention
+        step = Step(reference, query, text, without, filter.strip() or None, why)
         again = session.steps and session.steps[-1].reference == reference
         steps = (*(session.steps[:-1] if again else session.steps), step)
         return self.weigh(replace(session, steps=steps), balance)
@@ -104,7 +115,7 @@ class Searcher:
         step = session.steps[-1]
         weights = weights_of(balance) if has_both(step.query) else FUSION
         itself = [step.reference] if isinstance(step.reference, str) and len(self.gallery) > 1 else []
-        result = self.gallery.search(query=step.query, k=SHOWN, weights=weights, exclude=itself)
+        result = self.gallery.search(query=step.query, k=SHOWN, weights=weights, exclude=itself, filter=step.filter)
         return replace(session, shown=tuple(result.ids), scores=tuple(result.scores))
 
     def back(self, session: Session, position: int, balance: float) -> Session:

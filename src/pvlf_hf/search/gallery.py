@@ -13,26 +13,26 @@ Example:
     ```
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Image, Value
+from datasets import Dataset
 from huggingface_hub import CommitInfo
 from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
 
-from ..data.benchmark import check_columns
 from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
-from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .building import build_gallery, open_database, save_gallery
+from .building import build_gallery, checked_dataset, open_database, save_gallery
+from .filters import Filter, passing_rows
 from .gallery_files import (
     GalleryTable,
     check_encoder,
@@ -43,11 +43,15 @@ from .gallery_files import (
 )
 from .image_folder import find_images
 from .indexing import DecodeOptions, as_dataset, open_cell
+from .metadata import dataset_metadata, metadata_of
 from .nearest import nearest
+from .pages import page_of
 from .previews import blank
-from .query import FUSION, Query, Weights, check_positive, encode_query
+from .query import FUSION, Query, Weights, check_offset, check_positive, check_score
+from .query_encoding import QueryEncoder
 from .replacement import finish_replacement
 from .result import SearchResult
+from .terms import WeightedImages, collect_terms
 from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
 
 logger = logging.get_logger(__name__)
@@ -65,6 +69,7 @@ class Gallery:
         digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
         embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
         skipped: id of every image that could not be read, and why.
+        metadata: columns that came with the images, a row an image, or None; what filters refer to.
         made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
             model on the same image encoder, projection and preprocessing searches the gallery.
     """
@@ -82,13 +87,14 @@ class Gallery:
         skipped: dict[str, str] | None = None,
         gallery_id: str | None = None,
         client: Any = None,
+        metadata: pa.Table | None = None,
     ) -> None:
         check_index(index, uri)
         self.ids, self.paths, self.digests = table
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
         self.index_name, self.uri, self.skipped = index, uri, skipped or {}
         self._sources = sources or as_dataset(self.paths)
-        self._gallery_id, self._client = gallery_id, client
+        self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
 
     @classmethod
     def from_folder(
@@ -117,7 +123,9 @@ class Gallery:
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
                 (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
                 `path + ".new"`, and put it in its place at the end: until then that one serves, and a kill leaves it
-                and what was built; `index`,
+                and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`, whose column
+                `file_name` holds ids, to be filtered by (a repeated call without it keeps what there was); `exif`
+                (False), read date, size and place from the images' headers, too (`exif_date`, ...); `index`,
                 `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
                 .db, or a cluster's URL), see `pvlf_hf.search.vector_index`.
 
@@ -179,25 +187,14 @@ class Gallery:
 
         Raises:
             ValueError: also if it is no `datasets.Dataset` with such columns, or ids repeat.
+
+        Other plain columns (numbers, texts, dates, classes) are its metadata, unless `metadata` is passed.
         """
-        if not isinstance(dataset, Dataset):
-            splits = f", one of its splits {[*dataset]}" if isinstance(dataset, dict) else ""
-            raise ValueError(
-                f"dataset is of type {type(dataset).__name__}: pass a datasets.Dataset{splits}; for a stream, "
-                "Dataset.from_list(list(stream.take(n)), features=stream.features)"
-            )
-        dataset = dataset.with_format(None)  # the caller's output format must not matter
-        check_columns(dataset, (image_column, id_column), "gallery")
-        dataset = dataset.select_columns([image_column, id_column])
-        dataset = dataset.rename_columns({image_column: "image", id_column: "image_id"})
-        feature = dataset.features["image"]
-        if not (isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("string", "binary"))):
-            raise ValueError(
-                f"gallery: column {image_column!r} is {feature}: it must hold one image a row (datasets.Image), its "
-                "file or its bytes"
-            )
-        if missing := [row for row, image_id in enumerate(dataset["image_id"]) if image_id is None]:
-            raise ValueError(f"gallery: {id_column} is missing in rows {missing[:3]}; name or drop them")
+        everything, dataset = dataset, checked_dataset(dataset, image_column, id_column)
+        if "metadata" not in options:
+            ids = list(map(str, dataset["image_id"]))
+            if len(set(ids)) == len(ids):  # else refused below
+                options["metadata"] = dataset_metadata(everything, ids, (image_column, id_column))
         return cls._build(dataset, model, processor, path, **options)
 
     @classmethod
@@ -229,8 +226,9 @@ class Gallery:
         table, embeds = read_gallery(path)
         provenance = check_encoder(path, model, processor)
         client = open_database(index, uri, provenance)
-        gallery_id = gallery_id_of(path)
-        return cls(table, embeds, provenance, model, processor, index, uri, gallery_id=gallery_id, client=client)
+        columns = metadata_of(path)
+        known: dict[str, Any] = {"gallery_id": gallery_id_of(path), "client": client, "metadata": columns}
+        return cls(table, embeds, provenance, model, processor, index, uri, **known)
 
     def save(self, path: str | Path) -> None:
         """Write the two files of a gallery, and remove parts that an interruption left.
@@ -239,10 +237,10 @@ class Gallery:
             ValueError: if the folder holds embeddings of another model.
         """
         check_encoder(Path(path), self.model, self.processor, self.made_by)
-        save_gallery(Path(path), self._table, self.embeds, self.made_by)
+        save_gallery(Path(path), self._table, self.embeds, self.made_by, self.metadata)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> CommitInfo:
-        """Upload embeddings, ids, digests and web URLs as a dataset; images and paths of files stay here.
+        """Upload embeddings, ids, digests and web URLs as a dataset; images, paths of files and metadata stay here.
 
         Args:
             repo_id: `"user/name"`, created if it does not exist.
@@ -272,63 +270,117 @@ class Gallery:
 
     def search(
         self,
-        image: ImageInput | Sequence[ImageInput] | None = None,
+        image: WeightedImages | None = None,
         text: str | None = None,
         k: int = 10,
         *,
+        texts: Mapping[str, float] | None = None,
+        ids: Mapping[str, float] | Sequence[str] | None = None,
+        box: Sequence[float] | None = None,
         query: Query | None = None,
         weights: Weights = FUSION,
         exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        offset: int = 0,
+        min_score: float | None = None,
+        fold: float | None = None,
         explain: bool = False,
     ) -> SearchResult:
         """Find the k best images by cosine, or by the score of the model's composition; ties keep the gallery's order.
 
+        Images, texts and ids may be weighted (1 by default). Every text of positive weight is composed with every
+        image of positive weight, and the weighted mean is the query; one of negative weight leads away from it: weight
+        times its own embedding is added.
+
         Args:
-            image: one reference image or several, see [`~Gallery.query`].
+            image: one reference image or several, each alone or as `(image, weight)`.
             text: what should be different; without an image, what to look for.
             k: number of results; a smaller gallery returns all its images.
+            texts: further texts with their weights, `{"red": 1, "stripes": -0.5}`.
+            ids: indexed images to search by, as a list or with weights, `{"a.jpg": 1, "b.jpg": -0.5}`; they are left
+                out. Their files are opened only where the model composes a text with more than their embedding.
+            box: left, top, right and bottom of the part of the one image that is searched by, in pixels.
             query: an encoded query (`result.query`), instead of image and text.
             weights: weights of image, fusion and text: normalize(w_image image + w_fused fused + w_text text). No
                 encoder runs again, see [`Query.embed`]. By default the model's composition.
             exclude: ids that are left out.
+            filter: condition on columns of `metadata`, see `pvlf_hf.search.filters`: the k best of those that pass,
+                exactly, with every index.
+            offset: results to pass over, those of earlier pages.
+            min_score: least score of a result.
+            fold: cosine, such as 0.98, from which an image is a near-duplicate of a better result, to which it is
+                folded (`result.folded`).
             explain: also explain the query in `result.why`; needs an image and a text.
 
         Raises:
             ValueError: if there is nothing to search by, an image cannot be read, the text is empty, the query is of
-                another model, k is below 1, an id is unknown or nothing is left, and as [`Query.embed`].
+                another model, k is below 1, an id is unknown or nothing is left, a filter cannot be applied, and as
+                [`Query.embed`].
         """
-        k = check_positive("k", k)
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude={exclude!r}: pass a list of ids")
-        if unknown := [image_id for image_id in exclude if image_id not in self._row_of]:
-            raise ValueError(f"exclude names {unknown[:3]}, which are not in the gallery; pass ids of its images")
-        excluded = [self._row_of[image_id] for image_id in exclude]
+        k, offset = check_positive("k", k), check_offset(offset)
+        excluded = self._rows_of("exclude", exclude)
         if len(set(excluded)) == len(self):
             raise ValueError(f"exclude leaves none of the gallery's {len(self)} images; exclude fewer")
+        passing = None if filter is None else torch.from_numpy(passing_rows(filter, self.metadata))
         if query is None:
-            query = self.query(image, text, explain)
-        elif image is not None or text is not None or explain:
+            query = self.query(image, text, explain, texts=texts, ids=ids, box=box)
+        elif explain or any(part is not None for part in (image, text, texts, ids, box)):
             raise ValueError("a query is encoded already: pass it without image, text and explain")
         if query.made_by != self.made_by:
             raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
         asked = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
-        scores, rows = nearest(self.index, self.embeds, asked, min(k + len(excluded), len(self)))
-        kept = (~torch.isin(rows, torch.tensor(excluded, dtype=torch.int64))).nonzero()[:k, 0]
-        results = rows[kept].tolist()
-        ids, paths = [self.ids[row] for row in results], [self.paths[row] for row in results]
-        return SearchResult(ids, scores[kept].tolist(), paths, query, self)
+        left_out = torch.tensor([*excluded, *self._rows_of("ids", query.ids)], dtype=torch.int64)
+
+        def ranked(number: int) -> tuple[Tensor, Tensor]:
+            scores, rows = nearest(self.index, self.embeds, asked, number + len(left_out), passing)
+            kept = (~torch.isin(rows, left_out)).nonzero()[:number, 0]
+            return scores[kept], rows[kept]
+
+        hits = page_of(ranked, self.embeds, k, offset, check_score("min_score", min_score), check_score("fold", fold))
+        return SearchResult(
+            ids=[self.ids[hit.row] for hit in hits],
+            scores=[hit.score for hit in hits],
+            paths=[self.paths[hit.row] for hit in hits],
+            query=query,
+            gallery=self,
+            folded={self.ids[hit.row]: [self.ids[row] for row in hit.folded] for hit in hits if hit.folded},
+            settings={"filter": filter, "min_score": min_score, "fold": fold},
+        )
 
     def query(
         self,
-        image: ImageInput | Sequence[ImageInput] | None = None,
+        image: WeightedImages | None = None,
         text: str | None = None,
         explain: bool = False,
+        *,
+        texts: Mapping[str, float] | None = None,
+        ids: Mapping[str, float] | Sequence[str] | None = None,
+        box: Sequence[float] | None = None,
     ) -> Query:
-        """Encode a query, for searches with several weights; arguments and errors as [`~Gallery.search`].
+        """Encode a query, for searches with several weights; arguments and errors as [`~Gallery.search`]."""
+        terms = collect_terms(self.processor, image, text, texts, ids, box)
+        self._rows_of("ids", [image_id for image_id, _ in terms.ids])
+        encoder = QueryEncoder(self.model, self.processor, self.made_by, self._embedding_of, self.image)
+        return encoder.encode(terms, explain)
 
-        Several images are each composed with the text; the query is the normalised mean of their embeddings.
-        """
-        return encode_query(self.model, self.processor, self.made_by, image, text, explain)
+    def references(self, query: Query) -> list[PILImage.Image]:
+        """Return the reference images of a query for display, indexed ones by [`~Gallery.preview`]."""
+        return [*query.images, *map(self.preview, query.ids)]
+
+    def row_of(self, image_id: str) -> int:
+        """Return the row of an image, an id of the gallery."""
+        return self._row_of[image_id]
+
+    def _embedding_of(self, image_id: str) -> Tensor:
+        return self.embeds[self._row_of[image_id]]
+
+    def _rows_of(self, name: str, ids: Sequence[str]) -> list[int]:
+        """Return the rows of ids that an argument names."""
+        if isinstance(ids, str):
+            raise ValueError(f"{name}={ids!r}: pass a list of ids")
+        if unknown := [image_id for image_id in ids if image_id not in self._row_of]:
+            raise ValueError(f"{name} names {unknown[:3]}, which are not in the gallery; pass ids of its images")
+        return [self._row_of[image_id] for image_id in ids]
 
     def image(self, image_id: str) -> PILImage.Image:
         """Open an image of the gallery, RGB.

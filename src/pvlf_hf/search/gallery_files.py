@@ -81,14 +81,20 @@ def kept_provenance(folder: Path) -> dict[str, str] | None:
 
 
 def write_gallery(
-    folder: Path, table: GalleryTable, embeds: Tensor, provenance: dict[str, str], gallery_id: str | None = None
+    folder: Path,
+    table: GalleryTable,
+    embeds: Tensor,
+    provenance: dict[str, str],
+    gallery_id: str | None = None,
+    metadata: pa.Table | None = None,
 ) -> None:
-    """Write embeddings and table, each file atomically."""
+    """Write embeddings and table, with the columns of metadata beside its own, each file atomically."""
     write_rows(folder / EMBEDDINGS, [(digest,) for digest in table.digest], embeds, provenance)
     columns = {name: pa.array(values, pa.string()) for name, values in table._asdict().items()}
-    metadata = {GALLERY_ID: gallery_id} if gallery_id else None
+    columns |= {name: metadata[name] for name in metadata.column_names} if metadata is not None else {}
+    kept = {GALLERY_ID: gallery_id} if gallery_id else None
     with whole(folder / TABLE) as partial:
-        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), partial)
+        pq.write_table(pa.table(columns).replace_schema_metadata(kept), partial)
 
 
 def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
@@ -107,6 +113,11 @@ def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
             "images that are embedded are not encoded again"
         )
     return table, embeds
+
+
+def read_columns(folder: Path) -> pa.Table | None:
+    """Read the table of a gallery with its columns of metadata, None where there is no gallery."""
+    return pq.read_table(folder / TABLE) if is_gallery(folder) else None
 
 
 def gallery_id_of(folder: Path) -> str | None:
@@ -164,6 +175,7 @@ __all__ = [
     "gallery_id_of",
     "is_gallery",
     "kept_provenance",
+    "read_columns",
     "read_gallery",
     "upload_gallery",
 ]

@@ -21,6 +21,8 @@ class SearchResult:
         gallery: the [`Gallery`] that was searched.
         previous: the result that this one refines.
         pick: which result of `previous` it started from.
+        folded: ids of near-duplicates by the id of the result that stands for them, if they were to be folded.
+        settings: filter, least score and folding of the search, which a refinement keeps.
     """
 
     ids: list[str]
@@ -30,6 +32,8 @@ class SearchResult:
     gallery: Any = field(repr=False)
     previous: "SearchResult | None" = field(default=None, repr=False)
     pick: int | None = None
+    folded: dict[str, list[str]] = field(default_factory=dict, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def why(self) -> tuple[Explanation, ...]:
@@ -66,7 +70,7 @@ class SearchResult:
         picked = self.ids[pick]
         query = self.gallery.query(self.gallery.image(picked), text, explain)
         refined = self.gallery.search(
-            query=query, k=len(self.ids) if k is None else k, weights=weights, exclude=[picked]
+            query=query, k=len(self.ids) if k is None else k, weights=weights, exclude=[picked], **self.settings
         )
         return replace(refined, previous=self, pick=pick)
 
@@ -80,13 +84,16 @@ class SearchResult:
             title: heading.
             k: results in a row.
         """
+        if not all(result.ids for result in self.session):
+            raise ValueError("a search of this session found nothing, so there is nothing to draw: widen its filter")
         picks = [result.pick or 0 for result in self.session[1:]] + [0]
         rows = []
         for result, pick in zip(self.session, picks, strict=True):
-            more = f" (and {len(result.query.images) - 1} more images)" if len(result.query.images) > 1 else ""
+            number = len(result.query.images) + len(result.query.ids)
+            more = f" (and {number - 1} more images)" if number > 1 else ""
             rows.append(
                 SheetRow(
-                    reference=(*result.query.images, PILImage.new("RGB", (8, 8), "white"))[0],
+                    reference=(*self.gallery.references(result.query), PILImage.new("RGB", (8, 8), "white"))[0],
                     caption=(result.query.text or "") + more,
                     results=[self.gallery.preview(image_id) for image_id in result.ids[:k]],
                     target=self.gallery.preview(result.ids[pick]),

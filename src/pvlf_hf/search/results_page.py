@@ -50,7 +50,7 @@ def search_page(result: SearchResult, title: str = "Composed image retrieval") -
 
 def _section(result: SearchResult) -> str:
     query = result.query
-    images = "".join(_image(image, "reference") for image in query.images)
+    images = "".join(_image(image, "reference") for image in result.gallery.references(query))
     text = f'<p class="text" dir="auto">{escape(query.text)}</p>' if query.text else ""
     why = "".join(map(_why, result.why))
     items = "\n".join(
