@@ -144,6 +144,7 @@ def operations(model: PVLFModel, batch: dict[str, Any]) -> int:
     """Count the operations of the matrix products of a forward and backward pass, on shapes alone."""
     with torch.device("meta"):
         shapes = PVLFModel(model.config)
+    accept_cached_features(shapes)
     for name, parameter in shapes.named_parameters():
         parameter.requires_grad_(model.get_parameter(name).requires_grad)
     left_out = ("attention_mask", "target_ids")

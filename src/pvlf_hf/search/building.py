@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -20,6 +21,8 @@ from .query import check_positive
 from .replacement import locked_gallery, place_to_build, put_in_place
 from .vector_index import IndexName, check_index, connect
 
+_FIRST_STATE = Lock()
+
 
 class BuiltGallery(NamedTuple):
     """All that a [`Gallery`] is made of beside model and processor."""
@@ -32,6 +35,12 @@ class BuiltGallery(NamedTuple):
     gallery_id: str | None
     client: Any
     metadata: pa.Table | None
+
+
+def process_state() -> PartialState:
+    """Return Accelerate's state of this process; threads that need it first at the same time would see half of it."""
+    with _FIRST_STATE:
+        return PartialState()
 
 
 def build_gallery(
@@ -61,7 +70,7 @@ def build_gallery(
         raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
     mode = getattr(dataset.features["image"], "mode", None)
     sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
-    home, state = Path(path) if path else None, PartialState()
+    home, state = Path(path) if path else None, process_state()
     # Waits for another process that writes to the same folder, and then reuses its embeddings.
     with ExitStack() as on_error, locked_gallery(home) if home and state.is_main_process else nullcontext():
         state.wait_for_everyone()
