@@ -208,8 +208,10 @@ def search(
     """
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
-    three = parse_weights(weights)
-    if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.old").is_dir():  # amid a replacement
+    parts = parse_numbers(weights, 3, "--weights", "three numbers, of image, composition and text, such as 1,1,0")
+    if (
+        not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir()
+    ):  # amid a replacement
         raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
     from pvlf_hf.commands import gallery
 
@@ -218,9 +220,9 @@ def search(
         "texts": dict(weighted(one, "--text") for one in text or ()),
         "ids": dict(weighted(one, "--id") for one in id or ()),
     }
-    settings: dict[str, Any] = {"filter": filter, "min_score": min_score, "offset": offset, "fold": fold}
-    settings["box"] = None if box is None else parse_box(box)
-    gallery.search(index, model, asked, settings, k, three, sheet, explain, as_json, composition)
+    sides = box and parse_numbers(box, 4, "--box", "left,top,right,bottom in pixels")
+    settings = {"filter": filter, "min_score": min_score, "offset": offset, "fold": fold, "box": sides}
+    gallery.search(index, model, asked, settings, k, parts, sheet, explain, as_json, composition)
 
 
 @app.command()
@@ -413,17 +415,15 @@ def transagg(
     convert.transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
 
 
-def parse_weights(weights: str) -> tuple[float, float, float]:
-    """Parse three numbers, separated by commas."""
+def parse_numbers(given: str, count: int, option: str, expected: str) -> tuple[float, ...]:
+    """Parse numbers, separated by commas."""
     try:
-        of_image, of_fusion, of_text = map(float, weights.split(","))
-        if isfinite(of_image + of_fusion + of_text):
-            return of_image, of_fusion, of_text
+        numbers = tuple(map(float, given.split(",")))
     except ValueError:
-        pass
-    raise typer.BadParameter(
-        f"{weights!r}: give three numbers, of image, composition and text, such as 1,1,0", param_hint="--weights"
-    )
+        numbers = ()
+    if len(numbers) != count or not all(map(isfinite, numbers)):
+        raise typer.BadParameter(f"{given!r}: give {expected}", param_hint=option)
+    return numbers
 
 
 def weighted(given: str, option: str) -> tuple[str, float]:
@@ -438,17 +438,6 @@ def weighted(given: str, option: str) -> tuple[str, float]:
     if weight == 0 or not rest.strip():
         raise typer.BadParameter(f"{given!r}: write a weight other than 0 and what it weighs", param_hint=option)
     return rest, weight
-
-
-def parse_box(box: str) -> list[float]:
-    """Parse four numbers, separated by commas."""
-    try:
-        sides = [float(side) for side in box.split(",")]
-    except ValueError:
-        sides = []
-    if len(sides) != 4:
-        raise typer.BadParameter(f"{box!r}: give left,top,right,bottom in pixels", param_hint="--box")
-    return sides
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

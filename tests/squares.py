@@ -17,6 +17,13 @@ def draw(row):
     return picture
 
 
+def save_squares(folder):
+    """Saves the nine squares by their names; returns the folder."""
+    for row, colour in enumerate(COLOURS):
+        draw(row).save(folder / f"{colour}.png")
+    return folder
+
+
 def make_benchmark(subsets=True, wordings=False, **protocol):
     """With `wordings` every caption is a list: one wording, then two, then one ..."""
     queries = {

@@ -1,5 +1,6 @@
 """The feature cache: same training, nothing encoded twice, nothing stale read, nothing lost."""
 
+import pickle
 import resource
 import threading
 import time
@@ -90,6 +91,15 @@ def test_cached_training_equals_uncached_within_float16(tiny_model, encoded_imag
     assert error < 0.01
     assert (plain[0] - plain[-1]).abs() > 0.02  # the trajectory moves by more than what is tolerated
     assert encoded_images == [len(COLOURS)]  # before the first step, and never again
+
+
+def test_model_is_pickled_after_cached_training(tiny_model, squares, tmp_path):
+    train(tiny_model, squares, tmp_path, "frozen", tmp_path / "cache")
+    batch = cached_batch(tiny_model, squares, tmp_path / "cache", (3, 20))
+    again = pickle.loads(pickle.dumps(tiny_model))
+    with torch.no_grad():
+        again.aggregation.output.bias.add_(1)  # its own weights, not those of the first
+        assert not torch.equal(again(**batch).query_embeds, tiny_model(**batch).query_embeds)
 
 
 def test_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):

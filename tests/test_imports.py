@@ -14,11 +14,11 @@ FOLDERS = {
     "": ["digests", "atomic_files", "dtypes"],
     "models": [
         "image_processing_pvlf",
+        "loss_pvlf",
         "pipeline_pvlf",
         "configuration_pvlf",
         "backbones_pvlf",
         "fusion_pvlf",
-        "loss_pvlf",
         "interface_pvlf",
         "dual_encoder_pvlf",
         "modeling_pvlf",
@@ -155,7 +155,8 @@ def test_importing_the_package_imports_only_the_models():
 
 
 def test_modules_stay_below_450_lines():
-    lengths = {module: len(path_of(module).read_text().splitlines()) for module in ORDER}
+    files = {module: path_of(module) for module in ORDER} | {"pvlf_hf_cli": PACKAGE.parent / "pvlf_hf_cli.py"}
+    lengths = {module: len(file.read_text().splitlines()) for module, file in files.items()}
     assert {module: length for module, length in lengths.items() if length > 450} == {}
 
 

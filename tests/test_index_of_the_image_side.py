@@ -12,7 +12,7 @@ import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
 from safetensors.torch import load_file, save_file
-from squares import COLOURS, draw, each_with_each
+from squares import COLOURS, draw, each_with_each, save_squares
 from test_gallery import counting
 from typer.testing import CliRunner
 
@@ -36,10 +36,7 @@ TEXT = "the same but red"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for row, colour in enumerate(COLOURS):
-        draw(row).save(folder / f"{colour}.png")
-    return folder
+    return save_squares(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -184,17 +181,19 @@ def names_beside(index):
 
 def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monkeypatch):
     serving = Gallery.load(index, *load_model(str(clip)))
+    for copy in ("index.old", "index.new"):
+        shutil.copytree(index, index.parent / copy)  # a person's own
     before, ids = serving.search(text="red"), []
 
     def while_building(folder):
         ids.append(Gallery.load(index, *load_model(str(clip))).search(text="red").ids)
-        assert (index.parent / "index.new" / EMBEDDINGS).exists()
+        assert (index.parent / "index.being-built" / EMBEDDINGS).exists()
         return put_in_place(folder)
 
     put_in_place = replacement.put_in_place
     monkeypatch.setattr("pvlf_hf.search.building.put_in_place", while_building)
     assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 9
-    assert ids == [before.ids] and names_beside(index) == ["index"]
+    assert ids == [before.ids] and names_beside(index) == ["index", "index.new", "index.old"]
     assert serving.search(text="red").ids == before.ids  # an opened one still serves
     now = call("search", index, "--model", other_clip, "--text", "red")["results"]
     anew = Gallery.from_folder(photos, *load_model(str(other_clip)), progress=False).search(text="red")
@@ -207,7 +206,7 @@ def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monk
 def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, caplog):
     third = load_model(str(clip))
     third[0].image_side["visual_projection"].weight.data.add_(1)
-    Gallery.from_folder(photos, *third, path=index.parent / "index.new", progress=False)
+    Gallery.from_folder(photos, *third, path=index.parent / "index.being-built", progress=False)
     replacement.logger.propagate = True
     made = Gallery.from_folder(photos, *load_model(str(other_clip)), path=index, replace=True, progress=False)
     assert "was begun with a third image encoder" in caplog.text
@@ -232,7 +231,7 @@ def test_a_kill_at_the_exchange_leaves_one_of_the_two(index, clip, other_clip, p
     if renames == 0:
         assert len(Gallery.load(index, *load_model(str(clip))).search(text="red").ids) == 9
     else:
-        assert names_beside(index) == ["index.new", "index.old"]
+        assert names_beside(index) == ["index.being-built", "index.being-replaced"]
         assert len(call("search", index, "--model", other_clip, "--text", "red")["results"]) == 9
     assert call("index", photos, "--model", other_clip, "--path", index)["new"] == (9 if renames == 0 else 0)
     assert names_beside(index) == ["index"]
@@ -264,7 +263,7 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
         command = [sys.executable, "-c", BUILD, *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    new, before = tmp_path / "index.new", Gallery.load(index, *load_model(str(clip))).search(text="red")
+    new, before = tmp_path / "index.being-built", Gallery.load(index, *load_model(str(clip))).search(text="red")
     process, end = start(60), time.monotonic() + 120
     while not [*new.glob("*.part.safetensors")] and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
@@ -282,6 +281,6 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
     assert counts == [7]
     resumed = Gallery.load(index, model, processor)
     anew = Gallery.from_folder(photos, model, processor, progress=False, batch_size=1)
-    assert resumed.embeds.equal(anew.embeds) and "index.new" not in names_beside(index)
+    assert resumed.embeds.equal(anew.embeds) and "index.being-built" not in names_beside(index)
     with pytest.raises(ValueError, match="holds embeddings of another model"):
         Gallery.load(index, *load_model(str(clip)))

@@ -84,7 +84,7 @@ def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
     "equal images come in gallery order, with one score, wherever they lie in a batch or a matrix",
     broken=(
         "src/pvlf_hf/models/pipeline_pvlf.py",
-        "            scores = _scores(_unit_rows(query), gallery_embeds)  # (batch, n)\n",
+        "            scores = _scores(exact_unit_rows(query), gallery_embeds)  # (batch, n)\n",
         "            scores = query @ gallery_embeds.float().T\n",
     ),
 )

@@ -296,7 +296,7 @@ def hub_folder(triplets, tmp_path):
 @pytest.mark.reliability(
     9,
     "a data set read from a folder is what its files hold now, whatever their times say",
-    broken=("src/pvlf_hf/data/streaming.py", "cache_dir=None if streaming else cache", "cache_dir=None"),
+    broken=("src/pvlf_hf/data/streaming.py", "cache_dir=cache", "cache_dir=None"),
 )
 def test_rewritten_folder_is_read_again(hub_folder, figure):
     (file,) = hub_folder.rglob("*.parquet")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .image_processing_pvlf import opened
+from .loss_pvlf import exact_unit_rows, pairwise_sum
 
 TASK = "composed-image-retrieval"
 
@@ -135,7 +136,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         gallery = opened(gallery)
         if gallery is not None:
             device = "cpu" if self.device.type == "mps" else self.device  # which has no float64
-            forward["gallery_embeds"] = _unit_rows(self._gallery_embeds(gallery).to(device))
+            forward["gallery_embeds"] = exact_unit_rows(self._gallery_embeds(gallery).to(device))
         if top_k is not None:
             if not isinstance(top_k, Integral) or top_k < 1:
                 raise ValueError(f"top_k={top_k!r}: pass a whole number of at least 1")
@@ -178,7 +179,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
         model, query = cast(Any, self.model), query.to(gallery_embeds.device)
         if model.combine is None:
-            scores = _scores(_unit_rows(query), gallery_embeds)  # (batch, n)
+            scores = _scores(exact_unit_rows(query), gallery_embeds)  # (batch, n)
         else:
             scores = model.score(query.double(), gallery_embeds).float()
         best = scores.sort(dim=1, descending=True, stable=True)
@@ -206,22 +207,8 @@ def _scores(queries: Tensor, gallery: Tensor) -> Tensor:
     products, error = queries @ gallery.T, queries.shape[1] * 2.0**-50
     scores, upper = (products - error).float(), (products + error).float()
     rows, columns = (scores != upper).nonzero(as_tuple=True)
-    scores[rows, columns] = _sum_halves(queries[rows] * gallery[columns]).float()
+    scores[rows, columns] = pairwise_sum(queries[rows] * gallery[columns]).float()
     return scores
-
-
-def _unit_rows(embeds: Tensor) -> Tensor:
-    """Divide the rows `(n, d)` by their norms, in float64."""
-    rows = embeds.double()
-    return rows / _sum_halves(rows * rows).sqrt().clamp(min=1e-12)[:, None]
-
-
-def _sum_halves(rows: Tensor) -> Tensor:
-    """Sum rows `(n, d)` to `(n,)` in an order that depends on `d` alone."""
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rows = torch.cat([rows[:, :half] + rows[:, half : 2 * half], rows[:, 2 * half :]], dim=1)
-    return rows[:, 0]
 
 
 def _pair(images: Any, text: str | Sequence[str]) -> Any:

@@ -16,7 +16,7 @@ from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, check_encoder, is_gallery, kept_provenance
-from ..search.query import Explanation, Weights
+from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
 from ..search.result import SearchResult
@@ -61,7 +61,7 @@ def search(
     asked: dict[str, Any],
     settings: dict[str, Any],
     k: int,
-    weights: Weights,
+    weights: tuple[float, ...],
     sheet: Path | None,
     explain: bool,
     as_json: bool,
@@ -71,10 +71,9 @@ def search(
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
     for one in asked["texts"]:
         check_vocabulary(gallery.processor.tokenizer, one)
-    terms = {name: part or None for name, part in asked.items()}
-    result = gallery.search(
-        terms["images"], k=k, texts=terms["texts"], ids=terms["ids"], weights=weights, explain=explain, **settings
-    )
+    images, texts, ids = (asked[name] or None for name in ("images", "texts", "ids"))
+    options: dict[str, Any] = {"weights": weights, "explain": explain} | settings
+    result = gallery.search(images, k=k, texts=texts, ids=ids, **options)
     if as_json:
         draw(result, sheet if result.ids else None, k)
         results = as_plain(result)["results"]

@@ -310,8 +310,9 @@ def load_hub_triplets(
         raise ValueError(f"columns={unknown}: keys are {TRIPLET_COLUMNS}, values the names in the dataset")
     with naming_the_cache():
         # `datasets` knows what it has read of a folder by the times of its files; by content, each has its own cache.
-        cache = Path(datasets.config.HF_DATASETS_CACHE, folder_digest(Path(name))) if Path(name).is_dir() else None
-        dataset: Any = load_dataset(name, split=split, streaming=streaming, cache_dir=None if streaming else cache)
+        is_kept = Path(name).is_dir() and not streaming
+        cache = Path(datasets.config.HF_DATASETS_CACHE, folder_digest(Path(name))) if is_kept else None
+        dataset: Any = load_dataset(name, split=split, streaming=streaming, cache_dir=cache)
     features = dataset.features or Features()
     if columns["target_id"] == "target_id" and "target_id" not in features:
         del columns["target_id"]

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..models.loss_pvlf import exact_unit_rows, pairwise_sum
+
 QUERIES_PER_CHUNK = 512
 """Queries scored at a time (our choice): the fastest of 256 to 2,048."""
 
@@ -190,22 +192,6 @@ def _unit_rows(name: str, embeds: Tensor, start: int) -> Tensor:
         check_finite(name, embeds, start)
         return exact_unit_rows(embeds).float()  # squares overflow float32
     return embeds.float() / norms.clamp(min=1e-12)
-
-
-def exact_unit_rows(embeds: Tensor) -> Tensor:
-    """Return the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
-    rows = embeds.double()
-    return rows / pairwise_sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
-
-
-def pairwise_sum(rows: Tensor) -> Tensor:
-    """Sum rows (n, d) -> (n,) by adding halves; unlike a library's sum, in an order that depends on d alone."""
-    while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        rest = rows[:, 2 * half :]  # one column if d is odd
-        rows = rows[:, :half] + rows[:, half : 2 * half]
-        rows = torch.cat([rows, rest], dim=1) if rest.numel() else rows
-    return rows[:, 0]
 
 
 def top_k(

@@ -1,4 +1,4 @@
-"""The focal InfoNCE loss as pure functions of embeddings. Travels with checkpoints."""
+"""Similarities and the focal InfoNCE loss as pure functions of embeddings. Travels with checkpoints."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,22 @@ def cosine_similarity(query_embeds: Tensor, target_embeds: Tensor) -> Tensor:
     """
     with torch.autocast(query_embeds.device.type, enabled=False):
         return query_embeds.float() @ target_embeds.float().T
+
+
+def exact_unit_rows(embeds: Tensor) -> Tensor:
+    """Return the rows (n, d) in float64, divided by their norms; zeros stay zeros."""
+    rows = embeds.double()
+    return rows / pairwise_sum(rows * rows).sqrt().clamp(min=1e-12)[:, None]
+
+
+def pairwise_sum(rows: Tensor) -> Tensor:
+    """Sum rows (n, d) -> (n,) by adding halves; unlike a library's sum, in an order that depends on d alone."""
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rest = rows[:, 2 * half :]  # one column if d is odd
+        rows = rows[:, :half] + rows[:, half : 2 * half]
+        rows = torch.cat([rows, rest], dim=1) if rest.numel() else rows
+    return rows[:, 0]
 
 
 def focal_info_nce(

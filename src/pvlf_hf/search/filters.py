@@ -121,7 +121,7 @@ class _Reader:
         if isinstance(operator, ast.In | ast.NotIn):
             if name is None or not isinstance(right, ast.List | ast.Tuple | ast.Set):
                 raise self.unreadable(right)
-            values = pa.array([self.constant(value) for value in right.elts]).cast(self.schema.field(name).type)
+            values = self.values(right.elts, self.schema.field(name))
             isin = pc.field(name).isin(values)
             return isin if isinstance(operator, ast.In) else ~isin & pc.field(name).is_valid()
         other = self.column(right)
@@ -157,6 +157,17 @@ class _Reader:
         if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool):
             return node.value
         raise self.unreadable(node)
+
+    def values(self, nodes: list[ast.expr], field: pa.Field) -> pa.Array:
+        """Return the constants of a list, of the type of the column that they are compared with."""
+        constants = [self.constant(node) for node in nodes]
+        try:
+            return pa.array(constants).cast(field.type)
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"filter {self.text!r:.200}: not all of {constants} can be compared with {field.name!r}, which is "
+                f"{field.type}"
+            ) from error
 
     def value(self, node: ast.AST, typed: pa.DataType) -> pa.Scalar:
         """Return a constant; a text that is compared with a date as that date."""

@@ -122,9 +122,9 @@ class Gallery:
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
                 (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
-                `path + ".new"`, and put it in its place at the end: until then that one serves, and a kill leaves it
-                and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`, whose column
-                `file_name` holds ids, to be filtered by (a repeated call without it keeps what there was); `exif`
+                `path + ".being-built"`, and put it in its place at the end: until then that one serves, and a kill
+                leaves it and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`,
+                whose column `file_name` holds ids, to be filtered by (a repeated call without it keeps it); `exif`
                 (False), read date, size and place from the images' headers, too (`exif_date`, ...); `index`,
                 `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
                 .db, or a cluster's URL), see `pvlf_hf.search.vector_index`.

@@ -18,8 +18,9 @@ from .gallery_files import check_encoder, kept_provenance
 
 logger = logging.get_logger(__name__)
 
-NEW, OLD = ".new", ".old"
-"""Endings of the folders beside a gallery: the one that is being built, and the one that was replaced."""
+NEW, OLD = ".being-built", ".being-replaced"
+"""Endings of the folders beside a gallery: the one that is being built, and the one that is being replaced. Both are
+deleted when done, so the names are none that a person would give to a copy, as `.old` is."""
 
 
 def beside(folder: Path) -> tuple[Path, Path]:

@@ -9,8 +9,8 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 from uuid import uuid4
 
@@ -216,9 +216,9 @@ def accept_cached_features(model: nn.Module) -> None:
     Args:
         model: a [`PVLFModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
     """
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     if "forward" not in vars(inner):
-        inner.forward = MethodType(_forward_of_cached_features, inner)
+        inner.forward = partial(_forward_of_cached_features, inner)  # a bound method could not be pickled
 
 
 def _forward_of_cached_features(
