@@ -80,6 +80,7 @@ def test_embeddings_are_the_librarys_own(pretrained):
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
 
+@pytest.mark.slow
 def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path):
     _, folder, _ = pretrained
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)

@@ -66,6 +66,7 @@ def test_batches_are_compared_by_the_triplet():
     assert "| large | 0.5 | 2.00 [2.00, 2.00] | 3.00 (300%) |" in text
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_alone():
     held = bytearray(300 * 2**20)  # would be inherited
     small, large = peak_memory("pass"), peak_memory("x = bytearray(100 * 2**20)")

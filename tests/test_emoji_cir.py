@@ -165,6 +165,7 @@ def test_no_pair_is_in_two_splits_in_either_direction(train, validation, tiers):
         assert not {(a.lower(), b.lower()) for a, b in one} & {(a.lower(), b.lower()) for a, b in either_way}
 
 
+@pytest.mark.slow
 def test_pairs_differ_in_their_named_attributes():
     for its in emoji_pairs().values():
         for pair in its:

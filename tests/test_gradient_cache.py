@@ -76,6 +76,7 @@ def test_gradient_caching_equals_the_whole_batch(backbone, finetuning, checkpoin
             torch.testing.assert_close(chunked[name], wanted, rtol=0, atol=error[name], msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradient_caching_repeats_dropout(backbone, autocast):
     model = make_model(backbone, temperature=1.0, dropout=0.5).train()

@@ -546,6 +546,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     4,
     "Captions of 100,000 characters, with control characters, bidirectional marks or half pairs become at most "

@@ -105,6 +105,7 @@ def test_checkpoint_holds_only_the_adapter_and_resumes(squares, tmp_path, tiny_p
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
 def test_adapter_saves_loads_and_merges(backbone, squares, tmp_path, tiny_processor):
     base = base_model(tmp_path / "base", backbone)

@@ -409,6 +409,7 @@ def test_unknown_finetuning_raises(tiny_model):
         tiny_model.set_finetuning("all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning", ["frozen", "both"])
 def test_activation_checkpointing_computes_the_same(backbone, finetuning):
     runs = []

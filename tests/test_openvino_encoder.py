@@ -26,6 +26,7 @@ def model(request):
     return AutoModel.from_pretrained(EMOJI) if request.param == "trained" else make_model(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_openvino_embeds_as_pytorch_does(model, dtype):
@@ -60,6 +61,7 @@ def test_encode_by_openvino_is_idempotent():
     torch.testing.assert_close(fast(**inputs).query_embeds, wanted, rtol=0, atol=error)
 
 
+@pytest.mark.slow
 def test_threads_share_an_encoder():
     fast, inputs = encode_by_openvino(make_model()), [make_inputs(batch=1 + row % 3) for row in range(32)]
     embed = torch.inference_mode()(lambda row: fast(**inputs[row]).query_embeds)

@@ -98,6 +98,7 @@ def test_all_ways_to_rank_agree_with_the_formula(weight):
     assert torch.equal(subset_ranks(combined, gallery, subset, target), among)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "faiss", "milvus"])
 def test_each_index_finds_the_best(name, tmp_path):
     queries, gallery = random_queries(count=8, size=3000)
