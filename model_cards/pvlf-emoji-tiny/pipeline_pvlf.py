@@ -116,7 +116,9 @@ class ComposedImageRetrievalPipeline(Pipeline):
             known |= {digest: len(known) + number for number, digest in enumerate(new)}
             rows += [known[digest] for digest in digests]
             if new:
-                embeds.append(self._embed(target_pixel_values=pixels[list(new.values())].to(self.device)).target_embeds)
+                embeds.append(
+                    self._embed(target_pixel_values=pixels[list(new.values())].to(self.device)).target_embeds
+                )
         return torch.cat(embeds)[rows]
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
