@@ -239,10 +239,8 @@ class SiglipDualEncoder(DualEncoder):
 
     def attended_alone(self, hidden_states: Tensor) -> Tensor:
         """Compute the head's output as if the probe attended to one patch alone, for each: `(batch, m, d)`."""
-        head = self.vision_model.head
-        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
-        pooled = head.attention.out_proj(F.linear(hidden_states, weight, bias))
-        return pooled + head.mlp(head.layernorm(pooled))
+        # By the head's own forward, which is where weights that are offloaded come back.
+        return self.vision_model.head(hidden_states.flatten(0, 1)[:, None]).unflatten(0, hidden_states.shape[:2])
 
     def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embed captions, see [`DualEncoder.text_tokens`].

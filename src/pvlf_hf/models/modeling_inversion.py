@@ -365,8 +365,10 @@ class InversionModel(ComposedRetrievalModel):
             `pooler_output`, `image_embeds`: float32 `(batch, d)`, L2-normalised; `pseudo_words`: `(batch, w)`.
 
         Raises:
-            ValueError: as [`~InversionModel.encode_text`].
+            ValueError: as [`~InversionModel.encode_text`], and for options that the model does not have.
         """
+        if asked := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"{asked}: an inversion model has no such option of a query")
         tokens, features = self.encode_images(pixel_values)
         context = (input_ids, attention_mask) if context_ids is None else (context_ids, context_attention_mask)
         if METHODS[self.config.method].steps:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -113,17 +114,18 @@ class InversionProcessor(PVLFProcessor):
         """
         if images is None or text is None:
             return super().__call__(images, text, target_images, return_tensors, **kwargs)
-        batch = super().__call__(images, self.fill_template(text), target_images, return_tensors, **kwargs)
-        return self._with_prompts(batch, return_tensors)
+        return self._with_prompts(
+            super().__call__(images, self.fill_template(text), target_images, return_tensors, **kwargs)
+        )
 
     def process_captions(self, text: str | Iterable[str], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
         """Prepare relative captions in the template, see [`ComposedRetrievalProcessor.process_captions`]."""
-        batch = super().__call__(None, self.fill_template(text), None, return_tensors, **kwargs)
-        return self._with_prompts(batch, return_tensors)
+        return self._with_prompts(super().__call__(None, self.fill_template(text), None, return_tensors, **kwargs))
 
-    def _with_prompts(self, batch: BatchFeature, return_tensors: str) -> BatchFeature:
-        """Add the prompts of a method that optimises tokens."""
+    def _with_prompts(self, batch: BatchFeature) -> BatchFeature:
+        """Add the prompts of a method that optimises tokens, as tensors or arrays like the captions."""
         if METHODS[self.method].steps:
+            return_tensors = "pt" if isinstance(batch["input_ids"], Tensor) else "np"
             batch["prompt_ids"] = self._tokenize(self.prompts, return_tensors)["input_ids"]
         return batch
 

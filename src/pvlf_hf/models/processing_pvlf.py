@@ -129,14 +129,21 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             `target_pixel_values` float32 (batch, 3, H, W), each only where its input is given.
 
         Raises:
-            ValueError: if nothing is given, their numbers differ, a caption is empty, or an image cannot be read.
+            ValueError: if nothing is given, their numbers differ, a caption is empty, an image cannot be read, or a
+                setting is given twice.
             TypeError: for a setting that neither the image processor nor the tokenizer knows, or one of a part that is
                 not given.
         """
-        return_tensors = (kwargs.pop("common_kwargs", None) or {}).get("return_tensors", return_tensors)
+        common, text_group, image_group = (
+            kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")
+        )
+        if unknown := common.keys() - {"return_tensors"}:
+            raise TypeError(f"common_kwargs: {sorted(unknown)} are no settings of both: it takes return_tensors alone")
+        return_tensors = common.get("return_tensors", return_tensors)
         text_settings = {name: kwargs.pop(name) for name in TEXT_SETTINGS if name in kwargs}
-        text_settings = {**(kwargs.pop("text_kwargs", None) or {}), **text_settings}
-        image_settings = {**(kwargs.pop("images_kwargs", None) or {}), **kwargs}
+        if twice := (text_settings.keys() & text_group.keys()) | (kwargs.keys() & image_group.keys()):
+            raise ValueError(f"{sorted(twice)} given twice, alone and in text_kwargs or images_kwargs: leave one out")
+        text_settings, image_settings = {**text_group, **text_settings}, {**image_group, **kwargs}
         if image_settings and images is None and target_images is None:
             raise TypeError(f"{sorted(image_settings)} are settings for images, but none are given")
         if text_settings and text is None:

@@ -1,0 +1,314 @@
+"""What Transformers' own suite asks of every model (its ModelTesterMixin is not shipped), of all our models alike.
+
+`test_modeling.py` goes deeper where PVLF is concerned; here every check runs on every family and kind of model.
+"""
+
+import copy
+import inspect
+import json
+from functools import cached_property
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from dual_encoders import FAMILIES, tokenizer_of
+from error_bounds import rounding
+from inverted import make_model as make_inversion
+from inverted import make_processor as make_inversion_processor
+from safetensors.torch import load_file, save_file
+from test_backbones import pictures
+from transformers import AutoConfig, AutoModel
+
+from pvlf_hf import PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+
+INVERSIONS = ("pic2word", "context_i2w")
+KINDS = [*(f"pvlf-{family}" for family in FAMILIES), "training_free-blip", "training_free-siglip", *INVERSIONS]
+
+
+class Case:
+    """A model in eval mode, the inputs of three queries with their targets, and how the model is made anew."""
+
+    def __init__(self, kind):
+        torch.manual_seed(0)
+        name, _, family = kind.partition("-")
+        self.kind, self.family = kind, family or "clip"
+        if kind in INVERSIONS:
+            self.model, processor = make_inversion(kind, reference=False), make_inversion_processor(kind)
+        else:
+            vl_config = AutoConfig.for_model(**{"model_type": family, **copy.deepcopy(FAMILIES[family])})
+            make = {
+                "pvlf": lambda: PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4, num_prompts=3, dropout=0.0)),
+                "training_free": lambda: TrainingFreeModel(TrainingFreeConfig(vl_config=vl_config)),
+            }
+            self.model = make[name]().eval()
+            processor = PVLFProcessor.for_backbone(self.model.config.vl_config, tokenizer_of(family))
+        self.processor = processor
+        self.query = dict(processor.process_queries(pictures(3), ["is red", "blue", "face with hat"]))
+        self.inputs = {**self.query, "target_pixel_values": processor.process_targets(pictures(3, 1))["pixel_values"]}
+
+    @cached_property
+    def error(self):
+        """How far apart two ways to the same embeddings may be."""
+        return rounding(found, self.model, self.inputs)
+
+
+def found(model, inputs):
+    with torch.no_grad():
+        output = model(**inputs)
+    return {name: output[name] for name in ("query_embeds", "target_embeds") if output.get(name) is not None}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def close(ours, theirs, error):
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=error[name], msg=name)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request, tmp_path_factory):
+    """A case that no test changes, and its checkpoint."""
+    case, folder = Case(request.param), tmp_path_factory.mktemp(request.param)
+    case.model.save_pretrained(folder)
+    return case, folder
+
+
+@pytest.fixture
+def case(saved):
+    """A case whose model a test may change."""
+    saved[0].error  # noqa: B018  # known once for all
+    one = copy.copy(saved[0])
+    one.model = copy.deepcopy(one.model)
+    return one
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def test_loads_without_missing_or_unexpected_weights(saved):
+    case, folder = saved
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is type(case.model) and not model.training
+    assert not any(report.values()), report
+    ours, theirs = case.model.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() == load_file(folder / "model.safetensors").keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_saved_again_in_shards_computes_the_same(saved, tmp_path):
+    case, folder = saved
+    once = AutoModel.from_pretrained(folder)
+    once.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModel.from_pretrained(tmp_path)
+    close(found(again, case.inputs), found(once, case.inputs), case.error)
+
+
+def test_torch_saves_and_loads_the_whole_model(case, tmp_path):
+    torch.save(case.model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert same(found(again, case.inputs), found(case.model, case.inputs))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_loads_in_the_dtype_that_is_asked_for(saved, dtype, tmp_path):
+    case, folder = saved
+    half = type(case.model).from_pretrained(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
+    assert half.config.dtype == getattr(torch, dtype)
+    half.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == getattr(torch, dtype)
+    assert found(half, case.inputs)["query_embeds"].isfinite().all()
+
+
+def test_every_missing_weight_is_initialised(saved, tmp_path):
+    """Each as a new model's: a constant the same, a random one of the same spread."""
+    case, folder = saved
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    model, report = type(case.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {name for name, _ in case.model.named_parameters()}
+    for name, weight in model.named_parameters():
+        new = case.model.get_parameter(name)
+        assert weight.isfinite().all() and not weight.is_meta, name
+        if new.numel() == 1 or new.std() == 0:
+            assert torch.equal(weight, new) or new.numel() == 1, name
+        else:  # five standard errors of a spread, generous to uniform and normal ones
+            margin = 5 / (2 * new.numel()) ** 0.5
+            assert weight.std().item() == pytest.approx(new.std().item(), rel=2 * margin), name
+
+
+def test_mismatched_weights_are_refused_or_initialised(saved, tmp_path):
+    case, folder = saved
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "position" in name and weights[name].ndim == 2)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({**weights, name: weights[name][:-1].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModel.from_pretrained(tmp_path)
+    model, report = AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True, output_loading_info=True)
+    assert [entry[0] for entry in report["mismatched_keys"]] == [name]
+    assert model.get_parameter(name).shape == weights[name].shape and model.get_parameter(name).isfinite().all()
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_configuration_round_trip(saved, tmp_path):
+    config = saved[0].model.config
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is type(config) and again.to_diff_dict() == config.to_diff_dict()
+    assert type(config).from_dict(json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
+    assert type(config)().model_type == config.model_type  # without arguments
+    assert type(config)(output_hidden_states=True).output_hidden_states
+    assert config.get_text_config().vocab_size == saved[0].model.get_input_embeddings().num_embeddings
+    assert type(saved[0].model).config_class is type(config)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def test_forward_takes_the_processors_outputs(saved):
+    case, _ = saved
+    names = [*inspect.signature(case.model.forward).parameters]
+    assert names[0] == case.model.main_input_name == "pixel_values"
+    for name in case.query:
+        assert name in names or "kwargs" in names, name
+
+
+def test_forward_is_deterministic_and_leaves_its_inputs(saved):
+    case, _ = saved
+    before = {name: tensor.clone() for name, tensor in case.inputs.items()}
+    assert same(found(case.model, case.inputs), found(case.model, case.inputs))
+    assert all(torch.equal(before[name], case.inputs[name]) for name in before)
+
+
+def test_tuples_are_the_named_outputs(saved):
+    case, _ = saved
+    with torch.no_grad():
+        named, values = case.model(**case.inputs), case.model(**case.inputs, return_dict=False)
+    assert type(values) is tuple and len(values) == len(named.to_tuple()) >= 2
+    for value, other in zip(values, named.to_tuple(), strict=True):
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_a_row_does_not_depend_on_its_batch(saved):
+    case, _ = saved
+    whole, error = found(case.model, case.inputs), case.error
+    for row in range(3):
+        alone = found(case.model, {name: tensor[row : row + 1] for name, tensor in case.inputs.items()})
+        close(alone, {name: tensor[row : row + 1] for name, tensor in whole.items()}, error)
+
+
+def test_eager_and_sdpa_agree(case):
+    plain, error = found(case.model, case.inputs), case.error
+    for name in ("eager", "sdpa"):
+        case.model.set_attn_implementation(name)
+        assert case.model.config._attn_implementation == name
+        close(found(case.model, case.inputs), plain, error)
+    with pytest.raises(ValueError, match="flash|attn_implementation"):
+        case.model.set_attn_implementation("quick")
+
+
+def test_hidden_states_and_attentions_keep_their_gradients(case):
+    if not case.kind.startswith("pvlf"):
+        with pytest.raises((ValueError, TypeError), match="output_hidden_states|output_attentions"):
+            case.model(**case.query, output_hidden_states=True, output_attentions=True)
+        return
+    output = case.model(**case.query, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == len(output.attentions) + 1 == case.model.config.fusion_layers + 1
+    for tensor in (*output.hidden_states, *output.attentions):
+        tensor.retain_grad()
+    output.query_embeds[0, 0].backward()
+    assert all(t.grad is not None and t.grad.abs().max() > 0 for t in (*output.hidden_states, *output.attentions))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_activation_checkpointing_trains_as_without(case):
+    if case.kind in INVERSIONS:
+        names = ["input_ids", "pixel_values", "target_pixel_values", "attention_mask"]
+        case.inputs = {name: case.inputs[name] for name in names if name in case.inputs}
+
+    def gradients(model, inputs):
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert case.model.supports_gradient_checkpointing and not case.model.is_activation_checkpointing
+    for module in case.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    case.model.train()
+    case.model.config.temperature = 1.0
+    plain = gradients(case.model, case.inputs)
+    case.model.activation_checkpointing_enable()
+    assert case.model.is_activation_checkpointing
+    again = gradients(case.model, case.inputs)
+    case.model.activation_checkpointing_disable()
+    assert not case.model.is_activation_checkpointing and plain.keys() == again.keys() and plain
+    error = rounding(gradients, case.model, case.inputs, draws=4)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=error[name], msg=name)
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def test_input_embeddings_are_replaced_and_resized(case):
+    old = copy.deepcopy(case.model.get_input_embeddings())
+    count = old.num_embeddings
+    plain, error = found(case.model, case.query), case.error
+    case.model.resize_token_embeddings(count + 10)
+    new = case.model.get_input_embeddings()
+    assert new.num_embeddings == case.model.config.get_text_config().vocab_size == count + 10
+    assert torch.equal(new.weight[:count], old.weight)
+    close(found(case.model, case.query), plain, error)
+    case.model.set_input_embeddings(old)
+    assert case.model.get_input_embeddings() is old
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+
+def layer_classes(model):
+    """The classes of whatever stands in a list of layers."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+    return {type(layer).__name__ for layers in lists for layer in layers if any(layer.children())}
+
+
+def test_every_layer_is_a_unit(saved):
+    case, _ = saved
+    assert layer_classes(case.model) and layer_classes(case.model) <= {*case.model._no_split_modules}
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloading_changes_nothing(saved, place, tmp_path):
+    case, folder = saved
+    model = AutoModel.from_pretrained(folder)
+    plain = found(model, case.inputs)
+    # PyTorch's MultiheadAttention reads the weights of its own part: whatever has one comes back as a whole.
+    whole = {"preload_module_classes": ["SiglipMultiheadAttentionPoolingHead"]}
+    if place == "cpu":
+        cpu_offload(model, torch.device("cpu"), **whole)
+    else:
+        disk_offload(model, str(tmp_path), torch.device("cpu"), **whole)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    again = found(model, case.inputs)
+    for name, tensor in plain.items():
+        assert (again[name] - tensor).abs().max() == 0, name
+
+
+def test_is_made_on_the_meta_device(saved):
+    model = saved[0].model
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert all(tensor.is_meta for tensor in empty.parameters())
+    assert {name: tensor.shape for name, tensor in empty.named_parameters()} == {
+        name: tensor.shape for name, tensor in model.named_parameters()
+    }
