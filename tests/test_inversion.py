@@ -33,8 +33,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, pipeline
 
-import pvlf_hf
-from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor
+from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor, TrainingFreeModel
 from pvlf_hf.checkpoints.convert_inversion import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
 from pvlf_hf.models.loss_inversion import alignment_loss, cosine_distance, nt_xent
@@ -46,6 +45,8 @@ from pvlf_hf.models.optimization_inversion import (
     optimize_palavra,
     optimize_searle,
 )
+
+BLIP = Path(__file__).parents[1] / "model_cards" / "blip-emoji-tiny"
 
 PICTURE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
 
@@ -302,6 +303,36 @@ def test_images_and_captions_alone_are_clips(tmp_path):
         assert torch.equal(model.get_text_features(io["cirr_input_ids"]).pooler_output, F.normalize(text, dim=-1))
         gallery = {*model.image_side["vision_model"].state_dict(), *model.image_side["visual_projection"].state_dict()}
         assert len(model.image_side) == 2 and gallery
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [*METHODS])
+def test_inversion_on_blip_reads_its_reference_and_its_index(method):
+    """Nobody published these methods on BLIP, so that the definition is ours: CLIP's, with BLIP's own text call."""
+    own = {"placeholder": "*", "unpublished_backbone": True}
+    processor = InversionProcessor.from_vl_pretrained(BLIP, method, **own)
+    assert processor.template == METHODS[method].template.replace(METHODS[method].placeholder, "*")
+    settings = {"placeholder_id": processor.placeholder_id, "inversion_steps": 2 * bool(METHODS[method].steps)}
+    sizes = {"mapping_width": 64, "extractor_layers": 1, "unpublished_backbone": True}
+    model = InversionModel.from_vl_pretrained(BLIP, method, **settings, **sizes)
+    images, captions = [PICTURE, PICTURE.rotate(90)], ["is red", "is much larger and blue"]
+    inputs = dict(processor.process_queries(images, captions))
+    both = model.get_query_features(**inputs).pooler_output
+    assert not torch.allclose(both[0], both[1])
+    own_words = model.get_input_embeddings().weight[processor.placeholder_id].expand(2, -1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    plain = model.get_text_features(ids, mask).pooler_output
+    replaced = F.normalize(model.encode_text(ids, mask, own_words), dim=-1)
+    captions_alone = {"input_ids": ids, "attention_mask": mask}
+    bounds = rounding(lambda m, i: {"text": m.get_text_features(**i).pooler_output}, model, captions_alone)
+    within(replaced, plain, atol=bounds["text"])
+    alone = model.get_query_features(**processor.process_queries(images[:1], captions[:1])).pooler_output
+    if not METHODS[method].steps:
+        error = rounding(queries, model, {k: inputs[k] for k in ("pixel_values", "input_ids", "attention_mask")})
+        within(alone, both[:1], atol=error["query"])
+    index = TrainingFreeModel.from_vl_pretrained(BLIP)
+    pixels = processor.process_targets(images)["pixel_values"]
+    assert torch.equal(model.get_image_features(pixels).pooler_output, index.get_image_features(pixels).pooler_output)
 
 
 @torch.no_grad()
@@ -646,6 +677,10 @@ def test_a_row_without_its_placeholder_is_refused():
     ("settings", "message"),
     [
         ({"vl_config": CONFIGS["blip"]}, r"model_type 'blip', but textual inversion is defined on CLIP alone"),
+        (
+            {"vl_config": {"model_type": "siglip"}, "unpublished_backbone": True},
+            r"'siglip', whose text encoder takes no pseudo words",
+        ),
         ({"vl_config": 3}, r"pass a CLIPConfig"),
         ({"method": "pic2words"}, r"method='pic2words': choose one of"),
         ({"replace": "last"}, r"choose 'first' or 'all'"),
@@ -795,15 +830,14 @@ def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
     clip.save_pretrained(tmp_path / "clip")
     make_processor("searle").tokenizer.save_pretrained(tmp_path / "clip")
     InversionModel.from_vl_pretrained(tmp_path / "clip", method="searle")
-    assert "6 weights of the mapping network are new" in caplog.text
+    assert "6 other weights are new" in caplog.text
     processor = InversionProcessor.from_vl_pretrained(tmp_path / "clip", method="searle")
     assert processor.image_processor.do_target_pad and processor.max_text_length == 20
     with pytest.raises(ValueError, match="a device is set by model.to"):
         InversionModel.from_vl_pretrained(tmp_path / "clip", device_map="cpu")
-    blip = Path(pvlf_hf.__file__).parents[2] / "model_cards" / "blip-emoji-tiny"
     for build in (InversionModel.from_vl_pretrained, InversionProcessor.from_vl_pretrained):
         with pytest.raises(ValueError, match="textual inversion is defined on CLIP alone"):
-            build(blip, method="searle")
+            build(BLIP, method="searle")
 
 
 @pytest.mark.parametrize("method", ["pic2word", "context_i2w"])

@@ -138,7 +138,8 @@ class DualEncoderModel(ComposedRetrievalModel):
         """Modules that embed captions, see [`ComposedRetrievalModel.text_side`]."""
         return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
 
-    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
+    def _checked(self, pixel_values: Tensor) -> Tensor:
+        """Return pixels in the model's dtype; raise a `ValueError` if the encoder was built for another size."""
         size = self.config.vl_config.vision_config.image_size
         expected = (size, size) if isinstance(size, int) else tuple(size)
         if tuple(pixel_values.shape[-2:]) != expected:
@@ -146,7 +147,10 @@ class DualEncoderModel(ComposedRetrievalModel):
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for "
                 f"{expected}: use the processor saved with this checkpoint, or set its size and crop_size"
             )
-        return self.backbone.image_tokens(pixel_values.to(self.dtype))
+        return pixel_values.to(self.dtype)
+
+    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
+        return self.backbone.image_tokens(self._checked(pixel_values))
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

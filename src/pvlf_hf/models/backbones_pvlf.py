@@ -21,6 +21,7 @@ from transformers import (
     SiglipTextModel,
     SiglipVisionModel,
 )
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
 
@@ -31,6 +32,8 @@ class DualEncoder(nn.Module):
     """A pretrained image encoder and text encoder that project *every* token to one joint width `d`.
 
     Subclasses build the modules that `vision_modules` and `text_modules` name, and define the two `*_tokens` methods.
+
+    Textual inversion also needs the two `*_features` methods; `INVERTIBLE` of its configuration lists who has them.
 
     Attributes:
         vision_modules, text_modules: names of the submodules of each side, projection included.
@@ -60,6 +63,31 @@ class DualEncoder(nn.Module):
         Returns:
             `(batch, length, d)`, not normalised, and int64 `(batch,)`, the position of the global text feature, which
             counts as a token even where the mask calls it padding.
+        """
+        raise NotImplementedError
+
+    def image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images as the encoder's own tokens, and as global features.
+
+        Args:
+            pixel_values: `(batch, 3, height, width)` at the resolution of the vision config.
+
+        Returns:
+            `(batch, 1 + patches, v)`, `last_hidden_state` in the width of the image encoder, and `(batch, d)`, row 0
+            of [`~DualEncoder.image_tokens`].
+        """
+        raise NotImplementedError
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, embeds: Tensor) -> Tensor:
+        """Encode captions from the embeddings of their tokens, of which some may be no token's.
+
+        Args:
+            input_ids: int64 `(batch, length)`, padded on the right; they locate the global feature.
+            attention_mask: `(batch, length)`, 0 for padding; None when nothing is padded.
+            embeds: `(batch, length, w)`, without positions.
+
+        Returns:
+            `(batch, d)`, the global feature, not normalised.
         """
         raise NotImplementedError
 
@@ -144,6 +172,17 @@ class BlipDualEncoder(DualEncoder):
         hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] comes first
 
+    def image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images, see [`DualEncoder.image_features`]."""
+        tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return tokens, self.vision_proj(tokens[:, 0])
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, embeds: Tensor) -> Tensor:
+        """Encode captions from embeddings, see [`DualEncoder.text_features`]."""
+        # BLIP adds positions to the embeddings in place: they belong to the caller.
+        hidden = self.text_encoder(inputs_embeds=embeds.clone(), attention_mask=attention_mask).last_hidden_state
+        return self.text_proj(hidden[:, 0])
+
 
 class ClipDualEncoder(DualEncoder):
     """CLIP's two encoders."""
@@ -176,6 +215,23 @@ class ClipDualEncoder(DualEncoder):
         # The encoder is causal and padding is on the right, so no token attends to it: it needs no mask.
         tokens = self.text_projection(self.text_model(input_ids=input_ids).last_hidden_state)
         return tokens, self.end_position(input_ids, attention_mask)
+
+    def image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images, see [`DualEncoder.image_features`]; tokens have not passed the final norm."""
+        tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return tokens, self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, embeds: Tensor) -> Tensor:
+        """Encode captions from embeddings, see [`DualEncoder.text_features`]."""
+        model = self.text_model
+        hidden = model.embeddings(inputs_embeds=embeds)
+        # Attention is causal and padding on the right, so no token attends to it.
+        causal = create_causal_mask(
+            config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        )
+        hidden = model.encoder(inputs_embeds=hidden, attention_mask=causal, is_causal=True).last_hidden_state
+        last = gather_tokens(hidden, self.end_position(input_ids, attention_mask))
+        return self.text_projection(model.final_layer_norm(last))
 
     def end_position(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the position of each caption's end token, int64 `(batch,)`.

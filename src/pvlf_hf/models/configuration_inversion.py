@@ -12,6 +12,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_pvlf import joint_width
 from .pipeline_pvlf import CUSTOM_PIPELINES
 
+INVERTIBLE = ("clip", "blip")
+"""Model types of dual encoders whose text encoder takes pseudo words."""
+
 
 @dataclass(frozen=True)
 class InversionMethod:
@@ -118,6 +121,8 @@ class InversionConfig(PreTrainedConfig):
             learned queries, layers, heads and width of a head of Context-I2W's extractor.
         temperature (`float`, *optional*, defaults to 0.01): temperature of the contrastive loss, `exp(-logit_scale)`
             of the dual encoder; 0.01 is that of OpenAI's checkpoints.
+        unpublished_backbone (`bool`, *optional*, defaults to `False`): accept a BLIP, too. On it the methods are
+            defined here by analogy; nobody has published figures.
         inversion_steps (`int`, *optional*): optimisation steps of a token, 350 for SEARLE-OTI and 30 for PALAVRA.
 
     Raises:
@@ -146,6 +151,7 @@ class InversionConfig(PreTrainedConfig):
     extractor_heads: int = 8
     extractor_head_width: int = 64
     temperature: float | int = 0.01
+    unpublished_backbone: bool = False
     inversion_steps: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -160,10 +166,16 @@ class InversionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: choose one of {sorted(METHODS)}")
-        if self.vl_config.model_type != "clip":
+        if self.vl_config.model_type != "clip" and not self.unpublished_backbone:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}, but textual inversion is defined on CLIP "
-                f"alone: no published {self.method} has another backbone. Pass a CLIPConfig."
+                f"alone: no published {self.method} has another backbone. Pass a CLIPConfig, or "
+                "unpublished_backbone=True for BLIP."
+            )
+        if self.vl_config.model_type not in INVERTIBLE:
+            raise ValueError(
+                f"vl_config has model_type {self.vl_config.model_type!r}, whose text encoder takes no pseudo words: "
+                f"choose one of {INVERTIBLE}"
             )
         facts = METHODS[self.method]
         for name in ("placeholder_id", "replace", "dropout", "normalize_features"):
@@ -220,7 +232,7 @@ class InversionConfig(PreTrainedConfig):
                 )
         if METHODS[self.method].mapping == "context" and self.joint_width != self.word_width:
             raise ValueError(
-                f"Context-I2W needs a CLIP whose joint width equals its text width, not {self.joint_width} and "
+                f"Context-I2W needs a joint width that equals the text width, not {self.joint_width} and "
                 f"{self.word_width}: use ViT-B/32 or ViT-L/14, or another method"
             )
 
@@ -231,4 +243,4 @@ class InversionConfig(PreTrainedConfig):
 
 InversionConfig.register_for_auto_class()
 
-__all__ = ["METHODS", "InversionConfig", "InversionMethod"]
+__all__ = ["INVERTIBLE", "METHODS", "InversionConfig", "InversionMethod"]

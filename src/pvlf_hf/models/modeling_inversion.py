@@ -1,8 +1,8 @@
 """Textual inversion: the reference image becomes a word of the query. Travels with checkpoints.
 
-A query is one sentence for CLIP's text encoder in which the embedding of one token, the placeholder, is made from the
-reference image: `q = normalize(text(template with s))` with `s = mapping(image feature)`. CLIP is frozen in all
-methods, so the gallery is CLIP's own and one index serves them all.
+A query is one sentence for the text encoder in which the embedding of one token, the placeholder, is made from the
+reference image: `q = normalize(text(template with s))` with `s = mapping(image feature)`. The dual encoder, CLIP in
+everything published, is frozen in all methods, so the gallery is its own and one index serves them all.
 
 Shapes: `batch` queries, `n` text tokens, `m` image patches, `d` the joint width, `w` the width of token embeddings,
 `v` the width of the image encoder.
@@ -13,20 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
-from .backbones_pvlf import ClipDualEncoder, load_pretrained_dual_encoder
 from .configuration_inversion import METHODS, InversionConfig
-from .interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput, QueryOutput, normalize
+from .dual_encoder_pvlf import DualEncoderModel
+from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
 from .loss_inversion import symmetric_info_nce
 from .mapping_inversion import Mapping, build_mapping, init_linear
 from .objectives_inversion import own_objective
 from .optimization_inversion import digests, palavra_words, searle_words, through_cache
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -40,8 +35,10 @@ class InversionQueryOutput(QueryOutput):
     pseudo_words: Tensor | None = None
 
 
-class InversionModel(ComposedRetrievalModel):
+class InversionModel(DualEncoderModel):
     """Composed image retrieval by textual inversion; the mapping network is that of `config.method`.
+
+    Images and captions alone are embedded as the dual encoder does, so that its gallery serves this model.
 
     Attributes:
         inverted_words (`dict`): words that were optimised for images (SEARLE-OTI, PALAVRA), float32 on the CPU, by a
@@ -60,25 +57,15 @@ class InversionModel(ComposedRetrievalModel):
 
     config_class = InversionConfig
     base_model_prefix = "inversion"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["ExtractorLayer"]  # the backbone adds its layers
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: InversionConfig) -> None:
         super().__init__(config)
-        self.backbone = ClipDualEncoder(config.vl_config)
         self.mapping = build_mapping(config)
         # PALAVRA's A, from text features to image features.
         self.text_map = nn.Linear(config.joint_width, config.joint_width) if config.method == "palavra" else None
         self.inverted_words: dict[str, Tensor] = {}
         self.post_init()
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """Return False: in custom code the library initialises only modules that hold weights themselves."""
-        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,10 +78,10 @@ class InversionModel(ComposedRetrievalModel):
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, method: str = "pic2word", **kwargs: Any) -> "InversionModel":
-        """Build a model on a pretrained CLIP, with a fresh mapping network.
+        """Build a model on a pretrained dual encoder, with a fresh mapping network.
 
         Args:
-            name_or_path: Hub name or local folder of a `CLIPModel` checkpoint.
+            name_or_path: Hub name or local folder of a CLIP checkpoint.
             method: a name in `METHODS`.
             **kwargs: settings of [`InversionConfig`]; the rest is passed to `from_pretrained` (`revision`, `token`).
 
@@ -102,68 +89,25 @@ class InversionModel(ComposedRetrievalModel):
             the model in eval mode. A log message says which weights are new.
 
         Raises:
-            ValueError: if the checkpoint is no CLIP, or a setting is out of range.
+            ValueError: if [`InversionConfig`] refuses the checkpoint, or a setting is out of range.
         """
-        # Annotations are the fields of this class alone: dtype, which is inherited, goes to from_pretrained.
-        settings = {name: kwargs.pop(name) for name in InversionConfig.__annotations__ if name in kwargs}
-        if refused := {"vl_config", "device_map"} & {*settings, *kwargs}:
-            raise ValueError(
-                f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
-            )
-        vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
-        config = InversionConfig(vl_config=vl_config, method=method, **settings)
-        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
-        model = cls._from_config(config)
-        model.backbone = encoder
-        model.to(dtype=next(encoder.parameters()).dtype)
-        if new := sorted(name for name, _ in model.named_parameters() if not name.startswith("backbone.")):
-            logger.warning(
-                f"{cls.__name__}: the dual encoder comes from {name_or_path}; {len(new)} weights of the mapping "
-                f"network are new and must be trained before use: {new}"
-            )
-        return model.eval()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the text encoder's token embeddings."""
-        return self.backbone.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the text encoder's token embeddings."""
-        self.backbone.text_model.set_input_embeddings(value)
-
-    @property
-    def image_config(self) -> PreTrainedConfig:
-        """The image encoder's configuration, see [`ComposedRetrievalModel.image_config`]."""
-        return self.config.vl_config.vision_config
-
-    @property
-    def image_side(self) -> dict[str, nn.Module]:
-        """Modules that embed images, see [`ComposedRetrievalModel.image_side`]."""
-        return {name: getattr(self.backbone, name) for name in self.backbone.vision_modules}
-
-    @property
-    def text_side(self) -> dict[str, nn.Module]:
-        """Modules that embed captions, see [`ComposedRetrievalModel.text_side`]."""
-        return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
+        return super().from_vl_pretrained(name_or_path, method=method, **kwargs)  # type: ignore[return-value]
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images by CLIP, in one pass, into everything that a method reads.
+        """Encode images, in one pass, into everything that a method reads.
 
         Args:
             pixel_values: `(batch, 3, height, width)`.
 
         Returns:
-            tokens `(batch, 1 + m, v)` of the last layer, before its final norm, and features `(batch, d)`, not
-            normalised.
+            tokens `(batch, 1 + m, v)`, see [`DualEncoder.image_features`], and features `(batch, d)`, not normalised.
         """
-        tokens = self.backbone.vision_model(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
-        pooled = self.backbone.vision_model.post_layernorm(tokens[:, 0])
-        return tokens, self.backbone.visual_projection(pooled)
+        return self.backbone.image_features(self._checked(pixel_values))
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pseudo_words: Tensor | None = None
     ) -> Tensor:
-        """Encode captions by CLIP, with pseudo words in the position of their placeholders.
+        """Encode captions, with pseudo words in the position of their placeholders.
 
         A pseudo word replaces the token's embedding before the position embedding is added.
 
@@ -178,20 +122,11 @@ class InversionModel(ComposedRetrievalModel):
         Raises:
             ValueError: if a row has no placeholder, or there is not one pseudo word for each row.
         """
-        text_model = self.backbone.text_model
-        embeds = text_model.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids)
         if pseudo_words is not None:
             mask = self._placeholders(input_ids, len(pseudo_words))
             embeds = torch.where(mask[..., None], pseudo_words.to(embeds.dtype)[:, None], embeds)
-        hidden = text_model.embeddings(inputs_embeds=embeds)
-        # Attention is causal and padding on the right, so no token attends to it.
-        causal = create_causal_mask(
-            config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-        )
-        hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=causal, is_causal=True).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)
-        last = hidden[rows, self.backbone.end_position(input_ids, attention_mask)]
-        return self.backbone.text_projection(text_model.final_layer_norm(last))
+        return self.backbone.text_features(input_ids, attention_mask, embeds)
 
     def _placeholders(self, input_ids: Tensor, words: int) -> Tensor:
         """Mark the tokens that pseudo words replace, bool `(batch, n)`."""
@@ -206,37 +141,6 @@ class InversionModel(ComposedRetrievalModel):
                 "whose placeholder has this id"
             )
         return mask & (mask.cumsum(dim=1) == 1) if self.config.replace == "first" else mask
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Embed images as CLIP does: what a gallery is indexed by.
-
-        Args:
-            pixel_values: `(batch, 3, height, width)`, from [`InversionProcessor.process_targets`].
-            **kwargs: `return_dict=False` for a tuple.
-
-        Returns:
-            `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, 1 + m, v)`, tokens of
-            the last layer before its final norm.
-        """
-        tokens, features = self.encode_images(pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=normalize(features))
-
-    @can_return_tuple
-    def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Embed captions alone as CLIP does.
-
-        Args:
-            input_ids: int64 `(batch, n)`.
-            attention_mask: `(batch, n)`, 0 for padding; None to end each caption at its first end token.
-            **kwargs: `return_dict=False` for a tuple.
-
-        Returns:
-            `pooler_output`: float32 `(batch, d)`, L2-normalised.
-        """
-        return BaseModelOutputWithPooling(pooler_output=normalize(self.encode_text(input_ids, attention_mask)))
 
     def get_pseudo_words(
         self,

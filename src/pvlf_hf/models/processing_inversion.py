@@ -46,8 +46,10 @@ class InversionProcessor(PVLFProcessor):
         if method not in METHODS:
             raise ValueError(f"method={method!r}: choose one of {sorted(METHODS)}")
         self.method = method
-        self.template = METHODS[method].template if template is None else template
-        self.placeholder = METHODS[method].placeholder if placeholder is None else placeholder
+        facts = METHODS[method]
+        self.placeholder = facts.placeholder if placeholder is None else placeholder
+        own_template = facts.template.replace(facts.placeholder, self.placeholder)
+        self.template = own_template if template is None else template
         ids = tokenizer(self.placeholder, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(
@@ -69,21 +71,31 @@ class InversionProcessor(PVLFProcessor):
         Args:
             name_or_path: Hub name or local folder of a CLIP checkpoint.
             method: a name in `METHODS`.
-            **kwargs: `template` and `placeholder`; the rest is passed to `from_pretrained` (`revision`, `token`, ...).
+            **kwargs: `template`, `placeholder` and `unpublished_backbone`, see [`InversionConfig`]; the rest is passed
+                to `from_pretrained` (`revision`, `token`, ...).
 
         Raises:
-            ValueError: for a checkpoint other than CLIP.
+            ValueError: for a checkpoint that [`InversionConfig`] refuses.
         """
-        settings = {name: kwargs.pop(name) for name in ("template", "placeholder") if name in kwargs}
+        names = ("template", "placeholder", "unpublished_backbone")
+        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs), method, **settings)
 
     @classmethod
     def for_backbone(
-        cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, method: str = "pic2word", **settings: Any
+        cls,
+        vl_config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        method: str = "pic2word",
+        unpublished_backbone: bool = False,
+        **settings: Any,
     ) -> "InversionProcessor":
-        """Build the processor of a CLIP from its configuration and its tokenizer."""
-        InversionConfig(vl_config=vl_config, method=method, placeholder_id=0)  # raises unless it is a CLIP
+        """Build the processor of a dual encoder from its configuration and its tokenizer."""
+        # Raises for a dual encoder on which the method is not defined.
+        InversionConfig(
+            vl_config=vl_config, method=method, placeholder_id=0, unpublished_backbone=unpublished_backbone
+        )
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
         plain.image_processor.do_target_pad = METHODS[method].target_pad
         return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)  # type: ignore[arg-type]
