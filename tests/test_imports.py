@@ -34,7 +34,7 @@ FOLDERS = {
         "modeling_inversion",
         "processing_inversion",
     ],
-    "data": ["checks", "tables", "benchmark", "image_files", "triplets"],
+    "data": ["checks", "tables", "benchmark", "image_files", "triplets", "keywords", "samples"],
     "data.emoji_cir": ["names", "captions", "dataset"],
     "data ": [
         "annotations",
@@ -84,6 +84,8 @@ FOLDERS = {
         "argument_contract",
         "training_args",
         "data_checks",
+        "objectives",
+        "methods",
         "atomic_checkpoints",
         "hub",
         "trainer",

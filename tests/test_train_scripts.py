@@ -103,7 +103,7 @@ def test_flags_override_the_recipe(files, tmp_path):
     model_args, _, args = parse_arguments([str(recipe), f"--output_dir={tmp_path}", "--seed", "4"])
     assert (model_args.method, args.learning_rate, args.seed, args.bf16) == ("transagg", 0.002, 4, False)
     model_args.model = str(files / "blip")
-    config = model_args.build().config
+    config = model_args.build()[0].config
     assert (config.num_prompts, config.prompt_depth, config.gamma) == (1, 1, 0.0)
 
 

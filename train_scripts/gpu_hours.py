@@ -15,6 +15,7 @@ from pvlf_hf import PVLFConfig, PVLFModel, PVLFTrainingArguments
 from pvlf_hf.commands.train import DataArguments, ModelArguments
 from pvlf_hf.data.cirr import EXPECTED_COUNTS
 from pvlf_hf.models.configuration_pvlf import BLIP_BASE
+from pvlf_hf.training.methods import METHODS
 
 GPU = "NVIDIA A100 80 GB"  # the paper's
 PEAK_FLOPS = 312e12  # FLOP/s, dense bfloat16, by its data sheet
@@ -73,7 +74,8 @@ def gpu_hours(
 def model_config(model_args: ModelArguments) -> PVLFConfig:
     """Return the configuration of the model that `model_args.build()` would build."""
     vl_config: Any = DUAL_ENCODERS.get(model_args.model)
-    return PVLFConfig(vl_config=vl_config or AutoConfig.from_pretrained(model_args.model), **model_args.settings())
+    settings = {**METHODS[model_args.method].fixed, **model_args.given()}
+    return PVLFConfig(vl_config=vl_config or AutoConfig.from_pretrained(model_args.model), **settings)
 
 
 @cache

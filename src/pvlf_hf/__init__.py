@@ -20,8 +20,8 @@ _NAMES_OF = {
     """,
     "data": """
         CIRBenchmark Protocol benchmark_from_triplets load_circo load_cirr load_cirr_train
-        load_emoji_cir load_emoji_cir_train load_emoji_pictures load_fashioniq load_fashioniq_train
-        load_hub_triplets load_laion_cir load_protocol load_triplets stream_triplets write_shards
+        load_emoji_cir load_emoji_cir_train load_emoji_pictures load_emoji_samples load_fashioniq load_fashioniq_train
+        load_hub_triplets load_laion_cir load_protocol load_samples load_triplets stream_triplets write_shards
     """,
     "embeddings": """
         EmbeddingStore encode_by_openvino

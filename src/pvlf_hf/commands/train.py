@@ -14,7 +14,11 @@ r"""Trains PVLF or its baseline TransAgg from flags or a recipe, saves the model
     # several GPUs
     accelerate launch --config_file train_scripts/accelerate/multi_gpu.yaml -m pvlf_hf.commands.train RECIPE
 
-The table (CSV, JSON Lines or Parquet) has the columns `reference`, `caption`, `target`. After an interruption the same
+    # a method that needs no triplets, on your own images
+    pvlf-hf train train_scripts/configs/methods/pic2word.yaml --train_file images.csv --image_folder photos/
+
+The table (CSV, JSON Lines or Parquet) has the columns `reference`, `caption`, `target`; for textual inversion some of
+`image`, `caption` and `concept`. After an interruption the same
 command resumes from the last checkpoint in `--output_dir`. At the end this folder holds model, processor and
 `results.json`, all of the last step. With `--metric_for_best_model`, `results.json` also names the checkpoint that is
 best by this metric. Defaults are the paper's, or name their source.
@@ -34,17 +38,18 @@ from transformers import HfArgumentParser, set_seed
 
 from ..checkpoints.golden import write_golden
 from ..data.benchmark import CIRBenchmark
-from ..data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train
+from ..data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train, load_emoji_samples
 from ..data.laion_cir import SUBSETS, load_laion_cir
 from ..data.protocols import load_protocol
+from ..data.samples import load_samples
 from ..data.streaming import load_hub_triplets, stream_triplets
 from ..data.triplets import benchmark_from_triplets, load_triplets, triplets_digest
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import evaluate_all
-from ..models.configuration_pvlf import TRANSAGG
-from ..models.modeling_pvlf import PVLFModel
-from ..models.processing_pvlf import PVLFProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..training.atomic_checkpoints import last_checkpoint
+from ..training.methods import METHODS
+from ..training.objectives import SAMPLES
 from ..training.trainer import PVLFTrainer
 from ..training.training_args import PVLFTrainingArguments
 from .arguments import HelpFormatter, leave, parse
@@ -63,8 +68,9 @@ class ModelArguments:
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, or its baseline transagg (one shallow prompt, cross-entropy).",
-            "choices": ["pvlf", "transagg"],
+            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), or a method of textual "
+            "inversion, which trains on images or captions alone.",
+            "choices": [*METHODS],
         },
     )
     num_prompts: int | None = field(default=None, metadata={"help": "Prompts per layer (paper: 25)."})
@@ -97,15 +103,35 @@ class ModelArguments:
         default=None, metadata={"help": "Attention of the fusion: sdpa, eager or flash_attention_2."}
     )
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that differ from the defaults of PVLFConfig."""
-        baseline = TRANSAGG if self.method == "transagg" else {}
-        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
-        return {**baseline, **given}
+    settings: list[str] | None = field(
+        default=None, metadata={"help": "Further settings of the method's configuration, such as mapping_width=1024."}
+    )
 
-    def build(self) -> PVLFModel:
-        """Build the model on its pretrained dual encoder, with new weights in fusion and aggregation."""
-        return PVLFModel.from_vl_pretrained(self.model, **self.settings())
+    def build(self) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
+        """Build the model on its pretrained dual encoder, with new weights beside it, and its processor.
+
+        Raises:
+            ValueError: if the method has no such setting.
+        """
+        return METHODS[self.method].make(self.method, self.model, self.given())
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were given, under their names in the method's configuration."""
+        flags = {k: v for k, v in vars(self).items() if k not in ("model", "method", "settings") and v is not None}
+        return flags | read_settings(self.settings or [])
+
+
+def read_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read settings of the form `name=value`, values as in YAML.
+
+    Raises:
+        ValueError: for one of another form.
+    """
+    if wrong := [
+        setting for setting in settings if not setting.partition("=")[0].isidentifier() or "=" not in setting
+    ]:
+        raise ValueError(f"--settings {wrong}: write name=value, such as mapping_width=1024")
+    return {name: yaml.safe_load(value) for name, _, value in (setting.partition("=") for setting in settings)}
 
 
 @dataclass
@@ -151,8 +177,13 @@ class DataArguments:
         default=True, metadata={"help": "Stop if a data set does not have its published number of rows."}
     )
 
-    def load(self) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
-        """Load training triplets, and the validation benchmark, or benchmarks by name if the protocol has several.
+    def load(
+        self, method: str = "pvlf"
+    ) -> tuple[Dataset | IterableDataset, CIRBenchmark | dict[str, CIRBenchmark] | None]:
+        """Load the training set, and the validation benchmark, or benchmarks by name if the protocol has several.
+
+        Args:
+            method: a method that has an objective of its own trains on samples, all others on triplets.
 
         Raises:
             ValueError: if arguments exclude each other, or none names triplets.
@@ -162,7 +193,18 @@ class DataArguments:
             raise ValueError(" and ".join(f"--{name}" for name in sources) + " exclude each other")
         if self.validation_file and (self.dataset or self.validation):
             raise ValueError("--validation_file excludes --dataset and --validation")
-        return self._training_triplets(), self._validation()
+        rows = self._samples(SAMPLES[method].columns) if method in SAMPLES else self._training_triplets()
+        return rows, self._validation()
+
+    def _samples(self, columns: tuple[str, ...]) -> Dataset:
+        if self.dataset == "emoji-cir":
+            return load_emoji_samples()
+        if self.train_file is None:
+            raise ValueError(
+                f"pass --train_file, a table with the columns {', '.join(columns)}, or --dataset emoji-cir: this "
+                "method trains on no triplets"
+            )
+        return load_samples(self.train_file, columns, self.image_folder, allow_links=self.allow_links)
 
     def _training_triplets(self) -> Dataset | IterableDataset:
         if self.train_shards:
@@ -233,10 +275,11 @@ def train(
         The final evaluations.
     """
     folder = Path(str(args.output_dir))
-    triplets, validation = data_args.load()  # first: an error in the data is raised before a model is downloaded
+    triplets, validation = data_args.load(
+        model_args.method
+    )  # first: an error in the data is raised before a model is downloaded
     set_seed(args.seed)
-    processor = PVLFProcessor.from_vl_pretrained(model_args.model)
-    model = model_args.build()
+    model, processor = model_args.build()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder))
     trainer.save_model()
@@ -245,7 +288,7 @@ def train(
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
-        if isinstance(triplets, Dataset):
+        if isinstance(triplets, Dataset) and model_args.method not in SAMPLES:
             facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric

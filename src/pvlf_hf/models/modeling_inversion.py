@@ -217,11 +217,11 @@ class InversionModel(DualEncoderModel):
         return through_cache(self.inverted_words, keys, invert).to(pixel_values.device)
 
     def _encode_words(self, input_ids: Tensor, pseudo_words: Tensor | None) -> Tensor:
-        return self.encode_text(input_ids, None, pseudo_words)
+        return self.encode_text(input_ids, self.backbone.padding_mask(input_ids), pseudo_words)
 
     def pseudo_words_of(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         features: Tensor,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -230,6 +230,8 @@ class InversionModel(DualEncoderModel):
         mapping: Any = self.mapping
         if not mapping.reads_tokens:
             return mapping(normalize(features).to(features.dtype) if self.config.normalize_features else features)
+        if tokens is None:
+            raise ValueError(f"{self.config.method} reads all tokens of an image: pass pixel_values, not its features")
         if input_ids is None:
             raise ValueError(f"pseudo words of {self.config.method} depend on the caption: pass input_ids, too")
         if len(input_ids) != len(tokens):

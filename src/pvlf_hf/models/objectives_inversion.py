@@ -11,57 +11,68 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .interface_pvlf import ComposedRetrievalOutput
+from .interface_pvlf import ComposedRetrievalOutput, normalize
 from .loss_inversion import alignment_loss, cycle_loss, distillation_loss, reconstruction_loss
 from .optimization_inversion import align
 
 
+def encoded(model: Any, pixel_values: Tensor | None, image_features: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """Encode images, or take their features, `(batch, d)` and not normalised, where they were encoded before."""
+    if image_features is not None:
+        return None, image_features.to(model.dtype)
+    return model.encode_images(pixel_values)
+
+
 def image_contrast(
     model: Any,
-    pixel_values: Tensor,
     input_ids: Tensor,
+    pixel_values: Tensor | None = None,
     attention_mask: Tensor | None = None,
     caption_ids: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
+    image_features: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
     """Contrast images with the sentences that their pseudo words make (Pic2Word, Context-I2W).
 
     Args:
         model: the model.
-        pixel_values: `(batch, 3, height, width)`.
         input_ids: int64 `(batch, n)`, the prompt ("a photo of *"), for every image.
+        pixel_values: `(batch, 3, height, width)`.
         attention_mask: `(batch, n)`, 0 for padding.
         caption_ids: int64 `(batch, k)`, captions with objects masked, which Context-I2W's mapping network reads.
         caption_attention_mask: `(batch, k)`, 0 for padding.
+        image_features: `(batch, d)`, see [`encoded`].
     """
-    query = model.get_query_features(pixel_values, input_ids, attention_mask, caption_ids, caption_attention_mask)
-    targets = query.image_embeds.detach()  # no gradient in the reference
-    return ComposedRetrievalOutput(
-        loss=model.loss(query.pooler_output, targets), query_embeds=query.pooler_output, target_embeds=targets
-    )
+    tokens, features = encoded(model, pixel_values, image_features)
+    words = model.pseudo_words_of(tokens, features, caption_ids, caption_attention_mask)
+    queries = normalize(model.encode_text(input_ids, attention_mask, words))
+    targets = normalize(features).detach()  # no gradient in the reference
+    return ComposedRetrievalOutput(loss=model.loss(queries, targets), query_embeds=queries, target_embeds=targets)
 
 
 def distillation(
     model: Any,
-    pixel_values: Tensor,
     input_ids: Tensor,
     caption_ids: Tensor,
     teacher_words: Tensor,
+    pixel_values: Tensor | None = None,
     attention_mask: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
+    image_features: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
     """Distil tokens that SEARLE-OTI optimised into phi (SEARLE).
 
     Args:
         model: the model.
-        pixel_values: `(batch, 3, height, width)`.
         input_ids: int64 `(batch, n)`, phrases with the placeholder for their concept.
         caption_ids: int64 `(batch, k)`, the phrases as they are.
         teacher_words: `(batch, w)`, optimised tokens of the images.
+        pixel_values: `(batch, 3, height, width)`.
         attention_mask: `(batch, n)`, 0 for padding.
         caption_attention_mask: `(batch, k)`, 0 for padding.
+        image_features: `(batch, d)`, see [`encoded`].
     """
-    words = model.get_pseudo_words(pixel_values)
+    words = model.pseudo_words_of(*encoded(model, pixel_values, image_features))
     phrases = model.encode_text(caption_ids, caption_attention_mask).detach()
     replaced = model.encode_text(input_ids, attention_mask, words)
     return ComposedRetrievalOutput(loss=distillation_loss(words, teacher_words, replaced, phrases))
@@ -98,8 +109,9 @@ def cycle(
     pixel_values: Tensor,
     input_ids: Tensor,
     caption_ids: Tensor,
-    teacher_words: Tensor,
     align_ids: Tensor,
+    teacher_words: Tensor | None = None,
+    name_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
     align_attention_mask: Tensor | None = None,
@@ -113,8 +125,9 @@ def cycle(
         pixel_values: `(batch, set, 3, height, width)`.
         input_ids: int64 `(batch, n)`, sentences with the placeholder for the object's name.
         caption_ids: int64 `(batch, k)`, the sentences as they are.
-        teacher_words: `(batch, w)`, embedding of the first token of each name.
         align_ids: int64 `(batch, j)`, captions of the first image of each set.
+        teacher_words: `(batch, w)`, embedding of the first token of each name.
+        name_ids: int64 `(batch,)`, those tokens, in place of their embeddings.
         attention_mask: `(batch, n)`, 0 for padding.
         caption_attention_mask: `(batch, k)`, 0 for padding.
         align_attention_mask: `(batch, j)`, 0 for padding.
@@ -122,6 +135,8 @@ def cycle(
     features = F.normalize(model.encode_images(pixel_values.flatten(0, 1))[1], dim=-1).detach()
     sets = features.unflatten(0, pixel_values.shape[:2])
     words = model.mapping(sets)
+    if teacher_words is None:
+        teacher_words = model.get_input_embeddings()(name_ids).detach()
     named = model.encode_text(caption_ids, caption_attention_mask).detach()
     loss = cycle_loss(named, model.encode_text(input_ids, attention_mask, words), teacher_words, words)
     texts = align(model.text_map, model.encode_text(align_ids, align_attention_mask).detach())
@@ -133,7 +148,7 @@ OBJECTIVES: dict[str, tuple[Callable[..., ComposedRetrievalOutput], tuple[str, .
     "context_i2w": (image_contrast, ("pixel_values", "input_ids", "caption_ids")),
     "searle": (distillation, ("pixel_values", "input_ids", "caption_ids", "teacher_words")),
     "lincir": (reconstruction, ("input_ids", "caption_ids")),
-    "palavra": (cycle, ("pixel_values", "input_ids", "caption_ids", "teacher_words", "align_ids")),
+    "palavra": (cycle, ("pixel_values", "input_ids", "caption_ids", "align_ids")),
 }
 """Objective of each method, by name, and the inputs that it needs."""
 
@@ -148,7 +163,8 @@ def own_objective(model: Any, inputs: dict[str, Tensor]) -> ComposedRetrievalOut
     if method not in OBJECTIVES:
         raise ValueError(f"{method} trains nothing: it optimises a token for each image")
     objective, needed = OBJECTIVES[method]
-    if missing := [name for name in needed if name not in inputs]:
+    encoded_before = {"pixel_values"} if "image_features" in inputs else set()
+    if missing := [name for name in needed if name not in {*inputs, *encoded_before}]:
         raise ValueError(f"the training loss of {method} needs {list(needed)}; {missing} missing")
     return objective(model, **inputs)
 

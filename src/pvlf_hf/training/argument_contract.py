@@ -230,6 +230,8 @@ def _check_own_arguments(args: Any) -> None:
         )
     if not 0 <= args.min_lr_ratio <= 1:
         raise ValueError(f"min_lr_ratio={args.min_lr_ratio} must be between 0 and 1, a share of learning_rate")
+    if not 0 < args.crop_scale <= 1:
+        raise ValueError(f"crop_scale={args.crop_scale} must be in (0, 1], a share of an image's area")
     if args.feature_cache and args.finetuning == "both":
         raise ValueError(
             "feature_cache keeps the outputs of encoders that do not train, but finetuning='both' trains them: choose "

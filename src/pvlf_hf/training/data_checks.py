@@ -1,5 +1,6 @@
 """Checks of training and evaluation data before the first step, and of a batch whose loss is not finite."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,22 +18,23 @@ ROWS_AT_ONCE = 10_000
 """Rows read at once when a column is checked."""
 
 
-def check_train_dataset(dataset: Any, args: Any) -> None:
+def check_train_dataset(dataset: Any, args: Any, columns: Sequence[str] = TRIPLET_COLUMNS) -> None:
     """Raise a `ValueError` if training on a dataset would fail, or ignore an argument; name the row or argument.
 
     Args:
         dataset: the training set. Only a `datasets` dataset can be checked; any other is accepted unchecked.
         args: [`PVLFTrainingArguments`].
+        columns: columns that the training reads.
     """
     if isinstance(dataset, dict):
         raise ValueError(f"train_dataset has splits {list(dataset)}: pass one of them, such as dataset['train']")
     if getattr(dataset, "column_names", None) is not None:
-        check_columns(dataset, TRIPLET_COLUMNS, "train_dataset", streams=True)
+        check_columns(dataset, columns, "train_dataset", streams=True)
     if isinstance(dataset, IterableDataset):
         _check_stream_arguments(args)
     elif isinstance(dataset, Dataset):
         check_batch_size(dataset, args)
-        _check_rows(dataset)
+        _check_rows(dataset, columns)
 
 
 def check_batch_size(dataset: Any, args: Any) -> None:
@@ -60,26 +62,27 @@ def _check_stream_arguments(args: Any) -> None:
         )
 
 
-def _check_rows(dataset: Dataset) -> None:
+def _check_rows(dataset: Dataset, columns: Sequence[str]) -> None:
     """Raise a `ValueError` that names the first row without a caption, an image or a target_id."""
     if dataset.format["type"] == "custom":  # a transform may make rows of other columns; the collator checks its rows
         return
-    check_rows(dataset, "train_dataset")
-    for column in ("reference", "target"):
+    if "caption" in columns:
+        check_rows(dataset, "train_dataset")
+    for column in (name for name in ("reference", "target", "image") if name in columns):
         if dataset.data.column(column).null_count:  # counted in the file: rows may have been left out since
             _check_images(dataset, column)
 
 
 def _check_images(dataset: Dataset, column: str) -> None:
-    images = dataset.select_columns([column, "target_id"]).with_format("arrow")
+    named = ["target_id"] if "target_id" in dataset.column_names else []
+    images = dataset.select_columns([column, *named]).with_format("arrow")
     for start in range(0, len(images), ROWS_AT_ONCE):
         rows = images[start : start + ROWS_AT_ONCE]
         for offset, image in enumerate(rows[column]):
             if not image.is_valid:
-                target_id = rows["target_id"][offset].as_py()
+                name = f", with target_id {rows['target_id'][offset].as_py()!r}" if named else ""
                 raise ValueError(
-                    f"row {start + offset} of train_dataset, with target_id {target_id!r}: {column} is None, give it "
-                    "an image or drop the row"
+                    f"row {start + offset} of train_dataset{name}: {column} is None, give it an image or drop the row"
                 )
 
 
@@ -120,6 +123,8 @@ def describe_nonfinite_loss(
 ) -> str:
     """Describe which triplets of a batch have embeddings that are not finite, and what to do."""
     embeds: list[Any] = [outputs.query_embeds, outputs.target_embeds]
+    if any(rows is None for rows in embeds):
+        return f"{loss.item()}: resume the last checkpoint with a lower learning rate"
     bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
     names: dict[int, str] = {}
     if isinstance(dataset, Dataset):  # a stream cannot be asked for its ids again

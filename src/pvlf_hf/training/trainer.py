@@ -31,6 +31,7 @@ from .feature_cache import FeatureCollator, accept_cached_features, cache_featur
 from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
 from .hub import HubMixin, has_adapter
+from .objectives import SAMPLES, SampleCollator, keep_features, own_samples, sample_rows
 from .optimization import METRIC_SCHEDULES, advance, check_optimizers, make_schedule, parameter_groups
 from .training_args import PVLFTrainingArguments
 
@@ -45,7 +46,9 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             `get_peft_model`) the adapter's configuration decides instead, and checkpoints hold the adapter alone.
         args: [`PVLFTrainingArguments`].
         train_dataset: rows with the columns of `pvlf_hf.data.triplets.TRIPLET_COLUMNS`, a `datasets.Dataset` or,
-            for sets that do not fit on a disk, what [`stream_triplets`] returns (set `max_steps`).
+            for sets that do not fit on a disk, what [`stream_triplets`] returns (set `max_steps`). Or, without the
+            images of triplets, what the model's own objective trains on, see `pvlf_hf.training.objectives.SAMPLES`:
+            images, captions, or both.
         eval_dataset: a [`CIRBenchmark`], or a dictionary of them by name. Each evaluation ranks the real gallery; its
             metrics (`eval_recall@1`, ..., `eval_mean`) can select the best checkpoint (`metric_for_best_model`).
         processing_class: the [`PVLFProcessor`]; saved with every checkpoint.
@@ -90,7 +93,11 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             )
         check_arguments(args)
         check_trainer_arguments(kwargs)
-        check_train_dataset(train_dataset, args)
+        samples = own_samples(model, train_dataset, args)
+        check_train_dataset(train_dataset, args, samples.columns if samples else TRIPLET_COLUMNS)
+        if samples:
+            train_dataset = sample_rows(train_dataset, samples, args.batch_by)
+            data_collator = data_collator or SampleCollator(processing_class, args.crop_scale)
         if eval_dataset is not None:
             check_eval_dataset(eval_dataset, args.metric_for_best_model)
         if model is not None:
@@ -130,7 +137,9 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             OSError: if checkpoints or features cannot be written. Those written before are complete; the next run
                 resumes from them.
         """
-        if self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
+        if isinstance(self.data_collator, SampleCollator):
+            self._keep_features()
+        elif self.args.feature_cache and not isinstance(self.data_collator, FeatureCollator):
             self._cache_features()
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(str(self.args.output_dir)))
         self._lacks_optimizer = checkpoint is not None and not holds_optimizer(Path(checkpoint))
@@ -173,6 +182,18 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
                 self.args.per_device_eval_batch_size,
                 progress=not self.args.disable_tqdm,
             )
+
+    def _keep_features(self) -> None:
+        """Compute what the model's own objective reads of frozen encoders, if an argument or the method wants it."""
+        collator: Any = self.data_collator
+        model: Any = self.model
+        args, dataset = self.args, self.train_dataset
+        if collator.features is None and (args.feature_cache or SAMPLES[collator.processor.method].distils):
+            folder = args.feature_cache or Path(str(args.output_dir)) / "features"
+            with self.compute_loss_context_manager():
+                self.train_dataset = keep_features(
+                    model, collator, dataset, folder, args.per_device_eval_batch_size, not args.disable_tqdm
+                )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model by `model_init` and choose which of its weights train."""
@@ -264,7 +285,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ComposedRetrievalOutput]:
-        """Return the focal InfoNCE of this process's queries against the targets of all processes.
+        """Return the loss of this process's queries against the targets of all processes, or the model's own loss.
 
         Averaged over processes, as DDP averages gradients, this is the loss of one process with the whole batch.
         """
@@ -272,15 +293,17 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         if (size := self.args.gradient_cache_chunk_size) and model.training:
             outputs = embed_in_chunks(model, embedded, size, partial(self.accelerator.no_sync, model))
         else:
-            outputs = model(**embedded, return_loss=False)
-        targets: Any = outputs.target_embeds
-        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
-        unwrapped: Any = self.accelerator.unwrap_model(model)
-        loss = unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
+            outputs = model(**embedded, return_loss=isinstance(self.data_collator, SampleCollator))
+        loss: Any = outputs.loss if outputs.target_embeds is None else self._contrast(model, outputs, inputs)
         if model.training and not loss.isfinite():
             problem = describe_nonfinite_loss(loss, outputs, inputs.get("target_ids"), self.train_dataset)
             raise ValueError(f"the loss of step {self.state.global_step + 1} is {problem}")
         return (loss, outputs) if return_outputs else loss
+
+    def _contrast(self, model: nn.Module, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
+        targets, options = self._gather_targets(outputs.target_embeds, inputs.get("target_ids"))
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        return unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
 
     def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the targets that queries are ranked against, their ids, and the positions of the positives.

