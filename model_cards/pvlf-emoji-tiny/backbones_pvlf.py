@@ -91,6 +91,10 @@ class DualEncoder(nn.Module):
         """
         raise NotImplementedError
 
+    def padding_mask(self, input_ids: Tensor) -> Tensor | None:
+        """Return the attention mask that token ids imply; None for an encoder that ignores what follows a caption."""
+        return None
+
     def fuse_attention(self) -> None:
         """Replace eager attention by a fused kernel where Transformers has no other; weights are unchanged."""
 
@@ -182,6 +186,11 @@ class BlipDualEncoder(DualEncoder):
         # BLIP adds positions to the embeddings in place: they belong to the caller.
         hidden = self.text_encoder(inputs_embeds=embeds.clone(), attention_mask=attention_mask).last_hidden_state
         return self.text_proj(hidden[:, 0])
+
+    def padding_mask(self, input_ids: Tensor) -> Tensor:
+        """Return the attention mask that token ids imply, see [`DualEncoder.padding_mask`]."""
+        padding: int = self.text_encoder.config.pad_token_id  # type: ignore[assignment]  # BERT has one
+        return input_ids.ne(padding).long()
 
 
 class ClipDualEncoder(DualEncoder):

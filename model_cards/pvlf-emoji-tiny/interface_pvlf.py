@@ -67,6 +67,7 @@ class ComposedRetrievalModel(PreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
+    ranks_queries = False  # whether `loss` also takes `all_query_embeds`, the queries of all processes
     explains = False  # whether queries come with `aggregation_weights` and `attentions` where they are asked for
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
 

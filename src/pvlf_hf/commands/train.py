@@ -122,16 +122,21 @@ class ModelArguments:
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Read settings of the form `name=value`, values as in YAML.
+    """Read settings of the form `name=value`, values as in YAML where they are YAML (`placeholder=*` is not).
 
     Raises:
         ValueError: for one of another form.
     """
-    if wrong := [
-        setting for setting in settings if not setting.partition("=")[0].isidentifier() or "=" not in setting
-    ]:
-        raise ValueError(f"--settings {wrong}: write name=value, such as mapping_width=1024")
-    return {name: yaml.safe_load(value) for name, _, value in (setting.partition("=") for setting in settings)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--settings {setting!r}: write name=value, such as mapping_width=1024")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[name] = value
+    return values
 
 
 @dataclass

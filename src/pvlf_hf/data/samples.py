@@ -5,7 +5,7 @@ Samples are a `datasets.Dataset` with some of the columns of `SAMPLE_COLUMNS`.
 
 from pathlib import Path
 
-from datasets import Dataset, Image, concatenate_datasets
+from datasets import Dataset, Features, Image
 
 from .checks import as_path, check_columns
 from .image_files import check_image_files
@@ -78,12 +78,11 @@ def image_sets(samples: Dataset, size: int = 5) -> Dataset:
     if not sets:
         most = max(map(len, rows_of.values()), default=0)
         raise ValueError(f"samples: no concept has the {size} images of a set, but {most} at most")
-    images = [
-        samples.select([rows[i] for rows in sets]).select_columns("image").rename_column("image", f"image_{i}")
-        for i in range(size)
-    ]
+    cells = samples.with_format(None).cast_column("image", Image(mode=samples.features["image"].mode, decode=False))
     texts = samples.select([rows[0] for rows in sets]).select_columns(["caption", "concept"])
-    return concatenate_datasets([texts, *images], axis=1)
+    columns = {f"image_{i}": cells.select([rows[i] for rows in sets])["image"][:] for i in range(size)}
+    features = Features({**texts.features, **dict.fromkeys(columns, samples.features["image"])})
+    return Dataset.from_dict({**texts.to_dict(), **columns}, features)
 
 
 __all__ = ["SAMPLE_COLUMNS", "image_sets", "load_samples"]

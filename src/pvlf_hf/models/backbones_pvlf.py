@@ -189,7 +189,8 @@ class BlipDualEncoder(DualEncoder):
 
     def padding_mask(self, input_ids: Tensor) -> Tensor:
         """Return the attention mask that token ids imply, see [`DualEncoder.padding_mask`]."""
-        return (input_ids != self.text_encoder.config.pad_token_id).long()
+        padding: int = self.text_encoder.config.pad_token_id  # type: ignore[assignment]  # BERT has one
+        return input_ids.ne(padding).long()
 
 
 class ClipDualEncoder(DualEncoder):

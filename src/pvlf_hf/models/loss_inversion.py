@@ -14,17 +14,19 @@ def symmetric_info_nce(
     positives: Tensor | None = None,
     target_ids: Tensor | None = None,
     chunk_size: int | None = None,
+    all_query_embeds: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean of the cross-entropies from queries to targets and back (CLIP's loss, Pic2Word).
 
     Args:
         query_embeds: `(batch, d)`, L2-normalised.
-        target_embeds: `(targets, d)`, L2-normalised; more than queries when gathered from other processes. Targets
-            are compared with this process's queries alone.
+        target_embeds: `(targets, d)`, L2-normalised; more than queries when gathered from other processes.
         temperature: inverse of the logit scale.
         positives: see [`focal_info_nce`], as are the next two.
         target_ids: likewise.
         chunk_size: likewise.
+        all_query_embeds: `(targets, d)`, queries of all processes in the order of the targets, which this process's
+            targets are compared with; by default this process's queries alone.
 
     Returns:
         float32 scalar.
@@ -32,9 +34,11 @@ def symmetric_info_nce(
     forth = focal_info_nce(query_embeds, target_embeds, temperature, 1.0, 0.0, positives, target_ids, chunk_size)
     if positives is None:
         positives = torch.arange(len(query_embeds), device=query_embeds.device)
-    own_ids = None if target_ids is None else target_ids[positives]
-    own = target_embeds[positives]
-    back = focal_info_nce(own, query_embeds, temperature, 1.0, 0.0, target_ids=own_ids, chunk_size=chunk_size)
+    own, ids = target_embeds[positives], target_ids
+    if all_query_embeds is None:
+        all_query_embeds, ids = query_embeds, None if target_ids is None else target_ids[positives]
+        positives = None
+    back = focal_info_nce(own, all_query_embeds, temperature, 1.0, 0.0, positives, ids, chunk_size)
     return (forth + back) / 2
 
 

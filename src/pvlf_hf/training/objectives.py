@@ -296,7 +296,7 @@ def keep_features(
             collator.teacher_words = _teacher_words(inner, processor, digests, pixels, folder, progress)
     finally:
         model.train(was_training)
-    return samples.remove_columns("image").add_column("image_digest", digests)
+    return samples.add_column("image_digest", digests).remove_columns("image")
 
 
 def _teacher_words(

@@ -303,6 +303,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     def _contrast(self, model: nn.Module, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
         targets, options = self._gather_targets(outputs.target_embeds, inputs.get("target_ids"))
         unwrapped: Any = self.accelerator.unwrap_model(model)
+        if unwrapped.ranks_queries and options["positives"] is not None:
+            options["all_query_embeds"] = GatherWithGradient.apply(outputs.query_embeds)
         return unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
 
     def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
