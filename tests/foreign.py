@@ -1,4 +1,4 @@
-"""A model class of somebody else, with nothing of PVLF inside: colours in, colours out."""
+"""A model class that shares nothing with PVLF: its embeddings are colours."""
 
 import torch
 from tiny import VOCABULARY
@@ -16,7 +16,7 @@ class ColourConfig(PreTrainedConfig):
 
 
 class ColourModel(ComposedRetrievalModel):
-    """Ten lines: a query is the image's mean colour plus what its words add."""
+    """Model in ten lines: a query is the image's mean colour plus a vector for each token."""
 
     config_class = ColourConfig
 

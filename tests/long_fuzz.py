@@ -1,4 +1,4 @@
-"""The long row of fuzzing; `python tests/reliability.py --long` runs it, the suite does not."""
+"""Long run of the fuzzer; `python tests/reliability.py --long` runs it, the suite does not."""
 
 import os
 import re

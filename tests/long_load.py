@@ -1,4 +1,4 @@
-"""The long run of `load_demo.py`."""
+"""Long run of `load_demo.py`."""
 
 import pytest
 from load_demo import CARD, load, served

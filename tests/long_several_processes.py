@@ -1,4 +1,4 @@
-"""What is too long for the suite: four sharded processes, and a launcher of which one process dies."""
+"""Tests too long for the suite: four sharded processes, and a launcher that loses one of its processes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Searches as people ask: weighted and negative terms, filters, pages, boxes, near-duplicates; everywhere alike."""
+"""Search options: weighted and negative terms, filters, pages, boxes, near-duplicates, by every interface."""
 
 import base64
 import io
@@ -303,7 +303,9 @@ def test_more_like_these_and_less_like_that(gallery, photos, made):
     assert found.ids == [gallery.ids[row] for row in order if gallery.ids[row] not in ids]
     assert found.query.ids == (*ids,) and found.sheet().mode == "RGB" and "data:image" in search_page(found)
     assert gallery.search(ids=["red.png"], k=9).ids == gallery.search(photos / "red.png", k=9, exclude=["red.png"]).ids
-    both = gallery.search(ids=["red.png"], text=TEXT, k=9)  # PVLF composes by the image's tokens: its file is opened
+    both = gallery.search(
+        ids=["red.png"], text=TEXT, k=9
+    )  # PVLF composes from the image's tokens, so its file is opened
     assert both.ids == gallery.search(photos / "red.png", TEXT, k=9, exclude=["red.png"]).ids
 
 
@@ -516,7 +518,7 @@ def test_the_page_takes_a_filter_and_a_negative_text(gallery, tmp_path):
 
 
 def test_galleries_stay_equal_to_brute_force_with_terms_of_all_kinds(gallery):
-    """Every option at once, against what the parts give."""
+    """Combine all options and compare with a computation part by part."""
     generator = np.random.default_rng(0)
     for _ in range(10):
         chosen = generator.choice(9, 4, replace=False)

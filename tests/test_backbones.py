@@ -1,4 +1,4 @@
-"""Backbones: each family's embeddings are the library's own, and PVLF stands on any of them."""
+"""Backbones: each family's embeddings equal the library's, and PVLF can be built on any of them."""
 
 import copy
 import inspect
@@ -36,7 +36,7 @@ def close(ours, theirs, tolerance):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pretrained(request, tmp_path_factory):
-    """Name of a family, its checkpoint, and the library's own model."""
+    """Return a family's name, its checkpoint, and the library's own model."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, save_dual_encoder(request.param, folder)
 
@@ -59,7 +59,7 @@ def test_a_family_takes_an_entry_and_a_short_class():
 
 @torch.no_grad()
 def test_embeddings_are_the_librarys_own(pretrained):
-    """In float64, where only our embeddings' normalisation rounds to float32: so they agree within 1e-6."""
+    """Compare in float64: only the normalisation of our embeddings rounds to float32, so they agree within 1e-6."""
     family, folder, original = pretrained
     original = copy.deepcopy(original).double()
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4).double()
@@ -67,7 +67,7 @@ def test_embeddings_are_the_librarys_own(pretrained):
     pixels, ids, mask = inputs["pixel_values"].double(), inputs["input_ids"], inputs["attention_mask"]
     image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
     assert image.dtype == text.dtype == torch.float32
-    if family == "blip":  # no get_*_features of its own, but the cosines of images with captions
+    if family == "blip":  # it lacks get_*_features, but returns the cosines of images with captions
         theirs = original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score
         close(image.double() @ text.double().T, theirs, 2 * unit_error(32))
         return
@@ -75,7 +75,7 @@ def test_embeddings_are_the_librarys_own(pretrained):
     theirs = original.get_image_features(pixels), original.get_text_features(**text_inputs)
     for ours, embeds in zip((image, text), theirs, strict=True):
         wanted = F.normalize(embeds.pooler_output, dim=-1)
-        error = dot_error(32 // 2 + 4) * wanted.abs()  # under the root half of the norm's roundings remain
+        error = dot_error(32 // 2 + 4) * wanted.abs()  # the square root halves the norm's rounding error
         assert ((ours - wanted).abs() <= error).all() and error.max() < 1e-6
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
@@ -96,7 +96,7 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
     again_inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
     with torch.no_grad():
         assert torch.equal(again(**again_inputs).similarity, model(**inputs).similarity)
-        # One query alone, its caption padded to another length, gives what it gives in a batch.
+        # A query alone, with its caption padded to another length, has the embedding that it has in a batch.
         alone = model.get_query_features(**processor.process_queries(pictures(3)[:1], CAPTIONS[:1])).pooler_output
         close(alone, model(**inputs).query_embeds[:1], embedding_error(model, dict(inputs))["query_embeds"])
 
@@ -115,9 +115,9 @@ def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alon
     assert tokens.shape == (2, 1 + 16, 32)
     close(tokens[:, 0], head(hidden), error)
     weights = head.attention(head.probe.repeat(2, 1, 1), hidden, hidden)[1]
-    assert weights.max() < 0.5  # it attends to many patches: row 0 is none of them
+    assert weights.max() < 0.5  # the pooled output attends to many patches and equals none of them
     for patch in (0, 7, 15):
-        # A key projection under which this patch's score is far above the others': the weights are a delta on it.
+        # Under this key projection the patch's score is far above all others: the attention weights are one-hot.
         attention = head.attention
         keys = attention.in_proj_weight.detach().clone()
         wanted = torch.linalg.pinv(hidden[0]) @ F.one_hot(torch.tensor(patch), 16).float()  # (d,): hidden @ wanted
@@ -145,7 +145,9 @@ def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_a
     before = query(mask)
     assert torch.equal(query(mask, changed=30), before)  # padding
     assert (query(mask, changed=2) - before).norm() > 1e-4
-    assert torch.equal(before, query(mask.index_fill(1, last, 1)))  # the others attend to the pooled position, too
+    assert torch.equal(
+        before, query(mask.index_fill(1, last, 1))
+    )  # the other positions attend to the pooled position, too
     assert (before - query(mask.index_fill(1, torch.tensor([30]), 1))).norm() > 1e-4
 
 

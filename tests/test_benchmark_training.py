@@ -1,4 +1,4 @@
-"""The benchmark of training, at toy size: its alternatives compute the same, and what it says of them can be read."""
+"""The training benchmark at toy size: its alternatives compute the same step, and its report is readable."""
 
 import sys
 from pathlib import Path

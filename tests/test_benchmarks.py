@@ -1,4 +1,4 @@
-"""Laion-CIR, CIRR, FashionIQ and CIRCO: what the loaders make of miniatures of the released files."""
+"""Loaders of Laion-CIR, CIRR, FashionIQ and CIRCO, on miniatures of the released files."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from pvlf_hf.data.laion_cir import load_laion_cir
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())
 
-# By name: the folder of `make_all` that it reads, and how it is loaded.
+# By name: the folder of `make_all` that the loader reads, and the call of the loader.
 LOADERS = {
     "laion-cir/template": ("laion-cir", partial(load_laion_cir, subset="template")),
     "laion-cir/llm": ("laion-cir", partial(load_laion_cir, subset="llm")),
@@ -61,7 +61,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def data(originals, tmp_path):
-    """A copy that a test may change: images may be moved and removed, annotations rewritten."""
+    """Return a copy that a test may change: it may move and remove images, and rewrite annotations."""
 
     def copy(source, target):
         (shutil.copy if source.endswith(".json") else os.link)(source, target)
@@ -71,7 +71,7 @@ def data(originals, tmp_path):
 
 @pytest.fixture
 def annotations(originals, tmp_path):
-    """A copy without the images, for what must be noticed before they are looked for."""
+    """Return a copy without images, for errors that must be detected before images are opened."""
     return shutil.copytree(originals, tmp_path / "data", ignore=shutil.ignore_patterns("*.png", "*.jpg"))
 
 
@@ -85,7 +85,7 @@ def read(file):
 
 
 def plain(dataset):
-    """The rows without the images."""
+    """Return the rows without the images."""
     return dataset.remove_columns({"reference", "target", "image"} & set(dataset.column_names)).to_list()
 
 
@@ -325,7 +325,7 @@ def test_missing_files_are_named_with_the_paths_tried(data, name, gone, message)
 
 
 def edit(row, **changes):
-    """Changes one row; None removes a key."""
+    """Change one row; None removes a key."""
 
     def change(rows):
         rows[row] = {k: v for k, v in {**rows[row], **changes}.items() if v is not None}

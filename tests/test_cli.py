@@ -1,4 +1,4 @@
-"""`pvlf-hf`: as people run it, in processes of its own; and in this one, where models are at hand."""
+"""`pvlf-hf`, run as a command in its own process, and in this process where models are in memory."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def process(*arguments, python=(), **environment):
 
 
 def error(done):
-    """The sentence of a call that failed."""
+    """Return the error message of a call that failed."""
     assert done.exit_code == 1 and not done.stdout and isinstance(done.exception, SystemExit), done.output
     assert "Traceback" not in done.stderr
     *_, said = done.stderr.splitlines()
@@ -51,7 +51,7 @@ def error(done):
 
 @pytest.fixture(scope="module")
 def models(tiny_checkpoint, tmp_path_factory):
-    """Two checkpoints of different weights."""
+    """Return two checkpoints with different weights."""
     other = tmp_path_factory.mktemp("model")
     make_model(seed=1).save_pretrained(other)
     make_processor().save_pretrained(other)
@@ -60,7 +60,7 @@ def models(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Nine squares, one of an odd name; an image cut short, and one that is none."""
+    """Return a folder of nine squares, one with an odd name, a truncated image, and a file that is not an image."""
     folder = tmp_path_factory.mktemp("photos")
     for row, colour in enumerate(COLOURS):
         draw(row).save(folder / (ODD if colour == "white" else f"{colour}.png"))
@@ -173,7 +173,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
 
 @pytest.mark.slow
 def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
-    assert INDEX == TABLE  # what the command line looks for before it imports the package
+    assert INDEX == TABLE  # the command line checks for the index before it imports the package
     (tmp_path / "photos").mkdir()
     for row, name in enumerate(["日本.png", "b.png", "c.png"]):
         draw(row).save(tmp_path / "photos" / name)
@@ -223,7 +223,7 @@ def test_search_prints_explanations(search, gallery, photos):
 
 
 class Page(HTMLParser):
-    """What a browser would see."""
+    """Parser that collects the text, tags and images that a browser would show."""
 
     def __init__(self, text):
         super().__init__()
@@ -311,7 +311,7 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
 
 def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
+    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("pvlf_hf.data.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
     said = error(call("doctor", "cirr", tmp_path))
     assert said.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in said

@@ -1,4 +1,4 @@
-"""Checkpoints of every version so far, with what they gave then: `fixtures/`, made by `save_checkpoints.py`."""
+"""Checkpoints of every released version reproduce their outputs; `save_checkpoints.py` makes them (`fixtures/`)."""
 
 import shutil
 from pathlib import Path

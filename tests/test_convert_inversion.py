@@ -1,4 +1,4 @@
-"""Converters of textual inversion: every name at real size on the meta device, whole files of tiny sizes."""
+"""Converters of textual inversion: every parameter name at real size on the meta device, and tiny complete files."""
 
 import json
 import pickle
@@ -87,12 +87,12 @@ def test_a_weight_of_another_shape_is_named():
         translate_mapping(tensors, real_clip("ViT-B/32"), "searle")
 
 
-# Whole files.
+# Complete files.
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A CLIP folder for each method, tokenizer included."""
+    """Return a CLIP folder for each method, tokenizer included."""
     folders = {}
     for method in ("searle", "context_i2w"):
         vl_config, weights, _ = tiny_clip(method)
@@ -105,7 +105,7 @@ def clips(tmp_path_factory):
 
 
 def save(tensors, path, method, clip=None):
-    """A file as the method's code writes it, under DataParallel where the released one is."""
+    """Save a file as the method's code does, with DataParallel's prefix if the released file has it."""
     if method in ("searle", "lincir"):
         torch.save({"epoch": 3, "Phi": tensors}, path)
         return path

@@ -1,4 +1,4 @@
-"""Benchmarks, a user's own triplets, and the collator, on real files."""
+"""Benchmarks, a user's own triplets, and the collator, on real image files."""
 
 import csv
 import json
@@ -223,7 +223,7 @@ def test_collator_builds_a_batch(folder, tiny_processor):
 
 def test_images_of_unusual_modes_and_shapes_pass_the_collator(folder, tiny_processor):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees for upright display
     left_red = Image.new("RGB", (64, 64), "blue")
     left_red.paste("red", (0, 0, 32, 64))
     Image.new("L", (20, 16), 90).save(folder / "grey.png")

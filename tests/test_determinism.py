@@ -1,4 +1,4 @@
-"""The same seed gives the same run, and `results.json` holds all that repeats one."""
+"""The same seed gives the same run, and `results.json` records everything that repeats it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ __all__ = ["files"]
 
 
 def weights_of(folder, seed, **settings):
-    """Returns all weights after three steps with dropout as one vector, and PyTorch's deterministic settings."""
+    """Return all weights after three steps with dropout as one vector, and PyTorch's deterministic settings."""
     trainer = trainer_of(folder, Rows(), dropout=0.5, seed=seed, use_cpu=not torch.cuda.is_available(), **settings)
     trainer.train()
     weights = np.concatenate([p.detach().cpu().numpy().ravel() for p in trainer.model.parameters()])
@@ -41,7 +41,7 @@ def weights_of(folder, seed, **settings):
 def test_same_seed_repeats_the_run(tmp_path, figure, processes):
     one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
     worst = float(np.abs(one - again).max())
-    # Two processes add their gradients in either order.
+    # Two processes may sum their gradients in either order.
     allowed = 0 if processes == 1 else max(rows_error(3, dropout=0.5).values())
     assert worst <= allowed
     assert np.abs(one - other).max() > 1e-4

@@ -40,7 +40,7 @@ def method_error(method):
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
 def test_batch_size_does_not_change_embeddings(tiny_model, tiny_processor, method):
-    queries = make_benchmark(wordings=True).queries
+    queries = make_benchmark(several_captions=True).queries
     one, all_at_once = (
         encode_queries(tiny_model, tiny_processor, queries, method, batch_size, progress=False)
         for batch_size in (1, 64)
@@ -70,7 +70,7 @@ def test_baselines_embed_the_image_the_text_or_their_sum(tiny_model, tiny_proces
 
 
 def test_captions_of_a_query_are_averaged(tiny_model, tiny_processor):
-    queries = make_benchmark(wordings=True).queries
+    queries = make_benchmark(several_captions=True).queries
     mean = encode_queries(tiny_model, tiny_processor, queries, progress=False)
     rest = queries.remove_columns("caption")
     first, last = (
@@ -165,7 +165,7 @@ def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
 
 
 def test_several_loader_threads_give_the_same_embeddings(tiny_model, tiny_processor, monkeypatch):
-    benchmark = make_benchmark(wordings=True)
+    benchmark = make_benchmark(several_captions=True)
     alone = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
     monkeypatch.setattr("pvlf_hf.embeddings.encoding._threads", lambda device: 3)
     fed = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)

@@ -27,7 +27,7 @@ def names(index):
 
 @pytest.fixture
 def problem():
-    """Makes embeddings and gallery positions (12, 4): target, other positive, another image, reference."""
+    """Make embeddings and gallery positions (12, 4): target, other positive, another image, reference."""
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(12, 6, generator=generator), torch.randn(70, 6, generator=generator)
     picks = torch.stack([torch.randperm(70, generator=generator)[:4] for _ in range(12)])
@@ -35,7 +35,7 @@ def problem():
 
 
 def compute_in_batches(metric, arguments, **settings):
-    """Computes a metric from batches of five queries."""
+    """Compute a metric from batches of five queries."""
     for start in range(0, 12, 5):
         metric.add_batch(**{name: rows[start : start + 5] for name, rows in arguments.items()})
     return metric.compute(**settings)

@@ -31,7 +31,7 @@ from pvlf_hf.evaluation.significance import bootstrap_interval
 
 @torch.no_grad()
 def plain_rankings(model, processor, benchmark):
-    """Yields each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
+    """Yield each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
     gallery = [
         (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
         for row in benchmark.gallery
@@ -47,7 +47,7 @@ def plain_rankings(model, processor, benchmark):
 
 
 def plain_metrics(benchmark, rankings):
-    """Computes the metrics of a benchmark by their definitions, query by query."""
+    """Compute the metrics of a benchmark by their definitions, query by query."""
     targets = list(benchmark.queries["target_id"])
     hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
     if benchmark.protocol.metrics == "fashioniq":
@@ -175,7 +175,7 @@ def test_evaluation_keeps_training_mode(tiny_model, tiny_processor, training):
 
 
 def random_evaluations(sizes):
-    """Yields evaluations of FashionIQ's categories with random embeddings."""
+    """Yield evaluations of FashionIQ's categories with random embeddings."""
     benchmark = make_benchmark(subsets=False, metrics="fashioniq", reference="kept")
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(number)
@@ -373,15 +373,15 @@ def test_results_are_written_without_git(monkeypatch):
 
 
 def outcomes(folder):
-    """Yields the evaluation without a store, while one is filled, and from it."""
-    model, processor, benchmark = make_model(), make_processor(), make_benchmark(wordings=True)
+    """Yield the evaluation without a store, while one is filled, and from it."""
+    model, processor, benchmark = make_model(), make_processor(), make_benchmark(several_captions=True)
     for store in (None, EmbeddingStore(folder), EmbeddingStore(folder)):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
 
 
 @pytest.mark.slow
 def outcomes_of_two(folder):
-    """Returns the outcomes in each of two processes."""
+    """Return the outcomes in each of two processes."""
     assert PartialState(cpu=True).num_processes == 2
     return list(outcomes(folder))
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from error_bounds import embeds_of, rounding, training_error
 from PIL import Image as PILImage
 from processes import run_in_processes
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 from torch.utils._pytree import tree_map
 from transformers import AutoModel
@@ -28,7 +28,7 @@ COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange
 @pytest.fixture
 def squares(tmp_path):
     """Triplets of eight coloured squares, each with each."""
-    return each_with_each(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
+    return square_triplets(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
 
 
 def plain_model():
@@ -262,7 +262,7 @@ def test_second_run_waits_for_the_first(tmp_path):
 
 
 def fill_a_share(folder):
-    """Fills one cache together with the other process; returns what this one encoded."""
+    """Fill one cache together with the other process; return what this one encoded."""
     PartialState(cpu=True)
     encoded = []
 

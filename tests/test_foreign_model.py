@@ -10,7 +10,7 @@ from error_bounds import rounding
 from foreign import ColourModel, make_foreign
 from hub_server import serving
 from PIL import Image as PILImage
-from squares import each_with_each
+from squares import square_triplets
 from test_hub import TOKENS, run
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -35,7 +35,7 @@ COLOURS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "whi
 
 @pytest.fixture
 def squares(tmp_path):
-    return each_with_each(tmp_path, list(COLOURS), lambda _, target: f"make it {COLOURS[target]}")
+    return square_triplets(tmp_path, list(COLOURS), lambda _, target: f"make it {COLOURS[target]}")
 
 
 @pytest.fixture

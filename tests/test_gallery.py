@@ -56,13 +56,13 @@ def photos(tmp_path):
 
 @pytest.fixture
 def build(photos, tiny_model, tiny_processor):
-    """Makes the gallery of the folder with the given options."""
+    """Make the gallery of the folder with the given options."""
     return lambda **options: Gallery.from_folder(photos, tiny_model, tiny_processor, progress=False, **options)
 
 
 @contextmanager
 def counting(model, fail_at=None):
-    """Counts the images that pass the image encoder; interrupts at one of them."""
+    """Count the images that pass the image encoder; interrupts at one of them."""
     counts = [0]
 
     def count(_, args, kwargs, output):

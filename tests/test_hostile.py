@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from miniatures import make_circo, make_cirr, make_fashioniq
 from PIL import Image
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 from transformers import (
     AutoConfig,
@@ -152,7 +152,7 @@ def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure
 
 
 def poison(tree, bait):
-    """Puts the bait into every configuration inside another."""
+    """Put the bait into every configuration inside another."""
     for key in {"vl_config", "text_config", "vision_config", "image_processor"} & tree.keys():
         tree[key].update(bait)
         poison(tree[key], bait)
@@ -284,7 +284,7 @@ def test_annotations_outside_their_folders_raise(tmp_path, figure):
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
 def test_shards_that_name_files_raise(tmp_path, figure):
-    triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
+    triplets = square_triplets(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
     (file,) = write_shards(triplets, tmp_path / "shards")
     table = pq.read_table(file).to_pylist()
     stream = io.BytesIO()

@@ -190,7 +190,7 @@ def folder(tmp_path_factory):
 
 
 def run(script, hub, home, *arguments, **environment):
-    """Runs a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
+    """Run a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
     # Not sys.path: what other tests loaded by trust_remote_code may have put its modules there.
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

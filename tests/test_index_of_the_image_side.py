@@ -12,7 +12,7 @@ import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
 from safetensors.torch import load_file, save_file
-from squares import COLOURS, draw, each_with_each, save_squares
+from squares import COLOURS, draw, save_squares, square_triplets
 from test_gallery import counting
 from typer.testing import CliRunner
 
@@ -56,7 +56,7 @@ def index(photos, clip, tmp_path):
 def train(checkpoint, folder, finetuning):
     """PVLF after three steps on a pretrained encoder, and its processor, as they are loaded again."""
     (folder / "squares").mkdir(parents=True)
-    triplets = each_with_each(folder / "squares", COLOURS[:4], lambda _, target: f"but {target}")
+    triplets = square_triplets(folder / "squares", COLOURS[:4], lambda _, target: f"but {target}")
     args = PVLFTrainingArguments(
         str(folder / "run"),
         finetuning=finetuning,
@@ -141,7 +141,7 @@ def test_both_is_refused_with_the_remedy(index, clip, tmp_path):
 
 
 def as_version_01(index, model, processor):
-    """Writes the provenance that version 0.1 wrote: the fingerprint of the whole model."""
+    """Write the provenance that version 0.1 wrote: the fingerprint of the whole model."""
     file = index / EMBEDDINGS
     keys = json.dumps([(digest,) for digest in Gallery.load(index, model, processor).digests])
     save_file(load_file(file), file, {**made_by(model, processor), "keys": keys})

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import make_model
 from transformers import TrainerCallback
 
@@ -31,7 +31,7 @@ COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange
 
 
 def kill(*arguments):
-    """Runs `kill.py` as a script and returns the last line of its output."""
+    """Run `kill.py` as a script and returns the last line of its output."""
     command = [sys.executable, str(Path(__file__).with_name("kill.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line][-1]
@@ -151,7 +151,7 @@ def disk(tmp_path):
 
 @contextmanager
 def full(disk, spare):
-    """Leaves room for `spare` bytes, or for none; yields what hinders writing."""
+    """Leave room for `spare` bytes, or for none; yield what hinders writing."""
     if disk.is_mount():
         filler = disk / "filler"
         with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
@@ -171,7 +171,7 @@ def full(disk, spare):
 
 @contextmanager
 def read_only(disk, spare):
-    """Takes away the right to write; root loses it only where a file system can be mounted."""
+    """Take away the right to write; root loses it only where a file system can be mounted."""
     if os.geteuid() == 0:
         if not disk.is_mount():
             pytest.skip("root may write everywhere, and nothing can be mounted here")
@@ -190,7 +190,7 @@ def read_only(disk, spare):
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "squares").mkdir()
-    return each_with_each(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
+    return square_triplets(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
 
 
 def train(squares, processor, folder, steps, callbacks=(), **settings):
@@ -207,7 +207,7 @@ def assert_same_weights(model, other):
 
 
 def contents(folder):
-    """Returns the bytes of every file but locks and the filler."""
+    """Return the bytes of every file but locks and the filler."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("lock", "filler")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -291,7 +291,7 @@ WORK = [Training, Evaluating, Indexing, Caching]
 
 
 def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
-    """Stops each kind of work half-way by a hindrance, then finishes it; returns what hindered."""
+    """Stop each kind of work half-way by a hindrance, then finishes it; return what hindered."""
     hindrances = set()
     for kind in WORK:
         alone, work = (kind(squares, tiny_model, tiny_processor, place / kind.__name__) for place in (tmp_path, disk))

@@ -5,7 +5,7 @@ import torch
 from error_bounds import embedding_error, rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import BACKBONES, make_inputs, make_model
 from transformers import AutoModel
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "images").mkdir()
-    return each_with_each(tmp_path / "images", ["red", "green", "blue", "white"], lambda a, b: "more red")
+    return square_triplets(tmp_path / "images", ["red", "green", "blue", "white"], lambda a, b: "more red")
 
 
 def with_lora(model, target_modules=ATTENTION, modules_to_save=None):
@@ -31,7 +31,7 @@ def with_lora(model, target_modules=ATTENTION, modules_to_save=None):
 
 
 def base_model(folder, backbone="blip"):
-    """Makes a model and loads it from a folder, where an adapter finds it again."""
+    """Make a model and loads it from a folder, where an adapter finds it again."""
     make_model(backbone).save_pretrained(folder)
     return PVLFModel.from_pretrained(folder)
 
@@ -44,7 +44,7 @@ def make_trainer(model, folder, squares, processor, **kwargs):
 
 
 def embed(model, backbone="blip"):
-    """Returns query and target embeddings."""
+    """Return query and target embeddings."""
     inputs = make_inputs(backbone)
     targets = inputs.pop("target_pixel_values")
     with torch.no_grad():

@@ -90,7 +90,7 @@ def test_readme_states_the_scores_of_the_checkpoints():
 @pytest.mark.slow
 @torch.no_grad()
 def test_shipped_model_reaches_its_scores():
-    """Evaluates the plain tier again: the committed weights are those that were measured."""
+    """Evaluate the plain tier again: the committed weights are those that were measured."""
     measured = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())["metrics"]["plain"]
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")

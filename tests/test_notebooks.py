@@ -92,7 +92,7 @@ METADATA = {
 
 
 def write(path):
-    """Executes a notebook and keeps what it shows: one stream of text a cell, images as small PNG."""
+    """Execute a notebook and keeps what it shows: one stream of text a cell, images as small PNG."""
     notebook = execute(path)
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, 1):

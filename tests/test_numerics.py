@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from error_bounds import exact_loss, roundoff
-from squares import each_with_each
+from squares import square_triplets
 from test_loss import slow_loss
 from test_metrics import plain_ranking
 from test_trainer import arguments
@@ -122,7 +122,7 @@ def test_ranks_equal_float64(figure):
 )
 def test_nan_stops_training(tiny_model, tiny_processor, tmp_path, figure):
     captions = {("red", "green"): "a cat"}
-    triplets = each_with_each(tmp_path, ["red", "green", "blue"], lambda *pair: captions.get(pair, "make it red"))
+    triplets = square_triplets(tmp_path, ["red", "green", "blue"], lambda *pair: captions.get(pair, "make it red"))
 
     def train():
         args = arguments(tmp_path / "out", per_device_train_batch_size=6)

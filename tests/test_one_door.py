@@ -141,7 +141,7 @@ class Scene:
 
 
 def said_by_skipping(gallery):
-    """Raises what a gallery says of the images that it left out."""
+    """Raise what a gallery says of the images that it left out."""
     raise ValueError("; ".join(gallery.skipped.values()))
 
 

@@ -209,8 +209,8 @@ def test_it_is_evaluated_as_it_searches(made, tmp_path):
     assert len(recall) > 2
     with pytest.raises(ValueError, match="no inner product .'product'.*pass the model"):
         evaluate(None, None, benchmark, progress=False, store=EmbeddingStore(tmp_path))
-    worded = make_benchmark(wordings=True)  # several captions: the mean of each half
-    assert isinstance(evaluate(*made, worded, progress=False).metrics["recall@1"], float)
+    captioned = make_benchmark(several_captions=True)  # several captions: the mean of each half
+    assert isinstance(evaluate(*made, captioned, progress=False).metrics["recall@1"], float)
 
 
 def test_what_needs_an_embedding_says_so(made):

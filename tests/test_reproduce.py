@@ -85,7 +85,7 @@ def test_footnotes_mark_exactly_the_figures_that_cannot_be_right():
 
 
 def test_rows_of_one_recipe_agree_wherever_they_are_printed():
-    """Shows that Table 3's BLIP rows are those of Table 2, and TransAgg's those on Laion-CIR-Template."""
+    """Show that Table 3's BLIP rows are those of Table 2, and TransAgg's those on Laion-CIR-Template."""
     printed = {}
     for number, table in TABLES.items():
         for row in (row for row in table.rows if row.recipe):
@@ -400,7 +400,7 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
 
 
 def kill_when(flags, happened):
-    """Starts the command, kills its process group once `happened()` returns a true value, and returns that value."""
+    """Start the command, kills its process group once `happened()` returns a true value, and return that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *flags], env=env, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -412,7 +412,7 @@ def kill_when(flags, happened):
 
 
 def leave_trace(state_file):
-    """Marks the log of a checkpoint; a training that resumes from it keeps the mark."""
+    """Mark the log of a checkpoint; a training that resumes from it keeps the mark."""
     state = json.loads(state_file.read_text())
     state["log_history"].append({"trace": 1.0, "step": 0})
     state_file.write_text(json.dumps(state))

@@ -55,14 +55,14 @@ def colour_of(image):
 
 
 def green_cells(sheet):
-    """Returns the left edges of the green frames along the first row of cells."""
+    """Return the left edges of the green frames along the first row of cells."""
     green = ImageColor.getrgb(GREEN)
     left_sides = [x for x in range(2, sheet.width) if sheet.getpixel((x, first_row_middle(sheet))) == green]
     return [x for x in left_sides if x - 1 not in left_sides][::2]  # each frame has two sides
 
 
 def first_row_middle(sheet):
-    """Returns a y coordinate inside the reference image of the first row."""
+    """Return a y coordinate inside the reference image of the first row."""
     column = [sheet.getpixel((MARGIN + CELL // 2, y)) for y in range(sheet.height)]
     return column.index(ImageColor.getrgb("red")) + 20
 

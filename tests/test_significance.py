@@ -50,7 +50,7 @@ def test_intervals_cover_the_true_mean_at_their_confidence():
 
 
 def exact_p_value(a, b):
-    """Computes the p-value over every combination of signs; multiples of 1/8 leave no rounding."""
+    """Compute the p-value over every combination of signs; multiples of 1/8 leave no rounding."""
     differences = a - b
     sums = [abs(np.dot(signs, differences)) for signs in product([-1, 1], repeat=len(differences))]
     return np.mean([s >= abs(differences.sum()) for s in sums])

@@ -14,7 +14,7 @@ from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_rank
 
 
 def plain_score(query, image):
-    """Scores one pair by the definition, number by number: unit vectors, products summed by halves in float64."""
+    """Score one pair by the definition, number by number: unit vectors, products summed by halves in float64."""
 
     def halves(values):
         half = len(values) // 2
@@ -33,12 +33,12 @@ def plain_score(query, image):
 
 
 def plain_ranking(scores, excluded):
-    """Sorts gallery positions, best first; `sorted` is stable."""
+    """Sort gallery positions, best first; `sorted` is stable."""
     return [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if i != excluded]
 
 
 def clusters(seed, num_queries, gallery_size, width, jitter, dtype):
-    """Makes embeddings in a few clusters, a jitter apart: 0 makes ties, float32 products cannot order 1e-8 to 1e-6."""
+    """Make embeddings in a few clusters, a jitter apart: 0 makes ties, float32 products cannot order 1e-8 to 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, width, generator=generator, dtype=torch.float64)
     centres[2] *= torch.rand((), generator=generator) < 0.7  # zeros score 0 with everything

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
@@ -251,7 +251,7 @@ def test_two_processes_share_the_rows(triplets, tmp_path):
 
 
 def train_in_this_process(folder):
-    """Records the rows of this process's shares, and those of the first that the model sees."""
+    """Record the rows of this process's shares, and those of the first that the model sees."""
     torch.set_num_threads(1)
     streams = [stream_triplets(folder / str(n), buffer) for n, buffer in ((4, 10), (4, 0), (3, 10), (1, 0))]
     args = arguments(folder, max_steps=5, per_device_train_batch_size=4, ddp_find_unused_parameters=False)
@@ -320,7 +320,7 @@ def test_rewritten_folder_is_read_again(hub_folder, figure):
 )
 @pytest.mark.parametrize("format", ["parquet", "tar"])
 def test_shards_of_replaced_images_are_refused(tmp_path, format, figure):
-    triplets = each_with_each(tmp_path, ["red", "blue", "lime"], lambda _, target: f"make it {target}")
+    triplets = square_triplets(tmp_path, ["red", "blue", "lime"], lambda _, target: f"make it {target}")
     first, *_ = write_shards(triplets, tmp_path / "shards", 2, format)
     file = tmp_path / "blue.png"
     status, raw = file.stat(), file.read_bytes()

@@ -144,7 +144,7 @@ def test_read_only_token_raises_before_the_first_step(files, tmp_path):
 
 
 def print_help(script):
-    """Returns the exit code of a script's `--help` and what it printed."""
+    """Return the exit code of a script's `--help` and what it printed."""
     sys.argv, sys.path[:0], printed = [script, "--help"], [str(SCRIPTS)], io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from error_bounds import MEAN_ERROR, exact_loss, training_error
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model
 from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
@@ -25,7 +25,7 @@ COLOURS = list(WORDS)
 @pytest.fixture
 def squares(tmp_path):
     """Triplets of coloured squares: "make it c" from any colour has square c as target."""
-    return each_with_each(tmp_path, COLOURS, lambda _, target: f"make it {WORDS[target]}")
+    return square_triplets(tmp_path, COLOURS, lambda _, target: f"make it {WORDS[target]}")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares
 
 
 def trained(settings, squares, tiny_processor, folder, dropout):
-    """Returns losses and weights after two steps."""
+    """Return losses and weights after two steps."""
     model = make_model(dropout=dropout, temperature=1.0)
     if dropout == 0:
         for module in model.modules():  # BERT has dropout of its own, and chunks draw it in another order

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 from error_bounds import MEAN_ERROR, roundoff
 from hub_server import serving
 from processes import run_in_processes
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import Rows, make_model, make_processor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import default_collate
@@ -781,7 +781,7 @@ def test_hyperparameter_search(tmp_path):
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "squares").mkdir()
-    return each_with_each(tmp_path / "squares", ["red", "green", "blue", "white"], lambda _, b: f"make it {b}")
+    return square_triplets(tmp_path / "squares", ["red", "green", "blue", "white"], lambda _, b: f"make it {b}")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def browser():
 
 @pytest.fixture
 def browse(browser, url):
-    """Opens the page; afterwards no script may have failed, and no request have left this machine."""
+    """Open the page; afterwards no script may have failed, and no request have left this machine."""
     asked, failed = [], []
 
     def open_page(width=1280):
@@ -104,7 +104,7 @@ def browse(browser, url):
 
 @pytest.fixture
 def encoded(gallery):
-    """Counts the runs of either encoder."""
+    """Count the runs of either encoder."""
     runs = [0]
 
     def count(*_):
@@ -124,7 +124,7 @@ def grid(page):
 
 
 def wait_for(page, cells):
-    """Waits until the grid shows this; what else it shows is in the failure."""
+    """Wait until the grid shows this; what else it shows is in the failure."""
     deadline = time.monotonic() + 10
     while grid(page) != cells and time.monotonic() < deadline:
         page.wait_for_timeout(50)
