@@ -79,9 +79,8 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
         return -alpha * (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float32).tiny) ** gamma * log_p
 
     losses = torch.func.vmap(one)(logits, own)
-    slopes = torch.func.vmap(torch.func.grad(one))(
-        logits, own
-    )  # (batch, count), gradient of each row's loss in its logits
+    # (batch, count), gradient of each row's loss in its logits
+    slopes = torch.func.vmap(torch.func.grad(one))(logits, own)
     bends = torch.func.vmap(torch.func.jacrev(torch.func.grad(one)))(logits, own)  # (batch, count, count)
     truth = Loss(losses.mean(), slopes @ targets / temperature / batch, slopes.T @ queries / temperature / batch)
 

@@ -156,9 +156,8 @@ def main() -> int:
         files = sorted(map(str, TESTS.glob("long_*.py"))) if args.long else []
         code, figures = measure(files, ["-n0"] * args.long + ["-k", args.k] * bool(args.k))
         new = {row: {"figure": figure} for row, figure in figures.items()}
-    found = (
-        json.loads(FOUND.read_text()) if FOUND.exists() else {}
-    )  # read as late as possible: another run may have written it meanwhile
+    # read as late as possible: another run may have written it meanwhile
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     for row, cells in new.items():
         found.setdefault(row, {}).update(cells)
     if args.long and not args.broken:

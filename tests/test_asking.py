@@ -303,9 +303,8 @@ def test_more_like_these_and_less_like_that(gallery, photos, made):
     assert found.ids == [gallery.ids[row] for row in order if gallery.ids[row] not in ids]
     assert found.query.ids == (*ids,) and found.sheet().mode == "RGB" and "data:image" in search_page(found)
     assert gallery.search(ids=["red.png"], k=9).ids == gallery.search(photos / "red.png", k=9, exclude=["red.png"]).ids
-    both = gallery.search(
-        ids=["red.png"], text=TEXT, k=9
-    )  # PVLF composes from the image's tokens, so its file is opened
+    # PVLF composes from the image's tokens, so its file is opened
+    both = gallery.search(ids=["red.png"], text=TEXT, k=9)
     assert both.ids == gallery.search(photos / "red.png", TEXT, k=9, exclude=["red.png"]).ids
 
 

@@ -145,9 +145,8 @@ def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_a
     before = query(mask)
     assert torch.equal(query(mask, changed=30), before)  # padding
     assert (query(mask, changed=2) - before).norm() > 1e-4
-    assert torch.equal(
-        before, query(mask.index_fill(1, last, 1))
-    )  # the other positions attend to the pooled position, too
+    # the other positions attend to the pooled position, too
+    assert torch.equal(before, query(mask.index_fill(1, last, 1)))
     assert (before - query(mask.index_fill(1, torch.tensor([30]), 1))).norm() > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of queries and galleries: what each method is made of, whatever the batches."""
+"""Embeddings of queries and galleries by every method, independent of batching."""
 
 import copy
 import time
@@ -28,12 +28,12 @@ EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
 @pytest.fixture(scope="module")
 def emoji():
-    """Trained weights: what random ones lose to rounding says little."""
+    """Return the trained emoji model; the rounding error of random weights is not representative."""
     return AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
 
 
 def method_error(method):
-    """How far apart a query's embeddings of two batches may be: of "image+text", for a sum no shorter than 1."""
+    """Return how far apart a query's embeddings from two batches may be; the norm of "image+text" is 1 or more."""
     halves = {"composed": ["query"], "image+text": ["image", "text"]}.get(method, [method])
     return sum(squares_error()[f"{half}_embeds"] for half in halves)
 
@@ -94,7 +94,7 @@ def test_mixed_precision_training_does_not_change_embeddings(tiny_model, tiny_pr
     try:
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny_model)
     finally:
-        AcceleratorState._reset_state()  # the next test may want another precision
+        AcceleratorState._reset_state()  # the next test may use another precision
     pixels = tiny_processor.process_targets(list(gallery["image"]))["pixel_values"]
     for _ in range(2):
         assert encode_gallery(prepared, tiny_processor, gallery, progress=False).equal(whole)
@@ -109,7 +109,7 @@ def test_an_image_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_
     gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
     with pytest.raises(ValueError, match="gallery: the image of row 2 cannot be read, replace it or drop the row"):
         encode_gallery(tiny_model.train(), tiny_processor, gallery, batch_size=2, progress=False)
-    assert tiny_model.training  # given back as it came, also then
+    assert tiny_model.training  # the mode is restored after an error, too
 
 
 def test_missing_model_or_unknown_method_is_named(tiny_model, tiny_processor):
@@ -157,7 +157,7 @@ def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
 
     found = prefetch_map(work, range(10), threads)
     assert next(found) == 0
-    time.sleep(0.05)  # for threads that would run away
+    time.sleep(0.05)  # time for threads that would run ahead
     assert len(started) == threads + 1
     assert [next(found) for _ in range(6)] == [-1, -2, -3, -4, -5, -6]
     with pytest.raises(ValueError, match="task 7"):

@@ -1,4 +1,4 @@
-"""The metrics for Hugging Face Evaluate, loaded from their folders as a user does, against `evaluation/metrics.py`."""
+"""Metrics for Hugging Face Evaluate, loaded from their folders as by a user, against `evaluation/metrics.py`."""
 
 import doctest
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_module_scores_equal_embedding_scores(load, problem):
     assert among.pop("ranks") == within.tolist()
     assert outcome | among == {k: v for k, v in expected.items() if "mean" not in k}
 
-    positives = positive_ranks(queries, gallery, picks[:, :2])  # nothing left out
+    positives = positive_ranks(queries, gallery, picks[:, :2])  # no image excluded
     outcome = load("map_at_k").compute(predictions=ranked, references=names(picks[:, :2]), per_query=True)
     assert outcome == {
         **{f"map@{k}": v for k, v in mean_average_precision(positives, CIRCO_KS).items()},

@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, in one process and in two; averages, intervals and files."""
+"""`evaluate` against plain loops, in one process and in two; averages, intervals and result files."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     targets = benchmark.queries["target_id"]
     assert outcome.per_query["rank"] == tuple(ids.index(t) for ids, t in zip(rankings, targets, strict=True))
     assert outcome.metrics == pytest.approx(plain_metrics(benchmark, rankings), rel=MEAN_ERROR)
-    assert len(set(outcome.per_query["rank"])) > 2  # otherwise any ranking would pass
+    assert len(set(outcome.per_query["rank"])) > 2  # with all hits or all misses any ranking would pass
     assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics, rel=MEAN_ERROR)
     assert outcome.protocol == asdict(benchmark.protocol)
     assert outcome.dtype == "embeddings float32, cosines float64 rounded to float32"
@@ -208,11 +208,11 @@ def test_an_average_is_the_unweighted_mean():
 def test_intervals_resample_each_category():
     parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
     assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
-    random, draws = np.random.default_rng(1), []  # every category is resampled by itself
+    random, draws = np.random.default_rng(1), []  # each category is resampled separately
     for _ in range(4000):
         means = [random.choice(part.values("recall@50"), part.counts["queries"]).mean() for part in parts]
         draws.append(fmean(means))
-    # Three standard errors of a normal quantile, of 2000 draws there and 4000 here
+    # Three standard errors of a normal quantile, with 2000 draws in `evaluate` and 4000 here
     error = 3 * np.std(draws) * np.sqrt(0.025 * 0.975 * (1 / 2000 + 1 / 4000)) / 0.0584
     assert intervals(average(parts))["recall@50"] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=error)
 

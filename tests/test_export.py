@@ -1,4 +1,4 @@
-"""The towers outside this package: the same numbers from `torch.export` and from ONNX Runtime without torch."""
+"""Exported towers: the same embeddings from `torch.export` and from ONNX Runtime without torch."""
 
 import json
 import string
@@ -39,7 +39,7 @@ onnx_encoder.main()
 
 
 def clip_processor():
-    """Letters, with the end token where the tiny CLIP looks for it; its captions are cut at 35 tokens."""
+    """Return a processor with a vocabulary of letters and the tiny CLIP's end token; it truncates to 35 tokens."""
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     tokens = {token: number for number, token in enumerate(letters)} | {"<|startoftext|>": 78, "<|endoftext|>": 79}
     return PVLFProcessor(make_processor().image_processor, CLIPTokenizer(vocab=tokens, merges=[]))
@@ -47,7 +47,7 @@ def clip_processor():
 
 @pytest.fixture(scope="module", params=["blip", "clip"])
 def exported(request, tmp_path_factory):
-    """Model, processor, folder and the `torch.export` programs that were made on the way to ONNX."""
+    """Return model, processor, folder and the `torch.export` programs made during the export to ONNX."""
     folder, programs = tmp_path_factory.mktemp(request.param), {}
 
     def keep(model, tower):
@@ -60,7 +60,7 @@ def exported(request, tmp_path_factory):
             differences = export_onnx(model, processor, folder)
             assert differences.keys() == {"query", "gallery"}
             assert max(differences.values()) <= embedding_error(model, make_inputs("blip"))["query_embeds"]
-        else:  # by the command, from half precision
+        else:  # by the command line, from half precision
             make_model("clip").bfloat16().save_pretrained(folder / "model")
             clip_processor().save_pretrained(folder / "model")
             export.main(["--model", str(folder / "model"), "--output_dir", str(folder)])
@@ -71,7 +71,7 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Files that are not plain RGB: turned, transparent, with a palette, of 16 bits; elongated, at the limit, tiny."""
+    """Return unusual image files: rotated by EXIF, transparent, palette, 16-bit; elongated, at the limit, tiny."""
     folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
 
     def noise(width, height, channels=3):
@@ -151,7 +151,7 @@ def test_export_checks_parity(exported, tmp_path):
         ValueError, match=r"query\.onnx differs from the model by .*, more than 1e-05: export it again"
     ):
         check_parity(make_model(backbone, seed=1), processor, folder)
-    unmasked = make_model(backbone, text_padding="transagg")  # sees text padding, and differs in nothing else
+    unmasked = make_model(backbone, text_padding="transagg")  # attends to text padding; all else is equal
     unmasked.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=r"query\.onnx differs from the model by \d\.\de-01"):
         check_parity(unmasked, processor, folder)

@@ -1,4 +1,4 @@
-"""All that stands around a model takes one that has nothing of PVLF inside, by its interface alone."""
+"""Trainer, evaluation, gallery and exports accept a model that shares nothing with PVLF but the interface."""
 
 import json
 
@@ -102,7 +102,8 @@ def test_it_indexes_and_searches(squares, tmp_path):
     loaded = Gallery.load(tmp_path / "index", model, processor)
     result = loaded.search(image, "make it blue", k=3)
     assert result.ids == [loaded.ids[row] for row in scores[0].topk(3).indices]
-    for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):  # the halves, which this model does not hand over
+    # this model does not return the image and text features of a query
+    for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):
         assert loaded.search(query=result.query, weights=weights).ids
     assert result.refine("make it green").ids and loaded.search(image).ids and loaded.search(text="green").ids
     with pytest.raises(ValueError, match="explain=True: this model returns no aggregation weights"):
@@ -115,7 +116,7 @@ def test_it_indexes_and_searches(squares, tmp_path):
 
 
 def query_error(model, inputs):
-    """How far apart two ways to the same queries may be."""
+    """Return how far apart two computations of the same queries may be."""
     return rounding(lambda model, inputs: {"query": model.get_query_features(**inputs).pooler_output}, model, inputs)[
         "query"
     ]
@@ -196,7 +197,7 @@ layer_norm_eps residual aggregation_mlp_input aggregation_sum_input text_padding
 
 
 def first_fingerprint(model, processor):
-    """What 0.1.0 wrote beside embeddings of PVLF, on the CPU without autocast."""
+    """Return the fingerprint that 0.1.0 stored with PVLF's embeddings, on a CPU without autocast."""
     settings = image_settings(processor) + text_settings(processor)
     settings += json.dumps([getattr(model.config, name) for name in SETTINGS])
     config = json.loads(model.config.vl_config.to_json_string(use_diff=False))
