@@ -85,7 +85,7 @@ def size(packages: dict[str, Distribution]) -> float:
 
 
 def table() -> str:
-    rows = ["| | what for | why this one | licence | MB alone | MB with what it needs |", "| --- " * 6 + "|"]
+    rows = ["| | purpose | reason | licence | MB alone | MB with its requirements |", "| --- " * 6 + "|"]
     for name in dependencies():
         whole = closure(name)
         (own,) = (package for key, package in whole.items() if key == re.sub(r"[-_.]+", "-", name).lower())

@@ -27,8 +27,8 @@ RUNS = {
 
 @pytest.mark.reliability(
     4,
-    "Coverage-guided fuzzing of images, annotations, tables and submission files: nothing but a `ValueError` or an "
-    "answer, no input over 10 s, no process over 1000 MiB",
+    "Coverage-guided fuzzing of images, annotations, tables and submission files: only results or a "
+    "`ValueError`, no input over 10 s, no process over 1000 MiB",
     broken=("src/pvlf_hf/data/annotations.py", "if key not in record:", "if False:"),
 )
 def test_guided_by_coverage(tmp_path, figure):

@@ -35,8 +35,8 @@ def requirements(which):
 
 @pytest.mark.reliability(
     6,
-    "The core of the suite passes with the lowest versions that `pyproject.toml` allows, and with the highest that "
-    "there are",
+    "The core of the suite passes with the lowest versions that `pyproject.toml` allows, and with the highest "
+    "available",
     broken=(
         "src/pvlf_hf/models/image_processing_pvlf.py",
         "[name for name in FORMATS if name in Image.OPEN]",

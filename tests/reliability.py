@@ -100,7 +100,7 @@ def break_on_purpose(row: str, edit: tuple[str, str, str]) -> str:
 def render(found: dict[str, dict[str, str]]) -> str:
     """Render the table, by chapter and test."""
     rows = [
-        "| | claim | figure | broken on purpose: what the test failure | test |",
+        "| | claim | figure | deliberate break: how the test failed | test |",
         "| --- | --- | --- | --- | --- |",
     ]
     for test, (chapter, claim, (file, old, new)) in sorted(declared().items(), key=lambda row: (row[1][0], row[0])):

@@ -428,13 +428,15 @@ def test_a_request_of_plain_values_searches_as_python_does(gallery, photos):
         "fold": 0.9999,
         "exclude": ["lime.png"],
     }
-    said = json.loads(json.dumps(answer(gallery, json.loads(json.dumps(request)))))
+    response = json.loads(json.dumps(answer(gallery, json.loads(json.dumps(request)))))
     images = [(draw(0).crop((0, 0, 30, 30)), 2.0), draw(1)]
     same = {"filter": request["filter"], "k": 3, "offset": 1, "fold": 0.9999, "exclude": ["lime.png"]}
     found = gallery.search(images, texts=request["texts"], **same)
-    assert [(one["id"], one["score"]) for one in said["results"]] == list(zip(found.ids, found.scores, strict=True))
-    assert said["offset"] == 1 and said["results"][0]["metadata"]["price"] != 10
-    assert isinstance(said["results"][0]["metadata"]["day"], str)
+    assert [(one["id"], one["score"]) for one in response["results"]] == list(
+        zip(found.ids, found.scores, strict=True)
+    )
+    assert response["offset"] == 1 and response["results"][0]["metadata"]["price"] != 10
+    assert isinstance(response["results"][0]["metadata"]["day"], str)
     assert answer(gallery, {}, [draw(0)])["results"][0]["id"] == "red.png"
     wrong = [
         ({"words": "red"}, r"has keys \['words'\], which there are not: its keys are"),
@@ -468,9 +470,9 @@ def test_the_command_line_asks_the_same(gallery, photos, table, checkpoint, tmp_
     done = call("index", photos, "--model", checkpoint, "--path", index, "--metadata", table, "--exif")
     assert done.exit_code == 0, done.output
     search = ["search", index, "--model", checkpoint]
-    asked = ["--image", f"2:{photos / 'red.png'}", "--text", TEXT, "--text", "-0.5:dog", "--text", "-hat"]
-    asked += ["--filter", "price > 15 or price is null", "-k", 3, "--offset", 1, "--json"]
-    done = call(*search, *asked)
+    flags = ["--image", f"2:{photos / 'red.png'}", "--text", TEXT, "--text", "-0.5:dog", "--text", "-hat"]
+    flags += ["--filter", "price > 15 or price is null", "-k", 3, "--offset", 1, "--json"]
+    done = call(*search, *flags)
     assert done.exit_code == 0, done.output
     expected = gallery.search(
         [(photos / "red.png", 2.0)],

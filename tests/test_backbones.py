@@ -25,7 +25,7 @@ from pvlf_hf.training.feature_cache import accept_cached_features
 CAPTIONS = ["the same but Red", "dog", "a face with a hat and no glasses"]
 
 
-def pictures(count, seed=0):
+def random_images(count, seed=0):
     pixels = default_rng(seed).integers(0, 256, (count, 40, 56, 3), dtype="uint8")
     return [PILImage.fromarray(p) for p in pixels]
 
@@ -63,7 +63,7 @@ def test_embeddings_are_the_librarys_own(pretrained):
     family, folder, original = pretrained
     original = copy.deepcopy(original).double()
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4).double()
-    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=pictures(3), text=CAPTIONS)
+    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=random_images(3), text=CAPTIONS)
     pixels, ids, mask = inputs["pixel_values"].double(), inputs["input_ids"], inputs["attention_mask"]
     image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
     assert image.dtype == text.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
     _, folder, _ = pretrained
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)
     processor = PVLFProcessor.from_vl_pretrained(folder)
-    inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
     model.train()(**inputs).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -93,11 +93,11 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
     processor.save_pretrained(tmp_path)
     again, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert again.embedding_width == 32 and type(again) is PVLFModel
-    again_inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    again_inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
     with torch.no_grad():
         assert torch.equal(again(**again_inputs).similarity, model(**inputs).similarity)
         # A query alone, with its caption padded to another length, has the embedding that it has in a batch.
-        alone = model.get_query_features(**processor.process_queries(pictures(3)[:1], CAPTIONS[:1])).pooler_output
+        alone = model.get_query_features(**processor.process_queries(random_images(3)[:1], CAPTIONS[:1])).pooler_output
         close(alone, model(**inputs).query_embeds[:1], embedding_error(model, dict(inputs))["query_embeds"])
 
 
@@ -108,7 +108,7 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
 def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alone(siglip):
     original, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
-    inputs = processor(images=pictures(2), text=CAPTIONS[:2])
+    inputs = processor(images=random_images(2), text=CAPTIONS[:2])
     pixels, error = inputs["pixel_values"], embedding_error(model, dict(inputs))["image_tokens"]
     tokens = model.get_image_features(pixels).last_hidden_state
     hidden, head = original.vision_model(pixels).last_hidden_state, original.vision_model.head
@@ -190,8 +190,8 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     model.set_finetuning("frozen")
     processor = PVLFProcessor.from_vl_pretrained(folder)
     paths = []
-    for number, picture in enumerate(pictures(6)):
-        picture.save(tmp_path / f"{number}.png")
+    for number, image in enumerate(random_images(6)):
+        image.save(tmp_path / f"{number}.png")
         paths.append(str(tmp_path / f"{number}.png"))
     columns = {"reference": paths[:3], "caption": CAPTIONS, "target": paths[3:], "target_id": ["a", "b", "c"]}
     triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
@@ -213,7 +213,7 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
 def test_siglip_is_exported_at_its_only_length(siglip):
     _, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
-    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    inputs = processor.process_queries(random_images(3), CAPTIONS)
     exported = export_program(model, "query").module()(**inputs)
     close(
         exported,

@@ -109,8 +109,8 @@ BAD = {
 
 @pytest.mark.reliability(
     9,
-    "A caption or target id that cannot be trained on is found before the first step, in training, in shards, in "
-    "streams and on loading, and named by row and target id",
+    "An invalid caption or target id is detected before the first step, in training, in shards, in streams and"
+    " on loading, and reported with row and target id",
     broken=("src/pvlf_hf/data/triplets.py", "        check_rows(triplets, what)", "        pass"),
 )
 @pytest.mark.parametrize("problem", BAD)

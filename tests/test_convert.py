@@ -81,8 +81,8 @@ def count(tensors):
 def test_every_weight_of_the_released_blip_is_converted(caplog):
     facts, tensors, _ = meta_tensors("salesforce_blip_keys.json")
     model = blip_from_salesforce(tensors)
-    said = [int(number) for number in re.findall(r"\((\d+) tensors\)", caplog.text)]
-    assert len(said) == 3 and sum(said) + len(model.state_dict()) == len(tensors) == facts["n_keys"]
+    counts = [int(number) for number in re.findall(r"\((\d+) tensors\)", caplog.text)]
+    assert len(counts) == 3 and sum(counts) + len(model.state_dict()) == len(tensors) == facts["n_keys"]
     with torch.device("meta"):
         expected = BlipForImageTextRetrieval(BlipConfig(**BLIP_BASE))
     assert shapes(model.state_dict()) == shapes(expected.state_dict())
@@ -322,10 +322,12 @@ def test_convert_command_prints_how_to_load_the_result(tmp_path):
     torch.save({"model": salesforce_tensors()}, tmp_path / "blip.pth")
     torch.save(transagg_tensors("clip"), tmp_path / "clip.pt")
     heads = ["--vision_heads", "4", "--text_heads", "4", "--tokenizer", str(write_tokenizer("blip", tmp_path))]
-    said = convert("blip", tmp_path / "blip.pth", "--output_dir", tmp_path / "b", "--image_size", 16, *heads)
-    assert "model.safetensors" in said and f'processor = PVLFProcessor.from_vl_pretrained("{tmp_path / "b"}")' in said
-    said = convert("transagg", tmp_path / "clip.pt", "--output-dir", tmp_path / "c")
-    assert f'model = AutoModel.from_pretrained("{tmp_path / "c"}")' in said and "pass --tokenizer" in said
+    output = convert("blip", tmp_path / "blip.pth", "--output_dir", tmp_path / "b", "--image_size", 16, *heads)
+    assert (
+        "model.safetensors" in output and f'processor = PVLFProcessor.from_vl_pretrained("{tmp_path / "b"}")' in output
+    )
+    output = convert("transagg", tmp_path / "clip.pt", "--output-dir", tmp_path / "c")
+    assert f'model = AutoModel.from_pretrained("{tmp_path / "c"}")' in output and "pass --tokenizer" in output
     names = {}
-    exec("\n".join(line.strip() for line in said.partition("Load it with:")[2].splitlines()[1:3]), names)
+    exec("\n".join(line.strip() for line in output.partition("Load it with:")[2].splitlines()[1:3]), names)
     assert type(names["model"]) is PVLFModel

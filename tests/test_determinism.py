@@ -30,7 +30,7 @@ def weights_of(folder, seed, **settings):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "The same seed gives the same run, in one process and in two; another seed another run",
+    "The same seed gives the same run, in one process and in two; another seed gives another run",
     broken=(
         "src/pvlf_hf/training/trainer.py",
         "        return super().train(checkpoint, *args, **kwargs)\n",
@@ -55,8 +55,8 @@ def weights_twice(folder):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
-    "give the same bits",
+    "`full_determinism` is passed to PyTorch, every operation of a training step has a deterministic "
+    "implementation, and two runs are bit-equal",
     broken=(
         "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",
@@ -73,7 +73,7 @@ def test_full_determinism(tmp_path, figure):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",
+    "`results.json` alone suffices to repeat a run with non-default settings: the same weights and metrics",
     broken=("src/pvlf_hf/training/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
 )
 def test_results_record_how_to_repeat_them(files, tmp_path, figure):

@@ -140,7 +140,7 @@ def test_embeddings_kept_under_the_former_name_of_the_method_are_read(tiny_model
 
 @pytest.mark.reliability(
     9,
-    "kept embeddings of an image that was replaced are made again, though name, size and time are the same",
+    "Stored embeddings of a replaced image are computed again, even if name, size and time of the file are unchanged",
     broken=(
         "src/pvlf_hf/embeddings/encoding.py",
         'contents = image_digests(benchmark.gallery, "image") if',

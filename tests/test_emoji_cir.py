@@ -239,7 +239,7 @@ def test_subsets_are_six_different_images(split):
         assert len(subset) == 6 and {reference, target} < set(subset)
         assert len({picture_of[image_id] for image_id in subset}) == 6
         positions.append(subset.index(target))
-    assert all(positions.count(p) > len(positions) / 10 for p in range(6))  # the place does not give the target away
+    assert all(positions.count(p) > len(positions) / 10 for p in range(6))  # the index does not reveal the target
 
 
 def test_look_alikes_share_the_class_of_the_target(tiers):

@@ -69,7 +69,7 @@ def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     settings = {"finetuning": finetuning, "encoder_learning_rate": 0.1, "per_device_train_batch_size": 15}
     trainer = train(model, processor, squares, tmp_path / "run", **settings)
     moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(before[name], p)}
-    assert moved == ({"words"} if finetuning == "text" else {"words", "colours"})
+    assert moved == ({"tokens"} if finetuning == "text" else {"tokens", "colours"})
     assert evaluate(model, processor, benchmark, progress=False).metrics["recall@1"] > max(start, 0.5)
     assert type(AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-60")) is ColourModel
     assert trainer.state.log_history[-1]["step"] == 60

@@ -116,13 +116,13 @@ def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure
     for borrowed in (CLIPConfig, CLIPModel, CLIPTokenizer):
         monkeypatch.setattr(borrowed, "_auto_class", None)
     ran, evil, folder = tmp_path / "ran", tmp_path / "evil", tmp_path / "folder"
-    for place in (evil, folder):
-        place.mkdir()
-        (place / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
+    for target in (evil, folder):
+        target.mkdir()
+        (target / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
     kinds = ("Config", "Model", "Processor", "ImageProcessor", "Tokenizer")
     files = [path for path in tiny_checkpoint.iterdir() if path.suffix not in (".py", "")]
     settings_files = ("config.json", "processor_config.json", "tokenizer_config.json")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked, and a user may say yes"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted: a user may say yes"))
     attempts = 0
     for repository in (f"{evil}--", ""):
         auto_map = {f"Auto{kind}": f"{repository}evil.Evil{kind}" for kind in kinds}
@@ -193,8 +193,8 @@ def write_rows(folder, rows):
 
 @pytest.mark.reliability(
     4,
-    "A table of triplets reads nothing outside its folder of images, by `..`, absolute names or links, unless "
-    "`allow_links`; the Hub's cache, which is made of links, works as it is",
+    "A table of triplets opens no file outside its image folder, by `..`, absolute names or links, unless "
+    "`allow_links`; the Hub's cache, which consists of links, works unchanged",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, dict.fromkeys(", "list(dict.fromkeys("),
 )
 def test_triplets_outside_their_folder_raise(photos, figure):
@@ -225,7 +225,8 @@ def test_triplets_outside_their_folder_raise(photos, figure):
 
 @pytest.mark.reliability(
     4,
-    "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a cycle of links ends",
+    "A gallery of a folder contains no file outside it, unless `allow_links`; then each image is indexed once, "
+    "even if links form a cycle",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
 def test_gallery_images_outside_its_folder_raise(photos, tiny_model, tiny_processor, figure):
@@ -281,7 +282,7 @@ def test_annotations_outside_their_folders_raise(tmp_path, figure):
 
 @pytest.mark.reliability(
     4,
-    "A shard holds its images: one that names a file, or holds a format that is not decoded, is refused",
+    "A shard contains its images: shards that refer to files, or contain a format that is not decoded, are refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
 def test_shards_that_name_files_raise(tmp_path, figure):
@@ -407,8 +408,9 @@ def bad_images():
 
 @pytest.mark.reliability(
     4,
-    "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel images, wrong endings, SVG, PDF and EPS "
-    "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
+    "Decompression bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel images, wrong "
+    "extensions, SVG, PDF and EPS disguised as PNG: read by content (the first frame), or refused and listed "
+    "with the reason; nothing runs Ghostscript",
     broken=("src/pvlf_hf/models/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
 )
 def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
@@ -603,8 +605,8 @@ def test_edited_files_raise_or_load(target, tmp_path, figure):
     @given(st.sampled_from(seeds), st.integers(), cuts, st.floats(0.5, 2))
     def read_edited(content, structure, edits, end):
         content = edited(content, random.Random(structure)) or content
-        for place, new in edits:
-            at = int(place * len(content))
+        for fraction, new in edits:
+            at = int(fraction * len(content))
             content = content[:at] + new + content[at + 1 :]
         read(target, content[: int(end * len(content)) + 1], tmp_path)
         counts[0] += 1

@@ -225,7 +225,7 @@ def test_downloaded_model_gives_the_same_outputs(published, stranger, folder):
 
 
 def test_cached_model_loads_offline(hub, stranger, folder):
-    asked = len(hub.requests)
+    before = len(hub.requests)
     run(
         STRANGER,
         hub,
@@ -236,7 +236,7 @@ def test_cached_model_loads_offline(hub, stranger, folder):
         HF_HUB_OFFLINE="1",
         HF_TOKEN="hf_owner",
     )
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == before
     online, offline = load_file(folder / "online.safetensors"), load_file(folder / "offline.safetensors")
     assert online.keys() == offline.keys()
     assert all(online[name].equal(offline[name]) for name in online)

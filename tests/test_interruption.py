@@ -91,8 +91,8 @@ class FirstIsBest(TrainerCallback):
 
 @pytest.mark.reliability(
     1,
-    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): none "
-    "stays half deleted",
+    "A run killed at its end, while all checkpoints but the best are deleted (`save_total_limit=1`), leaves "
+    "none half deleted",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_failed_save_leaves_no_partial_checkpoint(squares, tiny_processor, tmp_path, monkeypatch, figure):
@@ -294,7 +294,7 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
     """Stop each job half-way by a hindrance, then finish it; return the hindrance."""
     hindrances = set()
     for kind in WORK:
-        alone, work = (kind(squares, tiny_model, tiny_processor, place / kind.__name__) for place in (tmp_path, disk))
+        alone, work = (kind(squares, tiny_model, tiny_processor, root / kind.__name__) for root in (tmp_path, disk))
         alone.first()
         expected = alone.rest()
         work.first()
@@ -312,8 +312,8 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, "
-    "existing files unchanged, and the same results once there is space",
+    "A full disk while training, evaluating, indexing or caching: an error that names the folder and the "
+    "remedy, existing files unchanged, and the same results once there is space",
     broken=(
         "src/pvlf_hf/embeddings/embedding_store.py",
         "    with whole(file) as partial:",
@@ -327,7 +327,7 @@ def test_full_disk_keeps_the_last_checkpoint(disk, tmp_path, squares, tiny_model
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "A folder without write permission: an error that names folder and remedy, existing files unchanged",
+    "A folder without write permission: an error that names the folder and the remedy, existing files unchanged",
     broken=(
         "src/pvlf_hf/training/atomic_checkpoints.py",
         "    except (OSError, SafetensorError, RuntimeError) as error:",

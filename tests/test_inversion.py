@@ -1,4 +1,4 @@
-"""Textual inversion: numbers of the reference implementations, bad input, and what a saved model carries."""
+"""Textual inversion: outputs of the reference implementations, invalid input, and saved models."""
 
 import json
 import math
@@ -47,7 +47,7 @@ from pvlf_hf.models.optimization_inversion import (
     optimize_searle,
 )
 
-PICTURE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
 
 MAPPED = ("pic2word", "searle", "lincir", "context_i2w")
 
@@ -138,7 +138,7 @@ def test_every_step_of_context_i2w_equals_the_reference():
 
 
 def prompts_of(method):
-    """ "a photo of", the placeholder put in before the end token."""
+    """Return "a photo of" with the placeholder before the end token."""
     ids = io_of(method)["train_prompt_ids"][0].tolist()
     return torch.tensor([[*ids[:4], PLACEHOLDERS[method], *ids[4:-1]]]).expand(4, -1)
 
@@ -236,7 +236,7 @@ def test_lincir_draws_its_noise():
 
 
 def both_ways_error(model, output, ids=None):
-    """How far InfoNCE in both directions may be off."""
+    """Return the error bound of InfoNCE in both directions."""
     ways = (output.query_embeds, output.target_embeds), (output.target_embeds, output.query_embeds)
     return max(exact_loss(*way, model.config.temperature, gamma=0.0, target_ids=ids)[1].value.item() for way in ways)
 
@@ -250,18 +250,18 @@ def test_triplets_train_by_both_directions():
     rows = torch.arange(4)
     expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
     within(output.loss.double(), expected.detach(), atol=both_ways_error(model, output))
-    # Two queries that want the same target are no negatives of each other, in both directions.
+    # Two queries with the same target are not negatives of each other, in both directions.
     ids = torch.tensor([0, 0, 2, 3])
     masked = logits.masked_fill((ids[:, None] == ids) & ~torch.eye(4, dtype=torch.bool), -math.inf)
     expected = (F.cross_entropy(masked, rows) + F.cross_entropy(masked.T, rows)) / 2
     loss = model.loss(output.query_embeds, output.target_embeds, target_ids=ids)
     within(loss.double(), expected.detach(), atol=both_ways_error(model, output, ids))
-    # Gathered targets: the own ones stand at an offset.
+    # Gathered targets: a process's own targets start at an offset.
     gathered = torch.cat([output.target_embeds.roll(1, 1), output.target_embeds])
     assert torch.isfinite(model.loss(output.query_embeds, gathered, positives=rows + 4))
 
 
-# One text call.
+# One call of the text tower.
 
 
 @torch.no_grad()
@@ -317,7 +317,7 @@ def test_attention_is_causal_in_every_implementation(attention):
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "passes"), [("pic2word", 1), ("searle", 1), ("lincir", 1), ("context_i2w", 2)])
 def test_a_query_costs_one_pass_of_each_tower(method, passes):
-    """Context-I2W reads the caption first: two passes of the text tower."""
+    """Count the passes: one of each tower; Context-I2W embeds the caption first, which takes a second text pass."""
     model, io = reference_model(method), io_of(method)
     counts = {"text": 0, "vision": 0}
     for name, tower in (("text", model.backbone.text_model), ("vision", model.backbone.vision_model)):
@@ -326,11 +326,11 @@ def test_a_query_costs_one_pass_of_each_tower(method, passes):
     assert counts == {"text": passes, "vision": 1}
 
 
-# Wrong details.
+# Mutations.
 
 
 def broken(method, **changes):
-    """The model with one detail made wrong."""
+    """Yield the model with one detail mutated."""
     model = reference_model(method)
     for path, value in changes.items():
         *owners, name = path.split("__")
@@ -351,7 +351,7 @@ def relu_less(mapping):
 
 @torch.no_grad()
 def test_wrong_details_of_a_query_are_detected(monkeypatch):
-    """The smallest and the likeliest mistakes move a query further than the tolerance of 2e-6."""
+    """Mutate the model: the smallest and the likeliest mistakes move a query by more than the tolerance of 2e-6."""
 
     def moves(model, method):
         io = io_of(method)
@@ -408,7 +408,7 @@ def test_wrong_details_of_a_loss_are_detected():
     assert (loss - io_of("pic2word")["loss"][0]).abs() > 0.1
 
 
-# Tokens that are optimised.
+# Optimised tokens.
 
 
 def test_four_steps_of_searle_oti_equal_the_reference():
@@ -475,18 +475,18 @@ def test_training_of_palavra_equals_the_reference():
 @pytest.mark.parametrize("method", ["searle_oti", "palavra"])
 def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
     model, processor = reference_model(method, inversion_steps=5), make_processor(method)
-    pictures = [PICTURE, PICTURE.rotate(90), PICTURE.rotate(180)]
-    queries = [processor.process_queries([picture], ["is red"]) for picture in pictures]
+    images = [IMAGE, IMAGE.rotate(90), IMAGE.rotate(180)]
+    queries = [processor.process_queries([image], ["is red"]) for image in images]
     alone = torch.cat([model.get_query_features(**query).pooler_output for query in queries])
     assert len(model.inverted_words) == 3
     alone_words = model.invert(torch.cat([query["pixel_values"] for query in queries]))
-    # All at once, one of them twice, as the evaluator asks: in inference mode.
+    # All images in one batch, one of them twice, in inference mode as in the evaluator.
     again = reference_model(method, inversion_steps=5)
     with torch.inference_mode():
-        batch = processor.process_queries([*pictures, PICTURE], ["is red"] * 4)
+        batch = processor.process_queries([*images, IMAGE], ["is red"] * 4)
         together = again(**batch)
     assert len(again.inverted_words) == 3 and all(p.grad is None for p in again.parameters())
-    # Adam divides a rounding error by the gradient's size: allowed is a twentieth of one step; initial tokens of other
+    # Adam divides a rounding error by the gradient's size: a twentieth of a step is allowed; initial tokens of other
     # images are thirty times as far away.
     within(again.invert(batch["pixel_values"])[:3], alone_words, atol=1e-3)
     within(together.query_embeds.clone()[:3], alone.detach(), atol=1e-3)
@@ -495,9 +495,9 @@ def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
     monkeypatch.setattr("pvlf_hf.models.optimization_inversion._step", lambda *_: pytest.fail("a step"))
     model.get_query_features(**queries[0])
     with pytest.raises(pytest.fail.Exception, match="a step"):
-        model.get_query_features(**processor.process_queries(PICTURE.rotate(30), "is red"))
+        model.get_query_features(**processor.process_queries(IMAGE.rotate(30), "is red"))
     for name in ("get_query_features", "get_pseudo_words"):
-        inputs = {**processor.process_queries(PICTURE.rotate(40), "is red")}
+        inputs = {**processor.process_queries(IMAGE.rotate(40), "is red")}
         del inputs["prompt_ids"]
         with pytest.raises(ValueError, match="optimises a token for each new image, by prompt_ids"):
             getattr(model, name)(**inputs)
@@ -505,7 +505,7 @@ def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
 
 def test_an_optimised_token_matches_its_image():
     model, processor = reference_model("searle_oti", inversion_steps=60), make_processor("searle_oti")
-    batch = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2)
+    batch = processor.process_queries([IMAGE, IMAGE.rotate(90)], ["is red"] * 2)
     prompts = batch["prompt_ids"]
     assert len(prompts) == 24 and ((prompts == 259).sum(dim=1) == 1).all()
     features = model.get_image_features(batch["pixel_values"]).pooler_output
@@ -521,7 +521,7 @@ def test_an_optimised_token_matches_its_image():
 
 def test_phrases_change_the_optimised_token():
     model, processor = reference_model("searle_oti", inversion_steps=4), make_processor("searle_oti")
-    batch, io = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2), io_of("searle")
+    batch, io = processor.process_queries([IMAGE, IMAGE.rotate(90)], ["is red"] * 2), io_of("searle")
     replaced, phrases = (io[f"oti.{name}_ids"][:2].transpose(0, 1)[:2] for name in ("replaced", "regularised"))
     without = model.invert(batch["pixel_values"], batch["prompt_ids"])
     words = model.invert(batch["pixel_values"], batch["prompt_ids"], replaced, phrases)
@@ -532,17 +532,17 @@ def test_phrases_change_the_optimised_token():
         model(**batch, return_loss=True)
 
 
-# Queries in words.
+# Queries as text.
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 def test_captions_are_put_into_the_template(method):
     processor = make_processor(method)
-    batch = processor.process_queries([PICTURE, PICTURE], ["is red", "has longer sleeves and {caption}"])
+    batch = processor.process_queries([IMAGE, IMAGE], ["is red", "has longer sleeves and {caption}"])
     facts = METHODS[method]
-    said = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert [" ".join(text.split()) for text in said] == [
+    decoded = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert [" ".join(text.split()) for text in decoded] == [
         facts.template.replace("{caption}", "is red"),
         facts.template.replace("{caption}", "has longer sleeves and { caption }"),
     ]
@@ -550,9 +550,9 @@ def test_captions_are_put_into_the_template(method):
     assert ("prompt_ids" in batch) == bool(facts.steps)
     alone = processor(text="is red")["input_ids"]
     assert processor.tokenizer.decode(alone[0], skip_special_tokens=True).strip() == "is red"
-    assert processor.process_targets(PICTURE)["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor.process_targets(IMAGE)["pixel_values"].shape == (1, 3, 32, 32)
     if facts.mapping and method != "palavra":
-        query = make_model(method).get_query_features(**processor.process_queries(PICTURE, "is red"))
+        query = make_model(method).get_query_features(**processor.process_queries(IMAGE, "is red"))
         assert query.pooler_output.shape == (1, 48 if method != "context_i2w" else 64)
 
 
@@ -617,14 +617,14 @@ def test_captions_that_would_be_misread_are_refused(method, captions, message):
     processor = make_processor(method)
     for call in (processor.process_queries, lambda images, text: processor(images=images, text=text)):
         with pytest.raises(ValueError, match=message):
-            call([PICTURE] * len(captions), captions)
+            call([IMAGE] * len(captions), captions)
 
 
 def test_a_template_that_would_be_cut_away_is_refused():
     processor = make_processor("searle", template="{caption} , as in $")
-    processor.process_queries(PICTURE, "a " * 60)
+    processor.process_queries(IMAGE, "a " * 60)
     with pytest.raises(ValueError, match=r"shorten it, or pass a shorter template"):
-        processor.process_queries(PICTURE, "a " * 74)
+        processor.process_queries(IMAGE, "a " * 74)
 
 
 def test_a_row_without_its_placeholder_is_refused():
@@ -673,7 +673,7 @@ def test_a_loss_names_the_inputs_that_it_lacks(method):
 
 def test_an_image_alone_trains_pic2word():
     model, processor = make_model("pic2word"), make_processor("pic2word")
-    batch = processor.process_prompts([PICTURE, PICTURE.rotate(90)])
+    batch = processor.process_prompts([IMAGE, IMAGE.rotate(90)])
     assert (batch["input_ids"] == 265).sum() == 2
     model.set_finetuning("frozen")
     model.train()
@@ -682,7 +682,7 @@ def test_an_image_alone_trains_pic2word():
     assert not model.backbone.text_model.training and model.mapping.training
 
 
-# A checkpoint.
+# Checkpoints.
 
 
 STRANGER = """
@@ -702,13 +702,13 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 outputs = {}
-picture = Image.open(Path(sys.argv[1]) / "picture.png")
+image = Image.open(Path(sys.argv[1]) / "image.png")
 for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert "pvlf_hf" not in sys.modules
     with torch.no_grad():
-        query = model.get_query_features(**processor.process_queries(picture, "is red"))
+        query = model.get_query_features(**processor.process_queries(image, "is red"))
     outputs[folder.name] = query.pooler_output.contiguous()
 save_file(outputs, Path(sys.argv[1]) / "outputs.safetensors")
 """
@@ -741,19 +741,19 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
         assert "modeling_pvlf.py" not in {path.name for path in (root / method).glob("*.py")}
         config = json.loads((root / method / "config.json").read_text())
         assert config["auto_map"]["AutoModel"] == "modeling_inversion.InversionModel"
-        query = model.get_query_features(**processor.process_queries(PICTURE, "is red"))
+        query = model.get_query_features(**processor.process_queries(IMAGE, "is red"))
         expected[method] = query.pooler_output
         assert type(AutoConfig.from_pretrained(root / method)) is InversionConfig
         loaded, again = AutoModel.from_pretrained(root / method), AutoProcessor.from_pretrained(root / method)
         assert type(loaded) is InversionModel and type(again) is InversionProcessor
         assert (again.method, again.template, again.placeholder) == (method, processor.template, processor.placeholder)
         assert again.image_processor.do_target_pad == METHODS[method].target_pad
-        inputs = dict(again.process_queries(PICTURE, "is red"))
+        inputs = dict(again.process_queries(IMAGE, "is red"))
         query, error = loaded.get_query_features(**inputs), rounding(queries, model, inputs)["query"]
         within(query.pooler_output, expected[method], atol=error)
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-        expected[method] = query.pooler_output  # of weights that lie in memory as they are loaded
-    PICTURE.save(root / "picture.png")
+        expected[method] = query.pooler_output  # weights whose memory layout is that of loaded ones
+    IMAGE.save(root / "image.png")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     command = [sys.executable, "-c", STRANGER, str(root)]
@@ -770,12 +770,12 @@ def test_a_template_of_ones_own_is_saved(tmp_path):
     processor = make_processor("lincir", template="this * but {caption}", placeholder="*")
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    ids = again.process_queries(PICTURE, "is red")["input_ids"]
-    assert torch.equal(ids, processor.process_queries(PICTURE, "is red")["input_ids"]) and 265 in ids[0]
+    ids = again.process_queries(IMAGE, "is red")["input_ids"]
+    assert torch.equal(ids, processor.process_queries(IMAGE, "is red")["input_ids"]) and 265 in ids[0]
 
 
 def test_fresh_weights_are_those_of_pytorch(tmp_path):
-    """Not the library's normal(0, 0.02), and the gate of Context-I2W starts closed."""
+    """New weights do not follow the library's normal(0, 0.02), and the gate of Context-I2W starts closed."""
     for method in (*MAPPED, "palavra"):
         for name, module in make_model(method, reference=False).mapping.named_modules():
             if isinstance(module, torch.nn.Linear) and "projection" not in name:
@@ -808,7 +808,7 @@ def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
 
 @pytest.mark.parametrize("method", ["pic2word", "context_i2w"])
 def test_pipeline_and_gallery_search_by_inversion(method):
-    """They prepare the caption apart from its image, in the template all the same."""
+    """Search by pipeline and gallery, which prepare the caption without its image, but in the template too."""
     model, processor = make_model(method), make_processor(method)
     side = processor.image_processor.crop_size["height"]
     images = [Image.new("RGB", (side, side), colour) for colour in ("red", "gold", "navy")]

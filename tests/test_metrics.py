@@ -1,4 +1,4 @@
-"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and the numbers of a public reference."""
+"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and figures of a public reference."""
 
 import json
 from pathlib import Path
@@ -138,7 +138,7 @@ def test_average_precision_equals_a_plain_sort(levels, exclude):
 
 
 def test_equal_gallery_rows_tie_exactly_whatever_the_chunk():
-    # In float32 the products of equal rows differ in the last bit, by column and by the number of queries at a time.
+    # In float32 the products of equal rows differ in the last bit, by column and by number of queries.
     queries, gallery, _ = problem(33, 5, width=256)
     gallery = gallery.repeat(2, 1)
     target = torch.full((33,), 7)
@@ -182,7 +182,7 @@ def test_recall_counts_by_hand():
 
 
 def test_circo_counts_by_hand():
-    # Positives come 1st, 3rd and 7th; 6th; 1st and beyond the list.
+    # Ranks of the positives: 1, 3 and 7; 6; 1 and beyond the list.
     ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
     at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]
     values = average_precision_at_k(ranks, [1, 5, 10])

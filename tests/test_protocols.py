@@ -1,4 +1,4 @@
-"""Protocols by name, and the cards that say how numbers were measured."""
+"""Protocols by name, and the cards that state how figures were measured."""
 
 import json
 import os
@@ -132,8 +132,8 @@ def test_the_script_in_two_processes_and_rescoring(tiny_checkpoint, data_root, t
 def test_help_lists_protocols_and_the_launch_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
+    output = capsys.readouterr().out
+    assert describe_protocols() in output and "torchrun --nproc_per_node 4" in output
 
 
 def test_dual_encoder_without_tokenizer_raises(data_root, tmp_path, tiny_checkpoint):

@@ -1,4 +1,4 @@
-"""Retrieval sheets: the position of every image, and that any text and image can be drawn."""
+"""Retrieval sheets: the position of every image, and robustness to any text and image."""
 
 from dataclasses import replace
 
@@ -109,7 +109,7 @@ def test_hit_and_miss_are_framed():
     assert sheet.getpixel((left + CELL // 2, first_row_middle(sheet))) == ImageColor.getrgb("blue")
     with_target = retrieval_sheet([miss])
     (left,) = green_cells(with_target)
-    assert with_target.width > sheet.width  # a column of its own for the target
+    assert with_target.width > sheet.width  # the target has its own column
     assert left == with_target.width - MARGIN - CELL
     assert with_target.getpixel((left + CELL // 2, first_row_middle(with_target))) == ImageColor.getrgb("blue")
 

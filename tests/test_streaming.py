@@ -1,4 +1,4 @@
-"""Shards of triplets, streams of them in one process, in workers and in two real processes, and triplets of the Hub.
+"""Shards of triplets, streams in one process, in workers and in two real processes, and triplets from the Hub.
 
 Run by torchrun, this file is one of the two processes.
 """
@@ -40,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def triplets(tmp_path):
-    """Thirty rows, captions of different lengths, target_id is the row; PNG, JPEG and a palette."""
+    """Return thirty rows: captions of different lengths, target_id is the row; PNG, JPEG and palette images."""
     files = [tmp_path / f"{colour}.{'jpg' if n % 2 else 'png'}" for n, colour in enumerate(COLOURS)]
     for file in files:
         image = PILImage.new("RGB", (20, 16), file.stem)
@@ -56,7 +56,7 @@ def triplets(tmp_path):
 
 
 def encoded(triplets):
-    """Rows with images as bytes."""
+    """Return the rows with images as bytes."""
     for column in ("reference", "target"):
         triplets = triplets.cast_column(column, Image(decode=False))
     rows = []
@@ -204,7 +204,7 @@ def arguments(folder, **settings):
 
 @pytest.mark.slow
 def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
-    """A pass is less than four steps: it stops in the second and resumes there."""
+    """Stop in the second pass and resume there; a pass has less than four steps."""
     write_shards(triplets, tmp_path / "shards", 8)
 
     def train(folder, resume=None):
@@ -267,14 +267,14 @@ def train_in_this_process(folder):
 
 
 class Numbered(PVLFCollator):
-    """Adds the numbers of the rows to a batch."""
+    """Collator that adds the row numbers to a batch."""
 
     def __call__(self, rows):
         return {**super().__call__(rows), "rows": torch.tensor(ids(rows))}
 
 
 class Recorder(PVLFTrainer):
-    """Remembers the rows that it trains on."""
+    """Trainer that records the rows it trains on."""
 
     rows: list
 
@@ -285,7 +285,7 @@ class Recorder(PVLFTrainer):
 
 @pytest.fixture
 def hub_folder(triplets, tmp_path):
-    """As on the Hub: a folder of Parquet with names of its own."""
+    """Return a folder of Parquet files as on the Hub, with other column names."""
     theirs = triplets.remove_columns("target_id").rename_columns({"reference": "source", "note": "text"})
     embedded = theirs.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -295,7 +295,7 @@ def hub_folder(triplets, tmp_path):
 
 @pytest.mark.reliability(
     9,
-    "a data set read from a folder is what its files hold now, whatever their times say",
+    "A data set read from a folder has the current content of its files, whatever their modification times",
     broken=("src/pvlf_hf/data/streaming.py", "cache_dir=cache", "cache_dir=None"),
 )
 def test_rewritten_folder_is_read_again(hub_folder, figure):
@@ -315,7 +315,7 @@ def test_rewritten_folder_is_read_again(hub_folder, figure):
 
 @pytest.mark.reliability(
     9,
-    "shards of images that were replaced since are refused when writing goes on",
+    "Shards of images that have since been replaced are refused when writing resumes",
     broken=("src/pvlf_hf/data/streaming.py", "if _digest(_embedded(part, start)) != written[file.name]:", "if False:"),
 )
 @pytest.mark.parametrize("format", ["parquet", "tar"])

@@ -1,4 +1,4 @@
-"""Submission files against the reference's, a plain sort and the metrics; the linter against broken files."""
+"""Submission files against the reference, a plain sort and the metrics; the linter on broken files."""
 
 import json
 import random
@@ -30,7 +30,7 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory):
-    """Miniatures with random embeddings, by benchmark name."""
+    """Return miniatures with random embeddings, by benchmark name."""
     root, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
     make_cirr(root / "cirr"), make_circo(root / "circo")
     loaded = [load_cirr(root / "cirr", split, check_counts=False) for split in ("val", "test1")]
@@ -195,7 +195,7 @@ def test_the_command_fails_on_errors_only(tmp_path):
     assert lint(*files) == (0, "".join(f"{file}: fine\n" for file in files))
     strings = tmp_path / "strings.json"
     strings.write_text(json.dumps({key: list(map(str, ids)) for key, ids in json.loads(files[2].read_text()).items()}))
-    assert lint(strings)[0] == 0  # a warning
+    assert lint(strings)[0] == 0  # only a warning
     files[0].write_text(files[0].read_text()[:-100])
     code, text = lint(files[1], files[0])
     assert code == 1 and "1.json: fine" in text and "0.json: is not valid JSON" in text

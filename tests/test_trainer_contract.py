@@ -1,4 +1,4 @@
-"""The contract with the library's Trainer: every argument has its effect, is refused at once, or is listed as idle."""
+"""Contract with the library's Trainer: every argument takes effect, raises at once, or is listed as without effect."""
 
 import ast
 import json
@@ -103,8 +103,8 @@ REFUSED = {
 }
 
 
-class Told(TrainerCallback):
-    """Keeps what the Trainer tells a callback."""
+class Recorder(TrainerCallback):
+    """Callback that records the Trainer's events."""
 
     def __init__(self):
         self.steps, self.logs, self.args, self.evaluated = [], [], None, []
@@ -121,7 +121,7 @@ class Told(TrainerCallback):
 
 
 class Collator:
-    """Makes batches of `Rows` and keeps the rows of each."""
+    """Collator of `Rows` that records the rows of each batch."""
 
     def __init__(self):
         self.batches = []
@@ -163,11 +163,11 @@ def logged(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-# ---- the walk over all fields ----
+# ---- all fields ----
 
 
 def source_of(name):
-    """The source of a test, helper or constant, `FILE::NAME` or a name in this file."""
+    """Return the source of a test, helper or constant: `FILE::NAME`, or a name in this file."""
     file, _, name = name.rpartition("::")
     text = (TESTS / (file or Path(__file__).name)).read_text()
     for node in ast.parse(text).body:
@@ -216,7 +216,7 @@ def test_changed_arguments_are_validated_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"optim": "galore_adamw"}, "optim='galore_adamw' groups the weights itself"),
         ({"optim": "lomo"}, "optim='lomo'"),
@@ -230,8 +230,8 @@ def test_changed_arguments_are_validated_again(tmp_path):
         ({"save_strategy": "best"}, "metric_for_best_model=None"),
     ],
 )
-def test_combinations_without_effect_raise(settings, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+def test_combinations_without_effect_raise(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
 
@@ -257,7 +257,7 @@ def test_steps_and_batches(settings, sizes, steps, tmp_path):
     collator = Collator()
     settings = {"max_steps": -1, "per_device_train_batch_size": 8, **settings}
     trainer = train(tmp_path, data_collator=collator, **settings)
-    assert [len(batch) for batch in collator.batches][: len(sizes)] == sizes  # one more may have been prepared ahead
+    assert [len(batch) for batch in collator.batches][: len(sizes)] == sizes  # one more may have been prefetched
     assert trainer.state.global_step == steps
 
 
@@ -310,10 +310,10 @@ def test_training_resumes_from_output_dir(tmp_path):
         make_trainer(folder, **settings).train(resume_from_checkpoint=str(tmp_path / "nothing"))
     train(folder, max_steps=3, **settings)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "checkpoint-3"}
-    (tmp_path / "run" / "checkpoint-9").mkdir()  # what a kill leaves elsewhere
-    told = Told()
-    make_trainer(folder, max_steps=4, callbacks=[told], **settings).train(resume_from_checkpoint=True)
-    assert told.steps == [4]
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # a partial checkpoint, as a kill leaves it
+    recorder = Recorder()
+    make_trainer(folder, max_steps=4, callbacks=[recorder], **settings).train(resume_from_checkpoint=True)
+    assert recorder.steps == [4]
 
 
 def test_save_only_model(tmp_path, caplog):
@@ -373,7 +373,7 @@ def test_restored_callbacks(tmp_path):
 
 
 def rates(trainer, steps=10):
-    """The fusion's learning rate at each step, relative to the first group's own."""
+    """Return the fusion's learning rate at each step, relative to its initial rate."""
     trainer.create_optimizer_and_scheduler(steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -398,7 +398,7 @@ def rates(trainer, steps=10):
     ],
 )
 def test_schedules(name, kwargs, warmup_steps, tmp_path):
-    """The library's schedules are the library's; "cosine" has its cycles."""
+    """Compare with the library's schedules; "cosine" honours its number of cycles."""
     settings = {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup_steps}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
     theirs = get_scheduler(name, optimizer, warmup_steps, 10, kwargs)
@@ -414,7 +414,7 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"lr_scheduler_kwargs": {"power": 2}}, r"'cosine' takes only 'num_cycles', not \['power'\]"),
         ({"lr_scheduler_type": "linear", "min_lr_ratio": 0.1}, "min_lr_ratio=0.1 is the floor of 'cosine' alone"),
@@ -425,8 +425,8 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
         ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "metric_for_best_model='loss'"),
     ],
 )
-def test_impossible_schedules_raise(settings, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_schedules_raise(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
 
@@ -482,7 +482,7 @@ def test_logged_learning_rate_is_that_of_the_fusion(finetuning, tmp_path):
 
 @pytest.mark.slow
 def test_settings_that_change_the_losses(tmp_path):
-    """The first loss but for bf16 and noise, the later ones with the weights."""
+    """Compare losses: bf16 and noise change the first one, other settings the later ones through the weights."""
     plain = logged(train(tmp_path, finetuning="text", max_steps=3, learning_rate=1e-2))
     for settings in ({"max_grad_norm": 1e-9, "optim": "sgd"}, {"neftune_noise_alpha": 50.0}, {"bf16": True}):
         changed = logged(train(tmp_path, finetuning="text", max_steps=3, learning_rate=1e-2, **settings))
@@ -492,7 +492,7 @@ def test_settings_that_change_the_losses(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(tmp_path, model=model, optim="sgd", weight_decay=0.0, max_grad_norm=1e-9)
     for name, parameter in model.named_parameters():
-        # Two steps of at most learning rate times norm; each rounds a weight as it is added.
+        # Two steps of at most learning rate times norm; each addition rounds a weight.
         torch.testing.assert_close(parameter, before[name], rtol=2 * roundoff(), atol=2 * 1e-4 * 1e-9)
 
 
@@ -533,7 +533,7 @@ def test_torch_compile(tmp_path):
     assert not torch._dynamo.utils.counters["stats"]
     compiled = train(tmp_path, torch_compile=True, torch_compile_backend="eager")
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
-    assert logged(compiled) == plain  # the backend runs the operations as they are
+    assert logged(compiled) == plain  # this backend runs the operations eagerly
     torch._dynamo.reset()
     plugin = make_trainer(tmp_path, torch_compile_mode="max-autotune").accelerator.state.dynamo_plugin
     assert plugin.mode == "max-autotune"
@@ -586,14 +586,14 @@ def test_disable_tqdm(tmp_path, capfd):
 
 
 def test_integrations(tmp_path, monkeypatch):
-    """An integration gets the run's losses and metrics, and its own settings with the arguments."""
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "told", Told)
+    """Train with an integration: it receives the run's losses, metrics and its own settings."""
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     own = {"run_name": "a", "project": "b", "trackio_space_id": "c", "trackio_bucket_id": "d"}
     own |= {"trackio_static_space_id": "e"}
-    trainer = train(tmp_path, make_benchmark(), eval_strategy="steps", eval_steps=2, report_to="told", **own)
-    (told,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Told)]
-    assert any("loss" in logs for logs in told.logs) and any("eval_recall@1" in logs for logs in told.logs)
-    assert {name: getattr(told.args, name) for name in own} == own
+    trainer = train(tmp_path, make_benchmark(), eval_strategy="steps", eval_steps=2, report_to="recorder", **own)
+    (recorder,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Recorder)]
+    assert any("loss" in logs for logs in recorder.logs) and any("eval_recall@1" in logs for logs in recorder.logs)
+    assert {name: getattr(recorder.args, name) for name in own} == own
 
 
 @pytest.mark.slow
@@ -615,14 +615,14 @@ def test_memory_and_debug(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4, 5]),  # the last step always
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4, 5]),  # always at the last step
         ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 3}, [3, 4, 5]),
         ({"eval_strategy": "epoch", "per_device_train_batch_size": 12}, [3, 5]),
         ({"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 5}, [0, 5]),
     ],
 )
 def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
-    told, sizes = Told(), []
+    recorder, sizes = Recorder(), []
     model = make_model()
     model.backbone.vision_model.register_forward_hook(
         lambda module, _, output: None if model.training else sizes.append(len(output.last_hidden_state))
@@ -631,12 +631,12 @@ def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
         tmp_path,
         make_benchmark(),
         model=model,
-        callbacks=[told],
+        callbacks=[recorder],
         max_steps=5,
         per_device_eval_batch_size=4,
         **settings,
     )
-    assert told.evaluated == steps
+    assert recorder.evaluated == steps
     assert max(sizes) == 4
 
 
@@ -674,13 +674,13 @@ def test_best_checkpoint(tmp_path):
 
 def test_benchmarks_of_the_wrong_type_raise(tmp_path, squares):
     benchmark = make_benchmark()
-    for wrong, said in (
+    for wrong, message in (
         (squares, "eval_dataset must be a CIRBenchmark .* got Dataset: benchmark_from_triplets makes one"),
         ([benchmark], "got list"),
         ({"a": benchmark, "b": squares}, r"eval_dataset\['b'\] must be a CIRBenchmark"),
         ({}, "an empty dict"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, wrong)
     unlabelled = type(benchmark)("test", benchmark.queries.remove_columns("target_id"), benchmark.gallery)
     with pytest.raises(ValueError, match="eval_dataset has no target_id, so it cannot be scored"):
@@ -712,7 +712,7 @@ def test_plain_training_arguments_raise(tmp_path):
 @pytest.mark.slow
 def test_model_init_makes_the_model_from_the_seed(tmp_path):
     def model_init():
-        return make_model(seed=torch.initial_seed() % 1000)  # the Trainer has set it
+        return make_model(seed=torch.initial_seed() % 1000)  # the seed that the Trainer set
 
     runs = []
     for seed in (3, 3, 4):
@@ -740,7 +740,7 @@ def test_hyperparameter_search_needs_objective_and_direction(tmp_path):
 
 
 def test_hyperparameter_search(tmp_path):
-    """Every trial has its model, its arguments, the weights that they choose, and its folder; recall is maximised."""
+    """Search hyperparameters: every trial has its own model, arguments, weights and folder; recall is maximised."""
     optuna = pytest.importorskip("optuna")
     seen, recalls = [], []
 
@@ -785,7 +785,7 @@ def squares(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "message"),
     [
         (
             "caption",
@@ -798,7 +798,7 @@ def squares(tmp_path):
         ("reference", None, "row 5 of train_dataset, with target_id 'white': reference is None"),
     ],
 )
-def test_invalid_row_raises_before_the_first_step(column, value, said, squares, tmp_path):
+def test_invalid_row_raises_before_the_first_step(column, value, message, squares, tmp_path):
     table = squares.to_dict()
     table[column][5] = value
     bad = Dataset.from_dict(table, features=squares.features)
@@ -806,13 +806,13 @@ def test_invalid_row_raises_before_the_first_step(column, value, said, squares, 
     def make(rows):
         return PVLFTrainer(make_model(), make_args(tmp_path), rows, processing_class=make_processor())
 
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         make(bad)
     make(bad.select([row for row in range(12) if row != 5]))
     shifted = bad.select([*range(3), *range(4, 12)])
-    with pytest.raises(ValueError, match=said.replace("row 5", "row 4")):
+    with pytest.raises(ValueError, match=message.replace("row 5", "row 4")):
         make(shifted)
-    if column == "caption":  # a stream is met row by row
+    if column == "caption":  # a stream is checked row by row
         with pytest.raises(ValueError, match="row 5 of the stream in pass 0: target_id 'white': caption is"):
             make(bad.to_iterable_dataset()).train()
 
@@ -834,14 +834,14 @@ def test_untrainable_data_raises(squares, tmp_path):
 
 
 def nodes(folder):
-    """Whether each of two processes logs, as the only one of its node."""
+    """Return whether each of two processes logs, as the only one of its node."""
     os.environ["LOCAL_RANK"] = "0"
     return [make_args(folder, log_on_each_node=each).should_log for each in (False, True)]
 
 
 @pytest.mark.slow
 def test_log_on_each_node_is_honoured(tmp_path):
-    """`log_on_each_node`: the second node's process logs too."""
+    """Run with `log_on_each_node`: the second node's process logs, too."""
     assert run_in_processes(2, nodes, tmp_path) == [[True, True], [False, True]]
 
 
