@@ -50,7 +50,7 @@ def test_every_family_is_in_both_tables():
     assert BACKBONES.keys() == DUAL_ENCODERS.keys() == FAMILIES.keys()
 
 
-def test_a_family_takes_an_entry_and_a_short_class():
+def test_backbone_needs_one_table_entry_and_a_short_class():
     assert len(inspect.getsource(MetaClip2DualEncoder).splitlines()) < 40
     sources = [inspect.getsource(inspect.getmodule(kind)) for kind in (PVLFModel, PVLFProcessor, SiglipDualEncoder)]
     for source in (*sources, inspect.getsource(backbones_pvlf)):
@@ -58,7 +58,7 @@ def test_a_family_takes_an_entry_and_a_short_class():
 
 
 @torch.no_grad()
-def test_embeddings_are_the_librarys_own(pretrained):
+def test_embeddings_equal_those_of_transformers(pretrained):
     """Compare in float64: only the normalisation of our embeddings rounds to float32, so they agree within 1e-6."""
     family, folder, original = pretrained
     original = copy.deepcopy(original).double()
@@ -81,7 +81,7 @@ def test_embeddings_are_the_librarys_own(pretrained):
 
 
 @pytest.mark.slow
-def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path):
+def test_pvlf_on_every_family_trains_and_survives_saving(pretrained, tmp_path):
     _, folder, _ = pretrained
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)
     processor = PVLFProcessor.from_vl_pretrained(folder)
@@ -105,7 +105,7 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
 
 
 @torch.no_grad()
-def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alone(siglip):
+def test_siglip_patch_equals_its_head_attending_to_that_patch_alone(siglip):
     original, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
     inputs = processor(images=random_images(2), text=CAPTIONS[:2])
@@ -130,7 +130,7 @@ def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alon
 
 
 @torch.no_grad()
-def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_at(siglip):
+def test_siglip_fusion_masks_padding_except_the_pooled_position(siglip):
     _, model = siglip
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(1, 17, 32, generator=generator), torch.randn(1, 64, 32, generator=generator)
@@ -150,7 +150,7 @@ def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_a
     assert (before - query(mask.index_fill(1, torch.tensor([30]), 1))).norm() > 1e-4
 
 
-def test_siglip_refuses_captions_that_are_not_padded_to_its_length(siglip):
+def test_siglip_rejects_captions_not_padded_to_its_length(siglip):
     _, model = siglip
     with pytest.raises(ValueError, match=r'captions are 7 tokens long.*pad them to 64 with padding="max_length"'):
         model.get_text_features(torch.ones(1, 7, dtype=torch.long))

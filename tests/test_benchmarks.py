@@ -117,7 +117,7 @@ def test_laion_cir_loads_every_triplet(originals, subset):
         assert shows(row["target"], root / f"{row['target_id']}.png")
 
 
-def test_combined_laion_cir_is_made_of_its_parts_where_its_file_is_absent(data):
+def test_combined_laion_cir_without_its_file_is_assembled_from_its_parts(data):
     published = rows_of(load("laion-cir/combined", data))
     (data / "laion-cir/laion_combined_info.json").unlink()
     assert rows_of(load("laion-cir/combined", data)) == published
@@ -184,7 +184,7 @@ def test_fashioniq_union_has_only_images_that_queries_name(originals):
         load("fashioniq/test/dress", originals, gallery="union")
 
 
-def test_fashioniq_training_triplets(originals):
+def test_fashioniq_training_split_loads_every_triplet(originals):
     root = originals / "fashioniq"
     records = [r for c in FASHION_CATEGORIES for r in read(root / f"captions/cap.{c}.train.json")]
     triplets = load("fashioniq/train", originals)
@@ -211,7 +211,7 @@ def test_captions_are_joined_as_the_reference_does(case):
         ("separate", ["is RED.", " has A Hat?,"]),
     ],
 )
-def test_caption_styles(data, style, expected):
+def test_caption_styles_give_the_expected_captions(data, style, expected):
     captions = ["is RED.", " has A Hat?,"]
     assert compose_captions(captions, style) == expected
     file = data / CAPTION_FILES["fashioniq/val/shirt"]
@@ -246,7 +246,7 @@ def test_circo_loads_every_query_and_image(originals, split):
     assert shows(benchmark.queries[2]["reference"], originals / COCO / "unlabeled2017" / images[2]["file_name"])
 
 
-def test_circo_without_semantic_aspects(data):
+def test_circo_loads_without_semantic_aspects(data):
     file = data / "circo/annotations/val.json"
     write_json(file, [{k: v for k, v in row.items() if k != "semantic_aspects"} for row in read(file)])
     assert "semantic_aspects" not in load("circo/val", data).queries.column_names
@@ -527,7 +527,7 @@ def test_published_counts_pass_and_one_image_less_raises(originals, monkeypatch)
             loader()
 
 
-def test_published_counts():
+def test_expected_counts_equal_the_published_totals():
     assert sum(queries for queries, _ in cirr.EXPECTED_COUNTS.values()) == 36554
     assert sum(images for _, images in cirr.EXPECTED_COUNTS.values()) == 21551
     sums = {split: sum(q for q, _ in its.values()) for split, its in fashioniq.EXPECTED_COUNTS.items()}
@@ -570,7 +570,7 @@ def test_benchmarks_state_their_protocol(originals, name, options, expected):
 
 
 @pytest.mark.parametrize("name", ["cirr/val", "fashioniq/val/shirt", "circo/val"])
-def test_the_revision_follows_both_annotation_files(data, name):
+def test_revision_depends_on_both_annotation_files(data, name):
     revisions = [load(name, data).protocol.revision]
     for files in (CAPTION_FILES, GALLERY_FILES):
         file = data / files[name]

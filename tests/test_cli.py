@@ -155,7 +155,7 @@ def test_shell_completion_works(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path, openvino):
+def test_search_uses_the_dtype_of_the_index(photos, models, tmp_path, openvino):
     path, model = tmp_path / "kept", ("--model", models[0])
     assert call("index", photos, *model, "--path", path, "--dtype", "bfloat16").exit_code == 0
     half = AutoModel.from_pretrained(models[0], dtype="bfloat16")
@@ -190,7 +190,7 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert Image.open(tmp_path / "sheet.png").height > 100
 
 
-def test_index_counts_only_new_images(photos, models, tmp_path):
+def test_index_command_reports_only_new_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
     again = ["index", tmp_path, "--model", models[0], "--path", tmp_path / "kept", "--json"]
@@ -261,7 +261,7 @@ def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
 # ---- bad input ----
 
 
-def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_path, monkeypatch):
+def test_invalid_images_and_models_raise_with_their_name(search, index, photos, models, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no image")
     message = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
     assert "holds no images, its files end in ['.txt']" in message
@@ -277,7 +277,7 @@ def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_
 
 
 @pytest.mark.parametrize("text", ["小狗", "أحمر", "красный"])
-def test_texts_of_another_script_are_refused(search, text):
+def test_texts_in_an_unknown_script_raise(search, text):
     assert f"tokenizer knows no word of {text!r}" in error(search("--text", text))
     done = search("--text", f"dog {text}", "-k", 1)
     assert done.exit_code == 0 and f"does not know {text}; the search uses the rest" in done.stderr
@@ -309,7 +309,7 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
         assert call("doctor", "cirr", tmp_path).exception is mistake
 
 
-def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
+def test_unreachable_hub_raises_with_a_hint(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("pvlf_hf.data.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))

@@ -239,7 +239,7 @@ def half(file):
     ],
 )
 @pytest.mark.parametrize("convert", [convert_salesforce_blip, convert_transagg])
-def test_files_that_are_no_checkpoint_raise(convert, name, store, message, tmp_path):
+def test_files_that_are_not_checkpoints_raise(convert, name, store, message, tmp_path):
     store(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / name, tmp_path / "out")

@@ -190,7 +190,7 @@ def test_invalid_tables_raise(folder):
         load_triplets(folder / "nowhere.csv", folder)
 
 
-def test_benchmark_from_triplets(folder):
+def test_benchmark_from_triplets_holds_each_image_once(folder):
     triplets = load_triplets(write_csv(folder, ROWS), folder)
     benchmark = benchmark_from_triplets("own", triplets)
     images = {row["image_id"]: row["image"].getpixel((0, 0)) for row in benchmark.gallery}
@@ -244,7 +244,7 @@ def test_images_of_unusual_modes_and_shapes_pass_the_collator(folder, tiny_proce
     assert turned[0, -2].max() < turned[2, -2].min()
 
 
-def test_id_numbers_do_not_depend_on_the_process():
+def test_numeric_ids_are_equal_in_every_process():
     # `printf red.png | b2sum --length 64`
     assert id_number("red.png") == int.from_bytes(bytes.fromhex("1ca0581bf9e54d8b"), "big", signed=True)
     assert id_number("rouge-gorge 🐦") != id_number("red.png")

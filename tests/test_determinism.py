@@ -63,7 +63,7 @@ def weights_twice(folder):
         "        super().__post_init__(*args, **kwargs)\n        self.full_determinism = False\n",
     ),
 )
-def test_full_determinism(tmp_path, figure):
+def test_full_determinism_repeats_the_run_bit_for_bit(tmp_path, figure):
     (one,), (again,) = (run_in_processes(1, weights_twice, tmp_path) for _ in range(2))
     assert one[1:] == again[1:] == (True, ":16:8")
     assert np.array_equal(one[0], again[0])
@@ -76,7 +76,7 @@ def test_full_determinism(tmp_path, figure):
     "`results.json` alone suffices to repeat a run with non-default settings: the same weights and metrics",
     broken=("src/pvlf_hf/training/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
 )
-def test_results_record_how_to_repeat_them(files, tmp_path, figure):
+def test_results_file_suffices_to_repeat_the_run(files, tmp_path, figure):
     unusual = "--seed=3 --data_seed=5 --gamma=1 --adam_beta1=0.5 --decay_norms_and_biases=False --learning_rate=0.002"
     train(flags(files, tmp_path / "first", *unusual.split()))
     results = json.loads((tmp_path / "first" / "results.json").read_text())

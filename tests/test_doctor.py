@@ -229,7 +229,7 @@ def test_unlisted_images_and_unreadable_annotations_are_reported(tmp_path):
     assert "cap.rc2.val.json is not under" in examine_cirr(root / "nowhere").findings[0].message
 
 
-def test_errors_of_the_loader_are_reported(tmp_path):
+def test_loader_errors_are_reported(tmp_path):
     root = make_cirr(tmp_path)
     edit(
         root / "cirr/captions/cap.rc2.val.json",

@@ -130,7 +130,7 @@ def test_damaged_file_raises_with_its_path(store):
         EmbeddingStore(store.folder)
 
 
-def test_embeddings_kept_under_the_former_name_of_the_method_are_read(tiny_model, tiny_processor, tmp_path):
+def test_embeddings_stored_under_the_former_method_name_are_read(tiny_model, tiny_processor, tmp_path):
     benchmark, store = make_benchmark(), EmbeddingStore(tmp_path)
     expected = evaluate(tiny_model, tiny_processor, benchmark, store=store, progress=False)
     (tmp_path / "squares%20composed.safetensors").rename(tmp_path / "squares%20pvlf.safetensors")

@@ -117,7 +117,7 @@ def test_parsed_attributes_can_be_changed_without_changing_the_table():
     assert parse_name("red heart")["colour"] == "red"
 
 
-def test_images_of_every_vendor():
+def test_image_counts_of_the_vendors_equal_the_published_ones():
     counts = {vendor: len(load_emoji_pictures([vendor], keep_leaked=True)) for vendor in VENDORS}
     assert counts == {"Goog": 3633, "Appl": 3615, "FB": 3349, "Joy": 3623, "Sams": 3336, "Twtr": 3628, "Wind": 3039}
     assert sum(counts.values()) == EXPECTED_COUNTS["pictures"]
@@ -140,7 +140,7 @@ def test_no_training_image_is_in_the_test_gallery(train):
 
 
 @pytest.mark.slow
-def test_training_triplets(train):
+def test_training_triplets_pair_different_images(train):
     assert len(train) == EXPECTED_COUNTS["train"]
     assert {"reference", "caption", "target", "target_id", "reference_id", "attribute", "vendor"} == set(
         train.column_names

@@ -102,7 +102,7 @@ def test_mixed_precision_training_does_not_change_embeddings(tiny_model, tiny_pr
             assert not torch.allclose(prepared(target_pixel_values=pixels).target_embeds, whole, atol=1e-4)
 
 
-def test_an_image_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
+def test_undecodable_image_raises_with_its_row(tiny_model, tiny_processor, tmp_path):
     draw(0).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
@@ -112,7 +112,7 @@ def test_an_image_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_
     assert tiny_model.training  # the mode is restored after an error, too
 
 
-def test_missing_model_or_unknown_method_is_named(tiny_model, tiny_processor):
+def test_missing_model_or_unknown_method_raises(tiny_model, tiny_processor):
     with pytest.raises(
         ValueError, match=r"method='caption': choose one of \('composed', 'image', 'text', 'image\+text'\)"
     ):

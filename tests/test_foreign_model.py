@@ -56,7 +56,7 @@ def train(model, processor, squares, folder, **settings):
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
-def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
+def test_foreign_model_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     model, processor = make_foreign()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = evaluate(model, processor, benchmark, progress=False).metrics["recall@1"]
@@ -75,7 +75,7 @@ def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     assert trainer.state.log_history[-1]["step"] == 60
 
 
-def test_its_embeddings_are_kept_and_found_again(benchmark, tmp_path):
+def test_foreign_embeddings_are_stored_and_reused(benchmark, tmp_path):
     model, processor = make_foreign()
     for method in QUERY_METHODS:
         kept = evaluate(model, processor, benchmark, method, store=EmbeddingStore(tmp_path / "kept"), progress=False)
@@ -92,7 +92,7 @@ def test_its_embeddings_are_kept_and_found_again(benchmark, tmp_path):
     assert made_by(model, processor) != made_by(*again)
 
 
-def test_it_indexes_and_searches(squares, tmp_path):
+def test_foreign_model_indexes_and_searches(squares, tmp_path):
     model, processor = make_foreign()
     gallery = Gallery.from_folder(tmp_path, model, processor, path=tmp_path / "index", progress=False)
     image = PILImage.open(tmp_path / "red.png")
@@ -126,7 +126,7 @@ def image_of(path):
     return PILImage.open(path).convert("RGB")
 
 
-def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
+def test_foreign_model_supports_golden_files_and_sentence_transformers(tmp_path):
     from pvlf_hf.sentence_transformer import PVLFSentenceModule
 
     model, processor = make_foreign()
@@ -146,7 +146,7 @@ def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
     assert module.max_seq_length == 12
 
 
-def test_export_and_openvino_refuse_other_models(tmp_path):
+def test_export_and_openvino_reject_foreign_models(tmp_path):
     model, _ = make_foreign()
     with pytest.raises(ValueError, match="ColourModel is not exported: only models on one of"):
         export_program(model, "query")
@@ -175,7 +175,7 @@ print(model.get_query_features(**inputs).pooler_output.tolist(), file=open(sys.a
 
 
 @pytest.mark.slow
-def test_it_is_pushed_and_loaded_with_its_own_class(tmp_path):
+def test_foreign_model_is_pushed_and_loaded_with_its_class(tmp_path):
     with serving(TOKENS) as hub:
         run(PUBLISH, hub, tmp_path, HF_TOKEN="hf_owner")
         files = hub.repositories["you/colours"].commits[hub.repositories["you/colours"].branches["main"]].files
@@ -211,14 +211,14 @@ def first_fingerprint(model, processor):
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_embeddings_of_pvlf_that_were_kept_before_stay_valid(backbone):
+def test_embeddings_stored_by_version_01_stay_valid(backbone):
     model, processor = make_model(backbone), make_processor()
     assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
     model.config.gamma = 1.0
     assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
 
 
-def test_the_published_checkpoint_has_the_fingerprint_it_had():
+def test_fingerprint_of_the_published_checkpoint_is_unchanged():
     import tokenizers
     import transformers
 

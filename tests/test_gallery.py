@@ -137,7 +137,7 @@ def test_exact_search_allows_for_half_precision(width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["faiss", "milvus"])
-def test_a_gallery_searches_alike_with_each_index(build, name, tmp_path, photos):
+def test_every_index_gives_the_same_results(build, name, tmp_path, photos):
     for copy in ("zebra", "ant"):  # ids of the first result; all three have the same score
         draw(0).save(photos / f"{copy}.png")
     exact, other = build().search(photos / "red.png", k=4), build(**index_options(name, tmp_path))
@@ -192,7 +192,7 @@ def test_interrupted_indexing_resumes(build, photos, tiny_model, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_two_runs_share_a_folder(photos, tiny_processor, tmp_path, caplog):
+def test_second_indexing_run_waits_for_the_first(photos, tiny_processor, tmp_path, caplog):
     """Start two runs: the second waits for the first, reports it, and encodes nothing again."""
 
     def build_one(model):
@@ -238,7 +238,7 @@ def test_a_gallery_of_another_model_is_refused(build, photos, tiny_model, tiny_p
         elsewhere.search(query=gallery.query(text=TEXT))
 
 
-def test_weights_lead_from_the_image_to_the_text(build, tiny_model):
+def test_weights_move_results_from_image_to_text(build, tiny_model):
     gallery, red = build(), draw(0)
     query = gallery.query(red, TEXT)
     with counting(tiny_model) as counts:
@@ -370,7 +370,7 @@ def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
         Gallery.from_folder(tmp_path, model, processor, progress=False, draft=True)  # limits apply to the file's size
 
 
-def test_datasets_and_urls_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_data_sets_and_urls_are_indexed_like_files(build, photos, tiny_model, tiny_processor, tmp_path):
     folder = build()
     # the cells hold the images' bytes
     images = make_benchmark().gallery.rename_columns({"image": "photo", "image_id": "name"})
@@ -565,7 +565,7 @@ def test_a_gallery_may_itself_be_in_a_hidden_folder(tmp_path, tiny_model, tiny_p
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_threads_search_a_model_in_training_without_a_trace(photos, tiny_processor, backbone):
+def test_concurrent_searches_leave_a_training_model_unchanged(photos, tiny_processor, backbone):
     """Compare concurrent searches, explained and plain, on a model in train mode with those in eval mode."""
     model = make_model(backbone, dropout=0.5)
     gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
@@ -745,7 +745,7 @@ def test_arguments_of_wrong_types_raise(build, photos, tiny_model, tiny_processo
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch announces another quantisation API
-def test_a_quantised_model_has_a_gallery_of_its_own(photos, tiny_model, tiny_processor, tmp_path):
+def test_quantised_model_has_its_own_fingerprint(photos, tiny_model, tiny_processor, tmp_path):
     def quantise(model):
         return torch.ao.quantization.quantize_dynamic(deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
 

@@ -116,7 +116,7 @@ def test_gradient_caching_keeps_one_chunk_at_a_time(tiny_model):
     assert max(alive) == 5  # the whole batch does exceed a chunk
 
 
-def test_gradients_are_shared_with_other_processes_once(tiny_model):
+def test_gradients_are_synchronised_once(tiny_model):
     """Check that gradients are synchronised once, with the last chunk."""
     entered = []
 

@@ -158,7 +158,7 @@ def test_arrays_and_tensors_equal_the_pil_image():
     assert np.array_equal(pixels(bfloat16), pixels(bfloat16.float()))
 
 
-def test_layout_of_a_one_row_array_is_that_of_its_type_or_as_given():
+def test_layout_of_one_row_arrays_follows_type_or_argument():
     # channels last, although its first axis could be a gray channel
     row = np.arange(96, dtype=np.uint8).reshape(1, 32, 3)
     expected = pixels(Image.fromarray(row))
@@ -170,7 +170,7 @@ def test_layout_of_a_one_row_array_is_that_of_its_type_or_as_given():
     )
 
 
-def test_batches_of_every_shape():
+def test_batches_of_every_container_type_are_accepted():
     images = [random_image(seed=0), random_image(size=(20, 90), seed=1)]
     expected = processor()(images, return_tensors="pt")["pixel_values"]
     assert expected.shape == (2, 3, 32, 32)
@@ -253,7 +253,7 @@ def test_unreadable_files_raise_with_their_path(tmp_path):
         (torch.full((3, 5, 5), torch.nan), r"must lie in \[0, 1\], got \[nan"),
     ],
 )
-def test_inputs_that_are_no_image_raise(image, message):
+def test_inputs_that_are_not_images_raise(image, message):
     with pytest.raises(ValueError, match=message):
         pixels(image)
 

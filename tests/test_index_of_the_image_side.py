@@ -132,7 +132,7 @@ def test_other_compositions_towers_and_inversions_search_the_same_index(index, c
             Gallery.load(index, *changed)
 
 
-def test_both_is_refused_with_the_remedy(index, clip, tmp_path):
+def test_model_trained_in_mode_both_is_refused_with_a_remedy(index, clip, tmp_path):
     both = train(clip, tmp_path, "both")
     with pytest.raises(ValueError, match=f"its image encoder.*`pvlf-hf index PHOTOS --model NEW --path {index}`"):
         Gallery.load(index, *both)
@@ -204,7 +204,7 @@ def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monk
     assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 0
 
 
-def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, caplog):
+def test_unfinished_index_of_a_third_encoder_is_dropped(index, clip, other_clip, photos, caplog):
     third = load_model(str(clip))
     third[0].image_side["visual_projection"].weight.data.add_(1)
     Gallery.from_folder(photos, *third, path=index.parent / "index.being-built", progress=False)
@@ -215,7 +215,7 @@ def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, 
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_kill_at_the_exchange_leaves_one_of_the_two(index, clip, other_clip, photos, renames, monkeypatch):
+def test_kill_during_the_replacement_leaves_a_complete_index(index, clip, other_clip, photos, renames, monkeypatch):
     """Kill at the first or the second rename; the index is complete when it is opened next."""
     rename, done = Path.rename, []
 

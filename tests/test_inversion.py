@@ -61,7 +61,7 @@ QUERIES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", MAPPED)
-def test_queries_are_the_references(method):
+def test_queries_equal_the_reference(method):
     model, io = reference_model(method), io_of(method)
     query = model.get_query_features(io["pixel_values"], io[QUERIES[method]])
     within(model.encode_images(io["pixel_values"])[1], io["image_features"])
@@ -99,7 +99,7 @@ def test_searle_fills_the_first_placeholder_and_lincir_all(method, other):
 
 
 @torch.no_grad()
-def test_lincir_on_normalised_features():
+def test_lincir_on_normalised_features_equals_the_reference():
     io = io_of("lincir")
     within(
         reference_model("lincir", normalize_features=True).get_pseudo_words(io["pixel_values"]),
@@ -108,7 +108,7 @@ def test_lincir_on_normalised_features():
 
 
 @torch.no_grad()
-def test_pic2word_of_a_domain_and_of_the_plain_text():
+def test_pic2word_domain_and_text_queries_equal_the_reference():
     model, io = reference_model("pic2word"), io_of("pic2word")
     ids = io["domain_input_ids"].expand(4, -1)
     within(model.encode_text(ids, None, model.get_pseudo_words(io["pixel_values"])), io["domain_query_raw"])
@@ -162,7 +162,7 @@ GRADIENTS = {"pic2word": "grad.", "context_i2w": "grad.", "searle": "phi.grad.",
 
 
 @pytest.mark.parametrize("method", MAPPED)
-def test_losses_and_gradients_are_the_references(method):
+def test_losses_and_gradients_equal_the_reference(method):
     model, io = reference_model(method), io_of(method)
     output = model(**training_inputs(method), return_loss=True)
     within(output.loss, io[LOSSES[method]][0])
@@ -224,7 +224,7 @@ def test_three_steps_of_lincir_equal_the_reference():
     within(model.mapping.output.weight, io["train.after_3_steps.layers.6.weight"], atol=5e-6)
 
 
-def test_lincir_draws_its_noise():
+def test_lincir_draws_noise_in_training():
     model, inputs = reference_model("lincir"), training_inputs("lincir")
     del inputs["noise"]
     losses = [model(**inputs, return_loss=True).loss.item() for _ in range(2)]
@@ -241,7 +241,7 @@ def both_ways_error(model, output, ids=None):
     return max(exact_loss(*way, model.config.temperature, gamma=0.0, target_ids=ids)[1].value.item() for way in ways)
 
 
-def test_triplets_train_by_both_directions():
+def test_triplet_loss_averages_both_directions():
     model, io = reference_model("pic2word"), io_of("pic2word")
     inputs = {"pixel_values": io["pixel_values"], "input_ids": io["query_input_ids"]}
     targets = io["pixel_values"].flip(0)
@@ -285,7 +285,7 @@ def test_padding_makes_no_difference():
 
 
 @torch.no_grad()
-def test_images_and_captions_alone_are_clips(tmp_path):
+def test_image_and_text_embeddings_equal_those_of_clip(tmp_path):
     vl_config, weights, _ = tiny_clip("searle")
     clip = CLIPModel(vl_config).eval()
     clip.load_state_dict(weights, strict=False)
@@ -588,7 +588,7 @@ def test_a_placeholder_inside_another_token_is_refused():
         ({"method": "searl"}, r"method='searl': choose one of \['context_i2w'"),
     ],
 )
-def test_a_processor_refuses_what_cannot_hold_a_query(settings, message):
+def test_processor_rejects_settings_that_cannot_hold_a_query(settings, message):
     with pytest.raises(ValueError, match=message):
         make_processor(**{"method": "searle", **settings})
 
@@ -613,14 +613,14 @@ def test_a_processor_refuses_what_cannot_hold_a_query(settings, message):
         ("searle", [], r"text is empty"),
     ],
 )
-def test_captions_that_would_be_misread_are_refused(method, captions, message):
+def test_ambiguous_captions_raise(method, captions, message):
     processor = make_processor(method)
     for call in (processor.process_queries, lambda images, text: processor(images=images, text=text)):
         with pytest.raises(ValueError, match=message):
             call([IMAGE] * len(captions), captions)
 
 
-def test_a_template_that_would_be_cut_away_is_refused():
+def test_truncated_template_raises():
     processor = make_processor("searle", template="{caption} , as in $")
     processor.process_queries(IMAGE, "a " * 60)
     with pytest.raises(ValueError, match=r"shorten it, or pass a shorter template"):
@@ -664,7 +664,7 @@ def test_settings_that_cannot_go_together_are_refused(settings, message):
 
 
 @pytest.mark.parametrize("method", MAPPED)
-def test_a_loss_names_the_inputs_that_it_lacks(method):
+def test_loss_without_required_inputs_raises_with_their_names(method):
     inputs = training_inputs(method)
     for name in set(inputs) - {"noise"}:
         with pytest.raises(ValueError, match=rf"the training loss of {method} needs .*\['{name}'\] missing"):
@@ -766,7 +766,7 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
 
 
 @torch.no_grad()
-def test_a_template_of_ones_own_is_saved(tmp_path):
+def test_custom_template_is_saved(tmp_path):
     processor = make_processor("lincir", template="this * but {caption}", placeholder="*")
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
@@ -788,7 +788,7 @@ def test_fresh_weights_are_those_of_pytorch(tmp_path):
     assert abs(rotated.std() / plain.std() - 1) < 0.05
 
 
-def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
+def test_loading_reports_new_weights(tmp_path, caplog):
     vl_config, weights, _ = tiny_clip("searle")
     clip = CLIPModel(vl_config)
     clip.load_state_dict(weights, strict=False)

@@ -43,7 +43,7 @@ def test_without_any_similarity_every_target_is_as_likely(batch, alpha, gamma):
     assert focal_info_nce(queries, targets, alpha=alpha, gamma=gamma).item() == pytest.approx(expected, abs=error)
 
 
-def test_two_queries_by_hand():
+def test_two_queries_equal_numbers_computed_by_hand():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     targets = torch.tensor([[0.6, 0.8], [0.8, 0.6]])
     # Cosines [[.6, .8], [.8, .6]] at temperature 0.1 differ by 2, so p = 1 / (1 + e^2) in both rows.
@@ -68,7 +68,7 @@ def test_gamma_zero_is_cross_entropy(temperature):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-def test_equals_the_slow_loop(gamma, temperature):
+def test_loss_equals_the_slow_loop(gamma, temperature):
     queries, targets = unit(5), unit(5, seed=1)
     fast = focal_info_nce(queries, targets, temperature, alpha=0.7, gamma=gamma)
     error = exact_loss(queries, targets, temperature, 0.7, gamma)[1].value.item()
@@ -125,7 +125,7 @@ def test_confident_queries_lose_no_digits(gamma):
         assert loss.item() == pytest.approx(truth.mean().item(), rel=roundoff() * (2 * gamma + 6 + 4))
 
 
-def test_batch_of_one_has_nothing_to_learn():
+def test_batch_of_one_has_zero_loss():
     queries = unit(1).requires_grad_()
     for gamma in (0.0, 0.5, 2.0):
         loss = focal_info_nce(queries, unit(1, seed=1), gamma=gamma)
@@ -176,7 +176,7 @@ def test_all_targets_equal_leaves_no_negative():
     assert queries.grad.isfinite().all()
 
 
-def test_positives_among_the_targets_of_other_processes():
+def test_positives_may_be_targets_of_other_processes():
     queries, targets = unit(3), unit(9, seed=1)
     positives = torch.tensor([3, 4, 5])  # the second of three processes
     loss = focal_info_nce(queries, targets, 0.1, positives=positives)

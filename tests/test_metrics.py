@@ -156,7 +156,7 @@ def test_scale_of_the_embeddings_does_not_matter():
     assert torch.equal(target_ranks(queries, gallery, picks[:, 0]), target_ranks(queries * 3, scaled, picks[:, 0]))
 
 
-def test_recall_counts_by_hand():
+def test_recall_equals_counts_by_hand():
     ranks = torch.tensor([0, 1, 4, 5])
     assert recall_at_k(ranks, [1, 2, 5, 6]) == {1: 0.25, 2: 0.5, 5: 0.75, 6: 1.0}
     metrics = METRICS["cirr"].means({"rank": ranks.tolist(), "subset_rank": [0, 0, 1, 2]})
@@ -181,7 +181,7 @@ def test_recall_counts_by_hand():
     }
 
 
-def test_circo_counts_by_hand():
+def test_circo_metrics_equal_counts_by_hand():
     # Ranks of the positives: 1, 3 and 7; 6; 1 and beyond the list.
     ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
     at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]

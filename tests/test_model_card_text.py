@@ -155,7 +155,7 @@ def test_damaged_markers_raise(results, damage):
         render_card(results, "you/mine", damage(render_card(results, "you/mine")))
 
 
-def test_tables_of_other_metrics_and_aspects():
+def test_cards_list_other_metrics_and_aspects():
     circo = {"benchmark": "circo/val", "method": "pvlf", "protocol": {"name": "circo"}}
     aspects = {"map@5": 0.1, "map@10/colour": 0.25}
     fashion = {**circo, "benchmark": "a|b", "metrics": {"recall@10": 0.5, "mean": 0.5}}

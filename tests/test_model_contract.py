@@ -90,7 +90,7 @@ def case(saved):
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
-def test_loads_without_missing_or_unexpected_weights(saved):
+def test_model_loads_without_missing_or_unexpected_weights(saved):
     case, folder = saved
     model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model) is type(case.model) and not model.training
@@ -100,7 +100,7 @@ def test_loads_without_missing_or_unexpected_weights(saved):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_saved_again_in_shards_computes_the_same(saved, tmp_path):
+def test_model_saved_in_shards_computes_the_same(saved, tmp_path):
     case, folder = saved
     once = AutoModel.from_pretrained(folder)
     once.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -116,7 +116,7 @@ def test_torch_saves_and_loads_the_whole_model(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_loads_in_the_dtype_that_is_asked_for(saved, dtype, tmp_path):
+def test_model_loads_in_the_requested_dtype(saved, dtype, tmp_path):
     case, folder = saved
     half = type(case.model).from_pretrained(folder, dtype=dtype)
     assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
@@ -190,7 +190,7 @@ def test_forward_is_deterministic_and_leaves_its_inputs(saved):
     assert all(torch.equal(before[name], case.inputs[name]) for name in before)
 
 
-def test_tuples_are_the_named_outputs(saved):
+def test_tuple_outputs_equal_the_named_outputs(saved):
     case, _ = saved
     with torch.no_grad():
         named, values = case.model(**case.inputs), case.model(**case.inputs, return_dict=False)
@@ -285,7 +285,7 @@ def layer_classes(model):
     return {type(layer).__name__ for layers in lists for layer in layers if any(layer.children())}
 
 
-def test_every_layer_is_a_unit(saved):
+def test_no_split_modules_cover_every_layer(saved):
     case, _ = saved
     assert layer_classes(case.model) and layer_classes(case.model) <= {*case.model._no_split_modules}
 
@@ -307,7 +307,7 @@ def test_offloading_changes_nothing(saved, device, tmp_path):
         assert (again[name] - tensor).abs().max() == 0, name
 
 
-def test_is_made_on_the_meta_device(saved):
+def test_model_is_created_on_the_meta_device(saved):
     model = saved[0].model
     with torch.device("meta"):
         empty = type(model)(model.config)

@@ -276,7 +276,7 @@ def test_incomplete_queries_raise(given, advice):
         make_model()(**{name: inputs[name] for name in given})
 
 
-def test_mistaken_inputs_raise():
+def test_inconsistent_inputs_raise():
     model, inputs = make_model(), make_inputs()
     for given in (query_of(inputs), {"target_pixel_values": inputs["target_pixel_values"]}):
         with pytest.raises(ValueError, match="needs queries and target_pixel_values"):
@@ -320,7 +320,7 @@ def test_a_row_does_not_depend_on_its_batch(backbone):
 
 
 @torch.no_grad()
-def test_clip_configs_with_the_old_end_token():
+def test_clip_configs_with_the_old_end_token_pool_at_the_end():
     new, inputs = make_model("clip"), make_inputs("clip")
     vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "eos_token_id": 2}}
     old = PVLFModel(type(new.config)(**{**new.config.to_dict(), "vl_config": vl_config})).eval()

@@ -378,7 +378,7 @@ def find_scripts():
     return sorted((Path(__file__).parents[1] / "train_scripts").glob("*.py"))
 
 
-def test_both_openers_read_the_same():
+def test_both_image_readers_accept_the_same_formats():
     assert onnx_encoder.FORMATS == image_processing.FORMATS
 
 

@@ -29,7 +29,7 @@ def model(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_openvino_embeds_as_pytorch_does(model, dtype):
+def test_openvino_embeddings_equal_those_of_pytorch(model, dtype):
     kind, pixels = model.config.vl_config.model_type, model.config.vl_config.vision_config.image_size
     fast = encode_by_openvino(copy.deepcopy(model).to(dtype))
     error = None

@@ -30,7 +30,7 @@ def make_processor(tokenizer=None, **kwargs):
     return PVLFProcessor(images, tokenizer or bert_tokenizer(), **kwargs)
 
 
-def test_each_output_only_with_its_input():
+def test_each_output_is_returned_only_with_its_input():
     processor = make_processor()
     everything = processor(images=[IMAGE] * 2, text=["red", "the same dress"], target_images=[IMAGE] * 2)
     assert {key: (tuple(value.shape), value.dtype) for key, value in everything.items()} == {
@@ -130,7 +130,7 @@ def test_invalid_inputs_raise(inputs, message):
         make_processor()(**inputs)
 
 
-def test_a_query_needs_both_parts_and_settings_are_checked():
+def test_incomplete_queries_and_invalid_settings_raise():
     with pytest.raises(ValueError, match="a query is an image and a caption"):
         make_processor().process_queries(IMAGE, None)
     with pytest.raises(ValueError, match="max_text_length 2 leaves no room"):
@@ -143,7 +143,7 @@ def test_a_query_needs_both_parts_and_settings_are_checked():
         make_processor()(images=IMAGE, text="red", length=3)
 
 
-def test_settings_are_taken_by_the_librarys_names():
+def test_processor_accepts_settings_by_the_librarys_names():
     """Call the processor as the documentation of CLIP, BLIP and SigLIP does."""
     processor = make_processor()
     captions, images = ["red", "the same dress but red"], [IMAGE] * 2

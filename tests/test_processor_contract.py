@@ -91,7 +91,7 @@ def test_parts_process_as_the_whole(processor):
 
 
 @pytest.mark.parametrize("style", ["flat", "grouped", "common"])
-def test_settings_of_a_call(processor, style):
+def test_settings_of_a_call_do_not_persist(processor, style):
     """Pass settings by the library's names, flat or grouped; the next call uses the processor's own again."""
     before = processor(images=random_images(2), text=TEXTS)
     settings = {
@@ -122,7 +122,7 @@ def test_settings_of_a_call_win_over_those_of_the_tokenizer(kind):
     assert processor(text=TEXTS, padding="max_length", max_length=40)["input_ids"].shape == (2, 40)
 
 
-def test_doubled_and_unknown_settings_are_refused(processor):
+def test_duplicate_and_unknown_settings_raise(processor):
     for name, group in (("padding", "text_kwargs"), ("do_normalize", "images_kwargs")):
         value = "longest" if name == "padding" else True
         with pytest.raises((ValueError, TypeError), match=f"{name}.*twice"):
@@ -139,7 +139,7 @@ def test_doubled_and_unknown_settings_are_refused(processor):
         processor(images=random_images(2), text=TEXTS, videos_kwargs={})
 
 
-def test_order_of_images_and_text(processor):
+def test_images_are_the_first_positional_argument(processor):
     """Pass images first, as in the library, or both by name."""
     assert [*inspect.signature(type(processor).__call__).parameters][1:3] == ["images", "text"]
     assert same(processor(random_images(2), TEXTS), processor(text=TEXTS, images=random_images(2)))

@@ -66,7 +66,7 @@ def made(clip):
     return model, PVLFProcessor.from_vl_pretrained(clip)
 
 
-def test_product_in_numbers():
+def test_product_equals_numbers_computed_by_hand():
     image, text = torch.tensor([0.5, -0.1, 0.2, 0.3]), torch.tensor([0.08, 0.4, -0.2, 0.0])
     assert product(image, text, 0.5).tolist() == pytest.approx([0.2, 0, 0, 0])
     assert product(image, text, 0.0).tolist() == pytest.approx([0.5, 0, 0.2, 0.3])  # the image alone
@@ -138,7 +138,7 @@ def test_exact_search_allows_for_half_precision(width):
         assert {*found.tolist()} >= {*top_k_of(CombinedQueries(query[None], combine()), gallery, k)[1][0].tolist()}
 
 
-def test_the_candidates_are_few():
+def test_exact_search_rescores_few_candidates():
     """Count the candidates: exact search does not score every image in float64."""
     queries, gallery = random_queries(size=5000)
     index = make_index("exact", gallery, [])
@@ -183,14 +183,14 @@ def test_gallery_pipeline_and_model_rank_alike(made, tmp_path):
         gallery.search(query=result.query, weights=(0.5, 1, 0))
 
 
-def test_the_demo_takes_it(made, tmp_path):
+def test_demo_searches_by_the_product(made, tmp_path):
     gallery = Gallery.from_dataset(make_benchmark().gallery, *made, progress=False)
     searcher = Searcher(gallery, tmp_path)
     session = searcher.search(Session(reference="red"), TEXT, balance=0.5)
     assert session.shown and session.steps[0].why is None and not has_both(session.steps[0].query)
 
 
-def test_it_is_evaluated_as_it_searches(made, tmp_path):
+def test_evaluation_of_the_product_equals_its_search(made, tmp_path):
     benchmark, store = make_benchmark(), EmbeddingStore(tmp_path)
     measured = evaluate(*made, benchmark, progress=False, store=store)
     assert measured == evaluate(*made, benchmark, progress=False)
@@ -213,7 +213,7 @@ def test_it_is_evaluated_as_it_searches(made, tmp_path):
     assert isinstance(evaluate(*made, captioned, progress=False).metrics["recall@1"], float)
 
 
-def test_what_needs_an_embedding_says_so(made):
+def test_calls_that_need_query_embeddings_raise(made):
     model, processor = made
     inputs = processor(images=[draw(0)] * 2, text=[TEXT] * 2, target_images=[draw(1), draw(2)])
     output = model(**inputs)

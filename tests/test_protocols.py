@@ -89,7 +89,7 @@ def flags(model, data_root, output_dir, *protocols):
 
 
 @pytest.mark.slow
-def test_the_script_in_two_processes_and_rescoring(tiny_checkpoint, data_root, tmp_path):
+def test_evaluation_script_runs_in_two_processes_and_rescores(tiny_checkpoint, data_root, tmp_path):
     protocols = ["cirr-val", "fashioniq", "circo-test"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]

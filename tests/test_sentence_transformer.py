@@ -159,7 +159,7 @@ def test_cached_losses_split_mixed_batches(encoder):
         torch.testing.assert_close(cached([dict(batch) for batch in features], None), plain, rtol=0, atol=error)
 
 
-def test_settings_of_a_call_and_of_the_module(encoder):
+def test_text_length_is_set_by_call_or_module(encoder):
     long = {"text": "the same but red with glasses and hat"}
     whole = encoder.preprocess([long])["input_ids"].shape[1]
     cut = encoder.preprocess([long], processing_kwargs={"text": {"max_length": 5}})["input_ids"].shape[1]

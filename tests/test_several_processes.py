@@ -159,7 +159,7 @@ def test_several_processes_equal_one(alone, tmp_path, number, sharded, figure):
     figure(check(alone, number, sharded, tmp_path))
 
 
-def test_gradient_caching_in_two_processes(alone, tmp_path):
+def test_gradient_caching_in_two_processes_equals_one(alone, tmp_path):
     """Train on six rows in each process, in chunks of four and two."""
     check(alone, 2, False, tmp_path, gradient_cache_chunk_size=4, loss_chunk_size=4)
 

@@ -70,7 +70,7 @@ def test_paired_test_approaches_the_exact_permutation_test(seed):
     assert tripled.p_value == outcome.p_value
 
 
-def test_identical_and_opposite_runs():
+def test_paired_test_has_exact_results_for_identical_and_opposite_runs():
     same = paired_test(PRECISIONS, PRECISIONS)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     opposite = paired_test(np.ones(60), np.zeros(60, dtype=bool), resamples=999)

@@ -221,7 +221,7 @@ def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
-def test_a_stream_needs_max_steps_and_no_batch_by(triplets, tmp_path):
+def test_stream_without_max_steps_or_with_batch_by_raises(triplets, tmp_path):
     write_shards(triplets, tmp_path / "shards", 8)
     stream = stream_triplets(tmp_path / "shards")
     wrong = {"max_steps has to be specified": {"max_steps": -1}, "batch_by='note' needs": {"batch_by": "note"}}

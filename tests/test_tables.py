@@ -79,7 +79,7 @@ def test_cells_keep_the_text_of_the_file(folder, figure):
     ],
 )
 @pytest.mark.parametrize("column", ["reference", "caption", "target", "target_id"])
-def test_cells_that_are_no_text_raise(folder, column, cell, message):
+def test_cells_that_are_not_text_raise(folder, column, cell, message):
     line = row(**{column: "@"}).replace('"@"', cell)
     file = write(folder, "t.jsonl", row(target_id="1") * 2 + line)
     with pytest.raises(ValueError, match=rf"t.jsonl: column '{column}', data row 2 \(counted from 0\) {message}"):
@@ -189,7 +189,7 @@ def test_images_in_parquet_raise_with_a_remedy(folder):
         ("t.xlsx", "", r"cannot read .xlsx; use one of \['.csv', '.jsonl', '.json', '.parquet'\]"),
     ],
 )
-def test_the_remedy_fits_the_cause(folder, name, content, message):
+def test_unreadable_tables_raise_with_a_fitting_remedy(folder, name, content, message):
     file = write(folder, name, content)
     with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
         load_triplets(file, folder)

@@ -164,7 +164,7 @@ def test_equal_targets_of_a_batch_are_no_negatives(tiny_model, tiny_processor, s
     torch.testing.assert_close(loss, torch.stack(per_row).mean(), atol=2 * error.value.item(), rtol=0)
 
 
-def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares, tmp_path):
+def test_batch_by_fills_batches_with_one_value_of_a_column(tiny_model, tiny_processor, squares, tmp_path):
     halves = squares.add_column("half", ["first"] * 20 + ["second"] * 36)
     args = arguments(tmp_path, batch_by="half")
     trainer = PVLFTrainer(tiny_model, args, halves, processing_class=tiny_processor, data_collator=lambda rows: rows)

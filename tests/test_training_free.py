@@ -90,7 +90,7 @@ def test_a_composition_has_its_published_weight_by_default():
         ({"vl_config": {"model_type": "bert"}}, "vl_config has model_type 'bert'.*one of .'blip', 'clip'"),
     ],
 )
-def test_impossible_settings_say_what_to_change(settings, advice):
+def test_impossible_settings_raise_with_a_remedy(settings, advice):
     with pytest.raises(ValueError, match=advice):
         TrainingFreeConfig(**settings)
 
@@ -128,7 +128,7 @@ def test_a_plain_dual_encoder_composes_queries(pretrained, composition, caplog):
     }
 
 
-def test_it_can_be_fine_tuned_side_by_side(pretrained):
+def test_training_free_model_can_be_fine_tuned(pretrained):
     model = TrainingFreeModel.from_vl_pretrained(pretrained)
     processor = PVLFProcessor.from_vl_pretrained(pretrained)
     inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
@@ -144,7 +144,7 @@ def test_it_can_be_fine_tuned_side_by_side(pretrained):
     assert trains and all("text" in name for name in trains)
 
 
-def test_mistaken_inputs_are_refused(pretrained):
+def test_inconsistent_inputs_raise_in_training_free_models(pretrained):
     model = TrainingFreeModel.from_vl_pretrained(pretrained)
     inputs = PVLFProcessor.from_vl_pretrained(pretrained)(images=random_images(3), text=CAPTIONS)
     with pytest.raises(ValueError, match="2 reference images but 3 relative captions"):
@@ -158,7 +158,7 @@ def test_mistaken_inputs_are_refused(pretrained):
 # --- one loader, and the command line --------------------------------------------------------------------------------
 
 
-def test_one_loader_takes_every_model(pretrained, tmp_path, caplog):
+def test_load_model_loads_every_model_type(pretrained, tmp_path, caplog):
     model, processor = load_model(str(pretrained))
     assert type(model) is TrainingFreeModel and model.config.composition == "slerp" and not model.training
     assert "is a plain" in caplog.text and "Fine-tuning PVLF on it" in caplog.text

@@ -444,7 +444,7 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
     assert set((tmp_path / "connections").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
 
 
-def test_a_missing_environment_variable_is_named(monkeypatch):
+def test_missing_environment_variable_raises_with_its_name(monkeypatch):
     monkeypatch.delenv("PVLF_MODEL", raising=False)
     with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
         web_demo.main()
