@@ -50,7 +50,7 @@ def queries(**columns):
 
 
 def gallery(*ids):
-    return Dataset.from_dict({"image": ["picture"] * len(ids), "image_id": list(ids)})
+    return Dataset.from_dict({"image": ["image"] * len(ids), "image_id": list(ids)})
 
 
 def test_benchmark_accepts_matching_queries_and_gallery():

@@ -139,7 +139,7 @@ def test_reloaded_model_keeps_its_fingerprint(tiny_model, tmp_path):
     assert fingerprint([again.backbone], again, "x") != fingerprint([tiny_model.backbone], tiny_model, "x")
 
 
-@pytest.mark.parametrize("change", ["weights", "preprocessing", "picture", "nothing"])
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "image", "nothing"])
 def test_any_change_encodes_again(tiny_model, encoded_images, squares, tmp_path, change):
     tiny_model.set_finetuning("frozen")
     processor = make_processor()
@@ -152,10 +152,10 @@ def test_any_change_encodes_again(tiny_model, encoded_images, squares, tmp_path,
             tiny_model.backbone.vision_proj.bias[0] += 1e-3
     elif change == "preprocessing":
         processor.image_processor.target_ratio = 2.0
-    elif change == "picture":
+    elif change == "image":
         PILImage.new("RGB", (32, 32), "pink").save(tmp_path / "red.png")
     cache_features(tiny_model, processor, squares, tmp_path / "cache", progress=False)
-    assert sum(encoded_images) == {"weights": 8, "preprocessing": 8, "picture": 1, "nothing": 0}[change]
+    assert sum(encoded_images) == {"weights": 8, "preprocessing": 8, "image": 1, "nothing": 0}[change]
     assert not encoded_texts  # the text side has not changed
 
 
