@@ -50,7 +50,7 @@ def fresh_accelerate():
 def openvino(monkeypatch):
     """Make OpenVINO usable in a run that imitates a smaller processor; its kernels detect the real one.
 
-    Where ONEDNN_MAX_CPU_ISA tells its copy of oneDNN of another, they crash. PyTorch's has read it by now.
+    OpenVINO's copy of oneDNN crashes if ONEDNN_MAX_CPU_ISA names another processor. PyTorch's copy has read it by now.
     """
     torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)

@@ -1,3 +1,5 @@
+"""EmojiCIR: its names, captions, pairs and splits have the documented properties and do not depend on the machine."""
+
 import hashlib
 import json
 
@@ -167,8 +169,8 @@ def test_no_pair_is_in_two_splits_in_either_direction(train, validation, tiers):
 
 @pytest.mark.slow
 def test_pairs_differ_in_their_named_attributes():
-    for its in emoji_pairs().values():
-        for pair in its:
+    for pairs in emoji_pairs().values():
+        for pair in pairs:
             first, second = parse_name(pair.first), parse_name(pair.second)
             assert tuple(s for s in first if first[s] != second[s]) == tuple(s for s in first if s in pair.slots)
             assert pair.first < pair.second
