@@ -1,4 +1,4 @@
-"""One thread unless OMP_NUM_THREADS says more, no network, toy models; no test sees another's Accelerate state."""
+"""Shared fixtures: toy models, one thread unless OMP_NUM_THREADS is set, no network, a fresh Accelerate state."""
 
 import os
 from collections import Counter
@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from tiny import make_model, make_processor
 from transformers import BlipForImageTextRetrieval
 
-# Threads that wait for each other on a busy machine cost more than they bring.
+# On a busy machine, threads that wait for each other cost more than they gain.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
@@ -19,7 +19,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first, a slow test counted as a hundred, so that both processes end at the same time."""
+    """Order files by length, longest first, so that both processes end together; a slow test counts as a hundred."""
     weight = Counter()
     for item in items:
         weight[item.path] += 100 if item.get_closest_marker("slow") else 1
@@ -28,19 +28,19 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def figure(record_property):
-    """What a test counted, for its row of RELIABILITY.md."""
+    """Return the function that records a test's figure for its row of RELIABILITY.md."""
     return lambda text: record_property("figure", text)
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Tests that start processes of their own hand this environment on."""
+    """Disable the network in the environment, which child processes inherit."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its settings, mixed precision for one, for the whole process."""
+    """Reset Accelerate's state, which holds settings such as mixed precision for the lifetime of the process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not torch.is_autocast_enabled("cpu"), "autocast was left on for the tests that follow"
@@ -48,9 +48,9 @@ def fresh_accelerate():
 
 @pytest.fixture
 def openvino(monkeypatch):
-    """OpenVINO in a run that imitates a smaller processor: its kernels look at the real one.
+    """Make OpenVINO usable in a run that imitates a smaller processor; its kernels detect the real one.
 
-    Where ONEDNN_MAX_CPU_ISA tells its copy of oneDNN of another, they crash. PyTorch's has read it by now.
+    OpenVINO's copy of oneDNN crashes if ONEDNN_MAX_CPU_ISA names another processor. PyTorch's copy has read it by now.
     """
     torch.nn.functional.conv2d(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -58,7 +58,7 @@ def openvino(monkeypatch):
 
 @pytest.fixture
 def tiny_model():
-    """PVLF-Deep on a tiny BLIP, in eval mode; made anew for each test, which may train it."""
+    """Return PVLF-Deep on a tiny BLIP, in eval mode; each test gets a new one, which it may train."""
     return make_model("blip")
 
 
@@ -69,7 +69,7 @@ def tiny_processor():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """The folder of `tiny_model` and `tiny_processor`, saved once for all files: no test writes into it."""
+    """Return the folder of `tiny_model` and `tiny_processor`, saved once a session; no test writes to it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     make_model().save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -78,7 +78,7 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def blip_checkpoint(tmp_path_factory):
-    """The folder of a tiny BLIP in the format of released checkpoints, saved once for all files."""
+    """Return the folder of a tiny BLIP in the format of released checkpoints, saved once a session."""
     folder, model = tmp_path_factory.mktemp("blip"), make_model()
     blip = BlipForImageTextRetrieval(model.config.vl_config)
     for name in (*model.backbone.vision_modules, *model.backbone.text_modules):

@@ -1,4 +1,4 @@
-"""The dependencies of users in a table of `tests/RELIABILITY.md`: what for, why, under which licence, at what cost.
+"""Write the table of users' dependencies in `tests/RELIABILITY.md`: purpose, reason, licence and size.
 
 python tests/dependencies.py
 """
@@ -32,7 +32,7 @@ PURPOSES = {
 
 ALLOWED = {"Apache-2.0", "MIT", "MIT-CMU", "BSD", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "ISC", "Zlib", "BSL-1.0"}
 ALLOWED |= {"PSF-2.0", "CNRI-Python", "CC0-1.0", "MPL-2.0"}
-"""What asks for no more than naming its authors; MPL-2.0 (tqdm) that changes of its own files stay open."""
+"""Licences that require attribution at most, and MPL-2.0 (tqdm), under which changes to its files stay open."""
 
 NAMES = {
     "Apache Software License": "Apache-2.0",
@@ -47,13 +47,13 @@ NAMES = {
 
 
 def dependencies() -> list[str]:
-    """Names of what every user installs directly."""
+    """Return the names of the packages that every user installs directly."""
     project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
     return [Requirement(requirement).name for requirement in project["dependencies"]]
 
 
 def closure(*names: str) -> dict[str, Distribution]:
-    """What is installed of these and of all that they need here, by normalised name."""
+    """Return the installed packages among these and their requirements, by normalised name."""
     found: dict[str, Distribution] = {}
     waiting = list(names)
     while waiting:
@@ -69,7 +69,7 @@ def closure(*names: str) -> dict[str, Distribution]:
 
 
 def licences(package: Distribution) -> set[str]:
-    """SPDX names of every licence that a package names; what it names otherwise as it is."""
+    """Return the SPDX names of a package's licences; a name that is not SPDX is returned as given."""
     metadata = package.metadata
     named = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier", []) if c.startswith("License ::")]
     if not named or metadata.get("License-Expression"):
@@ -79,13 +79,13 @@ def licences(package: Distribution) -> set[str]:
 
 
 def size(packages: dict[str, Distribution]) -> float:
-    """MB on disk."""
+    """Return the size of packages on disk, in MB."""
     files = [package.locate_file(file) for package in packages.values() for file in package.files or []]
     return sum(Path(str(file)).stat().st_size for file in files if Path(str(file)).is_file()) / 1e6
 
 
 def table() -> str:
-    rows = ["| | what for | why this one | licence | MB alone | MB with what it needs |", "| --- " * 6 + "|"]
+    rows = ["| | purpose | reason | licence | MB alone | MB with its requirements |", "| --- " * 6 + "|"]
     for name in dependencies():
         whole = closure(name)
         (own,) = (package for key, package in whole.items() if key == re.sub(r"[-_.]+", "-", name).lower())

@@ -1,4 +1,4 @@
-"""Checkpoints of every family of dual encoders at toy size, in the files of the Hub: random weights, a tokenizer."""
+"""Toy checkpoints of every dual-encoder family, in the Hub's file layout: random weights and a tokenizer."""
 
 import string
 
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def tokenizer_of(family):
-    """A tokenizer of the class that the family's checkpoints name."""
+    """Return a tokenizer of the class that the family's checkpoints name."""
     if family == "blip":
         return BertTokenizer(vocab=dict(VOCABULARY))
     if family == "clip":
@@ -59,7 +59,7 @@ def tokenizer_of(family):
 
 
 def save_dual_encoder(family, folder, seed=3):
-    """Writes a pretrained dual encoder with its tokenizer, and returns the library's own model in eval mode."""
+    """Save a dual encoder and its tokenizer as a pretrained checkpoint; return the library's model in eval mode."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{"model_type": family, **FAMILIES[family]})
     original = getattr(transformers, BACKBONES[family].loader)(config)

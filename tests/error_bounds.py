@@ -1,9 +1,9 @@
-"""How far rounding may move a result, whatever the processor: the tolerances of the tests are made of these bounds.
+"""Bounds of rounding errors that hold on every processor; the tests compute their tolerances from them.
 
-A test compares with a truth in float64, and allows what floating-point arithmetic allows: roundings of half a unit in
-the last place, times the terms that are summed, times the condition of what follows (Higham, "Accuracy and Stability
+A test compares with a float64 reference and allows for floating-point rounding: half a unit in
+the last place, times the summed terms, times the condition of later operations (Higham, "Accuracy and Stability
 of Numerical Algorithms", chapters 3 and 4). Such a bound holds for every order of summation, so for every processor,
-kernel and number of threads, and it says nothing of what one of them gave.
+kernel and number of threads; it is not a difference measured on one of them.
 """
 
 import copy
@@ -20,12 +20,12 @@ from transformers import AutoModel, AutoProcessor
 
 
 def roundoff(dtype=torch.float32):
-    """Returns the largest relative error of one rounding: half a unit in the last place."""
+    """Return the largest relative error of one rounding: half a unit in the last place."""
     return torch.finfo(dtype).eps / 2
 
 
 def dot_error(terms, dtype=torch.float32):
-    """Returns the bound of a dot product's error in units of `|x| . |y|`, which is at most 1 for unit vectors."""
+    """Return the bound of a dot product's error, in units of `|x| . |y|`, which is at most 1 for unit vectors."""
     return terms * roundoff(dtype) / (1 - terms * roundoff(dtype))
 
 
@@ -37,9 +37,9 @@ MEAN_ERROR = dot_error(100, torch.float64)
 
 
 def unit_error(width, dtype=torch.float32):
-    """Returns the bound of a normalised row's relative error, and of what a norm computed of it is away from 1.
+    """Return the bound of a normalised row's relative error, which also bounds how far its computed norm is from 1.
 
-    Of the norm's `width` squares half the error remains under the root; the root, the division and two casts round.
+    The square root halves the error of the norm's sum of `width` squares; the root, the division and two casts round.
     """
     return dot_error(width + 4, dtype)
 
@@ -48,7 +48,7 @@ def unit_error(width, dtype=torch.float32):
 
 
 class Loss(NamedTuple):
-    """The loss and its gradients, or the bounds of their errors."""
+    """Loss and gradients, or the bounds of their errors."""
 
     value: Tensor
     queries: Tensor
@@ -56,14 +56,14 @@ class Loss(NamedTuple):
 
 
 def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positives=None, target_ids=None):
-    """Computes equations 14-15 in float64, and what float32 may be off by.
+    """Compute equations 14-15 in float64, and the error bounds of float32.
 
-    An error of the cosines is divided by the temperature. How it goes on, to the loss by the gradient in the logits
-    and to that gradient by its own derivative, is computed at the very point; `e^(2 d)` bounds by how much a softmax
+    An error of the cosines is divided by the temperature. Its effect on the loss (through the gradient in the logits)
+    and on that gradient (through its derivative) is computed at the inputs; `e^(2 d)` bounds by how much a softmax
     changes while its logits move by d.
 
     Returns:
-        Two [`Loss`]: the truth, and the bound of each number's error in float32.
+        Two [`Loss`]: the reference, and the error bound of each number in float32.
     """
     u, (batch, width), count = roundoff(), queries.shape, len(targets)
     queries, targets = queries.detach().double(), targets.detach().double()
@@ -79,7 +79,8 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
         return -alpha * (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float32).tiny) ** gamma * log_p
 
     losses = torch.func.vmap(one)(logits, own)
-    slopes = torch.func.vmap(torch.func.grad(one))(logits, own)  # (batch, count), of each row's loss in its logits
+    # (batch, count), gradient of each row's loss in its logits
+    slopes = torch.func.vmap(torch.func.grad(one))(logits, own)
     bends = torch.func.vmap(torch.func.jacrev(torch.func.grad(one)))(logits, own)  # (batch, count, count)
     truth = Loss(losses.mean(), slopes @ targets / temperature / batch, slopes.T @ queries / temperature / batch)
 
@@ -92,7 +93,7 @@ def exact_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positiv
     rounded = u * (count + 4 + 2 * log_p.abs())
 
     def outer(log_p):
-        """The loss's slope in log p, of which every logit's is a part."""
+        """Return the derivative of the loss in log p, a factor of its derivative in every logit."""
         miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(torch.float32).tiny)
         return alpha * (miss**gamma - gamma * miss ** (gamma - 1) * log_p.exp() * log_p)
 
@@ -123,18 +124,18 @@ MOVES = frozenset(
 
 
 def operation_errors(name, function, args, kwargs, outs):
-    """Returns the standard deviation, or more, of what each output of an operation of PyTorch is off by in float32.
+    """Return an upper bound of the standard deviation of each output's float32 error in a PyTorch operation.
 
-    A rounding of y is off by at most u |y|, evenly: its standard deviation is `u |y| / sqrt(3)`. The k-th partial sum
-    of n terms t, whose signs follow no order, has the mean square `(k/n)^2 y^2 + (k/n) (1 - k/n) sum(t^2)`, less than
+    A rounding error of y is uniform within u |y|: its standard deviation is `u |y| / sqrt(3)`. The k-th partial sum
+    of n terms t with random signs has the mean square `(k/n)^2 y^2 + (k/n) (1 - k/n) sum(t^2)`, less than
     a third of `y^2 + sum(t^2)` over all k: n additions make `u sqrt(n (y^2 + sum(t^2))) / 3`. Vectors and blocks add
-    in fewer steps, and so make less.
+    in fewer steps, so their error is smaller.
     """
     u = roundoff() / 3**0.5
     tensors = [a for a in args if isinstance(a, Tensor)]
 
     def squares():
-        """Returns the operation of squared inputs: the sum of its terms' squares."""
+        """Return the operation applied to squared inputs, which is the sum of its terms' squares."""
         found = function(*(a**2 if isinstance(a, Tensor) and a.is_floating_point() else a for a in args), **kwargs)
         return found if isinstance(found, (tuple, list)) else [found]
 
@@ -179,13 +180,13 @@ def operation_errors(name, function, args, kwargs, outs):
 
 
 class Rounded(TorchDispatchMode):
-    """Float64 in which each operation is off by what it may be off by in `dtype`, with random signs.
+    """Float64 arithmetic in which each operation gets a random error of the size that `dtype` allows.
 
-    In half precision every result is rounded; what the code computes in float32 then stays float32, unchanged.
+    In half precision every result is rounded; what the code computes in float32 stays in float32.
 
     Args:
-        dtype: what the code under test computes in.
-        seed: of the signs; None for no errors, which gives the truth.
+        dtype: dtype that the code under test computes in.
+        seed: seed of the signs; None for no errors, which gives the reference.
     """
 
     def __init__(self, dtype, seed):
@@ -211,30 +212,30 @@ class Rounded(TorchDispatchMode):
         return out
 
     def move(self, tensor, error):
-        """Adds an error of random sign, in place."""
+        """Add an error of random sign, in place."""
         signs = 2 * torch.randint(0, 2, tensor.shape, generator=self.random, dtype=torch.float64) - 1
         tensor.add_((signs * error).nan_to_num(0, 0, 0))
 
 
 def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
-    """Returns how far apart two computations of the same may be, by output, when they add in different orders.
+    """Return by output how far apart two computations of the same values may be if they add in different orders.
 
-    No formula follows rounding through a network. So it is done in float64, where each operation is moved by what its
-    error may be, with a random sign: the outputs then spread by the condition of all that follows. The bound is six
-    standard deviations of a difference of two. It is met on every processor whose additions round, and whatever the
-    order they are done in.
+    No formula bounds rounding through a network, so it is simulated in float64: each operation gets an error of the
+    permitted size with a random sign, and the outputs spread by the condition of later operations. The bound is six
+    standard deviations of a difference of two runs. It holds on every processor whose additions round, whatever the
+    order of the additions.
 
     Args:
-        compute: from a model and its inputs to a dictionary of tensors.
-        model: in float32; it is copied.
-        inputs: of the model, in float32.
-        dtype: what the code under test computes in. Half precision rounds weights and inputs too, and is compared
+        compute: function from a model and its inputs to a dictionary of tensors.
+        model: model in float32; it is copied.
+        inputs: inputs of the model, in float32.
+        dtype: dtype that the code under test computes in. Half precision rounds weights and inputs, and is compared
             with float32; errors in float64 are those of float32, in its units.
-        stored: the half precision that the inputs, in float32, were kept in.
-        draws: of the signs: 8 know a standard deviation within a quarter.
+        stored: half-precision dtype in which the inputs, now float32, were stored.
+        draws: number of draws of the signs; 8 estimate a standard deviation within a quarter.
 
     Returns:
-        a number for each output: of the element that spreads most.
+        a number for each output: the bound of the element that spreads most.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     carried = dtype if half else torch.float32
@@ -261,7 +262,7 @@ def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
 
 
 def embeds_of(model, inputs):
-    """Returns what a model makes of its inputs: embeddings, tokens, cosines, and what else there is of the output."""
+    """Return the outputs of a model: embeddings, tokens, cosines, and optional outputs that are present."""
     output, found = model(**inputs), {}
     names = ("query_embeds", "target_embeds", "similarity", "aggregation_weights", "loss")
     found |= {name: output[name] for name in names if output.get(name) is not None}
@@ -280,15 +281,15 @@ def embeds_of(model, inputs):
 
 @torch.no_grad()
 def embedding_error(model, inputs, dtype=torch.float32):
-    """Returns [`rounding`] of [`embeds_of`]."""
+    """Return [`rounding`] of [`embeds_of`]."""
     return rounding(embeds_of, model, inputs, dtype)
 
 
 @cache
 def squares_error(backbone="blip", dtype=torch.float32, checkpoint=None):
-    """Returns [`embedding_error`] of nine squares, each a reference and a target, with nine captions.
+    """Return [`embedding_error`] of nine squares, each as reference and as target, with nine captions.
 
-    Of the toy model and its attention too; or of a checkpoint.
+    Uses the toy model, with its attentions, or a checkpoint.
     """
     if checkpoint is None:
         model, processor = make_model(backbone), make_processor()
@@ -301,7 +302,7 @@ def squares_error(backbone="blip", dtype=torch.float32, checkpoint=None):
 
 
 def sgd(model, inputs, steps, rate, clip=5.0):
-    """Returns the losses of some steps of plain SGD on one batch, and by name how far the weights have moved."""
+    """Return the losses of plain SGD steps on one batch, and how far the weights have moved, by name."""
     torch.manual_seed(0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moves, losses = {name: torch.zeros_like(p) for name, p in trained.items()}, []
@@ -319,14 +320,14 @@ def sgd(model, inputs, steps, rate, clip=5.0):
 
 
 def training_error(model, inputs, steps, rate, dtype=torch.float32, stored=None):
-    """Returns how far apart two runs of the same steps of SGD may be: "losses", and the weights by name.
+    """Return how far apart two runs of the same SGD steps may be: "losses", and the weights by name.
 
     Args:
-        model: in train mode, its weights in float32.
-        inputs: a batch like the others.
-        steps: of SGD, each of which also rounds the weights.
-        rate: of learning.
-        dtype: of the autocast.
+        model: model in train mode, with float32 weights.
+        inputs: a representative batch.
+        steps: number of SGD steps, each of which also rounds the weights.
+        rate: learning rate.
+        dtype: dtype of autocast.
         stored: see [`rounding`].
     """
     error = rounding(partial(sgd, steps=steps, rate=rate), model, inputs, dtype, stored)

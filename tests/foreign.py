@@ -1,4 +1,4 @@
-"""A model class of somebody else, with nothing of PVLF inside: colours in, colours out."""
+"""A model class that shares nothing with PVLF: its embeddings are colours."""
 
 import torch
 from tiny import VOCABULARY
@@ -16,20 +16,20 @@ class ColourConfig(PreTrainedConfig):
 
 
 class ColourModel(ComposedRetrievalModel):
-    """Ten lines: a query is the image's mean colour plus what its words add."""
+    """Model in ten lines: a query is the image's mean colour plus a vector for each token."""
 
     config_class = ColourConfig
 
     def __init__(self, config):
         super().__init__(config)
-        self.colours, self.words = (
+        self.colours, self.tokens = (
             nn.Linear(3, config.hidden_size),
             nn.EmbeddingBag(99, config.hidden_size, mode="sum"),
         )
         self.post_init()
 
     image_side = property(lambda self: {"colours": self.colours})
-    text_side = property(lambda self: {"words": self.words})
+    text_side = property(lambda self: {"tokens": self.tokens})
 
     def get_image_features(self, pixel_values, **kwargs):
         embeds = nn.functional.normalize(self.colours(pixel_values.mean(dim=(2, 3))), dim=-1)
@@ -37,7 +37,7 @@ class ColourModel(ComposedRetrievalModel):
 
     def get_text_features(self, input_ids, attention_mask=None, **kwargs):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        embeds = self.words(input_ids, per_sample_weights=mask.to(self.dtype))
+        embeds = self.tokens(input_ids, per_sample_weights=mask.to(self.dtype))
         return BaseModelOutputWithPooling(pooler_output=nn.functional.normalize(embeds, dim=-1))
 
     def get_query_features(self, pixel_values, input_ids, attention_mask=None, **kwargs):

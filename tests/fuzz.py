@@ -3,7 +3,7 @@
     pip install atheris  # libFuzzer for Python; only this needs it
     python tests/fuzz.py image --runs 50000
 
-An input may be refused by a `ValueError`, and the linter may find problems. Anything else, an input of more than
+A `ValueError` is a valid answer, and so are problems found by the linter. Anything else, an input of more than
 `SECONDS` or a process of more than `MEMORY` ends the run with an exit code, and leaves the input in this folder.
 """
 

@@ -1,4 +1,4 @@
-"""What reads files that others made, as functions of a file's content: images, annotations, tables, submissions.
+"""Readers of untrusted files, as functions of a file's content: images, annotations, tables, submissions.
 
 `tests/test_hostile.py` runs them on a few edited inputs, `tests/fuzz.py` on many, guided by coverage.
 """
@@ -21,7 +21,7 @@ from pvlf_hf.evaluation.submission import lint_submission
 from pvlf_hf.models.image_processing_pvlf import FORMATS
 
 
-def read_picture(file):
+def read_image(file):
     PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)(str(file))
 
 
@@ -42,9 +42,9 @@ def read_cirr_gallery(file):
 def read_fashioniq(file):
     root = file.parent / "fashioniq"
     for folder, content in (("captions/cap", file.read_bytes()), ("image_splits/split", FASHIONIQ_GALLERY[0])):
-        place = root / f"{folder}.dress.val.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
+        listing = root / f"{folder}.dress.val.json"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_bytes(content)
     for style in fashioniq.CAPTION_STYLES:
         fashioniq.read_annotations(root, "dress", "val", style, check_counts=False)
 
@@ -67,21 +67,21 @@ def lint(file):
     assert all(isinstance(problem, str) for problem in lint_submission(file))
 
 
-def pictures():
-    """A small image in each format, and in each mode that the format has."""
+def images():
+    """Yield the bytes of a small image in each format and in each mode that the format supports."""
     values = np.random.default_rng(0).integers(0, 256, (9, 13, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     for format in FORMATS:
         for mode in ("RGB", "RGBA", "L", "P", "1", "LA", "CMYK", "I;16", "F"):
-            picture = Image.fromarray(values, "RGBA").convert("L" if mode == "I;16" else mode if mode != "F" else "L")
+            image = Image.fromarray(values, "RGBA").convert("L" if mode == "I;16" else mode if mode != "F" else "L")
             if mode in ("I;16", "F"):
-                picture = Image.fromarray(np.asarray(picture).astype(np.uint16 if mode == "I;16" else np.float32))
-            more = {"save_all": True, "append_images": [picture.copy()]} if format in ("GIF", "TIFF", "WEBP") else {}
+                image = Image.fromarray(np.asarray(image).astype(np.uint16 if mode == "I;16" else np.float32))
+            more = {"save_all": True, "append_images": [image.copy()]} if format in ("GIF", "TIFF", "WEBP") else {}
             stream = io.BytesIO()
             try:
-                picture.save(stream, format, **more, **({"exif": exif} if format in ("JPEG", "PNG", "TIFF") else {}))
-            except (KeyError, OSError, ValueError):  # Pillow has no such format, or the format no such mode
+                image.save(stream, format, **more, **({"exif": exif} if format in ("JPEG", "PNG", "TIFF") else {}))
+            except (KeyError, OSError, ValueError):  # Pillow lacks the format, or the format lacks the mode
                 continue
             yield stream.getvalue()
 
@@ -112,7 +112,7 @@ LAION = {"ref_image_id": 42, "relative_cap": "the same but red", "tgt_image_id":
 SUBMISSION = ["test1-0-0-img0", "test1-1-0-img0", "test1-2-0-img0"]
 
 TARGETS = {
-    "image": (read_picture, lambda: list(pictures())),
+    "image": (read_image, lambda: list(images())),
     "laion-cir": (laion_cir.read_triplets, lambda: text([LAION] * 2, {"42": LAION})),
     "cirr": (read_cirr, lambda: CIRR + CIRR_TEST),
     "cirr-gallery": (read_cirr_gallery, lambda: text({name: f"./dev/{name}.png" for name in NAMES})),
@@ -140,31 +140,31 @@ ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "\u202e", "../x", "\0",
 
 
 def edited(content, chance):
-    """JSON with one value replaced, dropped or doubled somewhere; None for what is no JSON."""
+    """Return JSON with one value replaced, removed or duplicated; None if the content is not JSON."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):
         return None
-    place, parent = tree, None
-    while isinstance(place, dict | list) and place and (parent is None or chance.random() < 0.8):
-        parent, key = place, chance.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        place = parent[key]
+    node, parent = tree, None
+    while isinstance(node, dict | list) and node and (parent is None or chance.random() < 0.8):
+        parent, key = node, chance.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        node = parent[key]
     if parent is None:
         return None
     what = chance.randrange(4)
     if what == 0:
         del parent[key]
     elif what == 1 and isinstance(parent, list):
-        parent.append(place)
+        parent.append(node)
     elif what == 2 and isinstance(parent, dict):
-        parent[str(chance.choice(ODDITIES))] = place
+        parent[str(chance.choice(ODDITIES))] = node
     else:
         parent[key] = chance.choice(ODDITIES)
     return json.dumps(tree).encode()
 
 
 def read(name, content, folder):
-    """Runs a target on one input; a `ValueError` is an answer."""
+    """Run a target on one input; a `ValueError` is a valid answer."""
     file = Path(folder, "input")
     file.write_bytes(content)
     try:

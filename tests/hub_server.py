@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: what `huggingface_hub` needs of one, with everything in memory.
+"""A Hub on the loopback interface: the endpoints that `huggingface_hub` needs, with everything in memory.
 
 Model repositories with commits, branches and tags; regular and LFS files; private repositories; tokens that may only
 read. Set `HF_ENDPOINT` to its `url` before `huggingface_hub` is imported, and `HF_HUB_DISABLE_XET=1`: it has no Xet.
@@ -28,7 +28,7 @@ class File:
 
     @property
     def oid(self):
-        """What the Hub and the client's cache call it: SHA-256 of a large file, git's blob id of another."""
+        """Return the id that the Hub and the client's cache use: SHA-256 of a large file, git's blob id of others."""
         if self.lfs:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -42,7 +42,7 @@ class Commit:
 
     @property
     def oid(self):
-        """Differs wherever parent, message or files do."""
+        """Return an id that depends on parent, message and files."""
         listing = sorted((path, file.oid) for path, file in self.files.items())
         return hashlib.sha1(repr((self.parent, self.message, listing)).encode()).hexdigest()
 
@@ -61,7 +61,7 @@ class Repository:
         return commit.oid
 
     def history(self, branch="main"):
-        """Messages of a branch, oldest first."""
+        """Return the commit messages of a branch, oldest first."""
         messages, oid = [], self.branches[branch]
         while oid in self.commits:
             messages.append(self.commits[oid].message)
@@ -70,7 +70,7 @@ class Repository:
 
 
 class Refusal(Exception):
-    """An answer with an error; `code` is what the client tells kinds of it by."""
+    """An error response; the client distinguishes errors by `code`."""
 
     def __init__(self, status, message, code="", **facts):
         super().__init__(message)
@@ -81,7 +81,7 @@ NOT_FOUND = "Repository not found"
 
 
 class Request(BaseHTTPRequestHandler):
-    """Finds the method for a request in `ROUTES` and sends what it returns as JSON, unless it has answered itself."""
+    """Handler that finds a request's method in `ROUTES` and sends its result as JSON, unless the method answered."""
 
     protocol_version = "HTTP/1.1"
 
@@ -124,18 +124,18 @@ class Request(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # Who asks, for what.
+    # Who sends the request, and for which repository.
 
     @property
     def user(self):
-        """`(name, may write)` of the token; None without one."""
+        """Return `(name, may write)` of the token; None without a token."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return self.hub.tokens.get(token)
 
     def repository(self, name, write=False):
-        """A repository that the user may read, or write."""
+        """Return a repository that the user may read, or write."""
         found, user = self.hub.repositories.get(name), self.user
         if found is None or (found.private and (user is None or user[0] != name.split("/")[0])):
             raise Refusal(404 if user else 401, NOT_FOUND, "RepoNotFound")
@@ -166,13 +166,13 @@ class Request(BaseHTTPRequestHandler):
         return {"type": "user", "name": name, "orgs": [], "auth": {"type": "access_token", "accessToken": token}}
 
     def create(self):
-        asked = json.loads(self.body)
-        owner = asked.get("organization") or (self.user or ("nobody",))[0]
+        request = json.loads(self.body)
+        owner = request.get("organization") or (self.user or ("nobody",))[0]
         self.check_may_write(owner)
-        name = f"{owner}/{asked['name']}"
+        name = f"{owner}/{request['name']}"
         if name in self.hub.repositories:
             raise Refusal(409, "You already created this model repo", url=f"{self.hub.url}/{name}")
-        created = Repository(name, private=asked.get("visibility") == "private")
+        created = Repository(name, private=request.get("visibility") == "private")
         created.add("main", Commit("", "initial commit", {}))
         self.hub.repositories[name] = created
         return {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
@@ -219,11 +219,11 @@ class Request(BaseHTTPRequestHandler):
         return {}
 
     def preupload(self, name, revision):
-        """Which files travel in the commit and which go ahead as large ones; the client leaves out unchanged ones."""
+        """Tell regular from large files, which are uploaded before the commit; the client skips unchanged ones."""
         time.sleep(self.hub.delay)
         there = self.commit(self.repository(name, write=True), revision).files
         answers = []
-        for path in (asked["path"] for asked in json.loads(self.body)["files"]):
+        for path in (request["path"] for request in json.loads(self.body)["files"]):
             mode = "lfs" if self.hub.is_lfs(name, path) else "regular"
             oid = there[path].oid if path in there else None
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -252,9 +252,9 @@ class Request(BaseHTTPRequestHandler):
     def lfs_batch(self, name):
         self.repository(name, write=True)
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            upload = {"upload": {"href": f"{self.hub.storage}/large-files/{asked['oid']}", "header": {}}}
-            objects.append({**asked, **({} if asked["oid"] in self.hub.large_files else {"actions": upload})})
+        for request in json.loads(self.body)["objects"]:
+            upload = {"upload": {"href": f"{self.hub.storage}/large-files/{request['oid']}", "header": {}}}
+            objects.append({**request, **({} if request["oid"] in self.hub.large_files else {"actions": upload})})
         return {"transfer": "basic", "objects": objects}
 
     def put_large_file(self, oid):
@@ -264,7 +264,7 @@ class Request(BaseHTTPRequestHandler):
         return {}
 
     def tree(self, name, revision, folder):
-        """Files, and the folders that they are in, below a folder."""
+        """Return the files below a folder, and the folders that contain them."""
         files = self.commit(self.repository(name), revision).files
         entries = {path: entry(path, file) for path, file in files.items()}
         for path in files:
@@ -280,8 +280,8 @@ class Request(BaseHTTPRequestHandler):
 
     def paths_info(self, name, revision):
         files = self.commit(self.repository(name), revision).files
-        asked = json.loads(self.body) if self.body[:1] == b"{" else parse_qs(self.body.decode())
-        return [entry(path, files[path]) for path in asked["paths"] if path in files]
+        request = json.loads(self.body) if self.body[:1] == b"{" else parse_qs(self.body.decode())
+        return [entry(path, files[path]) for path in request["paths"] if path in files]
 
     def resolve(self, name, revision, path):
         commit = self.commit(self.repository(name), revision)
@@ -290,7 +290,7 @@ class Request(BaseHTTPRequestHandler):
             missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             return self.send(404, **headers, **missing)
         file = commit.files[path]
-        if file.lfs:  # as by the Hub, another host is named, at whose redirect the client stops for the facts
+        if file.lfs:  # as on the Hub: a redirect to another host, at which the client reads the metadata
             linked = {"X-Linked-ETag": f'"{file.oid}"', "X-Linked-Size": len(file.content)}
             return self.send(302, Location=f"{self.hub.storage}/large-files/{file.oid}", **headers, **linked)
         return self.send(200, file.content, ETag=f'"{file.oid}"', **headers)
@@ -300,7 +300,7 @@ class Request(BaseHTTPRequestHandler):
 
 
 def entry(path, file):
-    """A file in the listings of `tree` and `paths-info`."""
+    """Return the entry of a file in the listings of `tree` and `paths-info`."""
     facts = {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
     return {**facts, "lfs": {"oid": file.oid, "size": len(file.content), "pointerSize": 0}} if file.lfs else facts
 
@@ -328,13 +328,13 @@ ROUTES = [
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it holds.
+    """Server with its repositories in memory.
 
     Args:
         tokens: `(user, may write)` of each token.
-        lfs: patterns of `owner/repository/path` that are stored as large files.
+        lfs: patterns of `owner/repository/path` of the files that are stored as large files.
 
-    Set `delay` to have each commit wait for so many seconds before its files are read.
+    With `delay`, each commit waits for that many seconds before its files are read.
     """
 
     delay = 0.0
@@ -352,7 +352,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def serving(tokens, lfs=()):
-    """A [`Hub`] that answers until the block ends."""
+    """Yield a [`Hub`] that answers until the block ends."""
     with Hub(tokens, lfs) as hub:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()

@@ -1,7 +1,7 @@
-"""Textual inversion by the reference implementations, as tensors: tiny checkpoints under our names.
+"""Tensors of the reference implementations of textual inversion: tiny checkpoints, renamed to our parameter names.
 
-`tests/fixtures/inversion` was computed with the methods' public code at tiny random sizes, in float32; PALAVRA's with
-arithmetic of its formulas. Tolerances are those measured there against float64.
+`tests/fixtures/inversion` was computed with the methods' public code at tiny random sizes, in float32; PALAVRA's from
+its formulas. Tolerances were measured there against float64.
 """
 
 from functools import cache
@@ -35,7 +35,7 @@ def io_of(method):
 
 
 def query_of(method):
-    """The query embeddings of the inference template."""
+    """Return the query embeddings of the inference template."""
     io = io_of(method)
     return io["cirr_query" if "cirr_query" in io else "query"]
 
@@ -60,7 +60,7 @@ PALAVRA_NAMES = {
 
 
 def palavra_tensors(names, file):
-    """A file of PALAVRA's, of which none was released, under our names, float32."""
+    """Return the weights of a PALAVRA file in float32, under our parameter names; no such file was released."""
     tensors = load_file(FIXTURES / f"{file}.safetensors")
     return {renamed(name, names): tensor.float() for name, tensor in tensors.items()}
 
@@ -72,7 +72,7 @@ def renamed(name, names):
 
 
 def tiny_clip(method):
-    """Configuration and weights of the reference's CLIP, in Transformers' names."""
+    """Return configuration and weights of the reference's CLIP, under Transformers' parameter names."""
     tensors = clip_tensors(method)
     scale = tensors.pop("logit_scale")
     weights = translate(tensors, CLIP_NAMES)
@@ -80,7 +80,7 @@ def tiny_clip(method):
 
 
 def reference_model(method, **settings):
-    """Our model with the reference's weights, in eval mode, and without dropout in train mode."""
+    """Return our model with the reference's weights, in eval mode; it has no dropout in train mode either."""
     vl_config, clip, temperature = tiny_clip(method)
     mapping = {}
     if method in FILES:
@@ -110,7 +110,7 @@ def within(ours, theirs, atol=1e-5):
 
 
 def make_model(method, reference=True):
-    """The reference's model; or one of its sizes with fresh weights."""
+    """Return the model with the reference's weights, or one of the same sizes with new weights."""
     if reference:
         return reference_model(method)
     vl_config, _, _ = tiny_clip(method)
@@ -121,7 +121,7 @@ def make_model(method, reference=True):
 
 
 def make_tokenizer():
-    """A CLIP tokenizer of 300 tokens: letters, words of the templates, placeholders under the fixtures' ids."""
+    """Return a CLIP tokenizer of 300 tokens: letters, words of the templates, placeholders with the fixtures' ids."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789$*,.{}"
     merges, words = [], ("jekyll", "photo", "this", "contains", "illustration", "illustrations", "sketch", "diagram")
     for word in words:
@@ -134,7 +134,7 @@ def make_tokenizer():
 
 
 def make_processor(method, **settings):
-    """32 px images, and a context of 77 as CLIP's whatever the tiny text encoder has."""
+    """Return a processor for 32 px images and CLIP's context of 77, whatever the tiny text encoder's is."""
     images = PVLFImageProcessor(
         size={"shortest_edge": 32},
         crop_size=32,

@@ -1,13 +1,13 @@
-"""Kills work that writes files, starts it again until it is done, and compares with the outcome of a run left alone.
+"""Kill jobs that write files, restart them until they finish, and compare with the outcome of an uninterrupted run.
 
     python tests/kill.py --kills 30 --seed 0
 
-Training, training that pushes, evaluation, indexing and feature caching run in a process each. The process gets
-SIGKILL, in turn at a random time and at a random file operation (writes are short: a clock alone seldom meets one).
+Training, training with pushes, evaluation, indexing and feature caching run in a process each. The process gets
+SIGKILL, in turn at a random time and at a random file operation (writes are short: random times rarely hit one).
 After every kill, all files that are not marked as unfinished are read. Exits with 1 if a file cannot be read, or if a
 restart fails, repeats finished work, or ends with other weights, index or metrics, bit for bit.
 
-Processes are forked from one that has imported everything, so that kills fall into the work. Kills by time depend on
+Processes are forked from one that has imported everything, so that kills hit the job itself. Kills by time depend on
 the machine, those by file operation only on the seed.
 """
 
@@ -41,19 +41,19 @@ COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange
 STEPS, IMAGES, ROWS = 10, 96, 8
 REPOSITORY = "you/model"
 
-# Work that a kill may cost: steps between checkpoints, images between writes.
+# Work that a kill may lose: steps between checkpoints, images between writes.
 LOSES = {"train": 1, "push": 1, "evaluate": ROWS, "gallery": ROWS, "cache": ROWS}
 
 
-# ---- the work, in a process of its own ----
+# ---- the jobs, each in its own process ----
 
 
 def work(kind, folder, inputs, tell, dies_at):
-    """Sends `begin`, then 1 for each step or n for n encoded images, and at the end the number of file operations."""
+    """Run a job; send `begin`, then 1 a step or n for n encoded images, and last the number of file operations."""
     log = (folder / "log.txt").open("a")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    os.chdir(folder)  # the same paths in every run: files that are compared hold them
+    os.chdir(folder)  # the same paths in every run: the compared files contain them
     begin = globals()[kind]
     operations = count_file_operations(folder, dies_at)
     tell.send("begin")
@@ -62,7 +62,7 @@ def work(kind, folder, inputs, tell, dies_at):
 
 
 def count_file_operations(folder, dies_at):
-    """Counts operations that change files in the folder; the process dies before number `dies_at`."""
+    """Count operations that change files in the folder; kill the process before operation `dies_at`."""
     counted = [0]
 
     def hook(event, arguments):
@@ -78,7 +78,7 @@ def count_file_operations(folder, dies_at):
 
 
 def count_images(tell):
-    """Sends the number of images of every forward of an image encoder."""
+    """Send the number of images of every forward pass of an image encoder."""
     from torch.nn.modules.module import register_module_forward_hook
     from transformers import BlipVisionModel
 
@@ -161,7 +161,7 @@ def cache(inputs, tell):
 
 
 def read(file):
-    """Returns the content of a file; raises if it is not whole."""
+    """Return the content of a file; raise if it is incomplete."""
     import pyarrow.parquet as pq
     import torch
     from safetensors import safe_open
@@ -178,14 +178,14 @@ def read(file):
 
 
 def without_speed(value):
-    """Returns JSON content without the seconds that an evaluation took."""
+    """Return JSON content without the duration of an evaluation."""
     if isinstance(value, dict):
         return {k: without_speed(v) for k, v in value.items() if not k.endswith(("_runtime", "_per_second"))}
     return [without_speed(v) for v in value] if isinstance(value, list) else value
 
 
 def bits(value):
-    """Returns a nested value with its tensors as bytes."""
+    """Return a nested value with its tensors as bytes."""
     if isinstance(value, dict):
         return {key: bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -194,7 +194,7 @@ def bits(value):
 
 
 def finished(folder):
-    """Yields the files that are not marked as unfinished."""
+    """Yield the files that are not marked as unfinished."""
     for file in sorted(folder.rglob("*")):
         marked = file.suffix == ".partial" or "_unfinished" in file.parts or file.name in ("log.txt", "lock")
         if file.is_file() and not marked:
@@ -206,9 +206,9 @@ def unfinished(folder):
 
 
 def check_files(folder):
-    """Reads all finished files after a kill; checkpoints must also have all their parts."""
+    """Read all finished files after a kill; checkpoints must also have all their parts."""
     for file in finished(folder):
-        # Files that the Trainer copies out of a checkpoint to push them are no model until the end.
+        # Files that the Trainer copies out of a checkpoint to push them are not a complete model until the end.
         if folder.name != "push" or file.parent.name != "run" or file.name.startswith("results"):
             read(file)
     parts = [sorted(file.name for file in path.iterdir()) for path in folder.glob("run/checkpoint-*")]
@@ -217,7 +217,7 @@ def check_files(folder):
 
 
 def outcome(folder, hub):
-    """Returns all that must be equal: files but those with random names or times, and the content of the Hub."""
+    """Return all that must be equal: files except those with random names or times, and the content of the Hub."""
     facts = {str(f.relative_to(folder)): read(f) for f in finished(folder) if f.name != "training_args.bin"}
     if folder.name == "cache":
         facts = {name: content for name, content in facts.items() if not name.endswith(".safetensors")}
@@ -235,21 +235,21 @@ def outcome(folder, hub):
 
 @contextmanager
 def prepared():
-    """Makes inputs and a Hub on the loopback interface; yields both, and the context that starts processes."""
-    with tempfile.TemporaryDirectory() as place, serving({"hf_owner": ("you", True)}, ["*.safetensors"]) as hub:
+    """Make inputs and a Hub on the loopback interface; yield both, and the context that starts processes."""
+    with tempfile.TemporaryDirectory() as root, serving({"hf_owner": ("you", True)}, ["*.safetensors"]) as hub:
         hub.handle_error = lambda *_: None  # clients are killed on purpose
         os.environ.pop("HF_HUB_OFFLINE", None)
-        os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{place}/hf"}
+        os.environ |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": f"{root}/hf"}
         os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
-        process = context.Process(target=make_inputs, args=(Path(place),))
+        process = context.Process(target=make_inputs, args=(Path(root),))
         process.start()
         process.join()
-        yield Path(place), hub, context
+        yield Path(root), hub, context
 
 
-def make_inputs(place):
+def make_inputs(root):
     import numpy as np
     from miniatures import make_cirr, make_fashioniq
     from PIL import Image
@@ -257,43 +257,43 @@ def make_inputs(place):
     from transformers import BlipForImageTextRetrieval
 
     model, processor = make_model(), make_processor()
-    model.save_pretrained(place / "pvlf")
-    processor.save_pretrained(place / "pvlf")
+    model.save_pretrained(root / "pvlf")
+    processor.save_pretrained(root / "pvlf")
     blip = BlipForImageTextRetrieval(model.config.vl_config)
     for name in (*model.backbone.vision_modules, *model.backbone.text_modules):
         setattr(blip, name, getattr(model.backbone, name))
-    blip.save_pretrained(place / "blip")
-    processor.tokenizer.save_pretrained(place / "blip")
+    blip.save_pretrained(root / "blip")
+    processor.tokenizer.save_pretrained(root / "blip")
     for folder in ("photos", "gallery"):
-        (place / folder).mkdir()
+        (root / folder).mkdir()
     for colour in COLOURS:
-        Image.new("RGB", (40, 32), colour).save(place / "photos" / f"{colour}.png")
+        Image.new("RGB", (40, 32), colour).save(root / "photos" / f"{colour}.png")
     rows = [f"{a}.png,but {b},{b}.png" for a in COLOURS for b in COLOURS if a != b]
-    (place / "triplets.csv").write_text("\n".join(["reference,caption,target", *rows]))
+    (root / "triplets.csv").write_text("\n".join(["reference,caption,target", *rows]))
     noise = np.random.default_rng(0).integers(0, 256, (IMAGES, 40, 40, 3), dtype=np.uint8)
     for number, pixels in enumerate(noise):
-        Image.fromarray(pixels).save(place / "gallery" / f"{number}.png")
+        Image.fromarray(pixels).save(root / "gallery" / f"{number}.png")
     rows = [f"{n}.png,but red,{n + 1}.png" for n in range(0, IMAGES, 2)]
-    (place / "many.csv").write_text("\n".join(["reference,caption,target", *rows]))
-    make_cirr(place / "data" / "cirr")
-    make_fashioniq(place / "data" / "fashioniq")
+    (root / "many.csv").write_text("\n".join(["reference,caption,target", *rows]))
+    make_cirr(root / "data" / "cirr")
+    make_fashioniq(root / "data" / "fashioniq")
 
 
 class Killer:
-    """Runs one kind of work again and again, and kills it."""
+    """One kind of job, killed and restarted repeatedly."""
 
-    def __init__(self, kind, place, hub, context):
-        self.kind, self.place, self.hub, self.context = kind, place, hub, context
+    def __init__(self, kind, root, hub, context):
+        self.kind, self.root, self.hub, self.context = kind, root, hub, context
         self.kills = self.amid_a_write = self.runs = self.results = self.units = self.redone = 0
         self.moments = {"time": 0, "operation": 0}
-        self.folder = place / "alone" / kind
+        self.folder = root / "alone" / kind
         hub.repositories.clear()
         self.alone = self.start()
         self.expected = outcome(self.folder, hub)
         assert self.expected and not unfinished(self.folder)
 
     def __str__(self):
-        """Summarizes all cycles in a line."""
+        """Summarize all cycles in a line."""
         return (
             f"{self.kind}: {self.kills} kills ({self.moments['time']} by the clock, {self.moments['operation']} at a "
             f"file operation; {self.amid_a_write} amid a write), {self.results} results equal, {self.redone} of "
@@ -301,10 +301,10 @@ class Killer:
         )
 
     def start(self, seconds=None, dies_at=None):
-        """Runs until the end or the kill; returns whether it ended, seconds of work, units done, file operations."""
+        """Run until the end or the kill; return whether the job finished, seconds, units done and file operations."""
         self.folder.mkdir(parents=True, exist_ok=True)
         ours, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=work, args=(self.kind, self.folder, self.place, theirs, dies_at))
+        process = self.context.Process(target=work, args=(self.kind, self.folder, self.root, theirs, dies_at))
         process.start()
         theirs.close()
         units, operations, began, ended = 0, 0, None, None
@@ -328,9 +328,9 @@ class Killer:
         return process.exitcode == 0, (ended or monotonic()) - (began or monotonic()), units, operations
 
     def cycle(self, random, most):
-        """Starts the work again and kills it, at most `most` times, until it is done; then compares."""
+        """Restart and kill the job, at most `most` times, until it finishes; then compare."""
         _, seconds, expected_units, operations = self.alone
-        self.folder = self.place / f"cycle{self.runs}" / self.kind
+        self.folder = self.root / f"cycle{self.runs}" / self.kind
         self.hub.repositories.clear()
         kills = units = 0
         done = False
@@ -354,7 +354,7 @@ class Killer:
         redone = units - expected_units
         self.redone += redone
         assert redone <= kills * LOSES[self.kind], f"{self.kind}: {redone} done again after {kills} kills"
-        again = self.start()[2]  # finished work: this run finds everything done
+        again = self.start()[2]  # the job has finished: this run has nothing to do
         assert again == 0, f"{self.kind}: {again} done again by a run that was finished"
         result = outcome(self.folder, self.hub)
         differ = [name for name in {*result, *self.expected} if result.get(name) != self.expected.get(name)]
@@ -370,9 +370,9 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     args = parser.parse_args()
     random, killers = Random(args.seed), []
-    with prepared() as (place, hub, context):
+    with prepared() as (root, hub, context):
         for number, kind in enumerate(args.kinds):
-            killer, quota = Killer(kind, place, hub, context), len(range(number, args.kills, len(args.kinds)))
+            killer, quota = Killer(kind, root, hub, context), len(range(number, args.kills, len(args.kinds)))
             while killer.kills < quota:
                 killer.cycle(random, min(3, quota - killer.kills))
             print(killer, flush=True)

@@ -1,8 +1,8 @@
-"""The web demo under load (`python tests/load_demo.py`), and its screenshots (`--screenshots`).
+"""Test the web demo under load (`python tests/load_demo.py`), and take its screenshots (`--screenshots`).
 
-Starts the demo as a process of its own, as a Hub Space would, on EmojiCIR. Fifty clients then send good and bad
-requests for a minute; every good answer is compared with what the gallery itself finds. Each client is one behind a
-proxy on this machine (`X-Forwarded-For`), because the server counts the requests of each address.
+Starts the demo in its own process, as a Hub Space would, on EmojiCIR. Fifty clients then send valid and invalid
+requests for a minute; every result is compared with that of the gallery itself. Each client is one behind a
+proxy on this machine (`X-Forwarded-For`), because the server counts requests by address.
 """
 
 import argparse
@@ -37,15 +37,15 @@ CHROMIUM = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-ru
 --disable-component-update --disable-sync""".split()
 TEXTS = ["as a woman", "dark skin", "make this one a horse", "not red but blue", "a flag", "half past two"]
 API = "/gradio_api"
-ONE_THREAD = ThreadPoolExecutor(1)  # a gallery answers one question at a time
+ONE_THREAD = ThreadPoolExecutor(1)  # a gallery answers one query at a time
 
 
 class Refused(Exception):
-    """The server said no, in a sentence."""
+    """The server refused a request with a message."""
 
 
 class Client:
-    """One visitor, who speaks as the page does: joins the queue and waits for what becomes of it."""
+    """Client of one visitor, with the page's protocol: it joins the queue and waits for the outcome."""
 
     def __init__(self, url, name, number=0):
         self.http = httpx.AsyncClient(
@@ -63,7 +63,7 @@ class Client:
         await self.http.aclose()
 
     async def post(self, path, **body):
-        """A POST that is answered, or refused."""
+        """Send a POST request; raise [`Refused`] if it is refused."""
         answer = await self.http.post(API + path, **body)
         if 400 <= answer.status_code < 500 or answer.status_code == 503:
             sentence = answer.json()["detail"] if "json" in answer.headers["content-type"] else answer.text
@@ -72,7 +72,7 @@ class Client:
         return answer.json()
 
     async def call(self, name, *values, event=None):
-        """One event of the page: what each output became, by the component's number."""
+        """Send an event of the page; return the updated outputs by component number."""
         (function,) = (d for d in self.config["dependencies"] if d["api_name"] == name)
         given = iter(values)
         stateful = {c["id"] for c in self.config["components"] if c["type"] == "state"}
@@ -92,36 +92,36 @@ class Client:
         return next(c["id"] for c in self.config["components"] if c["props"].get("elem_id") == elem_id)
 
     async def upload(self, name, content):
-        """Uploads a file and makes it the reference."""
+        """Upload a file and make it the reference image."""
         (path,) = await self.post("/upload", files={"files": (name, content)})
         file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
         return (await self.call("take", file))[self.component("reference")]
 
     async def results(self, name, *values, event=None):
-        """The grid after an event: rows of the gallery and captions."""
+        """Return the grid after an event: gallery rows and captions."""
         grid = (await self.call(name, *values, event=event))[self.component("grid")]["value"]
         return [(int(Path(cell["image"]["path"]).stem), cell["caption"]) for cell in grid]
 
 
 def expected(gallery, image, text, balance=0.0, left_out=()):
-    """What the page should show."""
+    """Return the rows and captions that the page should show."""
     both = image is not None and text is not None
     query = gallery.query(image, text, explain=both)
     weights = weights_of(balance) if both else (0, 1, 0)
     found = gallery.search(query=query, k=SHOWN, weights=weights, exclude=left_out)
-    captions = [f"{place} · {score:.2f}" for place, score in enumerate(found.scores, 1)]
+    captions = [f"{rank} · {score:.2f}" for rank, score in enumerate(found.scores, 1)]
     return [(gallery.ids.index(i), caption) for i, caption in zip(found.ids, captions, strict=True)]
 
 
-def png(picture):
+def png(image):
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
 @dataclass
 class Report:
-    """What became of all requests."""
+    """Outcomes of all requests."""
 
     counts: Counter = field(default_factory=Counter)
     times: list[float] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Report:
 
     @property
     def good(self):
-        """Nothing but right answers and refusals in a sentence, and some of both."""
+        """Return whether all requests got correct results or a refusal with a message, and there are some of both."""
         return set(self.counts) == {"right", "refused"}
 
     def __str__(self):
@@ -142,7 +142,7 @@ class Report:
 
 
 class Visitor:
-    """Does what visitors do, good and bad, and counts what became of it."""
+    """Visitor that sends valid and invalid requests and counts the outcomes."""
 
     def __init__(self, client, gallery, luck, report):
         self.client, self.gallery, self.luck = client, gallery, luck
@@ -157,32 +157,32 @@ class Visitor:
         return found
 
     async def search_and_refine(self):
-        """An image of one's own and words, the slider, then on from a result, and back: five answers."""
+        """Search with an uploaded image and a text, move the slider, refine a result, and go back: five answers."""
         luck, find = self.luck, remembered(self.gallery)
         own, text, more = luck.randrange(len(self.gallery)), luck.choice(TEXTS), luck.choice(TEXTS)
         balance = luck.choice([-0.5, 0.0, 0.7])
-        picture = self.gallery.image(self.gallery.ids[own])
-        await self.client.upload(f"{own}.png", png(picture))
+        image = self.gallery.image(self.gallery.ids[own])
+        await self.client.upload(f"{own}.png", png(image))
         await self.check(lambda: find(own, text, 0.0, False), "search", text, 0)
         found = await self.check(lambda: find(own, text, balance, False), "weigh", balance)
-        place = luck.randrange(len(found))
-        await self.client.call("pick", event={"index": place, "value": None})
-        await self.check(lambda: find(found[place][0], more, balance, True), "search", more, balance)
+        position = luck.randrange(len(found))
+        await self.client.call("pick", event={"index": position, "value": None})
+        await self.check(lambda: find(found[position][0], more, balance, True), "search", more, balance)
         back = {"index": 0, "value": None}
         await self.check(lambda: find(own, text, balance, False), "back", balance, event=back)
-        await self.client.call("drop")  # then only words
+        await self.client.call("drop")  # then the text alone
         await self.check(lambda: find(None, more, 0.0, False), "search", more, balance)
 
     async def look(self):
-        """An image of the start page can be loaded, and is nothing but pixels."""
+        """Load an image of the start page, which must hold pixels and no metadata."""
         grid = (await self.client.call("start"))[self.client.component("grid")]["value"]
         answer = await self.client.http.get(f"{API}/file={self.luck.choice(grid)['image']['path']}")
-        with Image.open(io.BytesIO(answer.content)) as picture:
-            right = answer.status_code == 200 and not picture.getexif() and picture.format == "WEBP"
+        with Image.open(io.BytesIO(answer.content)) as image:
+            right = answer.status_code == 200 and not image.getexif() and image.format == "WEBP"
         self.counts["right" if right else "wrong"] += 1
 
     async def misbehave(self):
-        """Asks for what must be refused."""
+        """Send requests that must be refused."""
         client = self.client
         passwd = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
@@ -216,7 +216,7 @@ class Visitor:
             lambda: client.call("pick", event={"index": 999, "value": None}),
             lambda: client.call("back", 0, event={"index": 7, "value": None}),
             lambda: client.call("take", passwd),
-            lambda: client.call("take", passwd | {"path": "http://example.com/picture.png"}),
+            lambda: client.call("take", passwd | {"path": "http://example.com/image.png"}),
             lambda: client.post("/upload", files={"files": ("huge.png", bytes(21 * 2**20))}),
             lambda: client.post("/queue/join", content=b"x" * 2**17),
             lambda: client.post("/queue/join", content=b"{"),
@@ -237,7 +237,7 @@ class Visitor:
 
 @cache
 def remembered(gallery):
-    """Expected answers, each computed once; a row of the gallery stands for its image."""
+    """Return a function that computes expected answers, each once; a gallery row identifies its image."""
 
     @cache
     def find(row, text, balance, left_out):
@@ -249,7 +249,7 @@ def remembered(gallery):
 
 
 async def visit(url, gallery, number, until, report):
-    """One client until the time is over; what stays without an answer is lost."""
+    """Run one client until the time is over; requests without an answer count as lost."""
     luck = random.Random(number)
     async with Client(url, f"visitor-{number}-{time.time_ns()}", number) as client:
         visitor = Visitor(client, gallery, luck, report)
@@ -264,13 +264,13 @@ async def visit(url, gallery, number, until, report):
 
 
 def load(url, gallery, clients=50, seconds=60.0):
-    """Sends a mixture of requests from many clients at once.
+    """Send a mixture of requests from many clients at once.
 
     Args:
-        url: of the demo.
-        gallery: of the same model and images, to compare with; not the object that the server uses.
-        clients: how many at once.
-        seconds: for how long new ones are started.
+        url: URL of the demo.
+        gallery: gallery of the same model and images to compare with, not the object that the server uses.
+        clients: number of concurrent clients.
+        seconds: duration during which new requests are started.
     """
 
     async def all_of_them():
@@ -284,7 +284,7 @@ def load(url, gallery, clients=50, seconds=60.0):
 
 @contextmanager
 def served(**environment):
-    """The demo as a process of its own; its address."""
+    """Start the demo in its own process; yield its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = {"PVLF_MODEL": str(CARD), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", **environment}
@@ -301,7 +301,7 @@ def served(**environment):
 
 @contextmanager
 def chromium():
-    """A headless browser."""
+    """Yield a headless browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -311,7 +311,7 @@ def chromium():
 
 
 def screenshots(url, folder):
-    """The images in the README: an example, and on from its second result, on a desk and on a phone."""
+    """Take the README's screenshots: an example and a refinement of its second result, on desktop and phone."""
     with chromium() as browser:
         for name, width in (("web_demo", 1280), ("web_demo_mobile", 390)):
             page = browser.new_page(viewport={"width": width, "height": 800})
@@ -323,7 +323,7 @@ def screenshots(url, folder):
             page.get_by_label("but …").fill("a firefighter")
             page.get_by_role("button", name="Search").click()
             page.locator("#trail").get_by_text("a firefighter").wait_for()
-            page.wait_for_timeout(1000)  # what moves comes to rest
+            page.wait_for_timeout(1000)  # animations finish
             page.evaluate("scrollTo(0, 0)")
             page.screenshot(path=folder / f"{name}.png", full_page=True)
 

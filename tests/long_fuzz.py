@@ -1,4 +1,4 @@
-"""The long row of fuzzing; `python tests/reliability.py --long` runs it, the suite does not."""
+"""Long run of the fuzzer; `python tests/reliability.py --long` runs it, the suite does not."""
 
 import os
 import re
@@ -27,8 +27,8 @@ RUNS = {
 
 @pytest.mark.reliability(
     4,
-    "Coverage-guided fuzzing of images, annotations, tables and submission files: nothing but a `ValueError` or an "
-    "answer, no input over 10 s, no process over 1000 MiB",
+    "Coverage-guided fuzzing of images, annotations, tables and submission files: only results or a "
+    "`ValueError`, no input over 10 s, no process over 1000 MiB",
     broken=("src/pvlf_hf/data/annotations.py", "if key not in record:", "if False:"),
 )
 def test_guided_by_coverage(tmp_path, figure):

@@ -1,4 +1,4 @@
-"""The long run of `kill.py`."""
+"""Long run of `kill.py`."""
 
 import pytest
 from test_interruption import kill

@@ -1,4 +1,4 @@
-"""The long run of `load_demo.py`."""
+"""Long run of `load_demo.py`."""
 
 import pytest
 from load_demo import CARD, load, served
@@ -9,8 +9,8 @@ from pvlf_hf import Gallery, load_emoji_pictures
 
 @pytest.mark.reliability(
     5,
-    "50 clients for a minute (`python tests/load_demo.py`), good and bad requests mixed, the demo a process: "
-    "every answer right, every refusal a sentence",
+    "50 clients for a minute (`python tests/load_demo.py`), valid and invalid requests mixed, the demo in its "
+    "own process: every answer is correct, every refusal has a message",
     broken=(
         "src/pvlf_hf/search/demo_session.py",
         "name = str(self.row_of[reference])",

@@ -1,4 +1,4 @@
-"""What is too long for the suite: four sharded processes, and a launcher of which one process dies."""
+"""Tests too long for the suite: four sharded processes, and a launcher that loses one of its processes."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ __all__ = ["alone"]
 
 @pytest.mark.reliability(
     3,
-    "4 processes (FSDP 2): losses and gradients of one process",
+    "4 processes (FSDP 2) have the losses and gradients of one process",
     broken=(
         "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
@@ -33,7 +33,7 @@ train_with_one_that_leaves(sys.argv[1], signal.SIGKILL)
 
 @pytest.mark.reliability(
     3,
-    "`torchrun` of which one process dies: the job ends and names the process and its signal",
+    "If one process of a `torchrun` job dies, the job ends and names the process and its signal",
     broken=("tests/test_several_processes.py", "os.kill(os.getpid(), self.signal)", "pass"),
 )
 def test_torchrun_ends_after_a_lost_process(tmp_path, figure):

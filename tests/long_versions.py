@@ -1,4 +1,4 @@
-"""The long rows of versions: fresh environments with the lowest and the highest ones that users may have.
+"""Long rows of versions: fresh environments with the lowest and the highest versions that users may have.
 
 `python tests/reliability.py --long` runs them, with a network; the suite does not.
 """
@@ -26,7 +26,7 @@ TOOLS = ("pytest", "pytest-xdist", "hypothesis", "fsspec[http]")
 
 
 def requirements(which):
-    """What users may have. The lowest PyTorch is a build of 7 GB, which brings CUDA."""
+    """Return the requirements of an environment. The lowest PyTorch is a build of 7 GB that includes CUDA."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for requirement in map(Requirement, project["dependencies"]):
         floors = [bound.version for bound in requirement.specifier if bound.operator == ">="]
@@ -35,8 +35,8 @@ def requirements(which):
 
 @pytest.mark.reliability(
     6,
-    "The core of the suite passes with the lowest versions that `pyproject.toml` allows, and with the highest that "
-    "there are",
+    "The core of the suite passes with the lowest versions that `pyproject.toml` allows, and with the highest "
+    "available",
     broken=(
         "src/pvlf_hf/models/image_processing_pvlf.py",
         "[name for name in FORMATS if name in Image.OPEN]",

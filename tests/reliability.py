@@ -1,11 +1,11 @@
-"""Fills the table of `tests/RELIABILITY.md`: each row is a test, so that the suite fails if a claim no longer holds.
+"""Fill the table of `tests/RELIABILITY.md`: each row is a test, so that the suite fails if a claim no longer holds.
 
     python tests/reliability.py           # the quick rows, part of the suite
     python tests/reliability.py --long    # the long ones, `tests/long_*.py`, which the suite leaves out
     python tests/reliability.py --break   # applies each row's edit in a copy, and records how its test fails;
                                           # with --long the edits of the long rows
 
-The marker of a test declares its row: chapter, claim, and one edit of a file that must make the test fail, all as
+A test's marker declares its row: chapter, claim, and one edit of a file that must make the test fail, all as
 literals. `figure` records the row's figure: counts or errors, not seconds, so that two runs write the same:
 
     @pytest.mark.reliability(4, "PDF is not read as an image", broken=("src/pvlf_hf/x.py", "old text", "new text"))
@@ -13,7 +13,7 @@ literals. `figure` records the row's figure: counts or errors, not seconds, so t
         ...
         figure("12 files, 12 refused")
 
-`-k` chooses tests by a part of their name. Results are kept in `tests/reliability.json`; rows that are not run keep
+`-k` selects tests by a part of their name. Results are stored in `tests/reliability.json`; rows that are not run keep
 theirs, and rows whose test was deleted are removed.
 """
 
@@ -39,7 +39,7 @@ START, END = "<!-- table: written by tests/reliability.py -->", "<!-- end of tab
 
 
 def declared() -> dict[str, tuple[int, str, tuple[str, str, str]]]:
-    """Chapter, claim and edit of each marked test, by its node id; read from the sources, so nothing is imported."""
+    """Return chapter, claim and edit of each marked test by node id, read from the sources without importing them."""
     rows = {}
     for file in sorted([*TESTS.glob("test_*.py"), *TESTS.glob("long_*.py")]):
         for node in ast.parse(file.read_text()).body:
@@ -51,7 +51,7 @@ def declared() -> dict[str, tuple[int, str, tuple[str, str, str]]]:
 
 
 class Figures:
-    """A pytest plugin that keeps what each marked test found."""
+    """Pytest plugin that records the figure of each marked test."""
 
     def __init__(self):
         self.of = {}
@@ -67,14 +67,14 @@ class Figures:
 
 
 def measure(files: list[str], options: list[str]) -> tuple[int, dict[str, str]]:
-    """Runs marked tests; pytest's exit code and the figures by node id."""
+    """Run marked tests; return pytest's exit code and the figures by node id."""
     figures = Figures()
     code = pytest.main(["-m", "reliability", "--durations=0", *options, *files], plugins=[figures])
     return int(code), {row: "; ".join(found) for row, found in figures.of.items()}
 
 
 def break_on_purpose(row: str, edit: tuple[str, str, str]) -> str:
-    """Runs a test in a copy of the repository with one edit; what it then says."""
+    """Run a test in a copy of the repository with one edit; return its failure message."""
     name, old, new = edit
     with tempfile.TemporaryDirectory() as copy:
         for part in ("src", "tests", "train_scripts", "model_cards", *(p.name for p in ROOT.iterdir() if p.is_file())):
@@ -90,16 +90,19 @@ def break_on_purpose(row: str, edit: tuple[str, str, str]) -> str:
         run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if run.returncode == 0:
         return "**still passes**"
-    said = [line.partition(" - ")[2] for line in run.stdout.splitlines() if re.match(f"(FAILED|ERROR) {row}", line)]
-    if not said:
+    failure = [line.partition(" - ")[2] for line in run.stdout.splitlines() if re.match(f"(FAILED|ERROR) {row}", line)]
+    if not failure:
         raise RuntimeError(f"{row} did not run after the edit of {name}:\n{run.stdout}{run.stderr}")
-    said = re.sub(r"(/[\w.+-]+)+/", "", said[0])  # no paths of this machine
-    return said if len(said) <= 120 else said[:117] + "..."
+    failure = re.sub(r"(/[\w.+-]+)+/", "", failure[0])  # no paths of this machine
+    return failure if len(failure) <= 120 else failure[:117] + "..."
 
 
 def render(found: dict[str, dict[str, str]]) -> str:
-    """The table, by chapter and test."""
-    rows = ["| | claim | figure | broken on purpose: what the test said | test |", "| --- | --- | --- | --- | --- |"]
+    """Render the table, by chapter and test."""
+    rows = [
+        "| | claim | figure | deliberate break: how the test failed | test |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for test, (chapter, claim, (file, old, new)) in sorted(declared().items(), key=lambda row: (row[1][0], row[0])):
         cells = found.get(test, {})
         edit = f"`{Path(file).name}`: {_code(old)} → {_code(new) if new else 'nothing'}: "
@@ -119,7 +122,7 @@ def _code(text: str) -> str:
 
 
 def machine() -> str:
-    """What ran, without names or dates."""
+    """Describe the machine, without names or dates."""
     return (
         f"{os.cpu_count()} {platform.machine()} cores, {platform.system()}, Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}"
@@ -127,7 +130,7 @@ def machine() -> str:
 
 
 def write(found: dict[str, dict[str, str]]) -> None:
-    """Both files, without rows whose test is gone."""
+    """Write both files, without rows of deleted tests."""
     kept = {*declared(), "long"}
     found = {row: cells for row, cells in sorted(found.items()) if row in kept}
     FOUND.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
@@ -153,7 +156,8 @@ def main() -> int:
         files = sorted(map(str, TESTS.glob("long_*.py"))) if args.long else []
         code, figures = measure(files, ["-n0"] * args.long + ["-k", args.k] * bool(args.k))
         new = {row: {"figure": figure} for row, figure in figures.items()}
-    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}  # only now: another may have run meanwhile
+    # read as late as possible: another run may have written it meanwhile
+    found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     for row, cells in new.items():
         found.setdefault(row, {}).update(cells)
     if args.long and not args.broken:

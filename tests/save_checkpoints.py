@@ -1,4 +1,4 @@
-"""Saves a tiny BLIP and a tiny CLIP checkpoint of this version, to be committed with a release:
+"""Save a tiny BLIP and a tiny CLIP checkpoint of this version, to be committed with a release:
 
 python tests/save_checkpoints.py tests/fixtures/checkpoint-0.1.0
 """
@@ -35,13 +35,13 @@ def main():
         folder = Path(sys.argv[1], config["model_type"])
         fusion = {"num_prompts": 2, "fusion_layers": 2, "fusion_heads": 2, "fusion_ffn_size": 16}
         model = PVLFModel(PVLFConfig(vl_config=config, **fusion))
-        with torch.no_grad():  # otherwise biases are 0, scales 1, and a loader that swaps two is not noticed
+        with torch.no_grad():  # otherwise biases are 0 and scales 1, and a loader that swaps two would not be noticed
             for weight in model.parameters():
                 weight += 0.2 * torch.randn_like(weight)
         model.save_pretrained(folder)
         PVLFProcessor(images, tokenizer, max_text_length=16).save_pretrained(folder)
         for code in folder.glob("*.py"):
-            code.unlink()  # the code that loads it is that of the later version
+            code.unlink()  # a later version loads it with its own code
         write_golden(folder)
 
 

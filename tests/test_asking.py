@@ -1,4 +1,4 @@
-"""Searches as people ask: weighted and negative terms, filters, pages, boxes, near-duplicates; everywhere alike."""
+"""Search options: weighted and negative terms, filters, pages, boxes, near-duplicates, by every interface."""
 
 import base64
 import io
@@ -91,7 +91,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("condition", PASSING)
-def test_a_filter_passes_what_it_says(condition, gallery):
+def test_filters_select_the_expected_rows(condition, gallery):
     rows = passing_rows(condition, gallery.metadata)
     named = sorted(COLOURS.index(gallery.ids[row].removesuffix(".png")) for row in rows)
     assert named == PASSING[condition]  # as in SQL, nothing equals null
@@ -99,7 +99,7 @@ def test_a_filter_passes_what_it_says(condition, gallery):
 
 @pytest.mark.parametrize("condition", ["price < 50", "brand == 'b'", "price > 60 or price is null", "price < 0"])
 @pytest.mark.parametrize("index", ["exact", "faiss", "milvus"])
-def test_a_filter_returns_the_best_of_those_that_pass(index, condition, photos, table, made, tmp_path):
+def test_filtered_search_returns_the_best_matching_images(index, condition, photos, table, made, tmp_path):
     gallery = Gallery.from_folder(photos, *made, metadata=table, progress=False, **index_options(index, tmp_path))
     query = gallery.query(draw(0), TEXT)
     everything = gallery.search(query=query, k=9)
@@ -134,12 +134,12 @@ def test_filtered_exact_search_equals_brute_force(share):
             assert torch.equal(found[0], scores[0]) and torch.equal(found[1], rows[best[0]])
 
 
-def test_an_expression_of_pyarrow_is_a_filter_too(gallery):
+def test_pyarrow_expressions_are_filters(gallery):
     found = gallery.search(text="red", k=9, filter=pc.field("price") < 50)
     assert found.ids == gallery.search(text="red", k=9, filter="price < 50").ids
 
 
-def test_filters_that_cannot_be_applied_say_why(gallery, photos, made):
+def test_inapplicable_filters_raise_with_the_reason(gallery, photos, made):
     wrong = {
         "prise < 3": r"names 'prise', which is no column: the columns are \['price', 'brand'",
         "price <": "cannot be read .*: write it like 'price < 50 and",
@@ -169,7 +169,7 @@ def test_filters_that_cannot_be_applied_say_why(gallery, photos, made):
 # --- metadata -------------------------------------------------------------------------------------------------------
 
 
-def test_metadata_is_kept_beside_the_index(photos, table, made, tmp_path, caplog):
+def test_metadata_is_saved_beside_the_index(photos, table, made, tmp_path, caplog):
     path = tmp_path / "index"
     metadata_module.logger.propagate = True
     first = Gallery.from_folder(photos, *made, path=path, metadata=table, progress=False)
@@ -195,7 +195,7 @@ def test_metadata_is_kept_beside_the_index(photos, table, made, tmp_path, caplog
     assert updated.metadata["price"][updated.row_of("red.png")].as_py() == 10
 
 
-def test_rows_without_image_and_images_without_row_are_named(photos, made, caplog):
+def test_metadata_rows_and_images_without_a_match_are_reported(photos, made, caplog):
     metadata_module.logger.propagate = True
     rows = pa.table({"file_name": ["red.png", "gone.png", "lost.png"], "price": [1, 2, 3]})
     gallery = Gallery.from_folder(photos, *made, metadata=rows, progress=False)
@@ -204,7 +204,7 @@ def test_rows_without_image_and_images_without_row_are_named(photos, made, caplo
     assert gallery.search(text="red", filter="price is not null").ids == ["red.png"]
 
 
-def test_metadata_that_does_not_fit_is_refused(photos, made, tmp_path):
+def test_mismatched_metadata_raises(photos, made, tmp_path):
     (tmp_path / "bad.csv").write_text("file_name,price\nred.png,1,2\n")
     wrong = {
         "metadata='nothing.csv': pass a file that ends in .csv, .parquet": "nothing.csv",
@@ -219,7 +219,7 @@ def test_metadata_that_does_not_fit_is_refused(photos, made, tmp_path):
             Gallery.from_folder(photos, *made, metadata=metadata, progress=False)
 
 
-def test_the_columns_of_a_data_set_are_its_metadata(made, tmp_path):
+def test_data_set_columns_become_metadata(made, tmp_path):
     columns = {
         "image": [draw(row) for row in range(3)],
         "image_id": ["a", "b", "c"],
@@ -236,7 +236,7 @@ def test_the_columns_of_a_data_set_are_its_metadata(made, tmp_path):
     assert without.metadata is None
 
 
-def test_exif_says_when_and_where(made, tmp_path, monkeypatch):
+def test_exif_gives_time_and_location(made, tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.DateTimeOriginal] = "2023:08:05 10:11:12"
@@ -263,7 +263,7 @@ def test_exif_says_when_and_where(made, tmp_path, monkeypatch):
 # --- terms ----------------------------------------------------------------------------------------------------------
 
 
-def test_terms_are_weighed_as_the_formula_says(gallery, made):
+def test_weighted_terms_equal_the_formula(gallery, made):
     model, processor = made
     images, texts = [draw(0), draw(4)], {"red": 2.0, TEXT: 1.0}
     query = gallery.query([(images[0], 3.0), images[1]], texts=texts)
@@ -291,7 +291,7 @@ def test_terms_are_weighed_as_the_formula_says(gallery, made):
     assert scores == pytest.approx((gallery.embeds @ expected).sort(descending=True).values.tolist(), abs=1e-5)
 
 
-def test_more_like_these_and_less_like_that(gallery, photos, made):
+def test_search_by_weighted_ids_equals_the_formula(gallery, photos, made):
     ids = {"red.png": 1.0, "orange.png": 2.0, "lime.png": -0.7}
     with counting(made[0]) as counts:
         found = gallery.search(ids=ids, k=9)
@@ -303,12 +303,13 @@ def test_more_like_these_and_less_like_that(gallery, photos, made):
     assert found.ids == [gallery.ids[row] for row in order if gallery.ids[row] not in ids]
     assert found.query.ids == (*ids,) and found.sheet().mode == "RGB" and "data:image" in search_page(found)
     assert gallery.search(ids=["red.png"], k=9).ids == gallery.search(photos / "red.png", k=9, exclude=["red.png"]).ids
-    both = gallery.search(ids=["red.png"], text=TEXT, k=9)  # PVLF composes by the image's tokens: its file is opened
+    # PVLF composes from the image's tokens, so its file is opened
+    both = gallery.search(ids=["red.png"], text=TEXT, k=9)
     assert both.ids == gallery.search(photos / "red.png", TEXT, k=9, exclude=["red.png"]).ids
 
 
 @pytest.mark.parametrize("composition", ["slerp", "product"])
-def test_an_indexed_image_is_composed_without_its_file(composition, photos, tmp_path):
+def test_indexed_images_are_composed_without_their_files(composition, photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for file in photos.iterdir():
@@ -324,7 +325,7 @@ def test_an_indexed_image_is_composed_without_its_file(composition, photos, tmp_
         gallery.search(draw(0), TEXT, explain=True)
 
 
-def test_a_box_is_the_query(gallery):
+def test_box_crops_the_query_image(gallery):
     big = Image.new("RGB", (64, 96), "black")
     big.paste(draw(3), (20, 40))
     found = gallery.search(big, box=(20, 40, 52, 72), k=9)
@@ -345,7 +346,7 @@ def test_a_box_is_the_query(gallery):
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 
-def test_pages_and_the_least_score(gallery):
+def test_offset_and_min_score_select_results(gallery):
     query = gallery.query(draw(0), TEXT)
     everything = gallery.search(query=query, k=9)
     pages = [gallery.search(query=query, k=4, offset=offset) for offset in (0, 4, 8, 12)]
@@ -386,7 +387,7 @@ def test_near_duplicates_are_folded(index, photos, made, tmp_path):
 # --- bad input, JSON, command line, page ----------------------------------------------------------------------------
 
 
-def test_bad_input_says_what_to_do(gallery):
+def test_invalid_search_arguments_raise_with_a_remedy(gallery):
     wrong = [
         ({"texts": {str(n): 1 for n in range(10_000)}}, "the query has 10,000 images, texts and ids: pass at most 32"),
         ({"texts": ["red"]}, 'pass texts with their weights, such as {"red": 1, "stripes": -0.5}'),
@@ -417,7 +418,7 @@ def data_url(image):
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def test_a_request_of_plain_values_searches_as_python_does(gallery, photos):
+def test_json_request_equals_python_search(gallery, photos):
     request = {
         "texts": {TEXT: 1, "dog": -0.5},
         "images": [{"image": data_url(draw(0)), "weight": 2, "box": [0, 0, 30, 30]}, data_url(draw(1))],
@@ -427,13 +428,15 @@ def test_a_request_of_plain_values_searches_as_python_does(gallery, photos):
         "fold": 0.9999,
         "exclude": ["lime.png"],
     }
-    said = json.loads(json.dumps(answer(gallery, json.loads(json.dumps(request)))))
+    response = json.loads(json.dumps(answer(gallery, json.loads(json.dumps(request)))))
     images = [(draw(0).crop((0, 0, 30, 30)), 2.0), draw(1)]
     same = {"filter": request["filter"], "k": 3, "offset": 1, "fold": 0.9999, "exclude": ["lime.png"]}
     found = gallery.search(images, texts=request["texts"], **same)
-    assert [(one["id"], one["score"]) for one in said["results"]] == list(zip(found.ids, found.scores, strict=True))
-    assert said["offset"] == 1 and said["results"][0]["metadata"]["price"] != 10
-    assert isinstance(said["results"][0]["metadata"]["day"], str)
+    assert [(one["id"], one["score"]) for one in response["results"]] == list(
+        zip(found.ids, found.scores, strict=True)
+    )
+    assert response["offset"] == 1 and response["results"][0]["metadata"]["price"] != 10
+    assert isinstance(response["results"][0]["metadata"]["day"], str)
     assert answer(gallery, {}, [draw(0)])["results"][0]["id"] == "red.png"
     wrong = [
         ({"words": "red"}, r"has keys \['words'\], which there are not: its keys are"),
@@ -462,14 +465,14 @@ def call(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-def test_the_command_line_asks_the_same(gallery, photos, table, checkpoint, tmp_path):
+def test_command_line_search_equals_python_search(gallery, photos, table, checkpoint, tmp_path):
     index = tmp_path / "index"
     done = call("index", photos, "--model", checkpoint, "--path", index, "--metadata", table, "--exif")
     assert done.exit_code == 0, done.output
     search = ["search", index, "--model", checkpoint]
-    asked = ["--image", f"2:{photos / 'red.png'}", "--text", TEXT, "--text", "-0.5:dog", "--text", "-hat"]
-    asked += ["--filter", "price > 15 or price is null", "-k", 3, "--offset", 1, "--json"]
-    done = call(*search, *asked)
+    flags = ["--image", f"2:{photos / 'red.png'}", "--text", TEXT, "--text", "-0.5:dog", "--text", "-hat"]
+    flags += ["--filter", "price > 15 or price is null", "-k", 3, "--offset", 1, "--json"]
+    done = call(*search, *flags)
     assert done.exit_code == 0, done.output
     expected = gallery.search(
         [(photos / "red.png", 2.0)],
@@ -496,7 +499,7 @@ def test_the_command_line_asks_the_same(gallery, photos, table, checkpoint, tmp_
         assert call(*search, "--text", "red", *wrong).exit_code == 2
 
 
-def test_the_page_takes_a_filter_and_a_negative_text(gallery, tmp_path):
+def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
     pytest.importorskip("gradio")
     from pvlf_hf.search.demo_page import Page
 
@@ -515,8 +518,8 @@ def test_the_page_takes_a_filter_and_a_negative_text(gallery, tmp_path):
         page.searcher.search(session, "red", 0, "", "prise < 0")
 
 
-def test_galleries_stay_equal_to_brute_force_with_terms_of_all_kinds(gallery):
-    """Every option at once, against what the parts give."""
+def test_all_search_options_together_equal_brute_force(gallery):
+    """Combine all options and compare with a computation part by part."""
     generator = np.random.default_rng(0)
     for _ in range(10):
         chosen = generator.choice(9, 4, replace=False)

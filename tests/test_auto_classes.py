@@ -20,7 +20,7 @@ from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor
 TRAVELLING = sorted(path.name for path in (Path(pvlf_hf.__file__).parent / "models").glob("*_pvlf.py"))
 CAPTION = "the same face but with a red hat"
 
-# Without the package, as on a machine that has only Transformers: the finder refuses it wherever it is installed.
+# Runs without the package, as on a machine that has only Transformers: the finder blocks its import.
 STRANGER = """
 import sys
 
@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 root = Path(sys.argv[1])
-picture = Image.open(root / "picture.png")
+image = Image.open(root / "image.png")
 outputs = {}
 for backbone in ("blip", "clip"):
     folder = root / backbone
@@ -53,10 +53,10 @@ for backbone in ("blip", "clip"):
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        output = model(**processor(images=picture, text=sys.argv[2], target_images=picture))
+        output = model(**processor(images=image, text=sys.argv[2], target_images=image))
     for name in ("query_embeds", "target_embeds", "similarity"):
         outputs[f"{backbone}.{name}"] = output[name].contiguous()
-    outputs[f"{backbone}.pixel_values"] = image_processor(picture, return_tensors="pt")["pixel_values"]
+    outputs[f"{backbone}.pixel_values"] = image_processor(image, return_tensors="pt")["pixel_values"]
     model.save_pretrained(root / "again" / backbone)
     processor.save_pretrained(root / "again" / backbone)
 save_file(outputs, root / "outputs.safetensors")
@@ -65,20 +65,20 @@ save_file(outputs, root / "outputs.safetensors")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A folder for each backbone, model and processor together, and an image."""
+    """Return a folder with a checkpoint of model and processor for each backbone, and an image."""
     root = tmp_path_factory.mktemp("checkpoints")
     for backbone in BACKBONES:
         make_model(backbone).save_pretrained(root / backbone)
         make_processor().save_pretrained(root / backbone)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(root / "picture.png")
+    Image.fromarray(pixels).save(root / "image.png")
     return root
 
 
-def outputs_of(folder, picture):
+def outputs_of(folder, image):
     model = AutoModel.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=picture, text=CAPTION, target_images=picture)
+    inputs = processor(images=image, text=CAPTION, target_images=image)
     with torch.no_grad():
         output = model(**inputs)
     names = ("query_embeds", "target_embeds", "similarity")
@@ -122,10 +122,10 @@ def test_checkpoint_loads_without_the_package(checkpoints, tmp_path):
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     theirs = load_file(checkpoints / "outputs.safetensors")
-    picture = Image.open(checkpoints / "picture.png")
+    image = Image.open(checkpoints / "image.png")
     for backbone in BACKBONES:
         again = checkpoints / "again" / backbone  # loaded without the package, saved there
         assert sorted(path.name for path in again.glob("*.py")) == TRAVELLING
         for folder in (checkpoints / backbone, again):
-            for name, ours in outputs_of(folder, picture).items():
+            for name, ours in outputs_of(folder, image).items():
                 assert torch.equal(theirs[f"{backbone}.{name}"], ours), (folder, name)

@@ -1,4 +1,4 @@
-"""Backbones: each family's embeddings are the library's own, and PVLF stands on any of them."""
+"""Backbones: each family's embeddings equal the library's, and PVLF can be built on any of them."""
 
 import copy
 import inspect
@@ -25,7 +25,7 @@ from pvlf_hf.training.feature_cache import accept_cached_features
 CAPTIONS = ["the same but Red", "dog", "a face with a hat and no glasses"]
 
 
-def pictures(count, seed=0):
+def random_images(count, seed=0):
     pixels = default_rng(seed).integers(0, 256, (count, 40, 56, 3), dtype="uint8")
     return [PILImage.fromarray(p) for p in pixels]
 
@@ -36,7 +36,7 @@ def close(ours, theirs, tolerance):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pretrained(request, tmp_path_factory):
-    """Name of a family, its checkpoint, and the library's own model."""
+    """Return a family's name, its checkpoint, and the library's own model."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, save_dual_encoder(request.param, folder)
 
@@ -50,7 +50,7 @@ def test_every_family_is_in_both_tables():
     assert BACKBONES.keys() == DUAL_ENCODERS.keys() == FAMILIES.keys()
 
 
-def test_a_family_takes_an_entry_and_a_short_class():
+def test_backbone_needs_one_table_entry_and_a_short_class():
     assert len(inspect.getsource(MetaClip2DualEncoder).splitlines()) < 40
     sources = [inspect.getsource(inspect.getmodule(kind)) for kind in (PVLFModel, PVLFProcessor, SiglipDualEncoder)]
     for source in (*sources, inspect.getsource(backbones_pvlf)):
@@ -58,16 +58,16 @@ def test_a_family_takes_an_entry_and_a_short_class():
 
 
 @torch.no_grad()
-def test_embeddings_are_the_librarys_own(pretrained):
-    """In float64, where only our embeddings' normalisation rounds to float32: so they agree within 1e-6."""
+def test_embeddings_equal_those_of_transformers(pretrained):
+    """Compare in float64: only the normalisation of our embeddings rounds to float32, so they agree within 1e-6."""
     family, folder, original = pretrained
     original = copy.deepcopy(original).double()
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4).double()
-    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=pictures(3), text=CAPTIONS)
+    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=random_images(3), text=CAPTIONS)
     pixels, ids, mask = inputs["pixel_values"].double(), inputs["input_ids"], inputs["attention_mask"]
     image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
     assert image.dtype == text.dtype == torch.float32
-    if family == "blip":  # no get_*_features of its own, but the cosines of images with captions
+    if family == "blip":  # it lacks get_*_features, but returns the cosines of images with captions
         theirs = original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score
         close(image.double() @ text.double().T, theirs, 2 * unit_error(32))
         return
@@ -75,17 +75,17 @@ def test_embeddings_are_the_librarys_own(pretrained):
     theirs = original.get_image_features(pixels), original.get_text_features(**text_inputs)
     for ours, embeds in zip((image, text), theirs, strict=True):
         wanted = F.normalize(embeds.pooler_output, dim=-1)
-        error = dot_error(32 // 2 + 4) * wanted.abs()  # under the root half of the norm's roundings remain
+        error = dot_error(32 // 2 + 4) * wanted.abs()  # the square root halves the norm's rounding error
         assert ((ours - wanted).abs() <= error).all() and error.max() < 1e-6
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
 
 @pytest.mark.slow
-def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path):
+def test_pvlf_on_every_family_trains_and_survives_saving(pretrained, tmp_path):
     _, folder, _ = pretrained
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)
     processor = PVLFProcessor.from_vl_pretrained(folder)
-    inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
     model.train()(**inputs).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -93,11 +93,11 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
     processor.save_pretrained(tmp_path)
     again, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert again.embedding_width == 32 and type(again) is PVLFModel
-    again_inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    again_inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
     with torch.no_grad():
         assert torch.equal(again(**again_inputs).similarity, model(**inputs).similarity)
-        # One query alone, its caption padded to another length, gives what it gives in a batch.
-        alone = model.get_query_features(**processor.process_queries(pictures(3)[:1], CAPTIONS[:1])).pooler_output
+        # A query alone, with its caption padded to another length, has the embedding that it has in a batch.
+        alone = model.get_query_features(**processor.process_queries(random_images(3)[:1], CAPTIONS[:1])).pooler_output
         close(alone, model(**inputs).query_embeds[:1], embedding_error(model, dict(inputs))["query_embeds"])
 
 
@@ -105,19 +105,19 @@ def test_pvlf_on_a_family_trains_saves_and_embeds_the_same(pretrained, tmp_path)
 
 
 @torch.no_grad()
-def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alone(siglip):
+def test_siglip_patch_equals_its_head_attending_to_that_patch_alone(siglip):
     original, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
-    inputs = processor(images=pictures(2), text=CAPTIONS[:2])
+    inputs = processor(images=random_images(2), text=CAPTIONS[:2])
     pixels, error = inputs["pixel_values"], embedding_error(model, dict(inputs))["image_tokens"]
     tokens = model.get_image_features(pixels).last_hidden_state
     hidden, head = original.vision_model(pixels).last_hidden_state, original.vision_model.head
     assert tokens.shape == (2, 1 + 16, 32)
     close(tokens[:, 0], head(hidden), error)
     weights = head.attention(head.probe.repeat(2, 1, 1), hidden, hidden)[1]
-    assert weights.max() < 0.5  # it attends to many patches: row 0 is none of them
+    assert weights.max() < 0.5  # the pooled output attends to many patches and equals none of them
     for patch in (0, 7, 15):
-        # A key projection under which this patch's score is far above the others': the weights are a delta on it.
+        # Under this key projection the patch's score is far above all others: the attention weights are one-hot.
         attention = head.attention
         keys = attention.in_proj_weight.detach().clone()
         wanted = torch.linalg.pinv(hidden[0]) @ F.one_hot(torch.tensor(patch), 16).float()  # (d,): hidden @ wanted
@@ -130,7 +130,7 @@ def test_a_siglip_patch_is_what_its_head_gives_when_the_probe_attends_to_it_alon
 
 
 @torch.no_grad()
-def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_at(siglip):
+def test_siglip_fusion_masks_padding_except_the_pooled_position(siglip):
     _, model = siglip
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(1, 17, 32, generator=generator), torch.randn(1, 64, 32, generator=generator)
@@ -145,11 +145,12 @@ def test_siglips_fusion_masks_padding_but_not_the_position_that_text_is_pooled_a
     before = query(mask)
     assert torch.equal(query(mask, changed=30), before)  # padding
     assert (query(mask, changed=2) - before).norm() > 1e-4
-    assert torch.equal(before, query(mask.index_fill(1, last, 1)))  # the others attend to the pooled position, too
+    # the other positions attend to the pooled position, too
+    assert torch.equal(before, query(mask.index_fill(1, last, 1)))
     assert (before - query(mask.index_fill(1, torch.tensor([30]), 1))).norm() > 1e-4
 
 
-def test_siglip_refuses_captions_that_are_not_padded_to_its_length(siglip):
+def test_siglip_rejects_captions_not_padded_to_its_length(siglip):
     _, model = siglip
     with pytest.raises(ValueError, match=r'captions are 7 tokens long.*pad them to 64 with padding="max_length"'):
         model.get_text_features(torch.ones(1, 7, dtype=torch.long))
@@ -189,8 +190,8 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     model.set_finetuning("frozen")
     processor = PVLFProcessor.from_vl_pretrained(folder)
     paths = []
-    for number, picture in enumerate(pictures(6)):
-        picture.save(tmp_path / f"{number}.png")
+    for number, image in enumerate(random_images(6)):
+        image.save(tmp_path / f"{number}.png")
         paths.append(str(tmp_path / f"{number}.png"))
     columns = {"reference": paths[:3], "caption": CAPTIONS, "target": paths[3:], "target_id": ["a", "b", "c"]}
     triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
@@ -212,7 +213,7 @@ def test_cached_features_give_the_same_queries(pretrained, tmp_path):
 def test_siglip_is_exported_at_its_only_length(siglip):
     _, model = siglip
     processor = PVLFProcessor.for_backbone(model.config.vl_config, tokenizer_of("siglip"))
-    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    inputs = processor.process_queries(random_images(3), CAPTIONS)
     exported = export_program(model, "query").module()(**inputs)
     close(
         exported,

@@ -1,4 +1,4 @@
-"""The benchmarks run; what they measure is a matter for an idle machine."""
+"""The speed benchmarks run to the end; their figures need an idle machine and are not checked."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def benchmark(monkeypatch):
 
 @pytest.mark.slow
 def test_benchmark_script_measures_and_writes_every_part(benchmark, monkeypatch, tmp_path, capsys):
-    parts = ["encoding", "query", "ranking", "search"]  # start-up takes as long as all others here
+    parts = ["encoding", "query", "ranking", "search"]  # the part "startup" takes as long as all others together
     page = tmp_path / "page.md"
     page.write_text(
         "\n".join(f"# {p}\n<!-- {p}: written by benchmark.py -->\nold\n<!-- end of {p} -->\nwords" for p in parts)

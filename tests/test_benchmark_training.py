@@ -1,4 +1,4 @@
-"""The benchmark of training, at toy size: its alternatives compute the same, and what it says of them can be read."""
+"""The training benchmark at toy size: its alternatives compute the same step, and its report is readable."""
 
 import sys
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_all_training_modes_take_the_same_step(model):
 
 
 @pytest.mark.slow
-def test_cached_steps_do_less():
+def test_cached_steps_need_fewer_operations():
     tables = benchmark.cache("tiny", rounds=1)
     assert [table.title for table in tables] == ["finetuning=frozen, batch 8", "finetuning=text, batch 8"]
     for table in tables:
@@ -58,7 +58,7 @@ def test_cached_steps_do_less():
         assert floors["encoded"] > floors["cached"] > 0
 
 
-def test_batches_are_compared_by_the_triplet():
+def test_batch_timings_are_divided_by_their_triplets():
     timings = {name: Timing(name, [seconds]) for name, seconds in (("small", 2.0), ("large", 4.0))}
     each = benchmark.by_the_triplet(timings, rows=[2, 8])
     text = markdown(Table("sizes", each, benchmark.memory([10**9, 3 * 10**9])))
@@ -67,7 +67,7 @@ def test_batches_are_compared_by_the_triplet():
 
 
 @pytest.mark.slow
-def test_peak_memory_is_that_of_the_process_alone():
+def test_peak_memory_excludes_the_parent_process():
     held = bytearray(300 * 2**20)  # would be inherited
     small, large = peak_memory("pass"), peak_memory("x = bytearray(100 * 2**20)")
     assert small < 50 * 2**20 < len(held)

@@ -1,4 +1,4 @@
-"""Laion-CIR, CIRR, FashionIQ and CIRCO: what the loaders make of miniatures of the released files."""
+"""Loaders of Laion-CIR, CIRR, FashionIQ and CIRCO, on miniatures of the released files."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from pvlf_hf.data.laion_cir import load_laion_cir
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text())
 
-# By name: the folder of `make_all` that it reads, and how it is loaded.
+# By name: the folder of `make_all` that the loader reads, and the call of the loader.
 LOADERS = {
     "laion-cir/template": ("laion-cir", partial(load_laion_cir, subset="template")),
     "laion-cir/llm": ("laion-cir", partial(load_laion_cir, subset="llm")),
@@ -61,7 +61,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def data(originals, tmp_path):
-    """A copy that a test may change: images may be moved and removed, annotations rewritten."""
+    """Return a copy that a test may change: it may move and remove images, and rewrite annotations."""
 
     def copy(source, target):
         (shutil.copy if source.endswith(".json") else os.link)(source, target)
@@ -71,7 +71,7 @@ def data(originals, tmp_path):
 
 @pytest.fixture
 def annotations(originals, tmp_path):
-    """A copy without the images, for what must be noticed before they are looked for."""
+    """Return a copy without images, for errors that must be detected before images are opened."""
     return shutil.copytree(originals, tmp_path / "data", ignore=shutil.ignore_patterns("*.png", "*.jpg"))
 
 
@@ -85,7 +85,7 @@ def read(file):
 
 
 def plain(dataset):
-    """The rows without the images."""
+    """Return the rows without the images."""
     return dataset.remove_columns({"reference", "target", "image"} & set(dataset.column_names)).to_list()
 
 
@@ -117,7 +117,7 @@ def test_laion_cir_loads_every_triplet(originals, subset):
         assert shows(row["target"], root / f"{row['target_id']}.png")
 
 
-def test_combined_laion_cir_is_made_of_its_parts_where_its_file_is_absent(data):
+def test_combined_laion_cir_without_its_file_is_assembled_from_its_parts(data):
     published = rows_of(load("laion-cir/combined", data))
     (data / "laion-cir/laion_combined_info.json").unlink()
     assert rows_of(load("laion-cir/combined", data)) == published
@@ -184,7 +184,7 @@ def test_fashioniq_union_has_only_images_that_queries_name(originals):
         load("fashioniq/test/dress", originals, gallery="union")
 
 
-def test_fashioniq_training_triplets(originals):
+def test_fashioniq_training_split_loads_every_triplet(originals):
     root = originals / "fashioniq"
     records = [r for c in FASHION_CATEGORIES for r in read(root / f"captions/cap.{c}.train.json")]
     triplets = load("fashioniq/train", originals)
@@ -211,7 +211,7 @@ def test_captions_are_joined_as_the_reference_does(case):
         ("separate", ["is RED.", " has A Hat?,"]),
     ],
 )
-def test_caption_styles(data, style, expected):
+def test_caption_styles_give_the_expected_captions(data, style, expected):
     captions = ["is RED.", " has A Hat?,"]
     assert compose_captions(captions, style) == expected
     file = data / CAPTION_FILES["fashioniq/val/shirt"]
@@ -246,7 +246,7 @@ def test_circo_loads_every_query_and_image(originals, split):
     assert shows(benchmark.queries[2]["reference"], originals / COCO / "unlabeled2017" / images[2]["file_name"])
 
 
-def test_circo_without_semantic_aspects(data):
+def test_circo_loads_without_semantic_aspects(data):
     file = data / "circo/annotations/val.json"
     write_json(file, [{k: v for k, v in row.items() if k != "semantic_aspects"} for row in read(file)])
     assert "semantic_aspects" not in load("circo/val", data).queries.column_names
@@ -325,7 +325,7 @@ def test_missing_files_are_named_with_the_paths_tried(data, name, gone, message)
 
 
 def edit(row, **changes):
-    """Changes one row; None removes a key."""
+    """Change one row; None removes a key."""
 
     def change(rows):
         rows[row] = {k: v for k, v in {**rows[row], **changes}.items() if v is not None}
@@ -527,7 +527,7 @@ def test_published_counts_pass_and_one_image_less_raises(originals, monkeypatch)
             loader()
 
 
-def test_published_counts():
+def test_expected_counts_equal_the_published_totals():
     assert sum(queries for queries, _ in cirr.EXPECTED_COUNTS.values()) == 36554
     assert sum(images for _, images in cirr.EXPECTED_COUNTS.values()) == 21551
     sums = {split: sum(q for q, _ in its.values()) for split, its in fashioniq.EXPECTED_COUNTS.items()}
@@ -570,7 +570,7 @@ def test_benchmarks_state_their_protocol(originals, name, options, expected):
 
 
 @pytest.mark.parametrize("name", ["cirr/val", "fashioniq/val/shirt", "circo/val"])
-def test_the_revision_follows_both_annotation_files(data, name):
+def test_revision_depends_on_both_annotation_files(data, name):
     revisions = [load(name, data).protocol.revision]
     for files in (CAPTION_FILES, GALLERY_FILES):
         file = data / files[name]

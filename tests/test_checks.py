@@ -1,4 +1,4 @@
-"""Data sets, captions and arguments that do not fit are refused before work begins, each with its own remedy."""
+"""Invalid data sets, captions and arguments are refused before work begins, each with its own remedy."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from miniatures import make_fashioniq
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 
 from pvlf_hf import (
@@ -37,12 +37,12 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def triplets(tmp_path):
-    """Six triplets of three colours."""
-    return each_with_each(tmp_path, ["red", "green", "blue"], lambda a, b: f"{b}, not {a}")
+    """Return six triplets of three colours."""
+    return square_triplets(tmp_path, ["red", "green", "blue"], lambda a, b: f"{b}, not {a}")
 
 
 def with_cell(triplets, row, **cells):
-    """The same rows with other cells in one of them."""
+    """Return the same rows with other cells in one of them."""
     columns = triplets.to_dict()
     for column, cell in cells.items():
         columns[column][row] = cell
@@ -109,8 +109,8 @@ BAD = {
 
 @pytest.mark.reliability(
     9,
-    "A caption or target id that cannot be trained on is found before the first step, in training, in shards, in "
-    "streams and on loading, and named by row and target id",
+    "An invalid caption or target id is detected before the first step, in training, in shards, in streams and"
+    " on loading, and reported with row and target id",
     broken=("src/pvlf_hf/data/triplets.py", "        check_rows(triplets, what)", "        pass"),
 )
 @pytest.mark.parametrize("problem", BAD)
@@ -154,7 +154,7 @@ def test_captions_of_another_type_raise(captions, message):
 
 @pytest.mark.parametrize("blank", ["", " ", " .?"])
 def test_fashioniq_with_one_blank_caption_loads_in_every_style(tmp_path, blank):
-    """ "and" gives what TransAgg gives; the others take the caption that there is."""
+    """ "and" gives TransAgg's text; the other styles take the caption that is not blank."""
     root = make_fashioniq(tmp_path)
     for split in ("val", "train"):
         file = root / f"captions/cap.dress.{split}.json"

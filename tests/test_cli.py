@@ -1,4 +1,4 @@
-"""`pvlf-hf`: as people run it, in processes of its own; and in this one, where models are at hand."""
+"""`pvlf-hf`, run as a command in its own process, and in this process where models are in memory."""
 
 import base64
 import io
@@ -41,17 +41,17 @@ def process(*arguments, python=(), **environment):
 
 
 def error(done):
-    """The sentence of a call that failed."""
+    """Return the error message of a call that failed."""
     assert done.exit_code == 1 and not done.stdout and isinstance(done.exception, SystemExit), done.output
     assert "Traceback" not in done.stderr
-    *_, said = done.stderr.splitlines()
-    assert said.startswith("error: ")
-    return said
+    *_, message = done.stderr.splitlines()
+    assert message.startswith("error: ")
+    return message
 
 
 @pytest.fixture(scope="module")
 def models(tiny_checkpoint, tmp_path_factory):
-    """Two checkpoints of different weights."""
+    """Return two checkpoints with different weights."""
     other = tmp_path_factory.mktemp("model")
     make_model(seed=1).save_pretrained(other)
     make_processor().save_pretrained(other)
@@ -60,7 +60,7 @@ def models(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Nine squares, one of an odd name; an image cut short, and one that is none."""
+    """Return a folder of nine squares, one with an odd name, a truncated image, and a file that is not an image."""
     folder = tmp_path_factory.mktemp("photos")
     for row, colour in enumerate(COLOURS):
         draw(row).save(folder / (ODD if colour == "white" else f"{colour}.png"))
@@ -108,10 +108,10 @@ def test_help_does_not_import_torch():
 
 @pytest.mark.slow
 def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
-    said = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
+    message = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
     wrong = ["search", tmp_path, "--text", "x", "--model", "m"]
     done = process(*wrong)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
     for shown in (process("--debug", *wrong), process(*wrong, PVLF_DEBUG="1")):
         assert shown.returncode == 1 and "Traceback" in shown.stderr and "ValueError" in shown.stderr
 
@@ -155,7 +155,7 @@ def test_shell_completion_works(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_path, openvino):
+def test_search_uses_the_dtype_of_the_index(photos, models, tmp_path, openvino):
     path, model = tmp_path / "kept", ("--model", models[0])
     assert call("index", photos, *model, "--path", path, "--dtype", "bfloat16").exit_code == 0
     half = AutoModel.from_pretrained(models[0], dtype="bfloat16")
@@ -173,7 +173,7 @@ def test_a_search_computes_in_the_precision_of_the_index(photos, models, tmp_pat
 
 @pytest.mark.slow
 def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
-    assert INDEX == TABLE  # what the command line looks for before it imports the package
+    assert INDEX == TABLE  # the command line checks for the index before it imports the package
     (tmp_path / "photos").mkdir()
     for row, name in enumerate(["日本.png", "b.png", "c.png"]):
         draw(row).save(tmp_path / "photos" / name)
@@ -190,7 +190,7 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert Image.open(tmp_path / "sheet.png").height > 100
 
 
-def test_index_counts_only_new_images(photos, models, tmp_path):
+def test_index_command_reports_only_new_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
     again = ["index", tmp_path, "--model", models[0], "--path", tmp_path / "kept", "--json"]
@@ -202,12 +202,12 @@ def test_index_counts_only_new_images(photos, models, tmp_path):
 
 
 def test_search_takes_several_images_and_weights(search, gallery, photos):
-    pictures = [photos / "red.png", photos / "blue.png"]
-    images = [flag for picture in pictures for flag in ("--image", picture)]
+    references = [photos / "red.png", photos / "blue.png"]
+    images = [argument for file in references for argument in ("--image", file)]
     done = search(*images, "--text", TEXT, "--weights", "1,0.5,-0.25", "-k", 4)
-    expected = gallery.search(pictures, TEXT, k=4, weights=(1, 0.5, -0.25))
+    expected = gallery.search(references, TEXT, k=4, weights=(1, 0.5, -0.25))
     found = zip(range(1, 5), expected.scores, expected.ids, strict=True)
-    assert done.stdout.splitlines() == [f"{place:>3}  {score:.4f}  {image_id}" for place, score, image_id in found]
+    assert done.stdout.splitlines() == [f"{rank:>3}  {score:.4f}  {image_id}" for rank, score, image_id in found]
 
 
 def test_search_prints_explanations(search, gallery, photos):
@@ -218,16 +218,16 @@ def test_search_prints_explanations(search, gallery, photos):
     assert why["tokens"] == expected.tokens and why["attention"] == pytest.approx(
         expected.words(), abs=squares_error()["attentions"]
     )
-    said = search(*wanted, "-k", 1).stdout
-    assert "\nweights: image " in said and "\nattention: " in said
+    output = search(*wanted, "-k", 1).stdout
+    assert "\nweights: image " in output and "\nattention: " in output
 
 
 class Page(HTMLParser):
-    """What a browser would see."""
+    """Parser that collects the text, tags and images that a browser would show."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.images, self.words = set(), [], []
+        self.tags, self.images, self.texts = set(), [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -236,7 +236,7 @@ class Page(HTMLParser):
             self.images.append(dict(attrs))
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
 def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
@@ -246,13 +246,13 @@ def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
     text = (tmp_path / "found.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags and "http" not in text
-    assert 'not <script>alert("dark")</script>' in page.words and ODD in page.words
+    assert 'not <script>alert("dark")</script>' in page.texts and ODD in page.texts
     result = gallery.search(photos / "red.png", 'not <script>alert("dark")</script>', k=9)
     assert [image["alt"] for image in page.images] == ["reference", *result.ids]
     kind, _, data = page.images[1]["src"].partition(",")
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == "data:image/jpeg;base64" and (shown.format, shown.size) == ("JPEG", (32, 32))
-    assert f"1. {result.scores[0]:.4f}" in page.words
+    assert f"1. {result.scores[0]:.4f}" in page.texts
 
     search(*wanted, "--sheet", tmp_path / "found.png")
     assert Image.open(tmp_path / "found.png").size == result.sheet(k=9).size
@@ -261,23 +261,23 @@ def test_search_writes_a_contact_sheet(search, gallery, photos, tmp_path):
 # ---- bad input ----
 
 
-def test_invalid_images_and_models_are_named(search, index, photos, models, tmp_path, monkeypatch):
+def test_invalid_images_and_models_raise_with_their_name(search, index, photos, models, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no image")
-    said = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
-    assert "holds no images, its files end in ['.txt']" in said
-    said = error(call("search", index, "--model", models[1], "--text", TEXT))
-    assert f"{index} holds embeddings of another model or processor" in said
+    message = error(call("index", tmp_path, "--model", models[0], "--path", tmp_path / "i"))
+    assert "holds no images, its files end in ['.txt']" in message
+    message = error(call("search", index, "--model", models[1], "--text", TEXT))
+    assert f"{index} holds embeddings of another model or processor" in message
     assert "cannot read image" in error(search("--image", photos / "cut.jpg"))
     assert "nothing to search by: pass an image, a text or both" in error(search())
     make_model().config.vl_config.save_pretrained(tmp_path)
     assert "has no tokenizer; save the original's" in error(call("search", index, "--model", tmp_path, "--text", TEXT))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    said = error(call("search", index, "--model", "you/nothing", "--text", TEXT))
-    assert "no model 'you/nothing', neither a folder here nor on the Hub: We couldn't connect" in said
+    message = error(call("search", index, "--model", "you/nothing", "--text", TEXT))
+    assert "no model 'you/nothing', neither a folder here nor on the Hub: We couldn't connect" in message
 
 
 @pytest.mark.parametrize("text", ["小狗", "أحمر", "красный"])
-def test_texts_of_another_script_are_refused(search, text):
+def test_texts_in_an_unknown_script_raise(search, text):
     assert f"tokenizer knows no word of {text!r}" in error(search("--text", text))
     done = search("--text", f"dog {text}", "-k", 1)
     assert done.exit_code == 0 and f"does not know {text}; the search uses the rest" in done.stderr
@@ -285,7 +285,7 @@ def test_texts_of_another_script_are_refused(search, text):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--text", "x", "--weights", "1,2"], "--weights: '1,2': give three numbers"),
         (["--text", "x", "--sheet", "found.pdf"], "--sheet: found.pdf: name a file that ends in .png or .html"),
@@ -294,9 +294,9 @@ def test_texts_of_another_script_are_refused(search, text):
         (["--nothing"], "No such option: --nothing"),
     ],
 )
-def test_wrong_options_exit_with_usage(search, arguments, said):
+def test_wrong_options_exit_with_usage(search, arguments, message):
     done = search(*arguments)
-    assert done.exit_code == 2 and said in done.stderr and "Usage: " in done.stderr and not done.stdout
+    assert done.exit_code == 2 and message in done.stderr and "Usage: " in done.stderr and not done.stdout
 
 
 def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
@@ -309,12 +309,12 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
         assert call("doctor", "cirr", tmp_path).exception is mistake
 
 
-def test_an_unreachable_hub_is_named(monkeypatch, tmp_path):
+def test_unreachable_hub_raises_with_a_hint(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # nobody listens there
+    hub = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9")  # no server listens there
     monkeypatch.setattr("pvlf_hf.data.doctor.examine", lambda *_, **__: hub.auth_check("you/mine"))
-    said = error(call("doctor", "cirr", tmp_path))
-    assert said.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in said
+    message = error(call("doctor", "cirr", tmp_path))
+    assert message.startswith("error: the Hub cannot be reached (") and "HF_HUB_OFFLINE=1" in message
 
 
 # ---- the other commands ----
@@ -340,13 +340,13 @@ def test_evaluate_prints_its_results(models, tmp_path):
 def test_forwarded_commands_print_help_and_errors(command, flag):
     done = call(command, "--help")
     assert done.exit_code == 0 and f"pvlf-hf {command} " in done.stdout and flag in done.stdout
-    said = error(call(command, "--model=m", "--protocols=p", "--output_dir=o", "--modle=x"))
-    assert "unknown arguments: " in said and f"--modle=x; see pvlf-hf {command} --help" in said
+    message = error(call(command, "--model=m", "--protocols=p", "--output_dir=o", "--modle=x"))
+    assert "unknown arguments: " in message and f"--modle=x; see pvlf-hf {command} --help" in message
 
 
 def test_the_demo_opens_indices_and_folders(index, photos, gallery):
-    for pictures in (index, photos):
-        opened = open_gallery(pictures, gallery.model, gallery.processor)
+    for folder in (index, photos):
+        opened = open_gallery(folder, gallery.model, gallery.processor)
         assert opened.ids == gallery.ids and opened.embeds.allclose(
             gallery.embeds, rtol=0, atol=squares_error()["target_embeds"]
         )

@@ -1,4 +1,4 @@
-"""Checkpoints of every version so far, with what they gave then: `fixtures/`, made by `save_checkpoints.py`."""
+"""Checkpoints of every released version reproduce their outputs; `save_checkpoints.py` makes them (`fixtures/`)."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ PUBLISHED = TESTS.parent / "model_cards/pvlf-emoji-tiny"
 
 @pytest.mark.reliability(
     8,
-    "Checkpoints saved by every version so far, on BLIP and CLIP, load and give the embeddings they gave then",
+    "Checkpoints saved by every version so far, on BLIP and CLIP, load and reproduce their embeddings",
     broken=("src/pvlf_hf/models/fusion_pvlf.py", "cat([mlp_image, mlp_text]", "cat([mlp_text, mlp_image]"),
 )
 def test_saved_checkpoints_reproduce_their_outputs(figure):
@@ -31,8 +31,8 @@ def test_saved_checkpoints_reproduce_their_outputs(figure):
 
 @pytest.mark.reliability(
     8,
-    "The published checkpoint gives the golden embeddings beside it; other weights, another tokenizer and a missing "
-    "golden file are noticed",
+    "The published checkpoint reproduces its golden embeddings; changed weights, another tokenizer and a "
+    "missing golden file are detected",
     broken=(
         "src/pvlf_hf/models/interface_pvlf.py",
         "return F.normalize(features.float(), dim=-1)",

@@ -1,4 +1,4 @@
-"""`PVLFConfig`: defaults, nesting, refusals, round trip, and the sizes they add up to."""
+"""`PVLFConfig`: defaults, nesting, invalid settings, round trip, and numbers of weights."""
 
 import json
 
@@ -16,7 +16,7 @@ def test_defaults_are_deep_prompts_on_blip_base():
     assert (config.num_prompts, config.prompt_depth, config.fusion_layers) == (25, 2, 2)
     assert (config.alpha, config.gamma, config.temperature) == (1.0, 2.0, 0.01)
     text, vision = config.vl_config.text_config, config.vl_config.vision_config
-    # As in the released checkpoint; `BlipConfig()` differs in the first and the last two.
+    # Values of the released checkpoint; `BlipConfig()` differs in the first and the last two.
     assert (text.num_attention_heads, text.hidden_size, text.is_decoder) == (12, 768, False)
     assert (vision.image_size, vision.layer_norm_eps, vision.initializer_range) == (384, 1e-6, 0.02)
     assert config.joint_width == config.hidden_size == 256

@@ -1,4 +1,4 @@
-"""Converters: every name at real size on the meta device, outputs of tiny checkpoints against the reference's."""
+"""Converters: every parameter name at real size on the meta device, outputs of tiny checkpoints as the reference."""
 
 import json
 import pickle
@@ -39,14 +39,14 @@ def transagg_tensors(backbone):
 
 
 def salesforce_tensors():
-    """TransAgg's file holds BLIP's as it was, under a prefix."""
+    """Return the tensors of Salesforce's BLIP, which TransAgg's file holds unchanged under a prefix."""
     prefix = "pretrained_model."
     tensors = transagg_tensors("blip")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def meta_tensors(file, prefix=""):
-    """Tensors without values of a real checkpoint's names and shapes, and those that TransAgg adds."""
+    """Return meta tensors with the names and shapes of a real checkpoint, and those that TransAgg adds."""
     facts = json.loads((FIXTURES / file).read_text())
 
     def make(keys):
@@ -57,11 +57,11 @@ def meta_tensors(file, prefix=""):
 
 
 def write_tokenizer(backbone, path, missing=0):
-    """A tokenizer of as many tokens as the tiny checkpoint has, or fewer."""
+    """Save a tokenizer with as many tokens as the tiny checkpoint, or with `missing` fewer."""
     size = CONFIGS[backbone]["text_config"]["vocab_size"] - missing
     if backbone == "blip":
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", *(f"word{i}" for i in range(size - 8))]
-        path /= "vocab.txt"  # [DEC] and [ENC] are not among BERT's words
+        path /= "vocab.txt"  # [DEC] and [ENC] are not in BERT's vocabulary
         path.write_text("\n".join(words))
     else:
         tokens = [*"der", *(f"{c}</w>" for c in "der"), *(f"word{i}" for i in range(size - 8))]
@@ -81,8 +81,8 @@ def count(tensors):
 def test_every_weight_of_the_released_blip_is_converted(caplog):
     facts, tensors, _ = meta_tensors("salesforce_blip_keys.json")
     model = blip_from_salesforce(tensors)
-    said = [int(number) for number in re.findall(r"\((\d+) tensors\)", caplog.text)]
-    assert len(said) == 3 and sum(said) + len(model.state_dict()) == len(tensors) == facts["n_keys"]
+    counts = [int(number) for number in re.findall(r"\((\d+) tensors\)", caplog.text)]
+    assert len(counts) == 3 and sum(counts) + len(model.state_dict()) == len(tensors) == facts["n_keys"]
     with torch.device("meta"):
         expected = BlipForImageTextRetrieval(BlipConfig(**BLIP_BASE))
     assert shapes(model.state_dict()) == shapes(expected.state_dict())
@@ -172,7 +172,7 @@ def test_salesforce_blip_gives_the_references_features(tmp_path):
 
     blip, theirs = BlipForImageTextRetrieval.from_pretrained(tmp_path / "converted"), salesforce_tensors()
     for name in ("itm_head.weight", "text_encoder.encoder.layer.1.crossattention.self.key.weight"):
-        assert blip.state_dict()[name].equal(theirs[name])  # the whole of BLIP, also what PVLF leaves alone
+        assert blip.state_dict()[name].equal(theirs[name])  # all of BLIP, including the parts that PVLF does not use
     assert AutoProcessor.from_pretrained(tmp_path / "converted").image_processor.size["height"] == 32
     processor = PVLFProcessor.from_vl_pretrained(tmp_path / "converted")
     assert processor(text="red")["input_ids"].tolist() == [[2, 5, 3]]
@@ -184,7 +184,7 @@ def test_positions_are_interpolated_as_by_salesforce(side):
     io = reference_io("blip")
     given = io["pos_embed_interp.in_4x4"]
     resized = resize_positions(given, side)
-    # 16 terms, whose weights are a product of two, with sizes of no more than 1.375 in all; theirs is rounded as well.
+    # A sum of 16 terms whose weights are products of two, with magnitudes of at most 1.375 in total; both are rounded.
     error = 2 * dot_error(16 + 8) * 1.375**2 * given.abs().max().item()
     torch.testing.assert_close(resized, io[f"pos_embed_interp.out_{side}x{side}"], atol=error, rtol=0)
 
@@ -200,7 +200,7 @@ def test_image_size_can_be_changed(tmp_path):
 
 
 class Evil:
-    """Creates a file when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -217,7 +217,7 @@ def test_checkpoints_cannot_run_code(store, convert, tmp_path):
         convert(tmp_path / "evil.pth", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.pth"]
     pickle.loads(pickle.dumps(Evil(tmp_path / "ran"))).close()
-    assert (tmp_path / "ran").exists()  # as it does where it is let
+    assert (tmp_path / "ran").exists()  # shows that an unrestricted load does run it
 
 
 def half(file):
@@ -239,7 +239,7 @@ def half(file):
     ],
 )
 @pytest.mark.parametrize("convert", [convert_salesforce_blip, convert_transagg])
-def test_files_that_are_no_checkpoint_raise(convert, name, store, message, tmp_path):
+def test_files_that_are_not_checkpoints_raise(convert, name, store, message, tmp_path):
     store(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / name, tmp_path / "out")
@@ -322,10 +322,12 @@ def test_convert_command_prints_how_to_load_the_result(tmp_path):
     torch.save({"model": salesforce_tensors()}, tmp_path / "blip.pth")
     torch.save(transagg_tensors("clip"), tmp_path / "clip.pt")
     heads = ["--vision_heads", "4", "--text_heads", "4", "--tokenizer", str(write_tokenizer("blip", tmp_path))]
-    said = convert("blip", tmp_path / "blip.pth", "--output_dir", tmp_path / "b", "--image_size", 16, *heads)
-    assert "model.safetensors" in said and f'processor = PVLFProcessor.from_vl_pretrained("{tmp_path / "b"}")' in said
-    said = convert("transagg", tmp_path / "clip.pt", "--output-dir", tmp_path / "c")
-    assert f'model = AutoModel.from_pretrained("{tmp_path / "c"}")' in said and "pass --tokenizer" in said
+    output = convert("blip", tmp_path / "blip.pth", "--output_dir", tmp_path / "b", "--image_size", 16, *heads)
+    assert (
+        "model.safetensors" in output and f'processor = PVLFProcessor.from_vl_pretrained("{tmp_path / "b"}")' in output
+    )
+    output = convert("transagg", tmp_path / "clip.pt", "--output-dir", tmp_path / "c")
+    assert f'model = AutoModel.from_pretrained("{tmp_path / "c"}")' in output and "pass --tokenizer" in output
     names = {}
-    exec("\n".join(line.strip() for line in said.partition("Load it with:")[2].splitlines()[1:3]), names)
+    exec("\n".join(line.strip() for line in output.partition("Load it with:")[2].splitlines()[1:3]), names)
     assert type(names["model"]) is PVLFModel

@@ -1,4 +1,4 @@
-"""Converters of textual inversion: every name at real size on the meta device, whole files of tiny sizes."""
+"""Converters of textual inversion: every parameter name at real size on the meta device, and tiny complete files."""
 
 import json
 import pickle
@@ -48,7 +48,7 @@ def real_clip(tower):
 
 
 @pytest.mark.parametrize(("method", "tower", "wrapper"), RELEASED)
-def test_every_name_of_the_real_files(method, tower, wrapper):
+def test_every_weight_of_the_released_files_is_converted(method, tower, wrapper):
     tensors = meta_tensors(method, tower, wrapper)
     facts = KEYS["searle" if method == "lincir" else method][tower]
     settings, weights = translate_mapping(tensors, real_clip(tower), method)
@@ -63,7 +63,7 @@ def test_every_name_of_the_real_files(method, tower, wrapper):
 
 
 @pytest.mark.parametrize(("method", "tower", "wrapper"), RELEASED)
-def test_a_missing_or_unknown_weight_is_named(method, tower, wrapper):
+def test_missing_or_unknown_weights_raise_with_their_name(method, tower, wrapper):
     tensors = meta_tensors(method, tower, wrapper)
     for name in tensors:
         with pytest.raises(ValueError, match=r"it lacks 1 weights: \['"):
@@ -73,26 +73,26 @@ def test_a_missing_or_unknown_weight_is_named(method, tower, wrapper):
 
 
 @pytest.mark.parametrize("method", WRAPPERS)
-def test_a_network_of_another_clip_is_refused_with_both_widths(method):
+def test_mapping_network_of_another_clip_raises_with_both_widths(method):
     wrapper = WRAPPERS[method]
     tower = "ViT-L/14 (LinCIR large)" if method == "lincir" else "ViT-L/14"
     with pytest.raises(ValueError, match=r"of width 768, but those of the backbone have 512: pass the CLIP"):
         translate_mapping(meta_tensors(method, tower, wrapper), real_clip("ViT-B/32"), method)
 
 
-def test_a_weight_of_another_shape_is_named():
+def test_weights_of_another_shape_raise_with_their_name():
     tensors = meta_tensors("searle", "ViT-B/32", "Phi")
     tensors["layers.3.weight"] = torch.empty(2048, 2047, device="meta")
     with pytest.raises(ValueError, match=r"layers.3.weight is \(2048, 2047\) but .* \(2048, 2048\)"):
         translate_mapping(tensors, real_clip("ViT-B/32"), "searle")
 
 
-# Whole files.
+# Complete files.
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A CLIP folder for each method, tokenizer included."""
+    """Return a CLIP folder for each method, tokenizer included."""
     folders = {}
     for method in ("searle", "context_i2w"):
         vl_config, weights, _ = tiny_clip(method)
@@ -105,7 +105,7 @@ def clips(tmp_path_factory):
 
 
 def save(tensors, path, method, clip=None):
-    """A file as the method's code writes it, under DataParallel where the released one is."""
+    """Save a file as the method's code does, with DataParallel's prefix if the released file has it."""
     if method in ("searle", "lincir"):
         torch.save({"epoch": 3, "Phi": tensors}, path)
         return path
@@ -124,7 +124,7 @@ def save(tensors, path, method, clip=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", WRAPPERS)
-def test_a_file_becomes_a_folder_that_gives_the_references_queries(method, clips, tmp_path, caplog):
+def test_converted_checkpoint_gives_the_references_queries(method, clips, tmp_path, caplog):
     file = save(mapping_tensors(method), tmp_path / "released.pt", method)
     heads = 2 if method == "context_i2w" else None
     convert_inversion(file, method, clips(method), tmp_path / "ours", heads)
@@ -166,7 +166,7 @@ class Harmful:
         return Path.touch, (Path("harmed"),)
 
 
-def test_nothing_in_a_file_is_run(clips, tmp_path, monkeypatch):
+def test_conversion_runs_no_code_of_the_file(clips, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"Phi": mapping_tensors("searle"), "hyper": Path("x")}, "path.pt")
     torch.save({"Phi": mapping_tensors("searle"), "hyper": Harmful()}, "harmful.pt")

@@ -1,4 +1,4 @@
-"""`training/cpu_dropout.py`: as good as PyTorch's dropout, in training only, and gone from the model afterwards."""
+"""`training/cpu_dropout.py`: equivalent to PyTorch's dropout, in training only, and removed afterwards."""
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ def test_fast_dropout_keeps_rate_scale_and_gradient(p, dtype):
     (gradient,) = torch.autograd.grad(out.sum(), states)
     kept = out != 0
     for given, wanted in ((out[kept], states[kept] / (1 - p)), (gradient, kept / (1 - p))):
-        # 1 / (1 - p), the product and what is wanted of it, each rounded
+        # 1 / (1 - p), the product and the expected value, each rounded
         torch.testing.assert_close(given, wanted.to(dtype), rtol=4 * roundoff(dtype), atol=0)
-    shares = kept.flatten()[:750_000].view(-1, 4).double()  # a draw's four numbers are as independent as others
+    shares = kept.flatten()[:750_000].view(-1, 4).double()  # the four numbers of one draw are independent, too
     assert ((shares.mean(dim=0) - (1 - p)).abs() < 5 * (p * (1 - p) / len(shares)) ** 0.5).all()
     assert (torch.corrcoef(shares.T) - torch.eye(4)).abs().max() < 5 / len(shares) ** 0.5
     again = [fast_dropout(states, p, training=True) for _ in range(2) if torch.manual_seed(0)]

@@ -1,4 +1,4 @@
-"""Benchmarks, a user's own triplets, and the collator, on real files."""
+"""Benchmarks, a user's own triplets, and the collator, on real image files."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def queries(**columns):
 
 
 def gallery(*ids):
-    return Dataset.from_dict({"image": ["picture"] * len(ids), "image_id": list(ids)})
+    return Dataset.from_dict({"image": ["image"] * len(ids), "image_id": list(ids)})
 
 
 def test_benchmark_accepts_matching_queries_and_gallery():
@@ -190,7 +190,7 @@ def test_invalid_tables_raise(folder):
         load_triplets(folder / "nowhere.csv", folder)
 
 
-def test_benchmark_from_triplets(folder):
+def test_benchmark_from_triplets_holds_each_image_once(folder):
     triplets = load_triplets(write_csv(folder, ROWS), folder)
     benchmark = benchmark_from_triplets("own", triplets)
     images = {row["image_id"]: row["image"].getpixel((0, 0)) for row in benchmark.gallery}
@@ -223,7 +223,7 @@ def test_collator_builds_a_batch(folder, tiny_processor):
 
 def test_images_of_unusual_modes_and_shapes_pass_the_collator(folder, tiny_processor):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees for upright display
     left_red = Image.new("RGB", (64, 64), "blue")
     left_red.paste("red", (0, 0, 32, 64))
     Image.new("L", (20, 16), 90).save(folder / "grey.png")
@@ -244,7 +244,7 @@ def test_images_of_unusual_modes_and_shapes_pass_the_collator(folder, tiny_proce
     assert turned[0, -2].max() < turned[2, -2].min()
 
 
-def test_id_numbers_do_not_depend_on_the_process():
+def test_numeric_ids_are_equal_in_every_process():
     # `printf red.png | b2sum --length 64`
     assert id_number("red.png") == int.from_bytes(bytes.fromhex("1ca0581bf9e54d8b"), "big", signed=True)
     assert id_number("rouge-gorge 🐦") != id_number("red.png")

@@ -1,4 +1,4 @@
-"""The same seed gives the same run, and `results.json` holds all that repeats one."""
+"""The same seed gives the same run, and `results.json` records everything that repeats it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ __all__ = ["files"]
 
 
 def weights_of(folder, seed, **settings):
-    """Returns all weights after three steps with dropout as one vector, and PyTorch's deterministic settings."""
+    """Return all weights after three steps with dropout as one vector, and PyTorch's deterministic settings."""
     trainer = trainer_of(folder, Rows(), dropout=0.5, seed=seed, use_cpu=not torch.cuda.is_available(), **settings)
     trainer.train()
     weights = np.concatenate([p.detach().cpu().numpy().ravel() for p in trainer.model.parameters()])
@@ -30,7 +30,7 @@ def weights_of(folder, seed, **settings):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "The same seed gives the same run, in one process and in two; another seed another run",
+    "The same seed gives the same run, in one process and in two; another seed gives another run",
     broken=(
         "src/pvlf_hf/training/trainer.py",
         "        return super().train(checkpoint, *args, **kwargs)\n",
@@ -41,7 +41,7 @@ def weights_of(folder, seed, **settings):
 def test_same_seed_repeats_the_run(tmp_path, figure, processes):
     one, again, other = (run_in_processes(processes, weights_of, tmp_path, seed)[0][0] for seed in (0, 0, 1))
     worst = float(np.abs(one - again).max())
-    # Two processes add their gradients in either order.
+    # Two processes may sum their gradients in either order.
     allowed = 0 if processes == 1 else max(rows_error(3, dropout=0.5).values())
     assert worst <= allowed
     assert np.abs(one - other).max() > 1e-4
@@ -55,15 +55,15 @@ def weights_twice(folder):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "`full_determinism` reaches PyTorch, every operation of a training step has a deterministic kind, and two runs "
-    "give the same bits",
+    "`full_determinism` is passed to PyTorch, every operation of a training step has a deterministic "
+    "implementation, and two runs are bit-equal",
     broken=(
         "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",
         "        super().__post_init__(*args, **kwargs)\n        self.full_determinism = False\n",
     ),
 )
-def test_full_determinism(tmp_path, figure):
+def test_full_determinism_repeats_the_run_bit_for_bit(tmp_path, figure):
     (one,), (again,) = (run_in_processes(1, weights_twice, tmp_path) for _ in range(2))
     assert one[1:] == again[1:] == (True, ":16:8")
     assert np.array_equal(one[0], again[0])
@@ -73,10 +73,10 @@ def test_full_determinism(tmp_path, figure):
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "`results.json` alone repeats a run with settings that are not the defaults: the same weights and metrics",
+    "`results.json` alone suffices to repeat a run with non-default settings: the same weights and metrics",
     broken=("src/pvlf_hf/training/training_args.py", "adam_beta1 adam_beta2", "adam_beta2"),
 )
-def test_results_record_how_to_repeat_them(files, tmp_path, figure):
+def test_results_file_suffices_to_repeat_the_run(files, tmp_path, figure):
     unusual = "--seed=3 --data_seed=5 --gamma=1 --adam_beta1=0.5 --decay_norms_and_biases=False --learning_rate=0.002"
     train(flags(files, tmp_path / "first", *unusual.split()))
     results = json.loads((tmp_path / "first" / "results.json").read_text())

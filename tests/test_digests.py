@@ -1,4 +1,4 @@
-"""Digests stand on disk and in published data: none may change, and all are made in one module."""
+"""Digests are stored on disk and in published data: none may change, and one module makes them all."""
 
 import ast
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_sequence_digest_differs_from_joined_content():
 def test_all_hashing_is_in_one_module():
     users = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name == "models":  # travels with checkpoints, so it imports nothing of the package
+        if path.parent.name == "models":  # is saved with checkpoints, so it imports nothing from the package
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]

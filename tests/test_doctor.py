@@ -1,4 +1,4 @@
-"""Every kind of damage planted in a healthy tree must be found, and nothing else."""
+"""The doctor finds every kind of damage planted in a healthy data set, and nothing else."""
 
 import json
 import shutil
@@ -229,7 +229,7 @@ def test_unlisted_images_and_unreadable_annotations_are_reported(tmp_path):
     assert "cap.rc2.val.json is not under" in examine_cirr(root / "nowhere").findings[0].message
 
 
-def test_errors_of_the_loader_are_reported(tmp_path):
+def test_loader_errors_are_reported(tmp_path):
     root = make_cirr(tmp_path)
     edit(
         root / "cirr/captions/cap.rc2.val.json",
@@ -303,7 +303,7 @@ def test_invalid_arguments_end_the_command_with_an_error(options, code, message)
 
 def test_every_data_set_is_examined_by_name(tmp_path):
     assert [subject.value for subject in Subject] == [*MAKERS, "triplets"]
-    for name in ("laion-cir", "cirr"):  # their splits differ
+    for name in ("laion-cir", "cirr"):  # the data sets have different splits
         root = MAKERS[name](tmp_path / name)
         assert examine(name, root, check_counts=False) == EXAMINERS[name](root, check_counts=False)
     with pytest.raises(ValueError, match="unknown data set 'cir'; choose from .*'laion-cir'"):

@@ -48,7 +48,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 @cache
 def text_of(page):
-    """Returns the Markdown of a document, or of a notebook's cells."""
+    """Return the Markdown of a document, or of a notebook's cells."""
     if page.suffix == ".md":
         return page.read_text(encoding="utf-8")
     cells = nbformat.read(page, as_version=4).cells
@@ -56,13 +56,13 @@ def text_of(page):
 
 
 def prose(page):
-    """Returns the Markdown outside code fences."""
+    """Return the Markdown outside code fences."""
     return FENCE.sub("", text_of(page))
 
 
 @cache
 def anchors(page):
-    """Returns the anchors of the headings, as GitHub makes them."""
+    """Return the anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.*?) *$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -90,13 +90,13 @@ MAX_WORDS = 1300
 
 
 def test_readme_is_short():
-    """Counts as `wc -w` does: prose, tables and code."""
+    """Count as `wc -w` does: prose, tables and code."""
     words = len(text_of(ROOT / "README.md").split())
     assert words <= MAX_WORDS, f"README.md has {words} words: move what is not needed there to a folder's README"
 
 
 def test_tree_of_the_readme_equals_the_repository():
-    """Each folder and root module has its line; files of the other folders are in those folders' READMEs."""
+    """Compare the tree's lines with folders and root modules; files of other folders are in those folders' READMEs."""
     (tree,) = (block for language, block in FENCE.findall(text_of(ROOT / "README.md")) if language == "text")
     sections = dict(re.findall(r"^(\S+/)(.*(?:\n .*)*)", tree, re.MULTILINE))
     for folder, listing in sections.items():
@@ -130,7 +130,7 @@ def test_readme_of_a_folder_names_its_files(folder):
 
 
 def commands(text):
-    """Yields the commands of shell lines, each split into its arguments."""
+    """Yield the commands of shell lines, each split into its arguments."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for is_operator, group in groupby(words, lambda word: word in ("&&", "||", "|", ";")):
@@ -183,7 +183,7 @@ def check(words, folder):
             assert '__name__ == "__main__"' in file.read_text(), f"{rest[1]} is not a program"
             check_flags(rest[2:], flags_of(file, rest[1]))
     elif program == "python":
-        copied = ROOT / "src" / "pvlf_hf" / Path(rest[0]).name  # the export leaves a program beside its files
+        copied = ROOT / "src" / "pvlf_hf" / Path(rest[0]).name  # the export writes a program beside its files
         file = next((file for file in (ROOT / rest[0], folder / rest[0], copied) if file.exists()), None)
         assert file, f"{rest[0]}: no such file"
         check_flags(rest[1:], flags_of(file))
@@ -205,7 +205,7 @@ def check_flags(words, known):
 
 @cache
 def flags_of(file, module=None):
-    """Returns the flags in a program's calls of argparse, or in its `--help` if another module makes the calls."""
+    """Return the flags in a program's calls of argparse, or in its `--help` if another module makes the calls."""
     source = file.read_text(encoding="utf-8")
     written = re.findall(r"""add_argument\(\s*"(--[\w-]+)""", source)
     if written and "import argparse" in source:
@@ -225,7 +225,7 @@ def flags_of(file, module=None):
 
 
 def flags_of_the_command_line(*words):
-    """Returns the flags of a command of `pvlf-hf`, in both spellings, with `-` and `_`."""
+    """Return the flags of a command of `pvlf-hf`, in both spellings, with `-` and `_`."""
     if words[0] in ("train", "evaluate"):
         module = f"pvlf_hf.commands.{words[0]}"
         return flags_of(Path(importlib.util.find_spec(module).origin), module)
@@ -248,7 +248,7 @@ EXAMPLES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in p
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_in_docstrings_run(path, monkeypatch, tmp_path):
-    """Runs them in a temporary copy of the root, where they may write to `outputs/`."""
+    """Run them in a temporary copy of the root, where they may write to `outputs/`."""
     for name in ("model_cards", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -285,7 +285,7 @@ SHORTER = {
 
 @pytest.fixture
 def clone(monkeypatch, tmp_path):
-    """Enters an empty folder that has the committed checkpoints of a clone."""
+    """Enter an empty folder that has the committed checkpoints of a clone."""
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -296,7 +296,7 @@ def readme_blocks(language):
 
 
 def test_python_of_the_readme_runs(clone, capsys):
-    """Word for word and in order, with nothing defined before."""
+    """Run the blocks unchanged and in order, with nothing defined before."""
     blocks, names = readme_blocks("python"), {}
     assert len(blocks) >= 2
     for block in blocks:
@@ -307,7 +307,7 @@ def test_python_of_the_readme_runs(clone, capsys):
 
 @pytest.mark.slow
 def test_commands_of_the_readme_run(clone, monkeypatch):
-    """In order, on the files that the text asks of the user; only the server of the web demo is not started."""
+    """Run the commands in order, on files that the text tells the user to provide; the web demo is not started."""
     photos = clone / "photos"
     photos.mkdir()
     for row, colour in enumerate(COLOURS):

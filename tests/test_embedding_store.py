@@ -1,4 +1,4 @@
-"""Embeddings from disk are those that would be encoded again, of one model only, and nothing is encoded twice."""
+"""Stored embeddings equal those encoded again, belong to one model, and are never encoded twice."""
 
 import os
 import shutil
@@ -21,11 +21,11 @@ KEYS = [("a",), ("b",), ("a",), ("c",), (3,)]
 
 
 def encoder(calls):
-    """Embeds a position as a row of it, and keeps what it was asked for."""
+    """Return an encoder that embeds a position as a row of its number, and records its calls."""
 
-    def encode(places):
-        calls.append(places)
-        return torch.tensor([[float(place), 1.0] for place in places])
+    def encode(positions):
+        calls.append(positions)
+        return torch.tensor([[float(position), 1.0] for position in positions])
 
     return encode
 
@@ -42,7 +42,7 @@ def test_store_encodes_only_missing_keys(store):
     assert store.fetch("x", KEYS[:3], encoder(calls))[:, 0].tolist() == [0, 1, 0]
     again = EmbeddingStore(store.folder)
     assert again.fetch("x", KEYS[::-1], encoder(calls))[:, 0].tolist() == [0, 1, 0, 1, 0]
-    assert calls == [[0, 1], [0, 1]]  # a and b; then 3 and c, which stand first
+    assert calls == [[0, 1], [0, 1]]  # a and b; then 3 and c, which come first
     assert again.fetch("x", KEYS[:2]).tolist() == [[0, 1], [1, 1]]
     with pytest.raises(
         ValueError, match=r"x\.safetensors lacks 1 of 2 embeddings, first: \[\('3',\)\]; pass the model"
@@ -55,10 +55,10 @@ def test_store_encodes_only_missing_keys(store):
 def test_interrupted_encoding_loses_only_the_last_part(store, monkeypatch):
     monkeypatch.setattr(embedding_store, "SAVE_EVERY", 2)
 
-    def interrupted(places):
-        if places == [3, 4]:
+    def interrupted(positions):
+        if positions == [3, 4]:
             raise KeyboardInterrupt
-        return torch.zeros(len(places), 2)
+        return torch.zeros(len(positions), 2)
 
     with pytest.raises(KeyboardInterrupt):
         store.fetch("x", KEYS, interrupted)
@@ -74,22 +74,22 @@ def test_rescored_equals_encoded_again(tiny_model, tiny_processor, tmp_path, met
     fill = evaluate(tiny_model, tiny_processor, make_benchmark(), **options, store=EmbeddingStore(tmp_path))
     assert fill == evaluate(tiny_model, tiny_processor, make_benchmark(), **options)
     other = make_benchmark(name="other", reference="kept", metrics="fashioniq")
-    anew = evaluate(tiny_model, tiny_processor, other, **options)
-    assert evaluate(None, None, other, **options, store=EmbeddingStore(tmp_path)) == anew
-    assert anew.per_query["rank"] != fill.per_query["rank"]
+    expected = evaluate(tiny_model, tiny_processor, other, **options)
+    assert evaluate(None, None, other, **options, store=EmbeddingStore(tmp_path)) == expected
+    assert expected.per_query["rank"] != fill.per_query["rank"]
 
 
 def test_further_captions_are_added_to_a_store(tiny_model, tiny_processor, tmp_path):
-    store, worded = EmbeddingStore(tmp_path), make_benchmark(wordings=True)
+    store, captioned = EmbeddingStore(tmp_path), make_benchmark(several_captions=True)
     embed(tiny_model, tiny_processor, make_benchmark(), progress=False, store=store)
     with pytest.raises(ValueError, match=r"lacks 2 of 7 embeddings, first: \[\('blue', 'with one dog'\)"):
-        embed(None, None, worded, store=store)
-    added = embed(tiny_model, tiny_processor, worded, progress=False, store=store)
-    whole, error = embed(tiny_model, tiny_processor, worded, progress=False), squares_error()
-    for ours, anew, name in zip(added, whole, ("query_embeds", "target_embeds"), strict=True):
-        torch.testing.assert_close(ours, anew, rtol=0, atol=error[name])
+        embed(None, None, captioned, store=store)
+    added = embed(tiny_model, tiny_processor, captioned, progress=False, store=store)
+    whole, error = embed(tiny_model, tiny_processor, captioned, progress=False), squares_error()
+    for ours, expected, name in zip(added, whole, ("query_embeds", "target_embeds"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=error[name])
     embed(tiny_model, tiny_processor, make_benchmark(), "image", progress=False, store=store)
-    embed(None, None, worded, "image", store=store)  # captions make no difference
+    embed(None, None, captioned, "image", store=store)  # the method ignores captions
 
 
 def test_store_of_another_model_raises(store, tiny_processor, tmp_path):
@@ -130,7 +130,7 @@ def test_damaged_file_raises_with_its_path(store):
         EmbeddingStore(store.folder)
 
 
-def test_embeddings_kept_under_the_former_name_of_the_method_are_read(tiny_model, tiny_processor, tmp_path):
+def test_embeddings_stored_under_the_former_method_name_are_read(tiny_model, tiny_processor, tmp_path):
     benchmark, store = make_benchmark(), EmbeddingStore(tmp_path)
     expected = evaluate(tiny_model, tiny_processor, benchmark, store=store, progress=False)
     (tmp_path / "squares%20composed.safetensors").rename(tmp_path / "squares%20pvlf.safetensors")
@@ -140,7 +140,7 @@ def test_embeddings_kept_under_the_former_name_of_the_method_are_read(tiny_model
 
 @pytest.mark.reliability(
     9,
-    "kept embeddings of an image that was replaced are made again, though name, size and time are the same",
+    "Stored embeddings of a replaced image are computed again, even if name, size and time of the file are unchanged",
     broken=(
         "src/pvlf_hf/embeddings/encoding.py",
         'contents = image_digests(benchmark.gallery, "image") if',
@@ -168,10 +168,10 @@ def test_replaced_image_is_embedded_again(tiny_model, tiny_processor, tmp_path, 
     assert (files[2].stat().st_size, files[2].stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     counts = []
     tiny_model.backbone.vision_model.register_forward_hook(lambda *args: counts.append(len(args[2].last_hidden_state)))
-    after, anew = kept(), embed(tiny_model, tiny_processor, benchmark, progress=False)
+    after, expected = kept(), embed(tiny_model, tiny_processor, benchmark, progress=False)
     changed = (after.gallery != before.gallery).any(dim=1).nonzero().flatten().tolist()
     assert changed == [2] and counts[:2] == [1, 1], counts
     assert (after.queries != before.queries).any(dim=1).nonzero().flatten().tolist() == with_reference
-    for ours, wanted, name in zip(after, anew, ("query_embeds", "target_embeds"), strict=True):
+    for ours, wanted, name in zip(after, expected, ("query_embeds", "target_embeds"), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=squares_error()[name])
     figure("1 of 9 images replaced: 1 image and 1 query embedded again")

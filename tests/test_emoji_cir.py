@@ -1,3 +1,5 @@
+"""EmojiCIR: its names, captions, pairs and splits have the documented properties and do not depend on the machine."""
+
 import hashlib
 import json
 
@@ -117,7 +119,7 @@ def test_parsed_attributes_can_be_changed_without_changing_the_table():
     assert parse_name("red heart")["colour"] == "red"
 
 
-def test_images_of_every_vendor():
+def test_image_counts_of_the_vendors_equal_the_published_ones():
     counts = {vendor: len(load_emoji_pictures([vendor], keep_leaked=True)) for vendor in VENDORS}
     assert counts == {"Goog": 3633, "Appl": 3615, "FB": 3349, "Joy": 3623, "Sams": 3336, "Twtr": 3628, "Wind": 3039}
     assert sum(counts.values()) == EXPECTED_COUNTS["pictures"]
@@ -140,7 +142,7 @@ def test_no_training_image_is_in_the_test_gallery(train):
 
 
 @pytest.mark.slow
-def test_training_triplets(train):
+def test_training_triplets_pair_different_images(train):
     assert len(train) == EXPECTED_COUNTS["train"]
     assert {"reference", "caption", "target", "target_id", "reference_id", "attribute", "vendor"} == set(
         train.column_names
@@ -167,8 +169,8 @@ def test_no_pair_is_in_two_splits_in_either_direction(train, validation, tiers):
 
 @pytest.mark.slow
 def test_pairs_differ_in_their_named_attributes():
-    for its in emoji_pairs().values():
-        for pair in its:
+    for pairs in emoji_pairs().values():
+        for pair in pairs:
             first, second = parse_name(pair.first), parse_name(pair.second)
             assert tuple(s for s in first if first[s] != second[s]) == tuple(s for s in first if s in pair.slots)
             assert pair.first < pair.second
@@ -239,7 +241,7 @@ def test_subsets_are_six_different_images(split):
         assert len(subset) == 6 and {reference, target} < set(subset)
         assert len({picture_of[image_id] for image_id in subset}) == 6
         positions.append(subset.index(target))
-    assert all(positions.count(p) > len(positions) / 10 for p in range(6))  # the place does not give the target away
+    assert all(positions.count(p) > len(positions) / 10 for p in range(6))  # the index does not reveal the target
 
 
 def test_look_alikes_share_the_class_of_the_target(tiers):

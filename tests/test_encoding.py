@@ -1,4 +1,4 @@
-"""Embeddings of queries and galleries: what each method is made of, whatever the batches."""
+"""Embeddings of queries and galleries by every method, independent of batching."""
 
 import copy
 import time
@@ -28,19 +28,19 @@ EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
 @pytest.fixture(scope="module")
 def emoji():
-    """Trained weights: what random ones lose to rounding says little."""
+    """Return the trained emoji model; the rounding error of random weights is not representative."""
     return AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
 
 
 def method_error(method):
-    """How far apart a query's embeddings of two batches may be: of "image+text", for a sum no shorter than 1."""
+    """Return how far apart a query's embeddings from two batches may be; the norm of "image+text" is 1 or more."""
     halves = {"composed": ["query"], "image+text": ["image", "text"]}.get(method, [method])
     return sum(squares_error()[f"{half}_embeds"] for half in halves)
 
 
 @pytest.mark.parametrize("method", QUERY_METHODS)
 def test_batch_size_does_not_change_embeddings(tiny_model, tiny_processor, method):
-    queries = make_benchmark(wordings=True).queries
+    queries = make_benchmark(several_captions=True).queries
     one, all_at_once = (
         encode_queries(tiny_model, tiny_processor, queries, method, batch_size, progress=False)
         for batch_size in (1, 64)
@@ -70,7 +70,7 @@ def test_baselines_embed_the_image_the_text_or_their_sum(tiny_model, tiny_proces
 
 
 def test_captions_of_a_query_are_averaged(tiny_model, tiny_processor):
-    queries = make_benchmark(wordings=True).queries
+    queries = make_benchmark(several_captions=True).queries
     mean = encode_queries(tiny_model, tiny_processor, queries, progress=False)
     rest = queries.remove_columns("caption")
     first, last = (
@@ -94,7 +94,7 @@ def test_mixed_precision_training_does_not_change_embeddings(tiny_model, tiny_pr
     try:
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny_model)
     finally:
-        AcceleratorState._reset_state()  # the next test may want another precision
+        AcceleratorState._reset_state()  # the next test may use another precision
     pixels = tiny_processor.process_targets(list(gallery["image"]))["pixel_values"]
     for _ in range(2):
         assert encode_gallery(prepared, tiny_processor, gallery, progress=False).equal(whole)
@@ -102,17 +102,17 @@ def test_mixed_precision_training_does_not_change_embeddings(tiny_model, tiny_pr
             assert not torch.allclose(prepared(target_pixel_values=pixels).target_embeds, whole, atol=1e-4)
 
 
-def test_an_image_that_does_not_decode_is_named(tiny_model, tiny_processor, tmp_path):
+def test_undecodable_image_raises_with_its_row(tiny_model, tiny_processor, tmp_path):
     draw(0).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     files = [str(tmp_path / name) for name in ("whole.png", "whole.png", "cut.png")]
     gallery = Dataset.from_dict({"image": files}).cast_column("image", Image())
     with pytest.raises(ValueError, match="gallery: the image of row 2 cannot be read, replace it or drop the row"):
         encode_gallery(tiny_model.train(), tiny_processor, gallery, batch_size=2, progress=False)
-    assert tiny_model.training  # given back as it came, also then
+    assert tiny_model.training  # the mode is restored after an error, too
 
 
-def test_missing_model_or_unknown_method_is_named(tiny_model, tiny_processor):
+def test_missing_model_or_unknown_method_raises(tiny_model, tiny_processor):
     with pytest.raises(
         ValueError, match=r"method='caption': choose one of \('composed', 'image', 'text', 'image\+text'\)"
     ):
@@ -157,7 +157,7 @@ def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
 
     found = prefetch_map(work, range(10), threads)
     assert next(found) == 0
-    time.sleep(0.05)  # for threads that would run away
+    time.sleep(0.05)  # time for threads that would run ahead
     assert len(started) == threads + 1
     assert [next(found) for _ in range(6)] == [-1, -2, -3, -4, -5, -6]
     with pytest.raises(ValueError, match="task 7"):
@@ -165,7 +165,7 @@ def test_prefetch_map_keeps_order_and_stays_within_its_threads(threads):
 
 
 def test_several_loader_threads_give_the_same_embeddings(tiny_model, tiny_processor, monkeypatch):
-    benchmark = make_benchmark(wordings=True)
+    benchmark = make_benchmark(several_captions=True)
     alone = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)
     monkeypatch.setattr("pvlf_hf.embeddings.encoding._threads", lambda device: 3)
     fed = embed(tiny_model, tiny_processor, benchmark, batch_size=2, progress=False)

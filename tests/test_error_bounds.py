@@ -1,4 +1,4 @@
-"""`error_bounds.py`: its bounds hold, for sums in any order too, and are not so wide as to excuse a mistake."""
+"""`error_bounds.py`: its bounds hold, also for sums in any order, and are tight enough to detect a mistake."""
 
 import copy
 
@@ -17,7 +17,7 @@ def test_sums_in_any_order_are_within_the_bound(dtype):
     for seed in range(20):
         order, total = torch.randperm(64, generator=torch.Generator().manual_seed(seed)), torch.zeros(60, dtype=dtype)
         for term in order:
-            total = total + x[:, term] * y[:, term]  # one after the other, each rounded
+            total = total + x[:, term] * y[:, term]  # sequential sum, each step rounded
         off = ((total.double() - exact).abs() / sizes).max().item()
         assert dot_error(64, dtype) / 50 < off <= dot_error(64, dtype)
 
@@ -34,7 +34,7 @@ def test_exact_loss_equals_the_slow_loop(temperature, gamma):
     truth, bound = exact_loss(queries, targets, temperature, 0.7, gamma, target_ids=torch.tensor(ids))
     slow = slow_loss(queries, targets, temperature, 0.7, gamma, target_ids=ids)
     assert truth.value.item() == pytest.approx(slow, rel=dot_error(1000, torch.float64))
-    assert bound.value < 1e-4 * truth.value  # a mistake of a ten thousandth is none of rounding
+    assert bound.value < 1e-4 * truth.value  # a relative error of 1e-4 is no rounding error
 
 
 def embeds(model, inputs):
@@ -52,7 +52,7 @@ def two_steps(model, inputs):
 )
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_model_outputs_are_within_the_bound(backbone, compute, dtype):
-    """Of what it computes by itself, in the processor's order; and the bound is no more than that makes necessary."""
+    """Compare with an eager float64 computation; the bound must hold and must not be much wider than the error."""
     model, inputs = make_model(backbone, temperature=1.0), make_inputs(backbone)
     error = rounding(compute, model, inputs, dtype)
     doubled = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}

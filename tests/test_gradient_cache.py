@@ -23,7 +23,7 @@ def chunks_of(inputs, chunk_size):
 
 
 def kept_until_backward(model, inputs, chunk_size):
-    """The plain version: the same chunks, each embedded once, all activations kept."""
+    """Embed the same chunks once each and keep all activations (the plain version)."""
     outputs = [model(**chunk, return_loss=False) for chunk in chunks_of(inputs, chunk_size)]
     return {name: torch.cat([output[name] for output in outputs]) for name in ("query_embeds", "target_embeds")}
 
@@ -33,7 +33,7 @@ def inputs_of(model):
 
 
 def gradients(model, embed, inputs=None):
-    """Loss and gradients of a batch of five; dropout draws the same in every call."""
+    """Return loss and gradients of a batch of five; dropout draws the same mask in every call."""
     torch.manual_seed(0)
     model.zero_grad()
     output = embed(model, inputs or inputs_of(model))
@@ -43,7 +43,7 @@ def gradients(model, embed, inputs=None):
 
 
 def gradient_error(model, dtype=torch.float32):
-    """How far apart two ways to the same `gradients` may be, by name."""
+    """Return how far apart two computations of the same `gradients` may be, by name."""
     return rounding(lambda model, inputs: gradients(model, in_one_piece, inputs), model, inputs_of(model), dtype)
 
 
@@ -84,13 +84,11 @@ def test_gradient_caching_repeats_dropout(backbone, autocast):
         chunked = gradients(model, cached(2))
         other = gradients(model, in_one_piece)
         kept = gradients(model, lambda model, inputs: kept_until_backward(model, inputs, 2))
-    # Autocast rounds the gradients of its copies of weights once for all chunks, or once for each.
+    # Autocast rounds the gradients of its weight copies once for all chunks, or once for each.
     error = gradient_error(model, torch.bfloat16 if autocast else torch.float32)
     for name, wanted in kept.items():
         torch.testing.assert_close(chunked[name], wanted, rtol=0, atol=error[name], msg=name)
-    assert not torch.allclose(
-        other["fusion.prompts"], kept["fusion.prompts"], rtol=0.3
-    )  # dropout does make a difference
+    assert not torch.allclose(other["fusion.prompts"], kept["fusion.prompts"], rtol=0.3)  # dropout makes a difference
 
 
 def test_random_numbers_after_backward_do_not_depend_on_it(tiny_model):
@@ -115,11 +113,11 @@ def test_gradient_caching_keeps_one_chunk_at_a_time(tiny_model):
     assert len(alive) == 10 and max(alive) == 1  # five rows, each encoded twice
     made.clear()
     gradients(tiny_model, lambda model, inputs: kept_until_backward(model, inputs, 1))
-    assert max(alive) == 5  # the test can tell
+    assert max(alive) == 5  # the whole batch does exceed a chunk
 
 
-def test_gradients_are_shared_with_other_processes_once(tiny_model):
-    """Of all chunks but the last, gradients stay here."""
+def test_gradients_are_synchronised_once(tiny_model):
+    """Check that gradients are synchronised once, with the last chunk."""
     entered = []
 
     class NoSync:

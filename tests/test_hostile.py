@@ -1,4 +1,4 @@
-"""Files made to harm: code in checkpoints, names and links that leave their folder, images that are none or huge."""
+"""Malicious files: code in checkpoints, names and links that leave their folder, fake or huge images."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from miniatures import make_circo, make_cirr, make_fashioniq
 from PIL import Image
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 from transformers import (
     AutoConfig,
@@ -52,7 +52,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -85,7 +85,7 @@ def test_weights_cannot_run_code(tiny_checkpoint, tmp_path, figure):
             assert not ran.exists()
             stores += 1
     pickle.loads(pickle.dumps(Evil(ran))).close()
-    assert ran.exists()  # as it does where it is let
+    assert ran.exists()  # shows that an unrestricted load does run it
     figure(f"{stores} kinds of pickle, none run")
 
 
@@ -112,16 +112,17 @@ from transformers import CLIPImageProcessor as EvilImageProcessor, CLIPProcessor
     ),
 )
 def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure):
-    for borrowed in (CLIPConfig, CLIPModel, CLIPTokenizer):  # which the library marks as code that travels
+    # which the library registers as code to save with checkpoints
+    for borrowed in (CLIPConfig, CLIPModel, CLIPTokenizer):
         monkeypatch.setattr(borrowed, "_auto_class", None)
     ran, evil, folder = tmp_path / "ran", tmp_path / "evil", tmp_path / "folder"
-    for place in (evil, folder):
-        place.mkdir()
-        (place / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
+    for target in (evil, folder):
+        target.mkdir()
+        (target / "evil.py").write_text(EVIL_MODULE.format(ran=str(ran)))
     kinds = ("Config", "Model", "Processor", "ImageProcessor", "Tokenizer")
     files = [path for path in tiny_checkpoint.iterdir() if path.suffix not in (".py", "")]
     settings_files = ("config.json", "processor_config.json", "tokenizer_config.json")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked, and a user may say yes"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted: a user may say yes"))
     attempts = 0
     for repository in (f"{evil}--", ""):
         auto_map = {f"Auto{kind}": f"{repository}evil.Evil{kind}" for kind in kinds}
@@ -147,12 +148,12 @@ def test_settings_cannot_run_code(tiny_checkpoint, tmp_path, monkeypatch, figure
                     assert not ran.exists(), (loader.__name__, nested, consent)
                     attempts += 1
     AutoConfig.from_pretrained(evil_config(folder), trust_remote_code=True)
-    assert ran.exists()  # as it does where it is let
+    assert ran.exists()  # shows that an unrestricted load does run it
     figure(f"{attempts} loads of 4 poisoned checkpoints, no code run, nobody asked")
 
 
 def poison(tree, bait):
-    """Puts the bait into every configuration inside another."""
+    """Insert the bait into every nested configuration."""
     for key in {"vl_config", "text_config", "vision_config", "image_processor"} & tree.keys():
         tree[key].update(bait)
         poison(tree[key], bait)
@@ -172,7 +173,7 @@ ESCAPES = ["../secret.png", "sub/../../secret.png", "{above}/secret.png"]
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two images in a folder, one beside it."""
+    """Return a folder of two images; a third is outside it."""
     folder = tmp_path / "above/photos"
     (folder / "sub").mkdir(parents=True)
     for name in ("red.png", "sub/blue.png", "../secret.png"):
@@ -192,8 +193,8 @@ def write_rows(folder, rows):
 
 @pytest.mark.reliability(
     4,
-    "A table of triplets reads nothing outside its folder of images, by `..`, absolute names or links, unless "
-    "`allow_links`; the Hub's cache, which is made of links, works as it is",
+    "A table of triplets opens no file outside its image folder, by `..`, absolute names or links, unless "
+    "`allow_links`; the Hub's cache, which consists of links, works unchanged",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, dict.fromkeys(", "list(dict.fromkeys("),
 )
 def test_triplets_outside_their_folder_raise(photos, figure):
@@ -224,7 +225,8 @@ def test_triplets_outside_their_folder_raise(photos, figure):
 
 @pytest.mark.reliability(
     4,
-    "A gallery of a folder holds nothing from outside it, unless `allow_links`; then a cycle of links ends",
+    "A gallery of a folder contains no file outside it, unless `allow_links`; then each image is indexed once, "
+    "even if links form a cycle",
     broken=("src/pvlf_hf/data/image_files.py", "check_links(folder, [str(", "list([str("),
 )
 def test_gallery_images_outside_its_folder_raise(photos, tiny_model, tiny_processor, figure):
@@ -280,11 +282,11 @@ def test_annotations_outside_their_folders_raise(tmp_path, figure):
 
 @pytest.mark.reliability(
     4,
-    "A shard holds its images: one that names a file, or holds a format that is not decoded, is refused",
+    "A shard contains its images: shards that refer to files, or contain a format that is not decoded, are refused",
     broken=("src/pvlf_hf/data/streaming.py", 'if row[column]["bytes"] is None:', "if False:"),
 )
 def test_shards_that_name_files_raise(tmp_path, figure):
-    triplets = each_with_each(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
+    triplets = square_triplets(tmp_path, ["red", "blue"], lambda a, b: f"{b}, not {a}")
     (file,) = write_shards(triplets, tmp_path / "shards")
     table = pq.read_table(file).to_pylist()
     stream = io.BytesIO()
@@ -340,7 +342,7 @@ def encoded(format, image=None, **options):
 
 
 def png_of(width, height, data=b""):
-    """A PNG that claims a size; whatever the size, it has a few bytes."""
+    """Return a PNG of a few bytes that claims the given size."""
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
     chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -355,7 +357,7 @@ ANIMATED = {"save_all": True, "append_images": FRAMES[1:]}
 
 
 def good_images():
-    """By file name: what is read."""
+    """Return by file name the images that must be read."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
     sixteen = Image.fromarray(np.full((9, 9), 40000, np.uint16))
     return {
@@ -376,7 +378,7 @@ def good_images():
 
 
 def bad_images():
-    """By file name: why it is refused, and what it holds."""
+    """Return by file name the images that must be refused: reason and content."""
     jpeg, png = encoded("JPEG"), encoded("PNG", Image.effect_noise((64, 64), 50))
     return {
         "zero.png": ("cannot identify", b""),
@@ -406,8 +408,9 @@ def bad_images():
 
 @pytest.mark.reliability(
     4,
-    "Bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel images, wrong endings, SVG, PDF and EPS "
-    "posing as PNG: read by content, the first frame, or refused and listed with the reason; nothing runs Ghostscript",
+    "Decompression bombs, truncated, empty, animated, 16-bit, CMYK, elongated and 1-pixel images, wrong "
+    "extensions, SVG, PDF and EPS disguised as PNG: read by content (the first frame), or refused and listed "
+    "with the reason; nothing runs Ghostscript",
     broken=("src/pvlf_hf/models/image_processing_pvlf.py", "formats=formats)", "formats=None)"),
 )
 def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeypatch, figure):
@@ -421,7 +424,7 @@ def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeyp
     good, bad = good_images(), bad_images()
     for name, content in {**good, **{name: content for name, (_, content) in bad.items()}}.items():
         (folder / name).write_bytes(content)
-    os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
+    os.mkfifo(folder / "pipe.png")  # a read would block forever
     gallery = Gallery.from_folder(folder, tiny_model, tiny_processor, progress=False)
     assert not ran.exists(), "Ghostscript was run"
     assert gallery.ids == sorted(good)
@@ -430,7 +433,7 @@ def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeyp
         with pytest.raises(ValueError, match=reason):
             tiny_processor.process_targets(folder / name)
         assert gallery.skipped[name], name
-        if name != "needle.png":  # which has few pixels, but would have many
+        if name != "needle.png":  # few pixels in the file, but many after resizing
             with pytest.raises(ValueError, match=rf"1 images cannot be read, first: \[.{name} \(.*({reason})"):
                 load_triplets(table_of(name)(good_reference(folder)), folder)
     assert "it is no file" in gallery.skipped["pipe.png"] and "it is no file" in unreadable(folder / "pipe.png")
@@ -442,7 +445,7 @@ def test_images_are_read_or_listed(tmp_path, tiny_model, tiny_processor, monkeyp
 
 
 def good_reference(folder):
-    """The tables of these tests have red.png as reference."""
+    """Save red.png, the reference image of the tables in these tests."""
     (folder / "red.png").write_bytes(encoded("PNG"))
     return folder
 
@@ -473,13 +476,13 @@ def test_image_limits_can_be_set(tmp_path, monkeypatch, figure):
         with monkeypatch.context() as patch:
             patch.setattr(limits, "MAX_SECONDS", 0.5)
             start = time.monotonic()
-            assert "MAX_SECONDS = 0.5" in unreadable(f"{address}/slow")  # a byte now and then, for ever
+            assert "MAX_SECONDS = 0.5" in unreadable(f"{address}/slow")  # a byte now and then, forever
             assert "timed out" in unreadable(f"{address}/silent")
             assert time.monotonic() - start < 5
         for elsewhere in ("file:///etc/passwd", "ftp://localhost/a.png", f"{address}/file", f"{address}/ftp"):
             assert unreadable(elsewhere), elsewhere
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # Pillow itself refuses more than twice that
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # Pillow itself refuses more than twice as many
         assert "64 x 64 pixels, more than PIL.Image.MAX_IMAGE_PIXELS = 3000" in (unreadable(file) or "")
         with Image.open(file) as opened, pytest.raises(ValueError, match="64 x 64 pixels"):
             make_processor().process_targets(opened)
@@ -487,7 +490,8 @@ def test_image_limits_can_be_set(tmp_path, monkeypatch, figure):
         patch.setattr(limits, "FORMATS", ("JPEG",))
         assert "cannot identify" in unreadable(file)
         patch.setattr(limits, "FORMATS", None)
-        assert "Ghostscript" in (unreadable(eps) or "Ghostscript")  # where it is installed, it is run: the user's wish
+        # where Ghostscript is installed, it is run: the user requested it
+        assert "Ghostscript" in (unreadable(eps) or "Ghostscript")
     processor = make_processor()
     processor.save_pretrained(tmp_path / "processor")
     saved = (tmp_path / "processor/processor_config.json").read_text().upper()
@@ -497,7 +501,7 @@ def test_image_limits_can_be_set(tmp_path, monkeypatch, figure):
 
 @contextmanager
 def serving(content):
-    """A web server of an image at `/`, and of answers that do not end or lead elsewhere."""
+    """Yield a web server with an image at `/`, endless responses, and redirects."""
     stopped = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -515,7 +519,7 @@ def serving(content):
                 if self.path in ("", "/"):
                     self.wfile.write(content)
             except OSError:
-                pass  # the reader had enough
+                pass  # the reader closed the connection
 
         def log_message(self, *_):
             pass
@@ -540,7 +544,7 @@ TEXTS = {
     "100,000 marks": "\u0301" * 50_000 + "!" * 50_000,
     "control characters": "".join(map(chr, range(32))) + "red\x7f\x1b[31m\x9b",
     "bidirectional marks": "\u202ethe \u2066same\u2069 but \u200fred\u202c\u061c",
-    "half a pair": "red \ud800",
+    "lone surrogate": "red \ud800",
     "emoji and joiners": "👩‍👩‍👧‍👦\u200d\ufe0f" * 100,
     "other scripts": "同じだが赤い נָא أحمر",
 }
@@ -549,8 +553,8 @@ TEXTS = {
 @pytest.mark.slow
 @pytest.mark.reliability(
     4,
-    "Captions of 100,000 characters, with control characters, bidirectional marks or half pairs become at most "
-    "`max_text_length` tokens, are searched and drawn",
+    "Captions of 100,000 characters, with control characters or bidirectional marks, are truncated to "
+    "`max_text_length` tokens, searched and drawn; a lone surrogate is refused",
     broken=("src/pvlf_hf/models/processing_pvlf.py", '"truncation": True', '"truncation": False'),
 )
 @pytest.mark.parametrize("checkpoint_name", ["pvlf-emoji-tiny", "tiny"])
@@ -566,7 +570,7 @@ def test_any_text_is_embedded_or_refused(checkpoint_name, photos, tiny_model, fi
         try:
             inputs = processor(text=[text, "red"])
         except ValueError as error:
-            assert name == "half a pair" and "caption 0 contains '\\ud800', a lone surrogate" in str(error)
+            assert name == "lone surrogate" and "caption 0 contains '\\ud800', a lone surrogate" in str(error)
             continue
         assert inputs["input_ids"].shape[1] <= processor.max_text_length
         result = gallery.search(photos / "red.png", text, k=1)
@@ -601,8 +605,8 @@ def test_edited_files_raise_or_load(target, tmp_path, figure):
     @given(st.sampled_from(seeds), st.integers(), cuts, st.floats(0.5, 2))
     def read_edited(content, structure, edits, end):
         content = edited(content, random.Random(structure)) or content
-        for place, new in edits:
-            at = int(place * len(content))
+        for fraction, new in edits:
+            at = int(fraction * len(content))
             content = content[:at] + new + content[at + 1 :]
         read(target, content[: int(end * len(content)) + 1], tmp_path)
         counts[0] += 1

@@ -1,4 +1,4 @@
-"""Round trips over a Hub: published by one process, used by a stranger's that has neither the package nor a cache."""
+"""Round trips over a Hub: one process publishes; another, with neither the package nor a cache, uses the result."""
 
 import json
 import os
@@ -35,12 +35,12 @@ from tiny import make_model, make_processor
 from pvlf_hf.checkpoints.model_card import render_card, write_card
 
 folder = Path(sys.argv[1])
-picture, results = Image.open(folder / "picture.png"), json.loads((folder / "results.json").read_text())
+image, results = Image.open(folder / "image.png"), json.loads((folder / "results.json").read_text())
 processor, models = make_processor(), {name: make_model(seed=seed) for seed, name in enumerate(["first", "second"])}
 outputs = {}
 for name, model in models.items():
     with torch.no_grad():
-        outputs[name] = model(**processor(images=picture, text="the same but red", target_images=picture)).similarity
+        outputs[name] = model(**processor(images=image, text="the same but red", target_images=image)).similarity
 save_file(outputs, folder / "published.safetensors")
 
 # In parts: a commit each for model, processor and card; a later version on a branch of its own.
@@ -56,7 +56,7 @@ processor.push_to_hub("you/parts")  # loads the card there and writes it again
 models["first"].save_pretrained(folder / "whole")
 processor.save_pretrained(folder / "whole")
 (folder / "whole" / "results.json").write_text(json.dumps(results))
-picture.save(folder / "whole" / "retrievals.png")
+image.save(folder / "whole" / "retrievals.png")
 write_card(folder / "whole", "you/whole", license="apache-2.0")
 create_repo("you/whole")
 upload_folder(repo_id="you/whole", folder_path=folder / "whole")
@@ -80,7 +80,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
 folder, offline = Path(sys.argv[1]), sys.argv[2] == "offline"
-picture = Image.open(folder / "picture.png")
+image = Image.open(folder / "image.png")
 outputs = {}
 
 
@@ -88,7 +88,7 @@ outputs = {}
 def load(name, **where):
     model = AutoModel.from_pretrained(name, trust_remote_code=True, **where)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **where)
-    output = model(**processor(images=picture, text="the same but red", target_images=picture))
+    output = model(**processor(images=image, text="the same but red", target_images=image))
     outputs["@".join([name, *where.values()])] = output.similarity
 
 
@@ -105,12 +105,12 @@ for revision in ("main", "v1", "next"):
 load("you/whole")
 load("you/secret", token="hf_owner")
 for name in ("you/parts", "you/whole"):  # the pipeline's class travels with the model
-    pipe = pipeline("composed-image-retrieval", model=name, trust_remote_code=True, gallery=[picture], device="cpu")
-    (found,) = pipe(picture, text="the same but red")
+    pipe = pipeline("composed-image-retrieval", model=name, trust_remote_code=True, gallery=[image], device="cpu")
+    (found,) = pipe(image, text="the same but red")
     assert abs(found["score"] - outputs["you/whole"].item()) <= float(sys.argv[3]), found
 if not offline:
     snippet = ModelCard.load("you/whole").text.split("```python")[1].split("```")[0]
-    names = {"images": [picture, picture.rotate(90)], "image": picture}
+    names = {"images": [image, image.rotate(90)], "image": image}
     exec(snippet, names)
     assert names["best"].shape == (1, 2)
 save_file(outputs, folder / f"{sys.argv[2]}.safetensors")
@@ -127,7 +127,7 @@ from tiny import make_model, make_processor
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 
 folder = sys.argv[1]
-columns = {"reference": [folder + "/picture.png"] * 4, "caption": ["red", "blue", "green", "dark"]}
+columns = {"reference": [folder + "/image.png"] * 4, "caption": ["red", "blue", "green", "dark"]}
 columns |= {"target": columns["reference"], "target_id": columns["caption"]}
 triplets = Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
 
@@ -165,17 +165,17 @@ trainer.push_to_hub("Measured", results=f"{folder}/results.json", license="apach
 
 @pytest.fixture(scope="module")
 def hub():
-    """Repositories named `parts` keep weights as regular files, the others as large ones."""
+    """Yield a Hub: repositories named `parts` store weights as regular files, the others as large ones."""
     with serving(TOKENS, lfs=["you/whole/*.safetensors", "you/secret/*.safetensors", "*.png"]) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An image and what a run would have recorded."""
+    """Return a folder with an image and the results of a run."""
     folder = tmp_path_factory.mktemp("hub")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
+    Image.fromarray(pixels).save(folder / "image.png")
     protocol = {"name": "cirr-val", "gallery": "all", "revision": "abc"}
     counts = {"queries": 4, "gallery": 9}
     evaluation = {
@@ -190,8 +190,8 @@ def folder(tmp_path_factory):
 
 
 def run(script, hub, home, *arguments, **environment):
-    """Runs a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
-    # Not sys.path: what other tests loaded by trust_remote_code may have put its modules there.
+    """Run a script as a user with this HF_HOME: endpoint and cache are read when the libraries are imported."""
+    # Not sys.path: other tests may have added modules loaded by trust_remote_code.
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
@@ -210,7 +210,7 @@ def published(hub, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stranger(hub, published, folder, tmp_path_factory):
-    """The cache of someone who has loaded everything once."""
+    """Return the cache of a user who has loaded everything once."""
     home = tmp_path_factory.mktemp("stranger")
     run(STRANGER, hub, home, folder, "online", squares_error()["similarity"])
     return home
@@ -225,7 +225,7 @@ def test_downloaded_model_gives_the_same_outputs(published, stranger, folder):
 
 
 def test_cached_model_loads_offline(hub, stranger, folder):
-    asked = len(hub.requests)
+    before = len(hub.requests)
     run(
         STRANGER,
         hub,
@@ -236,7 +236,7 @@ def test_cached_model_loads_offline(hub, stranger, folder):
         HF_HUB_OFFLINE="1",
         HF_TOKEN="hf_owner",
     )
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == before
     online, offline = load_file(folder / "online.safetensors"), load_file(folder / "offline.safetensors")
     assert online.keys() == offline.keys()
     assert all(online[name].equal(offline[name]) for name in online)
@@ -254,7 +254,7 @@ def test_weights_upload_as_regular_and_large_files(hub, published):
 
 def test_push_commits_the_whole_folder_once(published, folder):
     repository = published["you/whole"]
-    assert len(repository.history()) == 2  # the Hub's own and ours
+    assert len(repository.history()) == 2  # the Hub's initial commit and ours
     files = repository.commits[repository.branches["main"]].files
     assert files.keys() == {path.name for path in (folder / "whole").iterdir()}
     assert {"modeling_pvlf.py", "processor_config.json", "results.json", "retrievals.png"} <= files.keys()
@@ -278,7 +278,7 @@ def test_read_only_token_raises(published, folder):
 
 @pytest.fixture(scope="module")
 def trained(hub, published, folder, tmp_path_factory):
-    hub.delay = 0.5  # longer than a step
+    hub.delay = 0.5  # a delay longer than a step
     run(TRAIN, hub, tmp_path_factory.mktemp("trainer"), folder)
     hub.delay = 0.0
     return hub.repositories["you/trained"]

@@ -1,4 +1,4 @@
-"""How the modules hang together, read from their sources: arrows one way, and what travels stands alone."""
+"""Import rules, checked on the sources: one direction, and checkpoint code imports nothing else of the package."""
 
 import ast
 import importlib
@@ -9,7 +9,7 @@ import pvlf_hf
 
 PACKAGE = Path(pvlf_hf.__file__).parent
 
-# A folder imports only folders that stand before it, and a module inside its folder only modules that do.
+# A folder imports only folders listed before it; a module imports only modules of its folder listed before it.
 FOLDERS = {
     "": ["digests", "atomic_files", "dtypes"],
     "models": [
@@ -103,7 +103,7 @@ def path_of(module):
 
 
 def imports_of(module):
-    """The modules of this package, and the other top-level packages, that a module imports anywhere in it."""
+    """Return the package's modules and the other top-level packages that a module imports anywhere in its source."""
     ours, others = [], set()
     folders = module.split(".")[:-1]
     for node in ast.walk(ast.parse(path_of(module).read_text())):
@@ -130,9 +130,9 @@ def test_every_module_is_in_the_import_order():
 
 
 def test_imports_run_one_way():
-    for place, module in enumerate(ORDER):
+    for index, module in enumerate(ORDER):
         ours, others = imports_of(module)
-        assert set(ours) <= set(ORDER[:place]), f"{module} imports a module that stands after it in ORDER"
+        assert set(ours) <= set(ORDER[:index]), f"{module} imports a module listed after it in ORDER"
         assert "pvlf_hf" not in others, f"{module} imports its own package by name"
 
 

@@ -1,4 +1,4 @@
-"""An index belongs to the image side: whatever composes queries searches it, and another encoder replaces it."""
+"""An index depends on the image side only: any query composition can search it; another image encoder replaces it."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
 from safetensors.torch import load_file, save_file
-from squares import COLOURS, draw, each_with_each, save_squares
+from squares import COLOURS, draw, save_squares, square_triplets
 from test_gallery import counting
 from typer.testing import CliRunner
 
@@ -48,15 +48,15 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def index(photos, clip, tmp_path):
-    """An index that a training-free model made."""
+    """Return an index built by a training-free model."""
     Gallery.from_folder(photos, *load_model(str(clip)), path=tmp_path / "index", progress=False)
     return tmp_path / "index"
 
 
 def train(checkpoint, folder, finetuning):
-    """PVLF after three steps on a pretrained encoder, and its processor, as they are loaded again."""
+    """Return PVLF after three steps on a pretrained encoder, and its processor, both reloaded."""
     (folder / "squares").mkdir(parents=True)
-    triplets = each_with_each(folder / "squares", COLOURS[:4], lambda _, target: f"but {target}")
+    triplets = square_triplets(folder / "squares", COLOURS[:4], lambda _, target: f"but {target}")
     args = PVLFTrainingArguments(
         str(folder / "run"),
         finetuning=finetuning,
@@ -88,10 +88,11 @@ def test_pvlf_trained_in_mode_text_searches_the_old_index(family, photos, tmp_pa
     }
     assert moved and moved <= {*trained.text_side} and made_by(*plain) != made_by(trained, processor)
     opened = Gallery.load(tmp_path / "index", trained, processor)
-    anew = Gallery.from_folder(photos, trained, processor, progress=False)
-    assert opened.embeds.equal(anew.embeds) and opened.embeds.equal(old.embeds) and opened.ids == anew.ids
+    rebuilt = Gallery.from_folder(photos, trained, processor, progress=False)
+    assert opened.embeds.equal(rebuilt.embeds) and opened.embeds.equal(old.embeds) and opened.ids == rebuilt.ids
     query = opened.query(draw(0), TEXT)
-    assert anew.search(query=query).scores == opened.search(draw(0), TEXT).scores  # queries are exchanged, too
+    # queries of either gallery serve the other
+    assert rebuilt.search(query=query).scores == opened.search(draw(0), TEXT).scores
     assert not torch.equal(query.fused, old.query(draw(0), TEXT).fused)
     with counting(trained) as counts:
         Gallery.from_folder(photos, trained, processor, path=tmp_path / "index", progress=False)
@@ -118,8 +119,8 @@ def test_other_compositions_towers_and_inversions_search_the_same_index(index, c
         assert images_made_by(*model) == expected
         gallery = Gallery.load(index, *model)
         assert len(gallery.search(draw(0), TEXT).ids) == 9
-        anew = Gallery.from_folder(photos, *model, progress=False)
-        torch.testing.assert_close(gallery.embeds, anew.embeds, rtol=0, atol=1e-6)
+        rebuilt = Gallery.from_folder(photos, *model, progress=False)
+        torch.testing.assert_close(gallery.embeds, rebuilt.embeds, rtol=0, atol=1e-6)
     for change in (
         lambda model, _: next(model.image_side["visual_projection"].parameters()).data.add_(1e-3),
         lambda _, processor: setattr(processor.image_processor, "image_mean", [0.4, 0.4, 0.4]),
@@ -131,7 +132,7 @@ def test_other_compositions_towers_and_inversions_search_the_same_index(index, c
             Gallery.load(index, *changed)
 
 
-def test_both_is_refused_with_the_remedy(index, clip, tmp_path):
+def test_model_trained_in_mode_both_is_refused_with_a_remedy(index, clip, tmp_path):
     both = train(clip, tmp_path, "both")
     with pytest.raises(ValueError, match=f"its image encoder.*`pvlf-hf index PHOTOS --model NEW --path {index}`"):
         Gallery.load(index, *both)
@@ -141,7 +142,7 @@ def test_both_is_refused_with_the_remedy(index, clip, tmp_path):
 
 
 def as_version_01(index, model, processor):
-    """Writes the provenance that version 0.1 wrote: the fingerprint of the whole model."""
+    """Write the provenance that version 0.1 wrote: the fingerprint of the whole model."""
     file = index / EMBEDDINGS
     keys = json.dumps([(digest,) for digest in Gallery.load(index, model, processor).digests])
     save_file(load_file(file), file, {**made_by(model, processor), "keys": keys})
@@ -182,7 +183,7 @@ def names_beside(index):
 def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monkeypatch):
     serving = Gallery.load(index, *load_model(str(clip)))
     for copy in ("index.old", "index.new"):
-        shutil.copytree(index, index.parent / copy)  # a person's own
+        shutil.copytree(index, index.parent / copy)  # a user's own folder
     before, ids = serving.search(text="red"), []
 
     def while_building(folder):
@@ -194,16 +195,16 @@ def test_another_encoder_replaces_an_index(index, clip, other_clip, photos, monk
     monkeypatch.setattr("pvlf_hf.search.building.put_in_place", while_building)
     assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 9
     assert ids == [before.ids] and names_beside(index) == ["index", "index.new", "index.old"]
-    assert serving.search(text="red").ids == before.ids  # an opened one still serves
+    assert serving.search(text="red").ids == before.ids  # a gallery opened before still works
     now = call("search", index, "--model", other_clip, "--text", "red")["results"]
-    anew = Gallery.from_folder(photos, *load_model(str(other_clip)), progress=False).search(text="red")
-    assert [(one["id"], one["score"]) for one in now] == list(zip(anew.ids, anew.scores, strict=True))
+    rebuilt = Gallery.from_folder(photos, *load_model(str(other_clip)), progress=False).search(text="red")
+    assert [(one["id"], one["score"]) for one in now] == list(zip(rebuilt.ids, rebuilt.scores, strict=True))
     with pytest.raises(ValueError, match="holds embeddings of another model"):
         Gallery.load(index, *load_model(str(clip)))
     assert call("index", photos, "--model", other_clip, "--path", index)["new"] == 0
 
 
-def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, caplog):
+def test_unfinished_index_of_a_third_encoder_is_dropped(index, clip, other_clip, photos, caplog):
     third = load_model(str(clip))
     third[0].image_side["visual_projection"].weight.data.add_(1)
     Gallery.from_folder(photos, *third, path=index.parent / "index.being-built", progress=False)
@@ -214,8 +215,8 @@ def test_what_a_third_encoder_began_is_dropped(index, clip, other_clip, photos, 
 
 
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_kill_at_the_exchange_leaves_one_of_the_two(index, clip, other_clip, photos, renames, monkeypatch):
-    """Dies at the first or the second rename; the next to open the index finds it whole."""
+def test_kill_during_the_replacement_leaves_a_complete_index(index, clip, other_clip, photos, renames, monkeypatch):
+    """Kill at the first or the second rename; the index is complete when it is opened next."""
     rename, done = Path.rename, []
 
     def killed(path, target):
@@ -273,14 +274,15 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
     after = Gallery.load(index, *load_model(str(clip))).search(text="red")
     assert (after.ids, after.scores) == (before.ids, before.scores)
     shutil.copytree(new, tmp_path / "copy")
-    output, said = start(0).communicate(timeout=120)
-    assert json.loads(output)["pictures"] == 9, said
+    output, errors = start(0).communicate(timeout=120)
+    assert json.loads(output)["pictures"] == 9, errors
     model, processor = load_model(str(other_clip))
-    with counting(model) as counts:  # the same work in this process: what the killed one had done is not done again
+    # resumed in this process: images that the killed one had encoded are not encoded again
+    with counting(model) as counts:
         Gallery.from_folder(photos, model, processor, path=tmp_path / "copy", progress=False)
     assert counts == [7]
     resumed = Gallery.load(index, model, processor)
-    anew = Gallery.from_folder(photos, model, processor, progress=False, batch_size=1)
-    assert resumed.embeds.equal(anew.embeds) and "index.being-built" not in names_beside(index)
+    rebuilt = Gallery.from_folder(photos, model, processor, progress=False, batch_size=1)
+    assert resumed.embeds.equal(rebuilt.embeds) and "index.being-built" not in names_beside(index)
     with pytest.raises(ValueError, match="holds embeddings of another model"):
         Gallery.load(index, *load_model(str(clip)))

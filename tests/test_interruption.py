@@ -1,4 +1,4 @@
-"""Kills, full disks and read-only folders: no finished work is lost, and no torn file is read."""
+"""Kills, full disks and read-only folders: no finished work is lost, and no partial file is read."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import make_model
 from transformers import TrainerCallback
 
@@ -31,7 +31,7 @@ COLOURS = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange
 
 
 def kill(*arguments):
-    """Runs `kill.py` as a script and returns the last line of its output."""
+    """Return a function that runs `kill.py` as a script and returns the last line of its output."""
     command = [sys.executable, str(Path(__file__).with_name("kill.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "Error" in line][-1]
@@ -69,11 +69,11 @@ def test_finished_run_is_not_trained_again(squares, tiny_processor, tmp_path, fi
 
 
 class Killed(BaseException):
-    """Stands for a kill: no code catches it."""
+    """Exception in place of a kill; no code catches it."""
 
 
 class FirstIsBest(TrainerCallback):
-    """Records the first checkpoint as the best; kills the deletion of a folder after its first file."""
+    """Callback that records the first checkpoint as the best, and kills a folder's deletion after its first file."""
 
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
@@ -91,8 +91,8 @@ class FirstIsBest(TrainerCallback):
 
 @pytest.mark.reliability(
     1,
-    "Killed at the end of a run, while all checkpoints but the best are deleted (`save_total_limit=1`): none "
-    "stays half deleted",
+    "A run killed at its end, while all checkpoints but the best are deleted (`save_total_limit=1`), leaves "
+    "none half deleted",
     broken=("src/pvlf_hf/training/atomic_checkpoints.py", "def _finalize_training(", "def _not_finalize_training("),
 )
 def test_failed_save_leaves_no_partial_checkpoint(squares, tiny_processor, tmp_path, monkeypatch, figure):
@@ -140,7 +140,7 @@ def mount(folder, *options):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 16 MiB, or an ordinary folder where mounting is not allowed."""
+    """Yield a file system of 16 MiB, or an ordinary folder where mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = sys.platform == "linux" and mount(folder, "-o", "size=16m")
@@ -151,7 +151,7 @@ def disk(tmp_path):
 
 @contextmanager
 def full(disk, spare):
-    """Leaves room for `spare` bytes, or for none; yields what hinders writing."""
+    """Leave room for `spare` bytes, or for none; yield the reason that writing fails."""
     if disk.is_mount():
         filler = disk / "filler"
         with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
@@ -171,7 +171,7 @@ def full(disk, spare):
 
 @contextmanager
 def read_only(disk, spare):
-    """Takes away the right to write; root loses it only where a file system can be mounted."""
+    """Remove write permission; root loses it only where a file system can be mounted."""
     if os.geteuid() == 0:
         if not disk.is_mount():
             pytest.skip("root may write everywhere, and nothing can be mounted here")
@@ -190,7 +190,7 @@ def read_only(disk, spare):
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "squares").mkdir()
-    return each_with_each(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
+    return square_triplets(tmp_path / "squares", COLOURS, lambda _, target: f"but {target}")
 
 
 def train(squares, processor, folder, steps, callbacks=(), **settings):
@@ -207,13 +207,13 @@ def assert_same_weights(model, other):
 
 
 def contents(folder):
-    """Returns the bytes of every file but locks and the filler."""
+    """Return the bytes of every file except locks and the filler."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.name not in ("lock", "filler")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 class Training:
-    """Training of three steps: two are done, the third checkpoint finds room for a part of it."""
+    """Training of three steps: two are done; only a part of the third checkpoint fits."""
 
     spare = 400 * 1024
 
@@ -228,7 +228,7 @@ class Training:
 
 
 class Evaluating:
-    """Evaluation of queries by the text alone, after queries by the model."""
+    """Evaluation by the text alone, after an evaluation by the model."""
 
     spare = 0
 
@@ -249,7 +249,7 @@ class Evaluating:
 
 
 class Indexing:
-    """Indexing of four images more in a gallery of four."""
+    """Indexing of four more images in a gallery of four."""
 
     spare = 0
 
@@ -266,7 +266,7 @@ class Indexing:
 
 
 class Caching:
-    """Caching of all images after a part of them."""
+    """Caching of all images after some are cached."""
 
     spare = 0
 
@@ -291,10 +291,10 @@ WORK = [Training, Evaluating, Indexing, Caching]
 
 
 def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
-    """Stops each kind of work half-way by a hindrance, then finishes it; returns what hindered."""
+    """Stop each job half-way by a hindrance, then finish it; return the hindrance."""
     hindrances = set()
     for kind in WORK:
-        alone, work = (kind(squares, tiny_model, tiny_processor, place / kind.__name__) for place in (tmp_path, disk))
+        alone, work = (kind(squares, tiny_model, tiny_processor, root / kind.__name__) for root in (tmp_path, disk))
         alone.first()
         expected = alone.rest()
         work.first()
@@ -312,8 +312,8 @@ def hinder(hindrance, disk, tmp_path, squares, tiny_model, tiny_processor):
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "A full disk while training, evaluating, indexing or caching: an error that names folder and remedy, "
-    "existing files unchanged, and the same results once there is space",
+    "A full disk while training, evaluating, indexing or caching: an error that names the folder and the "
+    "remedy, existing files unchanged, and the same results once there is space",
     broken=(
         "src/pvlf_hf/embeddings/embedding_store.py",
         "    with whole(file) as partial:",
@@ -327,7 +327,7 @@ def test_full_disk_keeps_the_last_checkpoint(disk, tmp_path, squares, tiny_model
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "A folder without write permission: an error that names folder and remedy, existing files unchanged",
+    "A folder without write permission: an error that names the folder and the remedy, existing files unchanged",
     broken=(
         "src/pvlf_hf/training/atomic_checkpoints.py",
         "    except (OSError, SafetensorError, RuntimeError) as error:",

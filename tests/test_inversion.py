@@ -1,4 +1,4 @@
-"""Textual inversion: numbers of the reference implementations, bad input, and what a saved model carries."""
+"""Textual inversion: outputs of the reference implementations, invalid input, and saved models."""
 
 import json
 import math
@@ -48,7 +48,7 @@ from pvlf_hf.models.optimization_inversion import (
 
 BLIP = Path(__file__).parents[1] / "model_cards" / "blip-emoji-tiny"
 
-PICTURE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((40, 28)).convert("RGB")
 
 MAPPED = ("pic2word", "searle", "lincir", "context_i2w")
 
@@ -62,7 +62,7 @@ QUERIES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", MAPPED)
-def test_queries_are_the_references(method):
+def test_queries_equal_the_reference(method):
     model, io = reference_model(method), io_of(method)
     query = model.get_query_features(io["pixel_values"], io[QUERIES[method]])
     within(model.encode_images(io["pixel_values"])[1], io["image_features"])
@@ -100,7 +100,7 @@ def test_searle_fills_the_first_placeholder_and_lincir_all(method, other):
 
 
 @torch.no_grad()
-def test_lincir_on_normalised_features():
+def test_lincir_on_normalised_features_equals_the_reference():
     io = io_of("lincir")
     within(
         reference_model("lincir", normalize_features=True).get_pseudo_words(io["pixel_values"]),
@@ -109,7 +109,7 @@ def test_lincir_on_normalised_features():
 
 
 @torch.no_grad()
-def test_pic2word_of_a_domain_and_of_the_plain_text():
+def test_pic2word_domain_and_text_queries_equal_the_reference():
     model, io = reference_model("pic2word"), io_of("pic2word")
     ids = io["domain_input_ids"].expand(4, -1)
     within(model.encode_text(ids, None, model.get_pseudo_words(io["pixel_values"])), io["domain_query_raw"])
@@ -139,7 +139,7 @@ def test_every_step_of_context_i2w_equals_the_reference():
 
 
 def prompts_of(method):
-    """ "a photo of", the placeholder put in before the end token."""
+    """Return "a photo of" with the placeholder before the end token."""
     ids = io_of(method)["train_prompt_ids"][0].tolist()
     return torch.tensor([[*ids[:4], PLACEHOLDERS[method], *ids[4:-1]]]).expand(4, -1)
 
@@ -163,7 +163,7 @@ GRADIENTS = {"pic2word": "grad.", "context_i2w": "grad.", "searle": "phi.grad.",
 
 
 @pytest.mark.parametrize("method", MAPPED)
-def test_losses_and_gradients_are_the_references(method):
+def test_losses_and_gradients_equal_the_reference(method):
     model, io = reference_model(method), io_of(method)
     output = model(**training_inputs(method), return_loss=True)
     within(output.loss, io[LOSSES[method]][0])
@@ -225,7 +225,7 @@ def test_three_steps_of_lincir_equal_the_reference():
     within(model.mapping.output.weight, io["train.after_3_steps.layers.6.weight"], atol=5e-6)
 
 
-def test_lincir_draws_its_noise():
+def test_lincir_draws_noise_in_training():
     model, inputs = reference_model("lincir"), training_inputs("lincir")
     del inputs["noise"]
     losses = [model(**inputs, return_loss=True).loss.item() for _ in range(2)]
@@ -237,12 +237,12 @@ def test_lincir_draws_its_noise():
 
 
 def both_ways_error(model, output, ids=None):
-    """How far InfoNCE in both directions may be off."""
+    """Return the error bound of InfoNCE in both directions."""
     ways = (output.query_embeds, output.target_embeds), (output.target_embeds, output.query_embeds)
     return max(exact_loss(*way, model.config.temperature, gamma=0.0, target_ids=ids)[1].value.item() for way in ways)
 
 
-def test_triplets_train_by_both_directions():
+def test_triplet_loss_averages_both_directions():
     model, io = reference_model("pic2word"), io_of("pic2word")
     inputs = {"pixel_values": io["pixel_values"], "input_ids": io["query_input_ids"]}
     targets = io["pixel_values"].flip(0)
@@ -251,18 +251,18 @@ def test_triplets_train_by_both_directions():
     rows = torch.arange(4)
     expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
     within(output.loss.double(), expected.detach(), atol=both_ways_error(model, output))
-    # Two queries that want the same target are no negatives of each other, in both directions.
+    # Two queries with the same target are not negatives of each other, in both directions.
     ids = torch.tensor([0, 0, 2, 3])
     masked = logits.masked_fill((ids[:, None] == ids) & ~torch.eye(4, dtype=torch.bool), -math.inf)
     expected = (F.cross_entropy(masked, rows) + F.cross_entropy(masked.T, rows)) / 2
     loss = model.loss(output.query_embeds, output.target_embeds, target_ids=ids)
     within(loss.double(), expected.detach(), atol=both_ways_error(model, output, ids))
-    # Gathered targets: the own ones stand at an offset.
+    # Gathered targets: a process's own targets start at an offset.
     gathered = torch.cat([output.target_embeds.roll(1, 1), output.target_embeds])
     assert torch.isfinite(model.loss(output.query_embeds, gathered, positives=rows + 4))
 
 
-# One text call.
+# One call of the text tower.
 
 
 @torch.no_grad()
@@ -286,7 +286,7 @@ def test_padding_makes_no_difference():
 
 
 @torch.no_grad()
-def test_images_and_captions_alone_are_clips(tmp_path):
+def test_image_and_text_embeddings_equal_those_of_clip(tmp_path):
     vl_config, weights, _ = tiny_clip("searle")
     clip = CLIPModel(vl_config).eval()
     clip.load_state_dict(weights, strict=False)
@@ -315,7 +315,7 @@ def test_inversion_on_blip_reads_its_reference_and_its_index(method):
     settings = {"placeholder_id": processor.placeholder_id, "inversion_steps": 2 * bool(METHODS[method].steps)}
     sizes = {"mapping_width": 64, "extractor_layers": 1, "unpublished_backbone": True}
     model = InversionModel.from_vl_pretrained(BLIP, method, **settings, **sizes)
-    images, captions = [PICTURE, PICTURE.rotate(90)], ["is red", "is much larger and blue"]
+    images, captions = [IMAGE, IMAGE.rotate(90)], ["is red", "is much larger and blue"]
     inputs = dict(processor.process_queries(images, captions))
     both = model.get_query_features(**inputs).pooler_output
     assert not torch.allclose(both[0], both[1])
@@ -348,7 +348,7 @@ def test_attention_is_causal_in_every_implementation(attention):
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "passes"), [("pic2word", 1), ("searle", 1), ("lincir", 1), ("context_i2w", 2)])
 def test_a_query_costs_one_pass_of_each_tower(method, passes):
-    """Context-I2W reads the caption first: two passes of the text tower."""
+    """Count the passes: one of each tower; Context-I2W embeds the caption first, which takes a second text pass."""
     model, io = reference_model(method), io_of(method)
     counts = {"text": 0, "vision": 0}
     for name, tower in (("text", model.backbone.text_model), ("vision", model.backbone.vision_model)):
@@ -357,11 +357,11 @@ def test_a_query_costs_one_pass_of_each_tower(method, passes):
     assert counts == {"text": passes, "vision": 1}
 
 
-# Wrong details.
+# Mutations.
 
 
 def broken(method, **changes):
-    """The model with one detail made wrong."""
+    """Yield the model with one detail mutated."""
     model = reference_model(method)
     for path, value in changes.items():
         *owners, name = path.split("__")
@@ -382,7 +382,7 @@ def relu_less(mapping):
 
 @torch.no_grad()
 def test_wrong_details_of_a_query_are_detected(monkeypatch):
-    """The smallest and the likeliest mistakes move a query further than the tolerance of 2e-6."""
+    """Mutate the model: the smallest and the likeliest mistakes move a query by more than the tolerance of 2e-6."""
 
     def moves(model, method):
         io = io_of(method)
@@ -439,7 +439,7 @@ def test_wrong_details_of_a_loss_are_detected():
     assert (loss - io_of("pic2word")["loss"][0]).abs() > 0.1
 
 
-# Tokens that are optimised.
+# Optimised tokens.
 
 
 def test_four_steps_of_searle_oti_equal_the_reference():
@@ -506,18 +506,18 @@ def test_training_of_palavra_equals_the_reference():
 @pytest.mark.parametrize("method", ["searle_oti", "palavra"])
 def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
     model, processor = reference_model(method, inversion_steps=5), make_processor(method)
-    pictures = [PICTURE, PICTURE.rotate(90), PICTURE.rotate(180)]
-    queries = [processor.process_queries([picture], ["is red"]) for picture in pictures]
+    images = [IMAGE, IMAGE.rotate(90), IMAGE.rotate(180)]
+    queries = [processor.process_queries([image], ["is red"]) for image in images]
     alone = torch.cat([model.get_query_features(**query).pooler_output for query in queries])
     assert len(model.inverted_words) == 3
     alone_words = model.invert(torch.cat([query["pixel_values"] for query in queries]))
-    # All at once, one of them twice, as the evaluator asks: in inference mode.
+    # All images in one batch, one of them twice, in inference mode as in the evaluator.
     again = reference_model(method, inversion_steps=5)
     with torch.inference_mode():
-        batch = processor.process_queries([*pictures, PICTURE], ["is red"] * 4)
+        batch = processor.process_queries([*images, IMAGE], ["is red"] * 4)
         together = again(**batch)
     assert len(again.inverted_words) == 3 and all(p.grad is None for p in again.parameters())
-    # Adam divides a rounding error by the gradient's size: allowed is a twentieth of one step; initial tokens of other
+    # Adam divides a rounding error by the gradient's size: a twentieth of a step is allowed; initial tokens of other
     # images are thirty times as far away.
     within(again.invert(batch["pixel_values"])[:3], alone_words, atol=1e-3)
     within(together.query_embeds.clone()[:3], alone.detach(), atol=1e-3)
@@ -526,9 +526,9 @@ def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
     monkeypatch.setattr("pvlf_hf.models.optimization_inversion._step", lambda *_: pytest.fail("a step"))
     model.get_query_features(**queries[0])
     with pytest.raises(pytest.fail.Exception, match="a step"):
-        model.get_query_features(**processor.process_queries(PICTURE.rotate(30), "is red"))
+        model.get_query_features(**processor.process_queries(IMAGE.rotate(30), "is red"))
     for name in ("get_query_features", "get_pseudo_words"):
-        inputs = {**processor.process_queries(PICTURE.rotate(40), "is red")}
+        inputs = {**processor.process_queries(IMAGE.rotate(40), "is red")}
         del inputs["prompt_ids"]
         with pytest.raises(ValueError, match="optimises a token for each new image, by prompt_ids"):
             getattr(model, name)(**inputs)
@@ -536,7 +536,7 @@ def test_an_image_is_inverted_once_whatever_its_batch(method, monkeypatch):
 
 def test_an_optimised_token_matches_its_image():
     model, processor = reference_model("searle_oti", inversion_steps=60), make_processor("searle_oti")
-    batch = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2)
+    batch = processor.process_queries([IMAGE, IMAGE.rotate(90)], ["is red"] * 2)
     prompts = batch["prompt_ids"]
     assert len(prompts) == 24 and ((prompts == 259).sum(dim=1) == 1).all()
     features = model.get_image_features(batch["pixel_values"]).pooler_output
@@ -552,7 +552,7 @@ def test_an_optimised_token_matches_its_image():
 
 def test_phrases_change_the_optimised_token():
     model, processor = reference_model("searle_oti", inversion_steps=4), make_processor("searle_oti")
-    batch, io = processor.process_queries([PICTURE, PICTURE.rotate(90)], ["is red"] * 2), io_of("searle")
+    batch, io = processor.process_queries([IMAGE, IMAGE.rotate(90)], ["is red"] * 2), io_of("searle")
     replaced, phrases = (io[f"oti.{name}_ids"][:2].transpose(0, 1)[:2] for name in ("replaced", "regularised"))
     without = model.invert(batch["pixel_values"], batch["prompt_ids"])
     words = model.invert(batch["pixel_values"], batch["prompt_ids"], replaced, phrases)
@@ -563,17 +563,17 @@ def test_phrases_change_the_optimised_token():
         model(**batch, return_loss=True)
 
 
-# Queries in words.
+# Queries as text.
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 def test_captions_are_put_into_the_template(method):
     processor = make_processor(method)
-    batch = processor.process_queries([PICTURE, PICTURE], ["is red", "has longer sleeves and {caption}"])
+    batch = processor.process_queries([IMAGE, IMAGE], ["is red", "has longer sleeves and {caption}"])
     facts = METHODS[method]
-    said = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert [" ".join(text.split()) for text in said] == [
+    decoded = processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert [" ".join(text.split()) for text in decoded] == [
         facts.template.replace("{caption}", "is red"),
         facts.template.replace("{caption}", "has longer sleeves and { caption }"),
     ]
@@ -581,9 +581,9 @@ def test_captions_are_put_into_the_template(method):
     assert ("prompt_ids" in batch) == bool(facts.steps)
     alone = processor(text="is red")["input_ids"]
     assert processor.tokenizer.decode(alone[0], skip_special_tokens=True).strip() == "is red"
-    assert processor.process_targets(PICTURE)["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor.process_targets(IMAGE)["pixel_values"].shape == (1, 3, 32, 32)
     if facts.mapping and method != "palavra":
-        query = make_model(method).get_query_features(**processor.process_queries(PICTURE, "is red"))
+        query = make_model(method).get_query_features(**processor.process_queries(IMAGE, "is red"))
         assert query.pooler_output.shape == (1, 48 if method != "context_i2w" else 64)
 
 
@@ -619,7 +619,7 @@ def test_a_placeholder_inside_another_token_is_refused():
         ({"method": "searl"}, r"method='searl': choose one of \['context_i2w'"),
     ],
 )
-def test_a_processor_refuses_what_cannot_hold_a_query(settings, message):
+def test_processor_rejects_settings_that_cannot_hold_a_query(settings, message):
     with pytest.raises(ValueError, match=message):
         make_processor(**{"method": "searle", **settings})
 
@@ -644,18 +644,18 @@ def test_a_processor_refuses_what_cannot_hold_a_query(settings, message):
         ("searle", [], r"text is empty"),
     ],
 )
-def test_captions_that_would_be_misread_are_refused(method, captions, message):
+def test_ambiguous_captions_raise(method, captions, message):
     processor = make_processor(method)
     for call in (processor.process_queries, lambda images, text: processor(images=images, text=text)):
         with pytest.raises(ValueError, match=message):
-            call([PICTURE] * len(captions), captions)
+            call([IMAGE] * len(captions), captions)
 
 
-def test_a_template_that_would_be_cut_away_is_refused():
+def test_truncated_template_raises():
     processor = make_processor("searle", template="{caption} , as in $")
-    processor.process_queries(PICTURE, "a " * 60)
+    processor.process_queries(IMAGE, "a " * 60)
     with pytest.raises(ValueError, match=r"shorten it, or pass a shorter template"):
-        processor.process_queries(PICTURE, "a " * 74)
+        processor.process_queries(IMAGE, "a " * 74)
 
 
 def test_a_row_without_its_placeholder_is_refused():
@@ -699,7 +699,7 @@ def test_settings_that_cannot_go_together_are_refused(settings, message):
 
 
 @pytest.mark.parametrize("method", MAPPED)
-def test_a_loss_names_the_inputs_that_it_lacks(method):
+def test_loss_without_required_inputs_raises_with_their_names(method):
     inputs = training_inputs(method)
     for name in set(inputs) - {"noise"}:
         with pytest.raises(ValueError, match=rf"the training loss of {method} needs .*\['{name}'\] missing"):
@@ -708,7 +708,7 @@ def test_a_loss_names_the_inputs_that_it_lacks(method):
 
 def test_an_image_alone_trains_pic2word():
     model, processor = make_model("pic2word"), make_processor("pic2word")
-    batch = processor.process_prompts([PICTURE, PICTURE.rotate(90)])
+    batch = processor.process_prompts([IMAGE, IMAGE.rotate(90)])
     assert (batch["input_ids"] == 265).sum() == 2
     model.set_finetuning("frozen")
     model.train()
@@ -717,7 +717,7 @@ def test_an_image_alone_trains_pic2word():
     assert not model.backbone.text_model.training and model.mapping.training
 
 
-# A checkpoint.
+# Checkpoints.
 
 
 STRANGER = """
@@ -737,13 +737,13 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 outputs = {}
-picture = Image.open(Path(sys.argv[1]) / "picture.png")
+image = Image.open(Path(sys.argv[1]) / "image.png")
 for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert "pvlf_hf" not in sys.modules
     with torch.no_grad():
-        query = model.get_query_features(**processor.process_queries(picture, "is red"))
+        query = model.get_query_features(**processor.process_queries(image, "is red"))
     outputs[folder.name] = query.pooler_output.contiguous()
 save_file(outputs, Path(sys.argv[1]) / "outputs.safetensors")
 """
@@ -776,19 +776,19 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
         assert "modeling_pvlf.py" not in {path.name for path in (root / method).glob("*.py")}
         config = json.loads((root / method / "config.json").read_text())
         assert config["auto_map"]["AutoModel"] == "modeling_inversion.InversionModel"
-        query = model.get_query_features(**processor.process_queries(PICTURE, "is red"))
+        query = model.get_query_features(**processor.process_queries(IMAGE, "is red"))
         expected[method] = query.pooler_output
         assert type(AutoConfig.from_pretrained(root / method)) is InversionConfig
         loaded, again = AutoModel.from_pretrained(root / method), AutoProcessor.from_pretrained(root / method)
         assert type(loaded) is InversionModel and type(again) is InversionProcessor
         assert (again.method, again.template, again.placeholder) == (method, processor.template, processor.placeholder)
         assert again.image_processor.do_target_pad == METHODS[method].target_pad
-        inputs = dict(again.process_queries(PICTURE, "is red"))
+        inputs = dict(again.process_queries(IMAGE, "is red"))
         query, error = loaded.get_query_features(**inputs), rounding(queries, model, inputs)["query"]
         within(query.pooler_output, expected[method], atol=error)
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
-        expected[method] = query.pooler_output  # of weights that lie in memory as they are loaded
-    PICTURE.save(root / "picture.png")
+        expected[method] = query.pooler_output  # weights whose memory layout is that of loaded ones
+    IMAGE.save(root / "image.png")
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)
     command = [sys.executable, "-c", STRANGER, str(root)]
@@ -801,16 +801,16 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
 
 
 @torch.no_grad()
-def test_a_template_of_ones_own_is_saved(tmp_path):
+def test_custom_template_is_saved(tmp_path):
     processor = make_processor("lincir", template="this * but {caption}", placeholder="*")
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    ids = again.process_queries(PICTURE, "is red")["input_ids"]
-    assert torch.equal(ids, processor.process_queries(PICTURE, "is red")["input_ids"]) and 265 in ids[0]
+    ids = again.process_queries(IMAGE, "is red")["input_ids"]
+    assert torch.equal(ids, processor.process_queries(IMAGE, "is red")["input_ids"]) and 265 in ids[0]
 
 
 def test_fresh_weights_are_those_of_pytorch(tmp_path):
-    """Not the library's normal(0, 0.02), and the gate of Context-I2W starts closed."""
+    """New weights do not follow the library's normal(0, 0.02), and the gate of Context-I2W starts closed."""
     for method in (*MAPPED, "palavra"):
         for name, module in make_model(method, reference=False).mapping.named_modules():
             if isinstance(module, torch.nn.Linear) and "projection" not in name:
@@ -823,7 +823,7 @@ def test_fresh_weights_are_those_of_pytorch(tmp_path):
     assert abs(rotated.std() / plain.std() - 1) < 0.05
 
 
-def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
+def test_loading_reports_new_weights(tmp_path, caplog):
     vl_config, weights, _ = tiny_clip("searle")
     clip = CLIPModel(vl_config)
     clip.load_state_dict(weights, strict=False)
@@ -842,7 +842,7 @@ def test_a_checkpoint_says_which_weights_are_new(tmp_path, caplog):
 
 @pytest.mark.parametrize("method", ["pic2word", "context_i2w"])
 def test_pipeline_and_gallery_search_by_inversion(method):
-    """They prepare the caption apart from its image, in the template all the same."""
+    """Search by pipeline and gallery, which prepare the caption without its image, but in the template too."""
     model, processor = make_model(method), make_processor(method)
     side = processor.image_processor.crop_size["height"]
     images = [Image.new("RGB", (side, side), colour) for colour in ("red", "gold", "navy")]

@@ -1,11 +1,11 @@
-"""LoRA by PEFT, on encoders and fusion: weights that move, checkpoints, loading and merging."""
+"""LoRA by PEFT, on encoders and fusion: trained weights, checkpoints, loading and merging."""
 
 import pytest
 import torch
 from error_bounds import embedding_error, rounding
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import BACKBONES, make_inputs, make_model
 from transformers import AutoModel
 
@@ -15,14 +15,14 @@ from pvlf_hf import Gallery, PVLFModel, PVLFTrainer, PVLFTrainingArguments, eval
 ATTENTION = r".*(qkv|attention\.self\.(query|value)|self_attn\.(q_proj|v_proj))"
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT 0.21 still asks by the old name
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT 0.21 still uses the old name
 )
 
 
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "images").mkdir()
-    return each_with_each(tmp_path / "images", ["red", "green", "blue", "white"], lambda a, b: "more red")
+    return square_triplets(tmp_path / "images", ["red", "green", "blue", "white"], lambda a, b: "more red")
 
 
 def with_lora(model, target_modules=ATTENTION, modules_to_save=None):
@@ -31,7 +31,7 @@ def with_lora(model, target_modules=ATTENTION, modules_to_save=None):
 
 
 def base_model(folder, backbone="blip"):
-    """Makes a model and loads it from a folder, where an adapter finds it again."""
+    """Save a model and load it from the folder, so that an adapter finds its base."""
     make_model(backbone).save_pretrained(folder)
     return PVLFModel.from_pretrained(folder)
 
@@ -44,7 +44,7 @@ def make_trainer(model, folder, squares, processor, **kwargs):
 
 
 def embed(model, backbone="blip"):
-    """Returns query and target embeddings."""
+    """Return query and target embeddings."""
     inputs = make_inputs(backbone)
     targets = inputs.pop("target_pixel_values")
     with torch.no_grad():
@@ -55,7 +55,7 @@ def embed(model, backbone="blip"):
 
 
 def embed_error(model, backbone):
-    """How far apart `embed` of a model and of one with its adapter merged may be: merging rounds weights once more."""
+    """Return how far `embed` may move when the adapter is merged, which rounds weights once more."""
     error = embedding_error(model, make_inputs(backbone))
     return 2 * max(error["query_embeds"], error["target_embeds"])
 
@@ -118,7 +118,8 @@ def test_adapter_saves_loads_and_merges(backbone, squares, tmp_path, tiny_proces
     assert (trained - untouched).abs().max() > 1e-3
     loaded = PeftModel.from_pretrained(PVLFModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(embed(loaded, backbone), trained)
-    assert torch.equal(embed(AutoModel.from_pretrained(tmp_path / "adapter"), backbone), trained)  # finds the base
+    # finds the base model by its path
+    assert torch.equal(embed(AutoModel.from_pretrained(tmp_path / "adapter"), backbone), trained)
     merged = loaded.merge_and_unload()
     assert type(merged) is PVLFModel
     merged.save_pretrained(tmp_path / "merged")
@@ -173,7 +174,7 @@ def adapter_gradients(model, inputs):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_adapters_train_under_activation_checkpointing(backbone):
-    """As without it, whichever of the two is switched on first."""
+    """Compare gradients with and without checkpointing, for either order of enabling the two."""
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     gradients = []
     for checkpointing in (False, True):

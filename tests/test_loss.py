@@ -1,4 +1,4 @@
-"""The focal InfoNCE against sums done by hand and a slow loop in float64."""
+"""Focal InfoNCE against manual computations and a slow loop in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ def unit(rows, d=16, seed=0):
 
 
 def slow_loss(queries, targets, temperature=0.01, alpha=1.0, gamma=2.0, positives=None, target_ids=None):
-    """Equations 14-15 one number at a time, in Python's floats."""
+    """Compute equations 14-15 one number at a time, in Python's floats."""
     positives = list(range(len(queries))) if positives is None else positives
     ids = list(range(len(targets))) if target_ids is None else target_ids
     queries, targets = queries.double().tolist(), targets.double().tolist()
@@ -43,14 +43,15 @@ def test_without_any_similarity_every_target_is_as_likely(batch, alpha, gamma):
     assert focal_info_nce(queries, targets, alpha=alpha, gamma=gamma).item() == pytest.approx(expected, abs=error)
 
 
-def test_two_queries_by_hand():
+def test_two_queries_equal_numbers_computed_by_hand():
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     targets = torch.tensor([[0.6, 0.8], [0.8, 0.6]])
     # Cosines [[.6, .8], [.8, .6]] at temperature 0.1 differ by 2, so p = 1 / (1 + e^2) in both rows.
     p = 1 / (1 + math.exp(2))
     loss = focal_info_nce(queries, targets, temperature=0.1, alpha=3.0)
     error = exact_loss(queries, targets, temperature=0.1, alpha=3.0)[1].value.item()
-    error += 3 * 2 * 3 * roundoff() / 0.1  # .6 and .8 are rounded: two a row, and the loss is no steeper than 3
+    # .6 and .8 are rounded: two a row, and the derivative of the loss is at most 3
+    error += 3 * 2 * 3 * roundoff() / 0.1
     assert loss.item() == pytest.approx(-3 * (1 - p) ** 2 * math.log(p), abs=error)
 
 
@@ -59,7 +60,7 @@ def test_gamma_zero_is_cross_entropy(temperature):
     queries, targets = unit(6).requires_grad_(), unit(6, seed=1)
     ours = focal_info_nce(queries, targets, temperature, gamma=0.0)
     theirs = F.cross_entropy(queries @ targets.T / temperature, torch.arange(6))
-    _, error = exact_loss(queries, targets, temperature, gamma=0.0)  # of each of the two
+    _, error = exact_loss(queries, targets, temperature, gamma=0.0)  # for each of the two losses
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * error.value.item())
     ours, theirs = (torch.autograd.grad(loss, queries)[0] for loss in (ours, theirs))
     assert ((ours - theirs).abs() <= 2 * error.queries).all()
@@ -67,7 +68,7 @@ def test_gamma_zero_is_cross_entropy(temperature):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-def test_equals_the_slow_loop(gamma, temperature):
+def test_loss_equals_the_slow_loop(gamma, temperature):
     queries, targets = unit(5), unit(5, seed=1)
     fast = focal_info_nce(queries, targets, temperature, alpha=0.7, gamma=gamma)
     error = exact_loss(queries, targets, temperature, 0.7, gamma)[1].value.item()
@@ -88,7 +89,7 @@ def test_gradient_equals_differences_of_the_slow_loop(gamma):
                 moved[row, column] += sign * step
                 ends.append(slow_loss(moved, targets, 0.5, gamma=gamma))
             numeric[row, column] = (ends[0] - ends[1]) / (2 * step)
-    # A central difference is off by the rounding of its ends over the step, and by a sixth of the step's square times
+    # Error of a central difference: its ends' rounding divided by the step, plus a sixth of the step's square times
     # a third derivative, which the temperature divides three times and which is below 100 here.
     differences = 100 * roundoff(torch.float64) / step + step**2 / 6 * 100 / 0.5**3
     error = exact_loss(queries, targets, 0.5, gamma=gamma)[1].queries + differences
@@ -114,17 +115,17 @@ def test_extreme_probabilities_stay_finite(gamma, sign):
 
 @pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
 def test_confident_queries_lose_no_digits(gamma):
-    """Given log p in float32, 1 - p is exact: no difference of two numbers near 1."""
+    """Compute 1 - p from log p in float32 without cancellation between numbers near 1."""
     for logit in (5.0, 8.0, 10.0, 12.0, 14.0):  # 1 - p from 0.02 to 2.5e-6
         logits = torch.eye(4) / (1 / logit)
         log_p = logits.log_softmax(dim=1).diagonal().double()
         truth = (-torch.expm1(log_p)) ** gamma * -log_p
         loss = focal_info_nce(torch.eye(4), torch.eye(4), temperature=1 / logit, gamma=gamma)
-        # Roundings: expm1 and the power, whose base's error it multiplies; the product; a mean of four.
+        # Roundings: expm1; the power, which multiplies its base's error; the product; a mean of four.
         assert loss.item() == pytest.approx(truth.mean().item(), rel=roundoff() * (2 * gamma + 6 + 4))
 
 
-def test_batch_of_one_has_nothing_to_learn():
+def test_batch_of_one_has_zero_loss():
     queries = unit(1).requires_grad_()
     for gamma in (0.0, 0.5, 2.0):
         loss = focal_info_nce(queries, unit(1, seed=1), gamma=gamma)
@@ -152,11 +153,12 @@ def test_loss_ignores_autocast():
 
 def test_equal_targets_are_no_negatives():
     queries, targets = unit(4), unit(4, seed=1)
-    targets[2] = targets[0]  # queries 0 and 2 want the same image
+    targets[2] = targets[0]  # queries 0 and 2 have the same target
     loss = focal_info_nce(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))
     error = exact_loss(queries, targets, 0.1, target_ids=torch.tensor([5, 6, 5, 7]))[1].value.item()
     assert loss.item() == pytest.approx(slow_loss(queries, targets, 0.1, target_ids=[5, 6, 5, 7]), abs=error)
-    without = [[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]  # each row's columns but its twin's
+    # each row's columns except those with the same target
+    without = [[0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]]
     rows = [
         focal_info_nce(queries[i : i + 1], targets[columns], 0.1, positives=torch.tensor([columns.index(i)]))
         for i, columns in enumerate(without)
@@ -174,7 +176,7 @@ def test_all_targets_equal_leaves_no_negative():
     assert queries.grad.isfinite().all()
 
 
-def test_positives_among_the_targets_of_other_processes():
+def test_positives_may_be_targets_of_other_processes():
     queries, targets = unit(3), unit(9, seed=1)
     positives = torch.tensor([3, 4, 5])  # the second of three processes
     loss = focal_info_nce(queries, targets, 0.1, positives=positives)
@@ -192,7 +194,7 @@ def test_positives_among_the_targets_of_other_processes():
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.5, "gamma": 0.3, "temperature": 0.1}])
 def test_chunks_change_neither_loss_nor_gradient(chunk_size, settings):
     positives = torch.arange(7) + 7  # the second of three processes
-    ids = torch.arange(21) // 2  # twins, across the border of chunks too
+    ids = torch.arange(21) // 2  # equal targets, also across chunks
     for extra in ({"positives": positives}, {"positives": positives, "target_ids": ids}, {}):
         truth, bound = exact_loss(unit(7), unit(21, seed=1), **settings, **extra)
         for size in (None, chunk_size):
@@ -203,7 +205,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk_size, settings):
 
 
 def test_chunks_hold_few_similarities():
-    """No tensor larger than a chunk's similarities is made, and none of them waits for backward."""
+    """Watch all tensors: none is larger than a chunk's similarities, and none is stored for backward."""
     made, kept = [], []
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and the numbers of a public reference."""
+"""`evaluation/metrics.py` and `ranking.py` against a plain sort of every row and figures of a public reference."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_
 
 
 def plain_ranking(query, gallery, excluded=None):
-    """Ranks the gallery for one query in plain Python: gallery positions, best first."""
+    """Rank the gallery for one query in plain Python: gallery positions, best first."""
 
     def cosine(image):
         a, b = query.double(), image.double()
@@ -41,7 +41,7 @@ def plain_ranking(query, gallery, excluded=None):
 
 
 def problem(num_queries, gallery_size, width=5, levels=None, dtype=torch.float32, seed=0):
-    """Makes random embeddings and three gallery positions a query; a small number of `levels` makes most rows tie."""
+    """Make random embeddings and three gallery positions a query; a small number of `levels` makes most rows tie."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(levels or gallery_size, width, generator=generator).to(dtype)
     gallery = rows[torch.randint(len(rows), (gallery_size,), generator=generator)] if levels else rows
@@ -78,7 +78,7 @@ def test_ranks_equal_a_plain_sort(levels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("jitter", [0, 1e-8, 1e-7, 1e-6, 1])
 def test_fast_ranks_equal_the_definition(jitter, dtype):
-    """Compares with `rank_gallery` on rows in three clusters that float32 products cannot order."""
+    """Compare with `rank_gallery` on rows in three clusters that float32 products cannot order."""
     generator = torch.Generator().manual_seed(2)
     queries = torch.randn(9, 48, generator=generator, dtype=torch.float64).to(dtype)
     gallery = torch.randn(3, 48, generator=generator, dtype=torch.float64).repeat(70, 1)
@@ -107,7 +107,7 @@ def test_the_definition_sorts_stably_and_refuses_nan():
 
 
 def plain_average_precision(ranking, positives, k):
-    """Computes the definition rank by rank, counting precision@j from scratch for each."""
+    """Compute the definition rank by rank, counting precision@j from scratch for each."""
     hits = [image in positives for image in ranking[:k]]
     return sum(sum(hits[: j + 1]) / (j + 1) for j, hit in enumerate(hits) if hit) / min(len(positives), k)
 
@@ -138,7 +138,7 @@ def test_average_precision_equals_a_plain_sort(levels, exclude):
 
 
 def test_equal_gallery_rows_tie_exactly_whatever_the_chunk():
-    # In float32 the products of equal rows differ in the last bit, by column and by the number of queries at a time.
+    # In float32 the products of equal rows differ in the last bit, by column and by number of queries.
     queries, gallery, _ = problem(33, 5, width=256)
     gallery = gallery.repeat(2, 1)
     target = torch.full((33,), 7)
@@ -156,7 +156,7 @@ def test_scale_of_the_embeddings_does_not_matter():
     assert torch.equal(target_ranks(queries, gallery, picks[:, 0]), target_ranks(queries * 3, scaled, picks[:, 0]))
 
 
-def test_recall_counts_by_hand():
+def test_recall_equals_counts_by_hand():
     ranks = torch.tensor([0, 1, 4, 5])
     assert recall_at_k(ranks, [1, 2, 5, 6]) == {1: 0.25, 2: 0.5, 5: 0.75, 6: 1.0}
     metrics = METRICS["cirr"].means({"rank": ranks.tolist(), "subset_rank": [0, 0, 1, 2]})
@@ -181,8 +181,8 @@ def test_recall_counts_by_hand():
     }
 
 
-def test_circo_counts_by_hand():
-    # Positives come 1st, 3rd and 7th; 6th; 1st and beyond the list.
+def test_circo_metrics_equal_counts_by_hand():
+    # Ranks of the positives: 1, 3 and 7; 6; 1 and beyond the list.
     ranks = torch.tensor([[6, 0, 2], [5, -1, -1], [0, NOT_RETRIEVED, -1]])
     at_5, at_10 = [(1 + 2 / 3) / 3, 0, 1 / 2], [(1 + 2 / 3 + 3 / 7) / 3, 1 / 6, 1 / 2]
     values = average_precision_at_k(ranks, [1, 5, 10])
@@ -230,7 +230,7 @@ def test_ranked_lists_equal_embeddings():
 
 
 def reference_case(case):
-    """Returns scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
+    """Return scores and indices of a fixture case; a name that is not in the gallery becomes -1."""
     position = {name: i for i, name in reversed(list(enumerate(case["index_names"])))}
     scores = -torch.tensor(case["distances"], dtype=torch.float32)
     target = torch.tensor([position.get(name, -1) for name in case["targets"]])

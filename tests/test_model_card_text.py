@@ -1,4 +1,4 @@
-"""Cards say what a run recorded and nothing else, and leave alone what their authors wrote."""
+"""Cards state what a run recorded and nothing else, and keep what their authors wrote."""
 
 import json
 import re
@@ -27,7 +27,7 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def results_file(tmp_path_factory):
-    """Nine squares ranked by two sets of embeddings, as a model's and as a baseline's."""
+    """Return the results file of nine squares ranked by two sets of embeddings, labelled as model and baseline."""
     file = tmp_path_factory.mktemp("run") / "results.json"
     embeds = torch.randn(5 + 9, 4, generator=torch.Generator().manual_seed(0))
     measured = [score(make_benchmark(), e[:5], e[5:], m) for m, e in (("composed", embeds), ("image", embeds.flip(0)))]
@@ -46,7 +46,7 @@ def section(card, name):
 
 
 def by_hand(card):
-    """What is left of a card without metadata and rendered sections."""
+    """Return the card's text without metadata and rendered sections."""
     body = card.partition("---")[2].partition("---")[2]
     return re.split(r"<!-- pvlf-hf: \w+ -->.*?<!-- pvlf-hf: end of \w+ -->", body, flags=re.DOTALL)
 
@@ -59,7 +59,8 @@ def test_card_figures_equal_the_results_file(results):
         for cell, (metric, value) in zip(row[3:], evaluation["metrics"].items(), strict=True):
             low, high = evaluation["intervals"][metric]
             assert cell == f"{100 * value:.2f} ({100 * low:.1f} to {100 * high:.1f})"
-    (entry,) = ModelCard(card).data.to_dict()["model-index"][0]["results"]  # the model's own, without the baseline
+    # metrics of the model, without the baseline
+    (entry,) = ModelCard(card).data.to_dict()["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in entry["metrics"]} == results["evaluations"][0]["metrics"]
     assert entry["dataset"]["args"] == results["evaluations"][0]["protocol"]
 
@@ -67,7 +68,7 @@ def test_card_figures_equal_the_results_file(results):
 def test_protocol_training_and_environment_come_from_the_file(results):
     card = render_card(results, "you/mine")
     protocols, training = section(card, "protocols"), section(card, "training")
-    assert protocols.count("| squares | |") == 1  # one card, by whatever methods it was measured
+    assert protocols.count("| squares | |") == 1  # one card for all methods
     assert "| gallery | nine squares (9 images) |" in protocols and "| queries | 5 |" in protocols
     for setting in ("num_prompts | 10", "seed | 7", "learning_rate | 0.0002", "data_root | photos"):
         assert f"| {setting} |" in training
@@ -99,7 +100,7 @@ def test_card_metadata_names_model_task_and_results(results, tmp_path):
     )
     assert data.tags == ["composed-image-retrieval", "pvlf", "fashion"]
     assert (data.base_model, data.datasets) == ("Salesforce/blip-itm-base-coco", ["laion-cir-combined"])
-    for folder in (str(tmp_path), str(ROOT / "src")):  # a folder's name is not one of the Hub
+    for folder in (str(tmp_path), str(ROOT / "src")):  # a folder's name is no repository of the Hub
         card = render_card({**results, "model": {"model": folder}}, "you/mine")
         assert ModelCard(card).data.base_model is None and Path(folder).name in section(card, "about")
 
@@ -118,7 +119,7 @@ def test_text_of_the_author_is_kept(results, line_end):
     assert data.tags == ["composed-image-retrieval", "my-tag"] and data.language == "en" and data.eval_results
     assert "# my comment" in again and list(ModelCard(again).data.to_dict())[-1] == "model-index"
     assert render_card(results, "you/mine", again) == again
-    withdrawn = render_card({}, "you/mine", again)  # what it is built on stays, what was measured does not
+    withdrawn = render_card({}, "you/mine", again)  # the base model stays, old figures do not
     assert ModelCard(withdrawn).data.eval_results is None and "Not measured." in section(withdrawn, "results")
     assert ModelCard(withdrawn).data.base_model == "Salesforce/blip-itm-base-coco"
 
@@ -154,7 +155,7 @@ def test_damaged_markers_raise(results, damage):
         render_card(results, "you/mine", damage(render_card(results, "you/mine")))
 
 
-def test_tables_of_other_metrics_and_aspects():
+def test_cards_list_other_metrics_and_aspects():
     circo = {"benchmark": "circo/val", "method": "pvlf", "protocol": {"name": "circo"}}
     aspects = {"map@5": 0.1, "map@10/colour": 0.25}
     fashion = {**circo, "benchmark": "a|b", "metrics": {"recall@10": 0.5, "mean": 0.5}}

@@ -1,4 +1,4 @@
-"""The folder model_cards: checkpoints load offline as from the Hub, and cards state what was measured."""
+"""The folder `model_cards`: checkpoints load offline as from the Hub, and cards state measured figures."""
 
 import json
 import sys
@@ -90,7 +90,7 @@ def test_readme_states_the_scores_of_the_checkpoints():
 @pytest.mark.slow
 @torch.no_grad()
 def test_shipped_model_reaches_its_scores():
-    """Evaluates the plain tier again: the committed weights are those that were measured."""
+    """Evaluate the plain tier again: the committed weights are those that were measured."""
     measured = json.loads((CARDS / "pvlf-emoji-tiny" / "results.json").read_text())["metrics"]["plain"]
     benchmark = pvlf_hf.load_emoji_cir("test", "plain")
     model = AutoModel.from_pretrained(CARDS / "pvlf-emoji-tiny")
@@ -98,7 +98,7 @@ def test_shipped_model_reaches_its_scores():
     queries, gallery = embed(model, processor, benchmark, batch_size=128, progress=False)
     outcome = score(benchmark, queries, gallery)
     again, ranks = outcome.metrics, torch.tensor(outcome.per_query["rank"])
-    # An image that is as near to a query as its target, within rounding, may be found before or after it.
+    # An image whose score equals the target's within rounding error may be ranked before or after it.
     cosines = queries @ gallery.T
     row_of = {image_id: row for row, image_id in enumerate(benchmark.gallery["image_id"])}
     own = cosines[range(len(queries)), [row_of[target] for target in benchmark.queries["target_id"]]]

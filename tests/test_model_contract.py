@@ -1,4 +1,4 @@
-"""What Transformers' own suite asks of every model (its ModelTesterMixin is not shipped), of all our models alike.
+"""Requirements of Transformers' own test suite (ModelTesterMixin, which is not shipped), checked on all our models.
 
 `test_modeling.py` goes deeper where PVLF is concerned; here every check runs on every family and kind of model.
 """
@@ -16,7 +16,7 @@ from error_bounds import rounding
 from inverted import make_model as make_inversion
 from inverted import make_processor as make_inversion_processor
 from safetensors.torch import load_file, save_file
-from test_backbones import pictures
+from test_backbones import random_images
 from transformers import AutoConfig, AutoModel
 
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
@@ -26,7 +26,7 @@ KINDS = [*(f"pvlf-{family}" for family in FAMILIES), "training_free-blip", "trai
 
 
 class Case:
-    """A model in eval mode, the inputs of three queries with their targets, and how the model is made anew."""
+    """A model in eval mode, inputs of three queries with their targets, and a function that builds the model again."""
 
     def __init__(self, kind):
         torch.manual_seed(0)
@@ -43,12 +43,15 @@ class Case:
             self.model = make[name]().eval()
             processor = PVLFProcessor.for_backbone(self.model.config.vl_config, tokenizer_of(family))
         self.processor = processor
-        self.query = dict(processor.process_queries(pictures(3), ["is red", "blue", "face with hat"]))
-        self.inputs = {**self.query, "target_pixel_values": processor.process_targets(pictures(3, 1))["pixel_values"]}
+        self.query = dict(processor.process_queries(random_images(3), ["is red", "blue", "face with hat"]))
+        self.inputs = {
+            **self.query,
+            "target_pixel_values": processor.process_targets(random_images(3, 1))["pixel_values"],
+        }
 
     @cached_property
     def error(self):
-        """How far apart two ways to the same embeddings may be."""
+        """Bound of the difference between two computations of the same embeddings."""
         return rounding(found, self.model, self.inputs)
 
 
@@ -69,7 +72,7 @@ def close(ours, theirs, error):
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request, tmp_path_factory):
-    """A case that no test changes, and its checkpoint."""
+    """Return a case that no test changes, and its checkpoint."""
     case, folder = Case(request.param), tmp_path_factory.mktemp(request.param)
     case.model.save_pretrained(folder)
     return case, folder
@@ -77,8 +80,8 @@ def saved(request, tmp_path_factory):
 
 @pytest.fixture
 def case(saved):
-    """A case whose model a test may change."""
-    saved[0].error  # noqa: B018  # known once for all
+    """Return a case with a model that a test may change."""
+    saved[0].error  # noqa: B018  # computed once and cached
     one = copy.copy(saved[0])
     one.model = copy.deepcopy(one.model)
     return one
@@ -87,7 +90,7 @@ def case(saved):
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
-def test_loads_without_missing_or_unexpected_weights(saved):
+def test_model_loads_without_missing_or_unexpected_weights(saved):
     case, folder = saved
     model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model) is type(case.model) and not model.training
@@ -97,7 +100,7 @@ def test_loads_without_missing_or_unexpected_weights(saved):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_saved_again_in_shards_computes_the_same(saved, tmp_path):
+def test_model_saved_in_shards_computes_the_same(saved, tmp_path):
     case, folder = saved
     once = AutoModel.from_pretrained(folder)
     once.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -113,7 +116,7 @@ def test_torch_saves_and_loads_the_whole_model(case, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_loads_in_the_dtype_that_is_asked_for(saved, dtype, tmp_path):
+def test_model_loads_in_the_requested_dtype(saved, dtype, tmp_path):
     case, folder = saved
     half = type(case.model).from_pretrained(folder, dtype=dtype)
     assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
@@ -124,7 +127,7 @@ def test_loads_in_the_dtype_that_is_asked_for(saved, dtype, tmp_path):
 
 
 def test_every_missing_weight_is_initialised(saved, tmp_path):
-    """Each as a new model's: a constant the same, a random one of the same spread."""
+    """Compare each weight with a new model's: equal constants, random weights with the same standard deviation."""
     case, folder = saved
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -135,7 +138,7 @@ def test_every_missing_weight_is_initialised(saved, tmp_path):
         assert weight.isfinite().all() and not weight.is_meta, name
         if new.numel() == 1 or new.std() == 0:
             assert torch.equal(weight, new) or new.numel() == 1, name
-        else:  # five standard errors of a spread, generous to uniform and normal ones
+        else:  # five standard errors of a standard deviation, for uniform and normal weights
             margin = 5 / (2 * new.numel()) ** 0.5
             assert weight.std().item() == pytest.approx(new.std().item(), rel=2 * margin), name
 
@@ -187,7 +190,7 @@ def test_forward_is_deterministic_and_leaves_its_inputs(saved):
     assert all(torch.equal(before[name], case.inputs[name]) for name in before)
 
 
-def test_tuples_are_the_named_outputs(saved):
+def test_tuple_outputs_equal_the_named_outputs(saved):
     case, _ = saved
     with torch.no_grad():
         named, values = case.model(**case.inputs), case.model(**case.inputs, return_dict=False)
@@ -277,24 +280,24 @@ def test_input_embeddings_are_replaced_and_resized(case):
 
 
 def layer_classes(model):
-    """The classes of whatever stands in a list of layers."""
+    """Return the classes of all modules in lists of layers."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
     return {type(layer).__name__ for layers in lists for layer in layers if any(layer.children())}
 
 
-def test_every_layer_is_a_unit(saved):
+def test_no_split_modules_cover_every_layer(saved):
     case, _ = saved
     assert layer_classes(case.model) and layer_classes(case.model) <= {*case.model._no_split_modules}
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloading_changes_nothing(saved, place, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "disk"])
+def test_offloading_changes_nothing(saved, device, tmp_path):
     case, folder = saved
     model = AutoModel.from_pretrained(folder)
     plain = found(model, case.inputs)
-    # PyTorch's MultiheadAttention reads the weights of its own part: whatever has one comes back as a whole.
+    # PyTorch's MultiheadAttention reads its submodule's weights directly: modules with one are loaded as a unit.
     whole = {"preload_module_classes": ["SiglipMultiheadAttentionPoolingHead"]}
-    if place == "cpu":
+    if device == "cpu":
         cpu_offload(model, torch.device("cpu"), **whole)
     else:
         disk_offload(model, str(tmp_path), torch.device("cpu"), **whole)
@@ -304,7 +307,7 @@ def test_offloading_changes_nothing(saved, place, tmp_path):
         assert (again[name] - tensor).abs().max() == 0, name
 
 
-def test_is_made_on_the_meta_device(saved):
+def test_model_is_created_on_the_meta_device(saved):
     model = saved[0].model
     with torch.device("meta"):
         empty = type(model)(model.config)

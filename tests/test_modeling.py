@@ -1,4 +1,4 @@
-"""`PVLFModel`: against the equations written out, and everything a Transformers model is expected to do."""
+"""`PVLFModel`: the paper's equations written out, and the behaviour expected of a Transformers model."""
 
 import json
 import math
@@ -89,11 +89,11 @@ def plain_layer(layer, u, config):
 
 
 def plain_query(model, image, text, text_position):
-    """Equations 8-13 for one query: `image` (1 + m, d) and `text` (n, d) without padding."""
+    """Compute equations 8-13 for one query: `image` (1 + m, d) and `text` (n, d) without padding."""
     config, prompts = model.config, model.fusion.prompts
     u = torch.cat([text, prompts[0], image])
     for number, layer in enumerate(model.fusion.layers):
-        if 0 < number < config.prompt_depth:  # fresh prompts for those that went through the layer before
+        if 0 < number < config.prompt_depth:  # new prompts replace the outputs of the previous layer's prompts
             u = torch.cat([u[: len(text)], prompts[number], u[-len(image) :]])
         u = plain_layer(layer, u, config)
     fused = (u[-len(image)], u[text_position])
@@ -120,8 +120,8 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
         aggregation_sum_input=sum_input,
     )
     for parameter in (*model.fusion.parameters(), *model.aggregation.parameters()):
-        parameter.normal_(std=0.3)  # biases and norms start at 0 and 1, which would hide mistakes
-    model.double()  # so that only a mistake makes a difference
+        parameter.normal_(std=0.3)  # biases start at 0 and norms at 1, which would hide mistakes
+    model.double()  # in float64, so that only a mistake makes a difference
     inputs = query_of(make_inputs(backbone))
 
     def states(model, inputs):
@@ -129,7 +129,7 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
         return {"weights": output.aggregation_weights, "states": output.hidden_states[-1]}
 
     error = rounding(states, model, inputs, torch.float64)
-    output = model.get_query_features(**inputs)  # of the last layer, only what is read
+    output = model.get_query_features(**inputs)  # in the last layer, only the positions that are read
     everything = model.get_query_features(**inputs, output_hidden_states=True)
     close(output.aggregation_weights, everything.aggregation_weights, error["weights"])
     image = model.get_image_features(inputs["pixel_values"]).last_hidden_state
@@ -137,7 +137,7 @@ def test_query_equals_the_equations(backbone, residual, aggregation, depth):
     for row, n in enumerate(inputs["attention_mask"].sum(dim=1).tolist()):
         position = 0 if backbone == "blip" else n - 1
         query, weights, u = plain_query(model, image[row], text[row, :n], position)
-        # Normalised in float32, whatever the model's dtype.
+        # Embeddings are normalised in float32, whatever the model's dtype.
         torch.testing.assert_close(output.pooler_output[row], query.float(), rtol=unit_error(len(query)), atol=0)
         close(output.aggregation_weights[row], weights, error["weights"])
         padded = text.shape[1] - n
@@ -210,18 +210,18 @@ def test_tuple_outputs_equal_named_outputs(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_output_attentions_uses_eager_attention(backbone, caplog):
-    """So a call that asks for them needs no switch, which other threads would see."""
+    """Request attentions in one call: it switches no setting that other threads would see."""
     model, inputs = make_model(backbone), query_of(make_inputs(backbone))
     assert model.config._attn_implementation == "sdpa"
-    asked = model.get_query_features(**inputs, output_attentions=True)
+    output = model.get_query_features(**inputs, output_attentions=True)
     assert model.config._attn_implementation == "sdpa"
-    close(asked.pooler_output, model(**inputs).query_embeds, embedding_error(model, inputs)["query_embeds"])
+    close(output.pooler_output, model(**inputs).query_embeds, embedding_error(model, inputs)["query_embeds"])
     model.set_attn_implementation("eager")
     model.set_attn_implementation("sdpa")
     model.set_attn_implementation({"": "eager"})
     assert not caplog.records, "switching is silent"
     eager = model(**inputs, output_attentions=True)
-    assert all(map(torch.equal, asked.attentions, eager.attentions))
+    assert all(map(torch.equal, output.attentions, eager.attentions))
     model.config.output_attentions = model.config.output_hidden_states = True
     by_config = model(**inputs)
     assert all(map(torch.equal, by_config.attentions, eager.attentions)) and len(by_config.hidden_states) == 3
@@ -233,7 +233,8 @@ def test_attentions_are_probabilities():
     attentions = model(**inputs, output_attentions=True).attentions
     assert [a.shape for a in attentions] == [(3, 4, 28, 28)] * 2
     for attention in attentions:
-        close(attention.sum(dim=-1), torch.ones(3, 4, 28), dot_error(2 * 28 + 8))  # the softmax's sum, and ours
+        # rounding of the softmax's sum and of ours
+        close(attention.sum(dim=-1), torch.ones(3, 4, 28), dot_error(2 * 28 + 8))
         padding = inputs["attention_mask"] == 0
         assert (attention[..., :8] * padding[:, None, None]).abs().max() == 0
     assert model(**inputs).attentions is None
@@ -275,7 +276,7 @@ def test_incomplete_queries_raise(given, advice):
         make_model()(**{name: inputs[name] for name in given})
 
 
-def test_mistaken_inputs_raise():
+def test_inconsistent_inputs_raise():
     model, inputs = make_model(), make_inputs()
     for given in (query_of(inputs), {"target_pixel_values": inputs["target_pixel_values"]}):
         with pytest.raises(ValueError, match="needs queries and target_pixel_values"):
@@ -319,7 +320,7 @@ def test_a_row_does_not_depend_on_its_batch(backbone):
 
 
 @torch.no_grad()
-def test_clip_configs_with_the_old_end_token():
+def test_clip_configs_with_the_old_end_token_pool_at_the_end():
     new, inputs = make_model("clip"), make_inputs("clip")
     vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "eos_token_id": 2}}
     old = PVLFModel(type(new.config)(**{**new.config.to_dict(), "vl_config": vl_config})).eval()
@@ -331,7 +332,7 @@ def test_clip_configs_with_the_old_end_token():
 @torch.no_grad()
 @pytest.mark.parametrize("end_token", [2, 79, 49407])
 def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end_token):
-    """By the mask; without one at the end token, and in a row that has none at its last token. 95 was added."""
+    """Pool by the mask; without one at the end token, else at the row's last token. 95 is an added token."""
     vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "vocab_size": 99}}
     vl_config["text_config"]["eos_token_id"] = end_token
     encoder = PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4)).backbone
@@ -382,7 +383,8 @@ def test_gradient_reaches_only_trained_weights(backbone, finetuning, residual, a
         }
         assert parameter.requires_grad == trains.get(side, True), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
-        if parameter.requires_grad and not name.endswith(("k_proj.bias", "key.bias")):  # softmax ignores these
+        # softmax ignores the keys' biases
+        if parameter.requires_grad and not name.endswith(("k_proj.bias", "key.bias")):
             assert parameter.grad.abs().sum() > 0, name
 
 
@@ -397,7 +399,7 @@ def test_frozen_encoders_stay_in_eval_mode(backbone, finetuning):
         for name in names:
             assert all(module.training == trains for module in getattr(model.backbone, name).modules())
     assert all(module.training for part in (model.fusion, model.aggregation) for module in part.modules())
-    model.set_finetuning("both")  # and back, while training
+    model.set_finetuning("both")  # and back, in train mode
     assert all(module.training for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     model.eval()
@@ -430,7 +432,7 @@ def test_activation_checkpointing_computes_the_same(backbone, finetuning):
 
 
 def gradients(model, inputs=None, **kwargs):
-    """Loss and gradients of a batch of five; dropout draws the same in every call."""
+    """Return loss and gradients of a batch of five; dropout draws the same mask in every call."""
     torch.manual_seed(0)
     model.zero_grad()
     inputs = inputs or make_inputs(model.config.vl_config.model_type, batch=5)
@@ -440,7 +442,7 @@ def gradients(model, inputs=None, **kwargs):
 
 
 def gradient_error(model, dtype=torch.float32):
-    """How far apart two ways to the same `gradients` may be, by name."""
+    """Return how far apart two computations of the same `gradients` may be, by name."""
     return rounding(gradients, model, make_inputs(model.config.vl_config.model_type, batch=5), dtype)
 
 
@@ -448,7 +450,7 @@ def gradient_error(model, dtype=torch.float32):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_skipped_outputs_do_not_change_gradients(backbone, residual, attention):
-    """Gradients are the same whether the last layer is computed where it is read or everywhere."""
+    """Compare gradients with the last layer computed at the positions that are read, and at all positions."""
     model = make_model(backbone, residual=residual, temperature=1.0)
     model.set_attn_implementation(attention)
     read, everywhere = gradients(model), gradients(model, output_hidden_states=True)
@@ -505,13 +507,13 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
     for number, (sdpa, eager) in enumerate(zip(*(output.hidden_states for output in outputs), strict=True)):
         close(sdpa, eager, error[number])
     close(*(output.query_embeds for output in outputs), error["query"])
-    assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # what one gets unasked
+    assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # the default
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("text_padding", ["masked", "transagg"])
 def test_attention_masks_are_kept_under_dropout(backbone, text_padding, attention):
-    """A dropout so small that it keeps all, and scales by 1, takes its own path through attention on a CPU."""
+    """Use a dropout so small that it keeps everything and scales by 1; attention on a CPU has its own path for it."""
     model = make_model(backbone, text_padding=text_padding, dropout=2.0**-25)
     model.set_finetuning("frozen")
     model.set_attn_implementation({"": attention})
@@ -523,7 +525,7 @@ def test_attention_masks_are_kept_under_dropout(backbone, text_padding, attentio
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_fused_blip_attention_equals_eager(tmp_path, dropout):
-    """Outputs and gradients of the ViT, as built and as loaded, against the attention that Transformers writes out."""
+    """Compare outputs and gradients of the ViT, as built and as loaded, with Transformers' eager attention."""
     original = save_dual_encoder("blip", tmp_path, attention_dropout=dropout).vision_model
     fused = PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4).backbone.vision_model
     built = PVLFModel(tiny_config()).backbone.vision_model
@@ -638,7 +640,7 @@ def test_new_weights_start_from_their_distributions(backbone, way, tmp_path):
         loaded = model.state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in kept.items())
     prompts = model.fusion.prompts  # 2 x 40 x 32 draws
-    # Within five standard errors: of a mean, and of a normal deviation
+    # Five standard errors of a mean, and of a normal standard deviation
     assert prompts.mean().abs() < 5 * 0.5 / prompts.numel() ** 0.5
     assert prompts.std().item() == pytest.approx(0.5, rel=5 / (2 * prompts.numel()) ** 0.5)
     for layer in model.fusion.layers:
@@ -702,7 +704,7 @@ def test_blip_carries_no_cross_attention():
 
 
 def save_dual_encoder(backbone, folder, **vision):
-    """A checkpoint as on the Hub; BLIP's text tower is a decoder there, with cross-attention."""
+    """Save a checkpoint as on the Hub, where BLIP's text tower is a decoder with cross-attention."""
     torch.manual_seed(3)
     if backbone == "clip":
         original = CLIPModel(CLIPConfig(**CONFIGS["clip"]))
@@ -792,7 +794,7 @@ def test_other_architectures_raise(tmp_path):
 
 
 def test_blip_base_with_eight_text_heads_raises(tmp_path):
-    BlipConfig().save_pretrained(tmp_path)  # the library's default; old conversions of BLIP base say so too
+    BlipConfig().save_pretrained(tmp_path)  # the library's default, also in old conversions of BLIP base
     assert json.loads((tmp_path / "config.json").read_text())["text_config"]["num_attention_heads"] == 8
     with pytest.raises(ValueError, match="Set text_config.num_attention_heads to 12"):
         PVLFModel.from_vl_pretrained(tmp_path)

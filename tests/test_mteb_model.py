@@ -1,4 +1,4 @@
-"""PVLF in `mteb`: its own task classes on nine squares, against this package's evaluation and numbers by hand."""
+"""PVLF in `mteb`: MTEB's task classes on nine squares, against this package's evaluation and manual figures."""
 
 from math import log2
 from statistics import fmean
@@ -13,7 +13,7 @@ from pvlf_hf.mteb_model import PVLFEncoder
 
 BENCHMARK = make_benchmark(subsets=False, reference="kept")
 
-# A task of mteb, and what it calls for: query images with texts, texts alone, or images alone.
+# A task of mteb and its query modality: images with texts, texts alone, or images alone.
 TASKS = {
     "CIRRIT2IRetrieval": "composed",
     "FashionIQIT2IRetrieval": "composed",
@@ -23,7 +23,7 @@ TASKS = {
 
 
 def miniature(name):
-    """The task of that name with the squares instead of its data, in the columns that the Hub's copy has."""
+    """Return the task with the squares as its data, in the columns of the data set on the Hub."""
 
     class Miniature(type(mteb.get_task(name))):
         def load_data(self, **kwargs):
@@ -43,7 +43,7 @@ def miniature(name):
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_checkpoint, tmp_path_factory):
-    """Two models of one name."""
+    """Return two checkpoints of the same model name."""
     other = tmp_path_factory.mktemp("models") / tiny_checkpoint.name
     make_model(seed=1).save_pretrained(other)
     make_processor().save_pretrained(other)

@@ -1,4 +1,4 @@
-"""The notebooks, executed as they stand; what is committed in them is what they print and draw.
+"""The committed notebooks, executed: their committed outputs are what they print and draw.
 
 python tests/test_notebooks.py --write    # executes them and writes their outputs, after a change
 """
@@ -23,7 +23,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def execute(path):
-    """A copy with fresh outputs, made in the notebook's folder by a kernel of its own: one thread, no network."""
+    """Return a copy with new outputs, executed in the notebook's folder by its own kernel: one thread, no network."""
     notebook = nbformat.read(path, as_version=4)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}, record_timing=False)
@@ -33,7 +33,7 @@ def execute(path):
 
 
 def printed(cell):
-    """Everything that a cell shows as text, by where it shows it."""
+    """Return the text outputs of a cell, by output channel."""
     text = {}
     for output in cell.get("outputs", ()):
         where, what = (
@@ -43,13 +43,13 @@ def printed(cell):
     return text
 
 
-def pictures(cell):
+def images(cell):
     encoded = [output.data["image/png"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", ())]
-    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in encoded]
+    return [Image.open(io.BytesIO(base64.b64decode(image))) for image in encoded]
 
 
 def same_text(one, other):
-    """Equal, but for decimals, which may differ by what another processor's rounding makes of a training."""
+    """Return whether texts are equal; decimals may differ as far as other rounding changes a training."""
     assert DECIMAL.sub("#", one) == DECIMAL.sub("#", other)
     numbers = [[float(number) for number in DECIMAL.findall(text)] for text in (one, other)]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
@@ -63,7 +63,7 @@ def test_notebook_reproduces_its_committed_outputs(path):
         assert printed(before).keys() == printed(after).keys(), before.source
         for where, text in printed(after).items():
             same_text(printed(before)[where], text)
-        sizes = [[picture.size for picture in pictures(cell)] for cell in (before, after)]
+        sizes = [[image.size for image in images(cell)] for cell in (before, after)]
         assert len(sizes[0]) == len(sizes[1])
         for one, other in zip(*sizes, strict=True):
             assert one == pytest.approx(other, rel=0.1), before.source
@@ -76,7 +76,7 @@ def test_committed_outputs_are_one_run_in_order(path):
     assert notebook.metadata == METADATA
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert sum(len(pictures(cell)) for cell in code) >= 2
+    assert sum(len(images(cell)) for cell in code) >= 2
     for cell in code:
         shown = printed(cell)
         assert shown.keys() <= {"stdout", "display_data", "execute_result"}, shown  # no warnings, no errors
@@ -92,7 +92,7 @@ METADATA = {
 
 
 def write(path):
-    """Executes a notebook and keeps what it shows: one stream of text a cell, images as small PNG."""
+    """Execute a notebook and save its outputs: one stream of text a cell, images as small PNG."""
     notebook = execute(path)
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, 1):
@@ -108,10 +108,10 @@ def write(path):
     nbformat.write(notebook, path)
 
 
-def small_png(picture):
-    """The same with at most 256 colours."""
+def small_png(image):
+    """Return the image with at most 256 colours."""
     file = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 

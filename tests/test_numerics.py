@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from error_bounds import exact_loss, roundoff
-from squares import each_with_each
+from squares import square_triplets
 from test_loss import slow_loss
 from test_metrics import plain_ranking
 from test_trainer import arguments
@@ -18,7 +18,7 @@ from pvlf_hf.evaluation.ranking import target_ranks
 
 
 def adversarial():
-    """Queries and targets by what is odd about them; rows are unit vectors unless they are zero."""
+    """Return queries and targets by kind of difficulty; rows are unit vectors or zero."""
     random = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(7, 16, generator=random), dim=-1)
     nearly = F.normalize(rows[:1] + 1e-4 * torch.randn(7, 16, generator=random), dim=-1)
@@ -36,12 +36,12 @@ def adversarial():
 
 
 def plain_loss(queries, targets, temperature, gamma, ids):
-    """The loss as written in the paper, in the inputs' dtype; `slow_loss` is the same one number at a time."""
+    """Compute the loss as in the paper, in the inputs' dtype; `slow_loss` is the same, one number at a time."""
     logits = queries @ targets.T / temperature
     same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool)
     log_p = logits.masked_fill(same, -torch.inf).log_softmax(dim=-1).diagonal()
     miss = -torch.expm1(log_p)
-    # Where p is 1 the loss and its gradient are 0, which autograd would call NaN for a gamma below 1.
+    # Where p is 1 the loss and its gradient are 0; for a gamma below 1 autograd would return NaN.
     focal = torch.where(miss > 0, torch.where(miss > 0, miss, 1.0) ** gamma, 0.0 if gamma else 1.0)
     return (-focal * log_p).mean()
 
@@ -49,8 +49,8 @@ def plain_loss(queries, targets, temperature, gamma, ids):
 @pytest.mark.slow
 @pytest.mark.reliability(
     7,
-    "The loss and its gradient are those of float64, also for identical, zero and tied embeddings, one query, bf16 "
-    "and temperature 1e-4; float64's own gradient passes `gradcheck`",
+    "The loss and its gradient equal those in float64, also for identical, zero and tied embeddings, one "
+    "query, bf16 and temperature 1e-4; the float64 gradient passes `gradcheck`",
     broken=(
         "src/pvlf_hf/models/loss_pvlf.py",
         "query_embeds.float() @ target_embeds.float().T",
@@ -69,14 +69,14 @@ def test_loss_equals_float64(figure):
             expected = plain_loss(*theirs, temperature, gamma, ids)
             slow = slow_loss(*(side.detach() for side in theirs), temperature, gamma=gamma, target_ids=ids.tolist())
             _, error = exact_loss(*ours, temperature=temperature, gamma=gamma, target_ids=ids)
-            finer = 2 * roundoff(torch.float64) / roundoff()  # of two in float64
+            finer = 2 * roundoff(torch.float64) / roundoff()  # difference of two float64 losses
             assert expected.item() == pytest.approx(slow, abs=finer * error.value.item()), name
             assert abs(loss.item() - expected.item()) <= error.value, (name, temperature, gamma)
             loss.backward()
             expected.backward()
             for a, b, bound in zip(ours, theirs, (error.queries, error.targets), strict=True):
                 assert a.grad.isfinite().all(), name
-                stored = roundoff(dtype) * (b.grad.abs() + bound)  # the gradient is of the embeddings' dtype
+                stored = roundoff(dtype) * (b.grad.abs() + bound)  # the gradient has the embeddings' dtype
                 assert ((a.grad.double() - b.grad).abs() <= bound + stored).all(), (name, temperature, gamma)
             cases += 1
     random = torch.Generator().manual_seed(1)
@@ -88,8 +88,8 @@ def test_loss_equals_float64(figure):
 
 @pytest.mark.reliability(
     7,
-    "Ranks, top-k and recall are those of a plain float64 sort for identical, zero and tied embeddings, one query, "
-    "bf16 and fp16; embeddings that are not finite are refused",
+    "Ranks, top-k and recall equal those of a plain float64 sort for identical, zero and tied embeddings, one "
+    "query, bf16 and fp16; embeddings that are not finite are refused",
     broken=("src/pvlf_hf/evaluation/ranking.py", 'if ties != "best":', "if False:"),
 )
 def test_ranks_equal_float64(figure):
@@ -117,12 +117,13 @@ def test_ranks_equal_float64(figure):
 
 @pytest.mark.reliability(
     7,
-    "A NaN in a batch stops training before the weights change, and names the triplets it came from, or the weights",
+    "A NaN in a batch stops training before the weights change; the error names the triplets, or the weights, "
+    "that caused it",
     broken=("src/pvlf_hf/training/trainer.py", "if model.training and not loss.isfinite():", "if False:"),
 )
 def test_nan_stops_training(tiny_model, tiny_processor, tmp_path, figure):
     captions = {("red", "green"): "a cat"}
-    triplets = each_with_each(tmp_path, ["red", "green", "blue"], lambda *pair: captions.get(pair, "make it red"))
+    triplets = square_triplets(tmp_path, ["red", "green", "blue"], lambda *pair: captions.get(pair, "make it red"))
 
     def train():
         args = arguments(tmp_path / "out", per_device_train_batch_size=6)

@@ -1,4 +1,4 @@
-"""All images come in by one door: PostScript that poses as an image never reaches Ghostscript."""
+"""Every image is opened by one function: PostScript disguised as an image never reaches Ghostscript."""
 
 import ast
 import io
@@ -38,7 +38,7 @@ from pvlf_hf.data.doctor import examine
 from pvlf_hf.data.streaming import triplet_batches
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.retrieval_sheet import SheetRow
-from pvlf_hf.models import image_processing_pvlf as door
+from pvlf_hf.models import image_processing_pvlf as image_processing
 from pvlf_hf.mteb_model import PVLFEncoder
 from pvlf_hf.search import demo_session
 from pvlf_hf.sentence_transformer import PVLFSentenceModule
@@ -47,25 +47,25 @@ from pvlf_hf.training.feature_cache import cache_features
 from pvlf_hf_cli import app
 
 PACKAGE = Path(pvlf_hf.__file__).parent
-OPENERS = {"image_processing_pvlf.py", "onnx_encoder.py"}  # the second runs where the package is not
+OPENERS = {"image_processing_pvlf.py", "onnx_encoder.py"}  # the second runs without the package
 UNREAD = "cannot identify image file"
 
 
 @pytest.fixture(autouse=True)
-def ran(tmp_path, monkeypatch):
-    """The file that a stand-in for Ghostscript leaves when it is run."""
-    ghostscript, ran = tmp_path / "bin/gs", tmp_path / "ran"
+def marker_file(tmp_path, monkeypatch):
+    """Return the file that a stand-in for Ghostscript writes when it is run."""
+    ghostscript, marker_file = tmp_path / "bin/gs", tmp_path / "marker_file"
     ghostscript.parent.mkdir()
-    ghostscript.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    ghostscript.write_text(f"#!/bin/sh\ntouch {marker_file}\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for Ghostscript once
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return ran
+    return marker_file
 
 
 class Scene:
-    """PostScript under the name of an image, a good image, and what reads them."""
+    """PostScript named as an image, a valid image, and the inputs of every reader."""
 
     def __init__(self, folder, ending):
         self.tmp, self.folder, self.model, self.processor = folder, folder / "photos", make_model(), make_processor()
@@ -78,12 +78,12 @@ class Scene:
         Image.new("RGB", (9, 9), "gold").save(self.good)
 
     def column(self, **feature):
-        """The good image and PostScript, as cells of a column: by name, and inside."""
+        """Return the valid image and PostScript as cells of a column: by path, and as bytes."""
         cells = [str(self.good), {"bytes": self.content, "path": None}, str(self.eps)]
         return datasets.Dataset.from_dict({"image": cells}, datasets.Features({"image": datasets.Image(**feature)}))
 
     def triplets(self, source=None):
-        """Two triplets whose target is PostScript, by name or inside."""
+        """Return two triplets with PostScript as target, by path or as bytes."""
         columns = {
             "reference": [{"bytes": self.good.read_bytes(), "path": None}] * 2,
             "caption": ["a red dog", "a cat"],
@@ -103,7 +103,7 @@ class Scene:
         return file
 
     def parquet(self):
-        """A folder as on the Hub, images inside."""
+        """Return a folder as on the Hub, with images as bytes."""
         (self.tmp / "hub").mkdir()
         self.inside().to_parquet(self.tmp / "hub/train.parquet")
         return str(self.tmp / "hub")
@@ -124,11 +124,11 @@ class Scene:
 
     def benchmark(self, reference, gallery):
         queries = {"reference": [str(reference)], "reference_id": ["a"], "caption": ["a cat"], "target_id": ["b"]}
-        pictures = {"image": [str(self.good), str(gallery)], "image_id": ["a", "b"]}
+        columns = {"image": [str(self.good), str(gallery)], "image_id": ["a", "b"]}
         return CIRBenchmark(
             "own",
             datasets.Dataset.from_dict(queries).cast_column("reference", datasets.Image()),
-            datasets.Dataset.from_dict(pictures).cast_column("image", datasets.Image()),
+            datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()),
         )
 
     def checkpoint(self):
@@ -140,12 +140,12 @@ class Scene:
         return pipeline("composed-image-retrieval", model=self.model, processor=self.processor, **settings)
 
 
-def said_by_skipping(gallery):
-    """Raises what a gallery says of the images that it left out."""
+def error_of_skipping(gallery):
+    """Raise the reason for which a gallery skipped images."""
     raise ValueError("; ".join(gallery.skipped.values()))
 
 
-def said_by_the_command(scene):
+def error_of_the_command(scene):
     scene.gallery().save(scene.tmp / "index")
     command = ["search", scene.tmp / "index", "--model", scene.checkpoint(), "--image", scene.eps]
     done = CliRunner().invoke(app, list(map(str, command)))
@@ -153,13 +153,13 @@ def said_by_the_command(scene):
     raise ValueError(done.stderr)
 
 
-def said_by_the_doctor(scene):
+def error_of_the_doctor(scene):
     report = examine("triplets", scene.table(), image_folder=scene.folder)
     (finding,) = [finding for finding in report.findings if finding.kind == "corrupt"]
     raise ValueError("; ".join(finding.examples))
 
 
-def said_by_mteb(scene):
+def error_of_mteb(scene):
     task = miniature("NIGHTSI2IRetrieval")
     task.load_data()
     task.load_data = lambda **kwargs: None
@@ -172,21 +172,21 @@ def said_by_mteb(scene):
     mteb.evaluate(PVLFEncoder(scene.checkpoint(), device="cpu"), task, cache=None)
 
 
-def a_changed_image(scene):
-    """An image of a gallery that was PostScript's when it was asked for again."""
+def changed_image(scene):
+    """Open a gallery's image that was replaced by PostScript after indexing."""
     gallery = scene.gallery()
     scene.good.write_bytes(scene.content)
     result = gallery.search(text="a cat")
-    result.sheet()  # draws a blank
+    result.sheet()  # draws a blank instead
     return gallery.image(result.ids[0])
 
 
-def a_changed_result(scene):
-    """A result of a pipeline that was PostScript's when it was handed out."""
+def changed_result(scene):
+    """Open a pipeline's result that was replaced by PostScript."""
     pipe = scene.pipe(gallery=scene.triplets(str(scene.good))["target"])
     query = shutil.copy(scene.good, scene.tmp)
     scene.good.write_bytes(scene.content)
-    return pipe(question(scene, query))
+    return pipe(make_query(scene, query))
 
 
 def rows_of_a_sheet(scene, reference, gallery):
@@ -195,35 +195,35 @@ def rows_of_a_sheet(scene, reference, gallery):
     return sheet_rows(benchmark, embeds[:1], embeds, [0], k=1)
 
 
-def a_sheet(scene, picture):
-    return retrieval_sheet([SheetRow(picture, "a cat", [picture], picture, 0)])
+def draw_sheet(scene, image):
+    return retrieval_sheet([SheetRow(image, "a cat", [image], image, 0)])
 
 
-def sentences(scene, *inputs):
+def encode_by_sentence_transformers(scene, *inputs):
     encoder = SentenceTransformer(modules=[PVLFSentenceModule(scene.model, scene.processor)], device="cpu")
     return encoder.encode(list(inputs))
 
 
 def opened_elsewhere(scene):
-    """PostScript that a user's own code opened, and has not decoded yet."""
+    """Return PostScript that a user's own code has opened, but not decoded."""
     return Image.open(scene.eps)
 
 
-def question(scene, image):
+def make_query(scene, image):
     return {"image": image, "text": "a cat"}
 
 
 LOADER = dict(batch_size=2, progress=False)
 
-DOORS = {
+ENTRY_POINTS = {
     "web demo": (lambda s: demo_session.open_upload(s.eps), "not an image that can be read"),
-    "gallery of a folder": (lambda s: said_by_skipping(Gallery.from_folder(s.folder, s.model, s.processor)), UNREAD),
+    "gallery of a folder": (lambda s: error_of_skipping(Gallery.from_folder(s.folder, s.model, s.processor)), UNREAD),
     "gallery of files": (
-        lambda s: said_by_skipping(Gallery.from_images([s.good, s.eps], s.model, s.processor)),
+        lambda s: error_of_skipping(Gallery.from_images([s.good, s.eps], s.model, s.processor)),
         UNREAD,
     ),
     "gallery of a data set": (
-        lambda s: said_by_skipping(
+        lambda s: error_of_skipping(
             Gallery.from_dataset(s.column().add_column("image_id", ["a", "b", "c"]), s.model, s.processor)
         ),
         f"{UNREAD}.*; {UNREAD}",
@@ -232,16 +232,16 @@ DOORS = {
     "search by a path": (lambda s: s.gallery().search(image=s.eps, text="a cat"), UNREAD),
     "search by bytes": (lambda s: s.gallery().search(image=s.content), "pass files, URLs"),
     "search by an opened file": (lambda s: s.gallery().search(image=opened_elsewhere(s)), "is PostScript"),
-    "image of a gallery": (a_changed_image, UNREAD),
-    "search of the command line": (said_by_the_command, UNREAD),
+    "image of a gallery": (changed_image, UNREAD),
+    "search of the command line": (error_of_the_command, UNREAD),
     "processor, file": (lambda s: s.processor.process_targets([s.good, s.eps]), UNREAD),
     "processor, opened file": (lambda s: s.processor.process_targets(opened_elsewhere(s)), "is PostScript"),
     "processor, column": (lambda s: s.processor.process_targets(s.column()["image"]), UNREAD),
-    "pipeline, query": (lambda s: s.pipe(gallery=[s.good])(question(s, s.eps)), UNREAD),
+    "pipeline, query": (lambda s: s.pipe(gallery=[s.good])(make_query(s, s.eps)), UNREAD),
     "pipeline, gallery of files": (lambda s: s.pipe(gallery=[s.good, s.eps]), UNREAD),
     "pipeline, gallery of a column": (lambda s: s.pipe(gallery=s.column()["image"]), UNREAD),
     "pipeline, embedding a column": (lambda s: s.pipe().embed_gallery(s.column()["image"]), UNREAD),
-    "pipeline, result": (a_changed_result, UNREAD),
+    "pipeline, result": (changed_result, UNREAD),
     "pipeline, data set of queries": (
         lambda s: list(s.pipe(gallery=[s.good])(s.column().add_column("text", ["a cat"] * 3))),
         UNREAD,
@@ -289,13 +289,16 @@ DOORS = {
         ),
         UNREAD,
     ),
-    "doctor": (said_by_the_doctor, UNREAD),
+    "doctor": (error_of_the_doctor, UNREAD),
     "sheet, reference": (lambda s: rows_of_a_sheet(s, s.eps, s.good), UNREAD),
     "sheet, gallery": (lambda s: rows_of_a_sheet(s, s.good, s.eps), UNREAD),
-    "sheet, opened file": (lambda s: a_sheet(s, opened_elsewhere(s)), "is PostScript"),
-    "sentence-transformers, file": (lambda s: sentences(s, {"image": str(s.eps)}), UNREAD),
-    "sentence-transformers, opened file": (lambda s: sentences(s, opened_elsewhere(s)), "is PostScript"),
-    "mteb": (said_by_mteb, UNREAD),
+    "sheet, opened file": (lambda s: draw_sheet(s, opened_elsewhere(s)), "is PostScript"),
+    "sentence-transformers, file": (lambda s: encode_by_sentence_transformers(s, {"image": str(s.eps)}), UNREAD),
+    "sentence-transformers, opened file": (
+        lambda s: encode_by_sentence_transformers(s, opened_elsewhere(s)),
+        "is PostScript",
+    ),
+    "mteb": (error_of_mteb, UNREAD),
     "without the package, file": (lambda s: onnx_encoder.to_rgb(s.eps), UNREAD),
     "without the package, opened file": (lambda s: onnx_encoder.to_rgb(opened_elsewhere(s)), "is PostScript"),
 }
@@ -306,40 +309,41 @@ ENDINGS = ("png", "jpg")
 
 @pytest.mark.reliability(
     4,
-    "PostScript under the name of an image, as a file, as a cell of a data set or opened elsewhere, is refused with a "
-    "sentence wherever images come in; nothing runs Ghostscript, and `datasets` decodes no image for this package",
+    "PostScript disguised as an image, as a file, as a cell of a data set or opened elsewhere, is refused with"
+    " a message at every entry point; nothing runs Ghostscript, and `datasets` decodes no image for this "
+    "package",
     broken=("src/pvlf_hf/models/image_processing_pvlf.py", "    if not columns:\n", "    if True:\n"),
 )
 @pytest.mark.parametrize("ending", [ENDINGS[0], pytest.param(ENDINGS[1], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", DOORS)
-def test_no_entry_point_runs_ghostscript(ran, tmp_path, name, ending, figure):
-    enter, sentence = DOORS[name]
-    with pytest.raises(Exception) as refusal:  # which one is told below
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_no_entry_point_runs_ghostscript(marker_file, tmp_path, name, ending, figure):
+    enter, sentence = ENTRY_POINTS[name]
+    with pytest.raises(Exception) as refusal:  # checked below
         enter(Scene(tmp_path, ending))
-    assert not ran.exists(), "Ghostscript was run"
+    assert not marker_file.exists(), "Ghostscript was run"
     assert isinstance(refusal.value, OSError if name == "without the package, file" else ValueError)
     assert re.search(sentence, str(refusal.value), re.DOTALL)
-    if (name, ending) == (next(iter(DOORS)), ENDINGS[0]):
-        figure(f"{len(DOORS)} doors, {len(ENDINGS)} endings")
+    if (name, ending) == (next(iter(ENTRY_POINTS)), ENDINGS[0]):
+        figure(f"{len(ENTRY_POINTS)} doors, {len(ENDINGS)} endings")
 
 
-def test_pillow_alone_runs_the_ghostscript_stand_in(ran, tmp_path):
+def test_pillow_alone_runs_the_ghostscript_stand_in(marker_file, tmp_path):
     scene = Scene(tmp_path, "png")
-    with pytest.raises(OSError), Image.open(scene.eps) as picture:
-        picture.load()
-    assert ran.exists()
-    ran.unlink()
+    with pytest.raises(OSError), Image.open(scene.eps) as image:
+        image.load()
+    assert marker_file.exists()
+    marker_file.unlink()
     with pytest.raises(OSError):
         scene.column()[1]
-    assert ran.exists()
+    assert marker_file.exists()
 
 
-def test_image_formats_can_be_chosen(ran, tmp_path, monkeypatch):
+def test_image_formats_can_be_chosen(marker_file, tmp_path, monkeypatch):
     scene = Scene(tmp_path, "png")
-    monkeypatch.setattr(door, "FORMATS", None)
+    monkeypatch.setattr(image_processing, "FORMATS", None)
     with pytest.raises(ValueError, match="cannot read image"):  # the stand-in draws nothing
         scene.processor.process_targets(opened_elsewhere(scene))
-    assert ran.exists()
+    assert marker_file.exists()
 
 
 def test_uploads_are_never_read_as_urls(tmp_path, monkeypatch):
@@ -349,37 +353,37 @@ def test_uploads_are_never_read_as_urls(tmp_path, monkeypatch):
     assert demo_session.open_upload("data:image/mine.png").size == (9, 7)
 
 
-# ---- nothing else opens images ----
+# ---- no other module opens images ----
 
 
 def calls_in(file):
-    """What is called in a file, as it is written there, with its arguments."""
+    """Yield the calls in a source file, with their keyword arguments."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
 
 
 def test_no_other_module_opens_images():
     forbidden = {"load_image", "load_images", "load_image_as_tensor", "decode_example", "decode_batch"}
     for file in [*PACKAGE.rglob("*.py"), PACKAGE.parent / "pvlf_hf_cli.py", *find_scripts()]:
-        for called, words in calls_in(file):
+        for called, keywords in calls_in(file):
             *owner, name = called.split(".")
             opens = name == "open" and any("Image" in part or part == "PIL" for part in owner)
             assert file.name in OPENERS or not (opens or name in forbidden), f"{file.name} calls {called}"
             if name == "open" and file.name in OPENERS and "Image" in owner:
-                assert "formats" in words, f"{file.name} opens every format"
+                assert "formats" in keywords, f"{file.name} opens every format"
 
 
 def find_scripts():
     return sorted((Path(__file__).parents[1] / "train_scripts").glob("*.py"))
 
 
-def test_both_openers_read_the_same():
-    assert onnx_encoder.FORMATS == door.FORMATS
+def test_both_image_readers_accept_the_same_formats():
+    assert onnx_encoder.FORMATS == image_processing.FORMATS
 
 
 def test_gradio_does_not_decode_uploads():
-    """Gradio opens what an event gives to a function unless it is told not to."""
+    """Check for `preprocess=False`, without which Gradio would open uploads itself."""
     tree = ast.parse((PACKAGE / "search" / "demo_page.py").read_text())
     listening = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "_listen"]
     taking = [n for n in listening if len(n.args) > 3 and "reference" in ast.unparse(n.args[3])]
@@ -387,21 +391,21 @@ def test_gradio_does_not_decode_uploads():
     assert "preprocess=False" in ast.unparse(taking[0])
 
 
-# ---- and what comes in is what `datasets` would have decoded ----
+# ---- images equal those that `datasets` would decode ----
 
 
 def turned(mode, orientation, format):
-    picture = Image.linear_gradient("L").resize((20, 12)).rotate(17).convert(mode)
-    exif = picture.getexif()
+    image = Image.linear_gradient("L").resize((20, 12)).rotate(17).convert(mode)
+    exif = image.getexif()
     exif[0x0112] = orientation
     stream = io.BytesIO()
-    picture.save(stream, format, exif=exif)
+    image.save(stream, format, exif=exif)
     return stream.getvalue()
 
 
 @pytest.fixture
 def images(tmp_path):
-    """Cells of a column: turned every way, of many modes, by name, inside, and empty."""
+    """Return cells of a column: every EXIF orientation, many modes, by path, as bytes, and empty."""
     cells = [{"bytes": turned("RGB", way, "JPEG"), "path": None} for way in range(1, 9)]
     cells += [{"bytes": turned(mode, 6, "PNG"), "path": None} for mode in ("L", "LA", "RGBA", "P", "1", "I;16")[:5]]
     for number, format in enumerate(("TIFF", "WEBP", "PNG")):
@@ -418,16 +422,16 @@ def test_decoded_images_equal_those_of_datasets(images, mode):
     features = datasets.Features({"image": datasets.Image(mode=mode), "id": datasets.Value("string")})
     theirs = datasets.Dataset.from_dict({"image": images, "id": list(map(str, range(len(images))))}, features)
     columns = {"image": theirs["image"][:], "id": theirs["id"][:]}
-    for ours in (door.opened(theirs), door.opened(theirs.with_format("numpy"))):
+    for ours in (image_processing.opened(theirs), image_processing.opened(theirs.with_format("numpy"))):
         assert same(ours[:], columns)
         assert same({"image": [row["image"] for row in ours], "id": columns["id"]}, columns)
-    assert same({"image": list(door.opened(theirs["image"])), "id": columns["id"]}, columns)
-    stream = list(door.opened(theirs.to_iterable_dataset()))
+    assert same({"image": list(image_processing.opened(theirs["image"])), "id": columns["id"]}, columns)
+    stream = list(image_processing.opened(theirs.to_iterable_dataset()))
     assert same({name: [row[name] for row in stream] for name in columns}, columns)
-    inverted = door.opened(theirs.with_transform(upside_down))
+    inverted = image_processing.opened(theirs.with_transform(upside_down))
     assert same(inverted[:], upside_down(columns))
     assert (
-        door.opened(theirs).with_format("arrow")[:]
+        image_processing.opened(theirs).with_format("arrow")[:]
         == theirs.cast_column("image", datasets.Image(mode=mode, decode=False)).with_format("arrow")[:]
     )
 
@@ -447,18 +451,18 @@ def same(ours, theirs):
 def test_only_columns_that_would_be_decoded_are_opened(tmp_path):
     scene = Scene(tmp_path, "png")
     undecoded = scene.column(decode=False)
-    assert door.opened(undecoded) is undecoded
-    assert door.opened("a.png") == "a.png" and door.opened(None) is None
+    assert image_processing.opened(undecoded) is undecoded
+    assert image_processing.opened("a.png") == "a.png" and image_processing.opened(None) is None
     text = datasets.Dataset.from_dict({"caption": ["a cat"]})
-    assert door.opened(text) is text
+    assert image_processing.opened(text) is text
     nested = datasets.Dataset.from_dict(
         {"all": [[str(scene.good)]]}, datasets.Features({"all": datasets.List(datasets.Image())})
     )
     with pytest.raises(ValueError, match=r"columns \['all'\] hold images inside lists"):
-        door.opened(nested)
+        image_processing.opened(nested)
 
 
-def test_columns_that_training_does_not_read_are_not_opened(ran, tmp_path):
+def test_columns_that_training_does_not_read_are_not_opened(marker_file, tmp_path):
     scene = Scene(tmp_path, "png")
     extra = datasets.Dataset.from_dict(
         {"other": [str(scene.eps)] * 2, "all": [[str(scene.eps)]] * 2},
@@ -473,9 +477,9 @@ def test_columns_that_training_does_not_read_are_not_opened(ran, tmp_path):
 def test_images_at_fsspec_urls_are_read(tmp_path, monkeypatch):
     scene = Scene(tmp_path, "png")
     cell = {"bytes": None, "path": f"file://{scene.good}"}
-    assert door.decode_cell(cell, None).tobytes() == Image.open(scene.good).tobytes()
-    monkeypatch.setattr(door, "MAX_BYTES", 10)
+    assert image_processing.decode_cell(cell, None).tobytes() == Image.open(scene.good).tobytes()
+    monkeypatch.setattr(image_processing, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match=r"cannot read image 'file://.*good.png': .*more bytes"):
-        door.decode_cell(cell, None)
+        image_processing.decode_cell(cell, None)
     with pytest.raises(ValueError, match="cannot read image '.*gone.png': .*No such file"):
-        door.decode_cell({"bytes": None, "path": str(tmp_path / "gone.png")}, None)
+        image_processing.decode_cell({"bytes": None, "path": str(tmp_path / "gone.png")}, None)

@@ -1,4 +1,4 @@
-"""The image encoder by OpenVINO: PyTorch's embeddings, its weights, and nobody told of it."""
+"""The image encoder by OpenVINO: PyTorch's embeddings, unchanged weights, and no telemetry."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ def model(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_openvino_embeds_as_pytorch_does(model, dtype):
+def test_openvino_embeddings_equal_those_of_pytorch(model, dtype):
     kind, pixels = model.config.vl_config.model_type, model.config.vl_config.vision_config.image_size
     fast = encode_by_openvino(copy.deepcopy(model).to(dtype))
     error = None
@@ -38,11 +38,11 @@ def test_openvino_embeds_as_pytorch_does(model, dtype):
         images = ("pixel_values", "target_pixel_values")
         inputs |= {name: F.interpolate(inputs[name], (pixels, pixels)) for name in images}
         wanted, found = model(**inputs), fast(**inputs)
-        error = error or embedding_error(model, inputs, dtype)  # of the largest batch
+        error = error or embedding_error(model, inputs, dtype)  # bound of the largest batch
         for name in ("query_embeds", "target_embeds"):
             assert found[name].shape == wanted[name].shape and found[name].dtype == torch.float32
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=error[name], msg=name)
-        assert not found.target_embeds.equal(wanted.target_embeds)  # something else did compute
+        assert not found.target_embeds.equal(wanted.target_embeds)  # OpenVINO did the computation
 
 
 def test_openvino_leaves_weights_unchanged(model, tmp_path):
@@ -87,18 +87,18 @@ def test_unsupported_models_raise_a_message(monkeypatch):
 
 QUIET = """
 import os, sys
-asked = []
-sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddrinfo") and asked.append(args))
+calls = []
+sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddrinfo") and calls.append(args))
 from tiny import make_inputs, make_model
 from pvlf_hf import encode_by_openvino
 encode_by_openvino(make_model())(**make_inputs())
-assert not asked, asked
+assert not calls, calls
 """
 
 
 @pytest.mark.slow
 def test_openvino_sends_no_telemetry(tmp_path):
-    """OpenVINO's own converter sends statistics, unless it runs in a CI."""
+    """Record connections: OpenVINO's own converter sends statistics, unless it runs in a CI."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     environment |= {"PYTHONPATH": path, "HOME": str(tmp_path)}
@@ -132,11 +132,11 @@ assert seen
 @pytest.mark.slow
 @pytest.mark.reliability(
     1,
-    "Ctrl-C after a model encoded by OpenVINO was collected by another thread is no segmentation fault",
+    "Ctrl-C after another thread has collected a model encoded by OpenVINO causes no segmentation fault",
     broken=("src/pvlf_hf/embeddings/openvino_encoder.py", "@cache\n", ""),
 )
 def test_a_model_collected_by_another_thread_leaves_signals_alone(figure):
-    """OpenVINO frees the stack for signals it gave one thread, whichever thread it goes in."""
+    """Collect a model in another thread: OpenVINO then frees the signal stack of the thread that created it."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", SIGNALLED], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, "killed by SIGSEGV" if done.returncode == -11 else done.returncode

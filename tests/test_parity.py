@@ -1,4 +1,4 @@
-"""Our TransAgg preset against the reference implementation: features, query, logits, loss, gradients, training."""
+"""TransAgg preset against the reference implementation: features, query, logits, loss, gradients, training."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_gradients_equal_the_reference(backbone, text_padding, prefix):
 
 @pytest.mark.parametrize("encoder", ["neither", "text", "both"])
 def test_six_training_steps_equal_the_reference(backbone, encoder, tmp_path):
-    """Our optimiser groups, schedule and clipping against the reference's trace (dropout off in both)."""
+    """Compare optimiser groups, schedule and clipping with the reference's trace (without dropout in both)."""
     from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
 
     trace = json.loads((FIXTURES / f"transagg_{backbone}_train.json").read_text())
@@ -88,7 +88,8 @@ def test_six_training_steps_equal_the_reference(backbone, encoder, tmp_path):
         assert loss.item() == pytest.approx(step["loss"], abs=TOLERANCES["training_loss"])
         assert norm.item() == pytest.approx(step["grad_norm_before_clip"], rel=TOLERANCES["training_norm"])
         trainer.optimizer.step()
-        if number:  # theirs is stepped to "epoch + index / iterations", so the first rate is used twice
+        # the reference's schedule is stepped to "epoch + index / iterations", so the first rate is used twice
+        if number:
             trainer.lr_scheduler.step()
         trainer.optimizer.zero_grad()
 

@@ -1,4 +1,4 @@
-"""`pipeline("composed-image-retrieval")`: the same results as by hand, however they are asked for."""
+"""`pipeline("composed-image-retrieval")`: the results of a manual computation, for every form of input."""
 
 import json
 import os
@@ -33,11 +33,11 @@ def pipe(tiny_checkpoint):
 
 @torch.no_grad()
 def by_hand(model, processor, query, gallery=GALLERY, k=10):
-    """One query with one model call for each image of the gallery."""
+    """Return the results of one query, with one model call for each image of the gallery."""
     embeds = torch.cat([model.get_image_features(**processor.process_targets(p)).pooler_output for p in gallery])
-    asked = model.get_query_features(**processor.process_queries(query["image"], query["text"])).pooler_output[0]
-    order = sorted(range(len(gallery)), key=lambda row: -float(asked @ embeds[row]))[:k]
-    return [{"score": float(asked @ embeds[row]), "index": row, "image": gallery[row]} for row in order]
+    embed = model.get_query_features(**processor.process_queries(query["image"], query["text"])).pooler_output[0]
+    order = sorted(range(len(gallery)), key=lambda row: -float(embed @ embeds[row]))[:k]
+    return [{"score": float(embed @ embeds[row]), "index": row, "image": gallery[row]} for row in order]
 
 
 def same(results, expected, backbone="blip"):
@@ -47,7 +47,7 @@ def same(results, expected, backbone="blip"):
 
 
 def close(results, expected, **computed):
-    """The same images with the same scores, in any order."""
+    """Return whether two results have the same images with the same scores, in any order."""
     scores = [{result["index"]: torch.tensor(result["score"]) for result in some} for some in (results, expected)]
     assert_close(*scores, rtol=0, atol=squares_error(**computed)["similarity"])
 
@@ -65,8 +65,8 @@ def test_pipeline_equals_one_model_call_per_image(backbone):
 
 def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
     files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
-    for picture, file in zip(GALLERY, files, strict=True):
-        picture.save(file)
+    for image, file in zip(GALLERY, files, strict=True):
+        image.save(file)
     gallery = Gallery.from_images(files, pipe.model, pipe.processor, progress=False)
     for query in ASKED:
         found = gallery.search(query["image"], query["text"], k=4)
@@ -74,14 +74,15 @@ def test_pipeline_equals_gallery_search(tiny_checkpoint, pipe, tmp_path):
         assert [result["image"] for result in results] == found.ids
         scores = [result["score"] for result in results]
         assert_close(scores, found.scores, rtol=0, atol=squares_error()["similarity"])
-        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)  # of images that are not at hand, only their places
+        # embeddings only: results have indices, but no images
+        in_embeds = pipe(query, gallery=gallery.embeds, top_k=4)
         assert [gallery.ids[result["index"]] for result in in_embeds] == found.ids
         assert in_embeds[0].keys() == {"score", "index"}
 
 
 @pytest.mark.reliability(
     9,
-    "equal images come in gallery order, with one score, wherever they lie in a batch or a matrix",
+    "Equal images have equal scores and are returned in gallery order, whatever their position in a batch or a matrix",
     broken=(
         "src/pvlf_hf/models/pipeline_pvlf.py",
         "            scores = _scores(exact_unit_rows(query), gallery_embeds)  # (batch, n)\n",
@@ -93,14 +94,14 @@ def test_equal_images_come_in_gallery_order(pipe, figure):
         results = pipe(query, gallery=[GALLERY[3]] * 81, top_k=81)
         assert [result["index"] for result in results] == list(range(81))
         assert len({result["score"] for result in results}) == 1
-    embeds = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))  # of any norm
+    embeds = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))  # embeddings of any norm
     results = pipe(ASKED, gallery=embeds.repeat(81, 1), top_k=729, batch_size=4)
     for found in results:
         order = sorted(found, key=lambda result: (-result["score"], result["index"]))
         assert order == found and len({result["score"] for result in found}) == 9
-    scores, places = top_k(pipe.model.get_query_features(**first_query(pipe)).pooler_output, embeds, 9)
+    scores, indices = top_k(pipe.model.get_query_features(**first_query(pipe)).pooler_output, embeds, 9)
     assert [(one["score"], one["index"]) for one in pipe(ASKED[0], gallery=embeds)] == list(
-        zip(scores[0].tolist(), places[0].tolist(), strict=True)
+        zip(scores[0].tolist(), indices[0].tolist(), strict=True)
     )
     figure(f"81 equal images and {len(ASKED)} queries on 729 rows of 9 kinds: in order, one score a kind")
 
@@ -111,7 +112,7 @@ def first_query(pipe):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_batches_equal_single_queries(pipe, batch_size):
-    """Captions of different lengths, and a last batch that is not full."""
+    """Compare with single queries: captions of different lengths, and a last batch that is not full."""
     expected = [pipe(query) for query in ASKED]
     images, texts = [query["image"] for query in ASKED], [query["text"] for query in ASKED]
     dataset = Dataset.from_dict({"image": images, "text": texts}).cast_column("image", Image())
@@ -138,9 +139,9 @@ def test_gallery_is_embedded_once(tiny_checkpoint):
     pipe.model.register_forward_pre_hook(lambda *args: calls.append(args[2].keys()), with_kwargs=True)
     pipe(ASKED[0]), pipe(ASKED[1:])
     assert ["target_pixel_values" in names for names in calls] == [False] * 5
-    pipe(ASKED, gallery=GALLERY[:3])  # and of a call, once in that call
+    pipe(ASKED, gallery=GALLERY[:3])  # a gallery passed to a call is embedded once in that call
     assert ["target_pixel_values" in names for names in calls[5:]] == [True] + [False] * 5
-    assert len(pipe(ASKED[0])) == 9  # its own gallery is still there
+    assert len(pipe(ASKED[0])) == 9  # the pipeline keeps its own gallery
 
 
 def test_pipeline_accepts_columns_arrays_and_embeddings(pipe):
@@ -148,13 +149,13 @@ def test_pipeline_accepts_columns_arrays_and_embeddings(pipe):
     assert embeds.shape == (9, 32) and embeds.dtype == torch.float32
     assert_close(embeds.norm(dim=1), torch.ones(9), rtol=0, atol=unit_error(32))
     column = Dataset.from_dict({"image": GALLERY}).cast_column("image", Image())["image"]
-    arrays = [np.asarray(picture) for picture in GALLERY]
+    arrays = [np.asarray(image) for image in GALLERY]
     for gallery in (column, arrays, tuple(GALLERY), embeds, 5 * embeds, embeds.double()):
         close(pipe(ASKED[0], gallery=gallery), pipe(ASKED[0]))
 
 
 def test_equal_images_keep_gallery_order(pipe):
-    # Embedded once: in a batch, the threads that share it may round the same image in two ways.
+    # Embedded once: threads that share a batch may round the same image differently.
     gallery = pipe.embed_gallery(GALLERY[:2]).repeat(40, 1)
     indices = [result["index"] for result in pipe(ASKED[0], gallery=gallery, top_k=80)]
     assert indices in ([*range(0, 80, 2), *range(1, 80, 2)], [*range(1, 80, 2), *range(0, 80, 2)])
@@ -226,8 +227,8 @@ def test_no_queries_give_no_results(pipe):
 def test_task_is_registered_as_in_the_checkpoint(tiny_checkpoint):
     registered = PIPELINE_REGISTRY.supported_tasks[TASK]
     assert registered == {"impl": ComposedImageRetrievalPipeline, "pt": (AutoModel,), "type": "multimodal"}
-    said = json.loads((tiny_checkpoint / "config.json").read_text())["custom_pipelines"]
-    assert said == {
+    recorded = json.loads((tiny_checkpoint / "config.json").read_text())["custom_pipelines"]
+    assert recorded == {
         TASK: {"impl": "pipeline_pvlf.ComposedImageRetrievalPipeline", "pt": ["AutoModel"], "type": "multimodal"}
     }
 
@@ -240,7 +241,7 @@ def test_saved_pipeline_is_a_complete_checkpoint(pipe, tmp_path):
     same(again(ASKED[0]), pipe(ASKED[0]))
 
 
-# Without the package: the class comes from the checkpoint's own folder, and is saved with it again.
+# Runs without the package: the class comes from the checkpoint's folder, and is saved with the pipeline again.
 STRANGER = """
 import json
 import sys
@@ -258,8 +259,8 @@ except ValueError as error:
 else:
     raise SystemExit("code of the checkpoint ran without trust")
 results = []
-for place in (folder, again):
-    pipe = pipeline(task="composed-image-retrieval", model=place, trust_remote_code=True, gallery=images)
+for checkpoint in (folder, again):
+    pipe = pipeline(task="composed-image-retrieval", model=checkpoint, trust_remote_code=True, gallery=images)
     assert type(pipe).__module__.startswith("transformers_modules."), type(pipe)
     results.append(pipe({"image": images[0], "text": "the same but red"}, top_k=2))
     pipe.save_pretrained(again)

@@ -11,7 +11,7 @@ from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
 from pvlf_hf.models.processing_pvlf import PVLFProcessor
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "same", "dress", "but", "red", "with", "sleeves"]
-PICTURE = Image.new("RGB", (40, 30), "navy")
+IMAGE = Image.new("RGB", (40, 30), "navy")
 
 
 def bert_tokenizer():
@@ -30,9 +30,9 @@ def make_processor(tokenizer=None, **kwargs):
     return PVLFProcessor(images, tokenizer or bert_tokenizer(), **kwargs)
 
 
-def test_each_output_only_with_its_input():
+def test_each_output_is_returned_only_with_its_input():
     processor = make_processor()
-    everything = processor(images=[PICTURE] * 2, text=["red", "the same dress"], target_images=[PICTURE] * 2)
+    everything = processor(images=[IMAGE] * 2, text=["red", "the same dress"], target_images=[IMAGE] * 2)
     assert {key: (tuple(value.shape), value.dtype) for key, value in everything.items()} == {
         "pixel_values": ((2, 3, 32, 32), torch.float32),
         "input_ids": ((2, 5), torch.int64),
@@ -40,12 +40,12 @@ def test_each_output_only_with_its_input():
         "target_pixel_values": ((2, 3, 32, 32), torch.float32),
     }
     assert list(everything) == processor.model_input_names
-    assert list(processor(text="red")) == ["input_ids", "attention_mask"]  # BERT's token_type_ids are left out
-    assert list(processor(images=PICTURE)) == ["pixel_values"]
-    assert list(processor(target_images=PICTURE)) == ["target_pixel_values"]
-    assert list(processor.process_targets([PICTURE])) == ["pixel_values"]
-    assert list(processor.process_queries(PICTURE, "red")) == ["pixel_values", "input_ids", "attention_mask"]
-    assert processor(images=PICTURE, text="red", return_tensors="np")["input_ids"].tolist() == [[2, 9, 3]]
+    assert list(processor(text="red")) == ["input_ids", "attention_mask"]  # without BERT's token_type_ids
+    assert list(processor(images=IMAGE)) == ["pixel_values"]
+    assert list(processor(target_images=IMAGE)) == ["target_pixel_values"]
+    assert list(processor.process_targets([IMAGE])) == ["pixel_values"]
+    assert list(processor.process_queries(IMAGE, "red")) == ["pixel_values", "input_ids", "attention_mask"]
+    assert processor(images=IMAGE, text="red", return_tensors="np")["input_ids"].tolist() == [[2, 9, 3]]
 
 
 def test_captions_are_padded_to_the_longest_and_truncated():
@@ -75,7 +75,7 @@ def test_clip_keeps_the_end_token_when_it_truncates():
 
 
 def test_overrides_reach_the_image_processor():
-    out = make_processor()(images=PICTURE, target_images=PICTURE, size={"shortest_edge": 16}, crop_size=16)
+    out = make_processor()(images=IMAGE, target_images=IMAGE, size={"shortest_edge": 16}, crop_size=16)
     assert out["pixel_values"].shape == out["target_pixel_values"].shape == (1, 3, 16, 16)
 
 
@@ -83,7 +83,7 @@ def test_overrides_reach_the_image_processor():
 def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
     processor = make_processor(make_tokenizer(), max_text_length=9, padding="max_length")
     processor.save_pretrained(tmp_path / "before")
-    inputs = {"images": [PICTURE] * 2, "text": ["red", "red " * 20]}
+    inputs = {"images": [IMAGE] * 2, "text": ["red", "red " * 20]}
     expected = processor(**inputs)
     processor.save_pretrained(tmp_path / "after")
 
@@ -96,10 +96,10 @@ def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
     saved = sorted(path.name for path in (tmp_path / "before").iterdir())
     files = ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
     code = "configuration image_processing interface loss pipeline processing".split()
-    assert saved == [*(f"{name}_pvlf.py" for name in code), *files]  # the code travels along
+    assert saved == [*(f"{name}_pvlf.py" for name in code), *files]  # the code is saved, too
     for name in files:
         contents = [json.loads((tmp_path / folder / name).read_text()) for folder in ("before", "after", "again")]
-        if name == "tokenizer_config.json":  # the library notes where a tokenizer was loaded from
+        if name == "tokenizer_config.json":  # the library records where a tokenizer was loaded from
             for content in contents:
                 content.pop("is_local", None), content.pop("local_files_only", None)
         assert contents[0] == contents[1] == contents[2]
@@ -115,8 +115,8 @@ def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
     ("inputs", "message"),
     [
         ({}, "nothing to process"),
-        ({"images": [PICTURE] * 2, "text": ["red"] * 3}, "there are 2 images, 3 captions"),
-        ({"images": [PICTURE] * 2, "target_images": [PICTURE]}, "there are 2 images, 1 target images"),
+        ({"images": [IMAGE] * 2, "text": ["red"] * 3}, "there are 2 images, 3 captions"),
+        ({"images": [IMAGE] * 2, "target_images": [IMAGE]}, "there are 2 images, 1 target images"),
         ({"text": ["red", "  "]}, "caption 1 is empty.*get_image_features"),
         ({"text": ""}, "caption 0 is empty"),
         ({"text": ["red", None]}, "caption 1 is None, not a string"),
@@ -130,9 +130,9 @@ def test_invalid_inputs_raise(inputs, message):
         make_processor()(**inputs)
 
 
-def test_a_query_needs_both_parts_and_settings_are_checked():
+def test_incomplete_queries_and_invalid_settings_raise():
     with pytest.raises(ValueError, match="a query is an image and a caption"):
-        make_processor().process_queries(PICTURE, None)
+        make_processor().process_queries(IMAGE, None)
     with pytest.raises(ValueError, match="max_text_length 2 leaves no room"):
         make_processor(max_text_length=2)
     with pytest.raises(ValueError, match="padding must be"):
@@ -140,13 +140,13 @@ def test_a_query_needs_both_parts_and_settings_are_checked():
     with pytest.raises(TypeError, match="length"):
         make_processor()(text="red", length=3)
     with pytest.raises(TypeError):
-        make_processor()(images=PICTURE, text="red", length=3)
+        make_processor()(images=IMAGE, text="red", length=3)
 
 
-def test_settings_are_taken_by_the_librarys_names():
-    """As the documentation of CLIP, BLIP and SigLIP calls a processor."""
+def test_processor_accepts_settings_by_the_librarys_names():
+    """Call the processor as the documentation of CLIP, BLIP and SigLIP does."""
     processor = make_processor()
-    captions, images = ["red", "the same dress but red"], [PICTURE] * 2
+    captions, images = ["red", "the same dress but red"], [IMAGE] * 2
     whole = processor(text=captions, images=images)
     for settings in ({"padding": True}, {"text_kwargs": {}}, {"images_kwargs": {}}, {"common_kwargs": {}}):
         given = processor(text=captions, images=images, **settings)
@@ -158,7 +158,7 @@ def test_settings_are_taken_by_the_librarys_names():
         ]
     padded = processor(text=captions, padding="max_length", max_length=9)["input_ids"]
     assert padded.shape == (2, 9) and processor(text=captions)["input_ids"].shape == (2, 7)
-    assert processor(images=PICTURE, images_kwargs={"size": {"shortest_edge": 16}, "crop_size": 16})[
+    assert processor(images=IMAGE, images_kwargs={"size": {"shortest_edge": 16}, "crop_size": 16})[
         "pixel_values"
     ].shape == (1, 3, 16, 16)
     arrays = processor(text="red", common_kwargs={"return_tensors": "np"})
@@ -168,13 +168,13 @@ def test_settings_are_taken_by_the_librarys_names():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"),
+    ("inputs", "message"),
     [
         ({"text": "red", "size": 4}, "'size'. are settings for images, but none are given"),
-        ({"images": PICTURE, "max_length": 4}, "'max_length'. are settings for captions, but none are given"),
+        ({"images": IMAGE, "max_length": 4}, "'max_length'. are settings for captions, but none are given"),
         ({"text": "red", "text_kwargs": {"padding_side": "left"}}, "'padding_side'. are no settings for captions"),
     ],
 )
-def test_settings_without_their_input_raise(inputs, said):
-    with pytest.raises(TypeError, match=said):
+def test_settings_without_their_input_raise(inputs, message):
+    with pytest.raises(TypeError, match=message):
         make_processor()(**inputs)

@@ -1,4 +1,4 @@
-"""The product of similarities: no query embedding, and everywhere the same exact ranking."""
+"""The product of similarities: it has no query embedding, and every interface gives the same exact ranking."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def combine(weight=0.5):
 
 
 def definition(query, gallery, weight):
-    """Float64 scores of one query, written out from the formula: (N,) float32."""
+    """Compute the scores of one query in float64, directly from the formula; return (N,) float32."""
     images = exact_unit_rows(gallery)
     v, t = (F.normalize(half.double(), dim=0) for half in query.chunk(2))
     mean = images.mean(dim=0)
@@ -66,7 +66,7 @@ def made(clip):
     return model, PVLFProcessor.from_vl_pretrained(clip)
 
 
-def test_product_in_numbers():
+def test_product_equals_numbers_computed_by_hand():
     image, text = torch.tensor([0.5, -0.1, 0.2, 0.3]), torch.tensor([0.08, 0.4, -0.2, 0.0])
     assert product(image, text, 0.5).tolist() == pytest.approx([0.2, 0, 0, 0])
     assert product(image, text, 0.0).tolist() == pytest.approx([0.5, 0, 0.2, 0.3])  # the image alone
@@ -87,9 +87,9 @@ def test_all_ways_to_rank_agree_with_the_formula(weight):
     target = torch.arange(12) * 50 + 7
     assert torch.equal(target_ranks(combined, gallery, target), ranks.gather(1, target[:, None])[:, 0])
     excluded = best[:, 0].where(best[:, 0] != target, best[:, 1])
-    places = target_ranks(combined, gallery, target, excluded)
+    ranks_of_targets = target_ranks(combined, gallery, target, excluded)
     above = ranks.gather(1, excluded[:, None])[:, 0] < ranks.gather(1, target[:, None])[:, 0]
-    assert torch.equal(places, ranks.gather(1, target[:, None])[:, 0] - above.long())
+    assert torch.equal(ranks_of_targets, ranks.gather(1, target[:, None])[:, 0] - above.long())
     positives = torch.stack([target, (target + 1) % 700, torch.full_like(target, -1)], dim=1)
     expected = ranks.gather(1, positives.clamp(min=0)).where(positives >= 0, -1)
     assert torch.equal(positive_ranks(combined, gallery, positives), expected)
@@ -124,7 +124,7 @@ def test_each_index_finds_the_best(name, tmp_path):
 
 @pytest.mark.parametrize("width", [2, 33, 256])
 def test_exact_search_allows_for_half_precision(width):
-    """Images whose scores lie closer together than half precision can tell apart."""
+    """Search images whose scores differ by less than half precision resolves."""
     torch.manual_seed(width)
     query = torch.cat([F.normalize(torch.rand(width) + 0.5, dim=0), F.normalize(torch.rand(width) + 0.5, dim=0)])
     near = F.normalize(query[:width] + query[width:], dim=0)
@@ -138,18 +138,18 @@ def test_exact_search_allows_for_half_precision(width):
         assert {*found.tolist()} >= {*top_k_of(CombinedQueries(query[None], combine()), gallery, k)[1][0].tolist()}
 
 
-def test_the_candidates_are_few():
-    """What makes the search exact is not that everything is scored."""
+def test_exact_search_rescores_few_candidates():
+    """Count the candidates: exact search does not score every image in float64."""
     queries, gallery = random_queries(size=5000)
     index = make_index("exact", gallery, [])
     for query in range(12):
         one = CombinedQueries(queries[query : query + 1], combine()).against(gallery)
         assert len(index.combined_candidates(one, 10)) < 250
     faiss = FaissIndex(gallery)
-    asked = []
-    faiss.candidates, ask = (lambda query, k: asked.append(k) or ask(query, k)), faiss.candidates
+    requested = []
+    faiss.candidates, candidates = (lambda query, k: requested.append(k) or candidates(query, k)), faiss.candidates
     nearest(faiss, gallery, CombinedQueries(queries[:1], combine()).against(gallery), 5)
-    assert max(asked) < 5000
+    assert max(requested) < 5000
 
 
 def test_gallery_pipeline_and_model_rank_alike(made, tmp_path):
@@ -183,14 +183,14 @@ def test_gallery_pipeline_and_model_rank_alike(made, tmp_path):
         gallery.search(query=result.query, weights=(0.5, 1, 0))
 
 
-def test_the_demo_takes_it(made, tmp_path):
+def test_demo_searches_by_the_product(made, tmp_path):
     gallery = Gallery.from_dataset(make_benchmark().gallery, *made, progress=False)
     searcher = Searcher(gallery, tmp_path)
     session = searcher.search(Session(reference="red"), TEXT, balance=0.5)
     assert session.shown and session.steps[0].why is None and not has_both(session.steps[0].query)
 
 
-def test_it_is_evaluated_as_it_searches(made, tmp_path):
+def test_evaluation_of_the_product_equals_its_search(made, tmp_path):
     benchmark, store = make_benchmark(), EmbeddingStore(tmp_path)
     measured = evaluate(*made, benchmark, progress=False, store=store)
     assert measured == evaluate(*made, benchmark, progress=False)
@@ -209,11 +209,11 @@ def test_it_is_evaluated_as_it_searches(made, tmp_path):
     assert len(recall) > 2
     with pytest.raises(ValueError, match="no inner product .'product'.*pass the model"):
         evaluate(None, None, benchmark, progress=False, store=EmbeddingStore(tmp_path))
-    worded = make_benchmark(wordings=True)  # several captions: the mean of each half
-    assert isinstance(evaluate(*made, worded, progress=False).metrics["recall@1"], float)
+    captioned = make_benchmark(several_captions=True)  # several captions: the mean of the text embeddings
+    assert isinstance(evaluate(*made, captioned, progress=False).metrics["recall@1"], float)
 
 
-def test_what_needs_an_embedding_says_so(made):
+def test_calls_that_need_query_embeddings_raise(made):
     model, processor = made
     inputs = processor(images=[draw(0)] * 2, text=[TEXT] * 2, target_images=[draw(1), draw(2)])
     output = model(**inputs)

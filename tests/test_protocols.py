@@ -1,4 +1,4 @@
-"""Protocols by name, and the cards that say how numbers were measured."""
+"""Protocols by name, and the cards that state how figures were measured."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def flags(model, data_root, output_dir, *protocols):
 
 
 @pytest.mark.slow
-def test_the_script_in_two_processes_and_rescoring(tiny_checkpoint, data_root, tmp_path):
+def test_evaluation_script_runs_in_two_processes_and_rescores(tiny_checkpoint, data_root, tmp_path):
     protocols = ["cirr-val", "fashioniq", "circo-test"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
@@ -132,8 +132,8 @@ def test_the_script_in_two_processes_and_rescoring(tiny_checkpoint, data_root, t
 def test_help_lists_protocols_and_the_launch_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert describe_protocols() in said and "torchrun --nproc_per_node 4" in said
+    output = capsys.readouterr().out
+    assert describe_protocols() in output and "torchrun --nproc_per_node 4" in output
 
 
 def test_dual_encoder_without_tokenizer_raises(data_root, tmp_path, tiny_checkpoint):

@@ -1,4 +1,4 @@
-"""The document of the reliability rows is what the tests declare and what was last found."""
+"""The table of RELIABILITY.md equals the tests' declarations and the recorded figures."""
 
 import json
 

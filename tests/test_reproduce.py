@@ -50,7 +50,7 @@ def footnoted_cells(*but):
     }
 
 
-# The paper
+# The paper.
 
 
 def test_figures_are_those_of_the_paper():
@@ -62,7 +62,7 @@ def test_figures_are_those_of_the_paper():
 
 def test_footnotes_mark_exactly_the_figures_that_cannot_be_right():
     def off(parts, whole):
-        """A mean that rounding of its parts and of itself does not explain."""
+        """Return whether a mean differs from its parts by more than rounding explains."""
         decimals = 2 if any(round(p, 1) != p for p in parts) else 1
         return abs(sum(parts) / len(parts) - whole) > 10**-decimals + 1e-9
 
@@ -80,12 +80,12 @@ def test_footnotes_mark_exactly_the_figures_that_cannot_be_right():
         columns = list(TABLES[number].columns)
         earlier = [c for c in columns[: columns.index(column)] if "@" in c and c.split("@")[0] == column.split("@")[0]]
         if figure is not None and any(FIGURE[number, row, c] > figure for c in earlier):
-            wrong.add((number, row, column))  # more may not be found among fewer
+            wrong.add((number, row, column))  # recall must not decrease with k
     assert wrong == footnoted_cells("rounding") and len(wrong) == 4
 
 
 def test_rows_of_one_recipe_agree_wherever_they_are_printed():
-    """Shows that Table 3's BLIP rows are those of Table 2, and TransAgg's those on Laion-CIR-Template."""
+    """Compare Table 3's BLIP rows with those of Table 2, and TransAgg's with those on Laion-CIR-Template."""
     printed = {}
     for number, table in TABLES.items():
         for row in (row for row in table.rows if row.recipe):
@@ -164,18 +164,18 @@ def test_every_setting_of_a_recipe_names_its_source():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("model: a\n\nfine_tuning: both\n", "line 3: unknown setting 'fine_tuning'; did you mean 'finetuning'"),
         ("model: a\nqqqqqqqq: 1\n", "line 2: unknown setting 'qqqqqqqq', see pvlf-hf train --help"),
         ("- model\n", "a recipe has lines of the form `name: value`"),
     ],
 )
-def test_unknown_settings_of_a_recipe_raise(text, said, tmp_path):
+def test_unknown_settings_of_a_recipe_raise(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match="mine.yaml.*") as error:
         parse_arguments([str(tmp_path / "mine.yaml")])
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_recipes_may_hold_lists(tmp_path):
@@ -242,17 +242,17 @@ def in_small(blip):
 def test_dry_run_prints_commands_and_gpu_hours(blip_checkpoint, tmp_path, capsys):
     flags = ["--table", "4", "--rows", "p=5", "p=25", "--seeds", "0", "1", "--output_dir", str(tmp_path), "--dry_run"]
     reproduce.main([*flags, *in_small(blip_checkpoint)])
-    said = capsys.readouterr().out
-    assert "p=5: 0 of 2 trained, 0.0 GPU hours to go" in said and "p=10" not in said
-    assert said.count("train_pvlf.py") == 4 and "configs/paper/pvlf-blip-both-combined-p5.yaml --model=" in said
-    assert "0.0 GPU hours of training expected" in said and "A100" in said and "30% of it used" in said
+    output = capsys.readouterr().out
+    assert "p=5: 0 of 2 trained, 0.0 GPU hours to go" in output and "p=10" not in output
+    assert output.count("train_pvlf.py") == 4 and "configs/paper/pvlf-blip-both-combined-p5.yaml --model=" in output
+    assert "0.0 GPU hours of training expected" in output and "A100" in output and "30% of it used" in output
     assert not list(tmp_path.iterdir())
     reproduce.main(["--table", "1", "--rows", "Text-only", "--dry_run"])
     assert "Text-only: no training, openai/clip-vit-base-patch32 measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             ["--table", "5", "--rows", "J=9", "--dry_run"],
@@ -271,11 +271,11 @@ def test_dry_run_prints_commands_and_gpu_hours(blip_checkpoint, tmp_path, capsys
         (["--table", "4", "--data_root", "/nowhere"], "laion-cir/: the training triplets\n  cirr/: validation"),
     ],
 )
-def test_invalid_rows_and_data_roots_are_rejected(flags, said, capsys):
+def test_invalid_rows_and_data_roots_are_rejected(flags, message, capsys):
     with pytest.raises(SystemExit):
         reproduce.main(flags)
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert ("fashioniq/" in error) == (flags[1] == "1")
 
 
@@ -324,7 +324,7 @@ def test_tables_render_seeds_and_caveats(tmp_path):
     assert "|  | difference (CIRR: val - test) | +1.51 | -22.23 |" in text
     assert "| 10 | paper (CIRR: test); ours not run yet | 39.66 |" in text
     assert "# Table 4: Prompt length p[^test-server]" in text and "- p=5: 2 of 3 seeds so far; cirr/val lacks" in text
-    for number in TABLES:  # nothing measured
+    for number in TABLES:  # no measured figures
         paper_tables.write_table(TABLES[number], tmp_path / "none", [0])
     assert (tmp_path / "none" / "table2.md").read_text().count("quoted, not run") == 6
     assert "| 61.91[^case] |" in (tmp_path / "none" / "table2.md").read_text()
@@ -340,14 +340,14 @@ def test_published_data_sets_train_and_validate(data):
     assert [b.name for b in published.final_benchmarks(validation)] == names
     elsewhere = replace(published, validation="cirr-val", evaluate_on=["cirr-val", "circo-val"])
     assert [b.name for b in elsewhere.final_benchmarks(elsewhere.load()[1])] == ["cirr/val", "circo/val"]
-    for wrong, said in [
+    for wrong, message in [
         ({"data_root": None}, "--dataset laion-cir-template needs --data_root"),
         ({"train_file": "mine.csv"}, "--dataset and --train_file exclude each other"),
         ({"validation_file": "mine.csv"}, "--validation_file excludes --dataset and --validation"),
         ({"validation": "cirr"}, "unknown protocol 'cirr'; choose from"),
         ({"check_counts": True}, "8 triplets, but the published annotations have 16000"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             replace(published, **wrong).load()
 
 
@@ -377,7 +377,7 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
     reproduce.main(flags("2", "Image-only", name))
     reproduce.main(flags("1", name))  # trained already
     assert {file: file.stat().st_mtime_ns for file in first} == first
-    assert "trace" in (run / "checkpoint-8" / "trainer_state.json").read_text()  # went on from the checkpoint
+    assert "trace" in (run / "checkpoint-8" / "trainer_state.json").read_text()  # training resumed from the checkpoint
     config = AutoConfig.from_pretrained(run)
     assert (config.num_prompts, config.prompt_depth, config.gamma) == (1, 1, 0)
 
@@ -400,7 +400,7 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
 
 
 def kill_when(flags, happened):
-    """Starts the command, kills its process group once `happened()` returns a true value, and returns that value."""
+    """Start the command, kill its process group once `happened()` returns a true value, and return that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *flags], env=env, start_new_session=True)
     deadline = time.monotonic() + 240
@@ -412,7 +412,7 @@ def kill_when(flags, happened):
 
 
 def leave_trace(state_file):
-    """Marks the log of a checkpoint; a training that resumes from it keeps the mark."""
+    """Mark the log of a checkpoint; a training that resumes from it keeps the mark."""
     state = json.loads(state_file.read_text())
     state["log_history"].append({"trace": 1.0, "step": 0})
     state_file.write_text(json.dumps(state))

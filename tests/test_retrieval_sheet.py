@@ -1,4 +1,4 @@
-"""Retrieval sheets: the position of every image, and that any text and image can be drawn."""
+"""Retrieval sheets: the position of every image, and robustness to any text and image."""
 
 from dataclasses import replace
 
@@ -55,14 +55,14 @@ def colour_of(image):
 
 
 def green_cells(sheet):
-    """Returns the left edges of the green frames along the first row of cells."""
+    """Return the left edges of the green frames along the first row of cells."""
     green = ImageColor.getrgb(GREEN)
     left_sides = [x for x in range(2, sheet.width) if sheet.getpixel((x, first_row_middle(sheet))) == green]
     return [x for x in left_sides if x - 1 not in left_sides][::2]  # each frame has two sides
 
 
 def first_row_middle(sheet):
-    """Returns a y coordinate inside the reference image of the first row."""
+    """Return a y coordinate inside the reference image of the first row."""
     column = [sheet.getpixel((MARGIN + CELL // 2, y)) for y in range(sheet.height)]
     return column.index(ImageColor.getrgb("red")) + 20
 
@@ -109,7 +109,7 @@ def test_hit_and_miss_are_framed():
     assert sheet.getpixel((left + CELL // 2, first_row_middle(sheet))) == ImageColor.getrgb("blue")
     with_target = retrieval_sheet([miss])
     (left,) = green_cells(with_target)
-    assert with_target.width > sheet.width  # a column of its own for the target
+    assert with_target.width > sheet.width  # the target has its own column
     assert left == with_target.width - MARGIN - CELL
     assert with_target.getpixel((left + CELL // 2, first_row_middle(with_target))) == ImageColor.getrgb("blue")
 

@@ -1,4 +1,4 @@
-"""PVLF in `sentence-transformers`: one `encode` for composed queries, images and texts, equal to the model's own."""
+"""PVLF in `sentence-transformers`: one `encode` for queries, images and texts, equal to the model's outputs."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from pvlf_hf.sentence_transformer import PVLFSentenceModule
 
 CARD = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 
-# Every kind, in an order that neither kind nor length gives.
+# Every type of input, sorted neither by type nor by length.
 INPUTS = [
     {"text": "blue dog"},
     {"image": draw(0), "text": "the same but red with glasses"},
@@ -34,8 +34,8 @@ def encoder(tiny_model, tiny_processor):
     return SentenceTransformer(modules=[PVLFSentenceModule(tiny_model, tiny_processor)], device="cpu")
 
 
-def plainly(model, processor):
-    """What `encode` is to give, each input by itself and by the model's own function for its kind."""
+def expected_embeddings(model, processor):
+    """Return the expected embeddings: each input alone, by the model's method for its type."""
     embeds = []
     for one in INPUTS:
         one = one if isinstance(one, dict) else {"text": one} if isinstance(one, str) else {"image": one}
@@ -48,13 +48,14 @@ def plainly(model, processor):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_encode_mixes_queries_images_and_texts(encoder, tiny_model, tiny_processor, batch_size):
-    expected = plainly(tiny_model, tiny_processor)
+    expected = expected_embeddings(tiny_model, tiny_processor)
     embeds = encoder.encode(INPUTS, batch_size=batch_size, convert_to_tensor=True)
     error = squares_error()
     worst = max(error[name] for name in ("query_embeds", "image_embeds", "text_embeds"))
     torch.testing.assert_close(embeds, expected, atol=worst, rtol=0)
     assert np.array_equal(encoder.encode(INPUTS[1]), encoder.encode(INPUTS[1:2])[0])
-    worst = max(error[name] for name in error if "similarity" in name) + 2 * unit_error(32)  # it normalises again
+    # sentence-transformers normalises again
+    worst = max(error[name] for name in error if "similarity" in name) + 2 * unit_error(32)
     torch.testing.assert_close(encoder.similarity(embeds, embeds), expected @ expected.T, atol=worst, rtol=0)
 
 
@@ -80,8 +81,8 @@ def test_saved_encoder_is_a_pvlf_checkpoint(encoder, tiny_model, tiny_processor,
     again = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     error = squares_error()
     worst = max(error[name] for name in ("query_embeds", "image_embeds", "text_embeds"))
-    torch.testing.assert_close(plainly(*again), torch.from_numpy(expected), atol=worst, rtol=0)
-    draw(0).save(tmp_path / "picture.png")
+    torch.testing.assert_close(expected_embeddings(*again), torch.from_numpy(expected), atol=worst, rtol=0)
+    draw(0).save(tmp_path / "image.png")
     fresh = """
 import sys
 import numpy as np
@@ -89,7 +90,7 @@ from sentence_transformers import SentenceTransformer
 
 folder = sys.argv[1]
 encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
-query = {"image": f"{folder}/picture.png", "text": "the same but red with glasses"}
+query = {"image": f"{folder}/image.png", "text": "the same but red with glasses"}
 np.save(f"{folder}/found.npy", encoder.encode([query]))
 """
     subprocess.run([sys.executable, "-c", fresh, str(tmp_path)], check=True)
@@ -99,7 +100,7 @@ np.save(f"{folder}/found.npy", encoder.encode([query]))
 @pytest.mark.slow
 def test_saved_folder_loads_in_both_libraries():
     encoder = SentenceTransformer(str(CARD), trust_remote_code=True, device="cpu")
-    expected = plainly(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))
+    expected = expected_embeddings(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))
     error = squares_error(checkpoint=CARD)
     worst = max(error[name] for name in ("query_embeds", "image_embeds", "text_embeds"))
     torch.testing.assert_close(encoder.encode(INPUTS, convert_to_tensor=True), expected, atol=worst, rtol=0)
@@ -144,10 +145,10 @@ def test_texts_naming_files_are_encoded_as_text(encoder):
 
 
 def test_cached_losses_split_mixed_batches(encoder):
-    """The library cuts features row by row, so every feature has a row for every input."""
+    """Train by a cached loss: the library splits features by row, so every feature needs a row for every input."""
     features = [encoder.preprocess(rows) for rows in (INPUTS[:4], INPUTS[3:7])]
     assert {len(tensor) for batch in features for tensor in batch.values()} == {4}
-    encoder.eval()  # dropout off: the two losses embed in batches of different sizes
+    encoder.eval()  # without dropout: the two losses embed in batches of different sizes
     plain = losses.MultipleNegativesRankingLoss(encoder)([dict(batch) for batch in features], None)
     # Logits are 20 cosines of rows that are normalised again; the loss follows their largest error at most twice, and
     # rounds a logarithm of four terms and a mean.
@@ -158,7 +159,7 @@ def test_cached_losses_split_mixed_batches(encoder):
         torch.testing.assert_close(cached([dict(batch) for batch in features], None), plain, rtol=0, atol=error)
 
 
-def test_settings_of_a_call_and_of_the_module(encoder):
+def test_text_length_is_set_by_call_or_module(encoder):
     long = {"text": "the same but red with glasses and hat"}
     whole = encoder.preprocess([long])["input_ids"].shape[1]
     cut = encoder.preprocess([long], processing_kwargs={"text": {"max_length": 5}})["input_ids"].shape[1]

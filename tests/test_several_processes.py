@@ -1,4 +1,4 @@
-"""Two and four real processes (gloo), replicated (DDP) and sharded (FSDP), against one with the whole batch."""
+"""Two and four real processes (gloo), replicated (DDP) and sharded (FSDP), against one with the complete batch."""
 
 import copy
 import math
@@ -25,11 +25,11 @@ from pvlf_hf.commands.arguments import leave
 
 pytestmark = pytest.mark.slow
 
-BATCH = 12  # of all processes together
+BATCH = 12  # batch size of all processes together
 
 
 class FirstGradients(TrainerCallback):
-    """Keeps the gradients of the first step."""
+    """Callback that stores the gradients of the first step."""
 
     def __init__(self):
         self.found = {}
@@ -54,12 +54,13 @@ def trainer_of(folder, rows, sharded=False, callbacks=(), dropout=0.0, **setting
         logging_steps=1,
         disable_tqdm=True,
         train_sampling_strategy="sequential",
-        optim="sgd",  # Adam's first steps are signs: of a gradient that is all rounding, a key's bias, they differ
+        # Adam's first steps are signs, which differ for a gradient that is only rounding error (a key's bias)
+        optim="sgd",
         **settings,
     )
     args.per_device_train_batch_size = BATCH // args.world_size
     if sharded:
-        # Accelerate shards on GPUs only, and replicates on CPUs without a word; its code for it runs on CPUs as well.
+        # Accelerate shards on GPUs only and silently replicates on CPUs, although its sharding code runs on CPUs, too.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = make_model(dropout=dropout)
     collator = default_collate
@@ -69,7 +70,7 @@ def trainer_of(folder, rows, sharded=False, callbacks=(), dropout=0.0, **setting
 
 
 def train(folder, sharded=False, settings=None):
-    """Losses, first gradients, and after three steps the weights and what every query found."""
+    """Return losses, first gradients, and after three steps the weights and the results of every query."""
     gradients = FirstGradients()
     trainer = trainer_of(folder, Rows(), sharded, [gradients], **(settings or {}))
     trainer.train()
@@ -89,7 +90,7 @@ def alone(tmp_path_factory):
 
 
 def rows_error(steps, rate=1e-3, dropout=0.0):
-    """How far apart two runs of `trainer_of` may be, by name; their losses at a temperature of 0.01 are tens."""
+    """Return how far apart two runs of `trainer_of` may be, by name; at temperature 0.01 losses are tens."""
     rows = Rows()
     batch = default_collate([rows[row] for row in range(BATCH)])
     return training_error(make_model(dropout=dropout).train(), batch, steps, rate)
@@ -97,7 +98,7 @@ def rows_error(steps, rate=1e-3, dropout=0.0):
 
 @cache
 def distances_allowed():
-    """What `compare` may find: of losses, of gradients at worst and in the mean, and the weights' by name."""
+    """Return the allowed results of `compare`: losses, gradients (worst and mean), and weights by name."""
     rows, model = Rows(), make_model(dropout=0.0).train()
     batch = default_collate([rows[row] for row in range(BATCH)])
     first, error = sgd(copy.deepcopy(model), batch, 1, 1.0), rows_error(3)
@@ -110,28 +111,29 @@ def distances_allowed():
 
 
 def compare(alone, together):
-    """Distance of losses, and of gradients the worst and the mean, as shares of the largest and of the mean one."""
-    (losses, gradients, per_query, _, weights), (expected, reference, its_queries, _, its_weights) = together, alone
+    """Return the distances of losses, and of gradients (worst and mean), relative to the largest and the mean one."""
+    losses, gradients, per_query, _, weights = together
+    expected, reference, expected_queries, _, expected_weights = alone
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
     ours, theirs = (np.concatenate([g[name].ravel() for name in reference]) for g in (gradients, reference))
     distance = np.abs(ours - theirs)
     distances = loss, float(distance.max() / np.abs(theirs).max()), float(distance.mean() / np.abs(theirs).mean())
     allowed, error = distances_allowed()
     assert all(distance <= bound for distance, bound in zip(distances, allowed, strict=True)), (distances, allowed)
-    assert weights.keys() == its_weights.keys()
+    assert weights.keys() == expected_weights.keys()
     for name in weights:
-        assert np.abs(weights[name] - its_weights[name]).max() <= error[name], name
-    assert per_query == its_queries  # every query once, in order, with the same rank
+        assert np.abs(weights[name] - expected_weights[name]).max() <= error[name], name
+    assert per_query == expected_queries  # every query once, in order, with the same rank
     return distances
 
 
 def power_of_ten(distance):
-    """The next one above, in words."""
+    """Render the next power of ten above a distance."""
     return f"{10 ** math.ceil(math.log10(distance)):.0e}"
 
 
 def check(alone, number, sharded, folder, **settings):
-    """Every process's outcome against that of one alone; the distances in words."""
+    """Compare every process's outcome with that of one process; return the distances as text."""
     outcomes = run_in_processes(number, train, folder, sharded, settings)
     assert all(isinstance(outcome, tuple) for outcome in outcomes), outcomes
     assert {outcome[3] for outcome in outcomes} == {"DTensor" if sharded else "Parameter"}
@@ -143,8 +145,9 @@ def check(alone, number, sharded, folder, **settings):
 
 @pytest.mark.reliability(
     3,
-    "2 and 4 processes (DDP), 2 (FSDP 2) over three steps: losses and gradients of one process with the whole batch, "
-    "and after them an evaluation of 5 queries and 9 images with each once, at the same rank",
+    "2 and 4 processes (DDP) and 2 (FSDP 2) have, over three steps, the losses and gradients of one process "
+    "with the complete batch; the evaluation afterwards covers each of 5 queries and 9 images once, with equal"
+    " ranks",
     broken=(
         "src/pvlf_hf/training/gather.py",
         "return gradient.chunk(dist.get_world_size())[dist.get_rank()]",
@@ -156,19 +159,19 @@ def test_several_processes_equal_one(alone, tmp_path, number, sharded, figure):
     figure(check(alone, number, sharded, tmp_path))
 
 
-def test_gradient_caching_in_two_processes(alone, tmp_path):
-    """Six rows in each, in chunks of four and two."""
+def test_gradient_caching_in_two_processes_equals_one(alone, tmp_path):
+    """Train on six rows in each process, in chunks of four and two."""
     check(alone, 2, False, tmp_path, gradient_cache_chunk_size=4, loss_chunk_size=4)
 
 
 def test_without_gathering_there_are_fewer_negatives(alone, tmp_path):
-    """The tests above could not fail if gathering made no difference."""
+    """Show that gathering makes a difference, without which the tests above could not fail."""
     for losses, *_ in run_in_processes(2, train, tmp_path, False, {"gather_negatives": False}):
         assert abs(losses[0] - alone[0][0]) > 0.05
 
 
 def leave_late(folder):
-    """Whether all was written, and the connections closed, when this process was let go."""
+    """Return whether everything was written and the connections were closed when this process could exit."""
     state = PartialState(cpu=True)
     if state.process_index == 1:
         time.sleep(2)
@@ -188,7 +191,7 @@ def test_processes_wait_for_the_slowest(tmp_path, figure):
 
 
 def losses_of(folder, rows, **settings):
-    """One epoch in the order of the rows."""
+    """Return the losses of one epoch in row order."""
     trainer = trainer_of(folder, Subset(Rows(), rows), dataloader_drop_last=False, **settings)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -196,8 +199,8 @@ def losses_of(folder, rows, **settings):
 
 @pytest.mark.reliability(
     3,
-    "A last batch too short to share, kept (`dataloader_drop_last=False`): filled with the first rows of the epoch, "
-    "as the losses show, and no process waits forever",
+    "A last batch too short to be shared, if kept (`dataloader_drop_last=False`), is filled with the first "
+    "rows of the epoch, as the losses show, and no process waits forever",
     broken=(
         "src/pvlf_hf/training/training_args.py",
         "        super().__post_init__(*args, **kwargs)\n",
@@ -215,7 +218,7 @@ def test_uneven_last_batch_equals_one_process(tmp_path, figure):
 
 
 class Leaves(TrainerCallback):
-    """The second process gets a signal after two steps."""
+    """Callback that sends the second process a signal after two steps."""
 
     def __init__(self, signal_number):
         self.signal = signal_number
@@ -231,16 +234,16 @@ def train_with_one_that_leaves(folder, signal_number):
 
 @pytest.mark.reliability(
     3,
-    "A process that dies (SIGKILL) or hangs (SIGSTOP) ends the others with an error, at once or after `ddp_timeout`",
+    "If a process dies (SIGKILL) or hangs (SIGSTOP), the others end with an error, immediately or after `ddp_timeout`",
     broken=("src/pvlf_hf/training/training_args.py", "_set_pg_timeout(timedelta(seconds=self.ddp_timeout))", "pass"),
 )
 @pytest.mark.parametrize(
-    ("signal_number", "said"),
+    ("signal_number", "message"),
     [(signal.SIGKILL, "Connection (reset|closed) by peer"), (signal.SIGSTOP, "Timed out waiting 5000ms")],
     ids=["dies", "hangs"],
 )
-def test_lost_process_ends_training_with_an_error(tmp_path, figure, signal_number, said):
+def test_lost_process_ends_training_with_an_error(tmp_path, figure, signal_number, message):
     other, its = run_in_processes(2, train_with_one_that_leaves, tmp_path, signal_number, timeout=60, grace=2)
-    assert isinstance(other, str) and re.search(said, other), other
+    assert isinstance(other, str) and re.search(message, other), other
     assert its == ("killed by SIGKILL" if signal_number == signal.SIGKILL else "not ended in time")
-    figure(f"{signal_number.name}: {re.search(said, other)[0]}")
+    figure(f"{signal_number.name}: {re.search(message, other)[0]}")

@@ -1,4 +1,4 @@
-"""`evaluation/significance.py` against plain loops, tables, closed forms and scipy, and the coverage of intervals."""
+"""`evaluation/significance.py` against plain loops, tables, closed forms and scipy; coverage of its intervals."""
 
 from itertools import product
 
@@ -33,7 +33,7 @@ def test_a_seed_repeats_the_interval():
 def test_bootstrap_of_many_hits_is_the_normal_interval():
     hits = np.arange(1000) < 300
     half = 1.959964 * np.sqrt(0.3 * 0.7 / 1000)
-    # Half of a thousandth, in which means come, and three standard errors of a quantile of 10,000 draws
+    # Half of 0.001, the granularity of the means, plus three standard errors of a quantile of 10,000 draws
     error = 0.0005 + 3 * half / 1.959964 * np.sqrt(0.025 * 0.975 / 10_000) / 0.0584
     assert bootstrap_interval(hits) == pytest.approx((0.3 - half, 0.3 + half), abs=error)
     assert bootstrap_interval(np.full(9, 0.25)) == (0.25, 0.25)
@@ -50,7 +50,7 @@ def test_intervals_cover_the_true_mean_at_their_confidence():
 
 
 def exact_p_value(a, b):
-    """Computes the p-value over every combination of signs; multiples of 1/8 leave no rounding."""
+    """Compute the p-value over every combination of signs; multiples of 1/8 leave no rounding."""
     differences = a - b
     sums = [abs(np.dot(signs, differences)) for signs in product([-1, 1], repeat=len(differences))]
     return np.mean([s >= abs(differences.sum()) for s in sums])
@@ -70,7 +70,7 @@ def test_paired_test_approaches_the_exact_permutation_test(seed):
     assert tripled.p_value == outcome.p_value
 
 
-def test_identical_and_opposite_runs():
+def test_paired_test_has_exact_results_for_identical_and_opposite_runs():
     same = paired_test(PRECISIONS, PRECISIONS)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     opposite = paired_test(np.ones(60), np.zeros(60, dtype=bool), resamples=999)
@@ -127,7 +127,8 @@ def test_intervals_equal_scipy(values, confidence):
         t, one = stats.t.ppf((1 + confidence) / 2, degrees), dot_error(1, torch.float64)
         off = dot_error(2 * degrees + 10, torch.float64) / (2 * stats.t.pdf(t, degrees))
         off += 2 * one * (degrees**0.5 + t**2 / degrees**0.5)
-        error = 2 * off * stats.sem(runs) + 10 * MEAN_ERROR  # scipy names no accuracy: it is granted as much
+        # scipy states no accuracy; the same error is allowed for it
+        error = 2 * off * stats.sem(runs) + 10 * MEAN_ERROR
         assert seed_interval(runs, confidence) == pytest.approx(theirs, rel=0, abs=error)
 
 
@@ -141,7 +142,7 @@ def test_paired_test_equals_scipy(seed):
 
     settings = {"permutation_type": "samples", "vectorized": True}
     exact = stats.permutation_test((a, b), difference, n_resamples=np.inf, **settings).pvalue
-    assert exact == exact_p_value(a, b)  # eighths add up without rounding
+    assert exact == exact_p_value(a, b)  # eighths are added without rounding
     rng = np.random.default_rng(0)
     theirs = stats.permutation_test((HITS, PRECISIONS), difference, n_resamples=20_000, **settings, rng=rng).pvalue
     assert paired_test(a, b, resamples=20_000).p_value == pytest.approx(exact, abs=0.015)

@@ -1,4 +1,4 @@
-"""`embeddings/similarity.py`: fast ranks equal the definition bit for bit, also where float32 alone would be wrong."""
+"""`embeddings/similarity.py`: fast ranks equal the definition bit for bit, also where float32 would be wrong."""
 
 import math
 
@@ -14,7 +14,7 @@ from pvlf_hf.evaluation.ranking import positive_ranks, subset_ranks, target_rank
 
 
 def plain_score(query, image):
-    """Scores one pair by the definition, number by number: unit vectors, products summed by halves in float64."""
+    """Score one pair by the definition, number by number: unit vectors, products summed by halves in float64."""
 
     def halves(values):
         half = len(values) // 2
@@ -33,15 +33,15 @@ def plain_score(query, image):
 
 
 def plain_ranking(scores, excluded):
-    """Sorts gallery positions, best first; `sorted` is stable."""
+    """Sort gallery positions, best first; `sorted` is stable."""
     return [i for i in sorted(range(len(scores)), key=lambda i: -scores[i]) if i != excluded]
 
 
 def clusters(seed, num_queries, gallery_size, width, jitter, dtype):
-    """Makes embeddings in a few clusters, a jitter apart: 0 makes ties, float32 products cannot order 1e-8 to 1e-6."""
+    """Make embeddings in a few clusters, a jitter apart: 0 makes ties, float32 products cannot order 1e-8 to 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(3, width, generator=generator, dtype=torch.float64)
-    centres[2] *= torch.rand((), generator=generator) < 0.7  # zeros score 0 with everything
+    centres[2] *= torch.rand((), generator=generator) < 0.7  # zero vectors score 0 with every image
     noise = torch.randn(gallery_size, width, generator=generator, dtype=torch.float64)
     gallery = centres[torch.randint(3, (gallery_size,), generator=generator)] + jitter * noise
     queries = torch.randn(num_queries, width, generator=generator, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_near_ties_of_real_width_are_ordered_across_tiles(jitter, monkeypatch):
     scores = similarity._score_pairs(queries, gallery, rows, columns).view(40, 900)
     ranking = scores.sort(dim=1, descending=True, stable=True).indices
     monkeypatch.setattr(similarity, "COSINES_PER_TILE", 40 * 100)
-    for crowded in (0, 1):  # pairs or whole tiles: the same scores
+    for crowded in (0, 1):  # scores by pairs and by complete tiles are equal
         monkeypatch.setattr(similarity, "CROWDED_SHARE", crowded)
         assert top_k(queries, gallery, 20)[1].equal(ranking[:, :20])
         assert target_ranks(queries, gallery, picks[:, 0]).equal((ranking == picks[:, :1]).nonzero()[:, 1])
@@ -107,9 +107,10 @@ def test_float32_error_bound_holds(width):
     generator = torch.Generator().manual_seed(width)
     worst = 0.0
     for scale in (1, 1e-6, 1e6):
-        queries, gallery = (torch.rand(60, width, generator=generator) ** 4 * scale for _ in range(2))  # sums grow
+        # growing partial sums
+        queries, gallery = (torch.rand(60, width, generator=generator) ** 4 * scale for _ in range(2))
         gallery[:20] = queries[:20] * torch.rand(20, 1, generator=generator)
-        gallery[20:40] *= torch.randint(0, 2, (20, width), generator=generator) * 2 - 1  # sums cancel
+        gallery[20:40] *= torch.randint(0, 2, (20, width), generator=generator) * 2 - 1  # cancelling sums
         ((_, _, tile),) = similarity.cosine_tiles(queries, gallery, None, 64)
         rows, columns = torch.ones(60, 60).nonzero(as_tuple=True)
         scores = similarity.score_pairs(queries, gallery, rows, columns).view(60, 60)

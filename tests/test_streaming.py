@@ -1,4 +1,4 @@
-"""Shards of triplets, streams of them in one process, in workers and in two real processes, and triplets of the Hub.
+"""Shards of triplets, streams in one process, in workers and in two real processes, and triplets from the Hub.
 
 Run by torchrun, this file is one of the two processes.
 """
@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model, make_processor
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments
@@ -40,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def triplets(tmp_path):
-    """Thirty rows, captions of different lengths, target_id is the row; PNG, JPEG and a palette."""
+    """Return thirty rows: captions of different lengths, target_id is the row; PNG, JPEG and palette images."""
     files = [tmp_path / f"{colour}.{'jpg' if n % 2 else 'png'}" for n, colour in enumerate(COLOURS)]
     for file in files:
         image = PILImage.new("RGB", (20, 16), file.stem)
@@ -56,7 +56,7 @@ def triplets(tmp_path):
 
 
 def encoded(triplets):
-    """Rows with images as bytes."""
+    """Return the rows with images as bytes."""
     for column in ("reference", "target"):
         triplets = triplets.cast_column(column, Image(decode=False))
     rows = []
@@ -204,7 +204,7 @@ def arguments(folder, **settings):
 
 @pytest.mark.slow
 def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
-    """A pass is less than four steps: it stops in the second and resumes there."""
+    """Stop in the second pass and resume there; a pass has less than four steps."""
     write_shards(triplets, tmp_path / "shards", 8)
 
     def train(folder, resume=None):
@@ -221,7 +221,7 @@ def test_trainer_resumes_a_stream_where_it_stopped(triplets, tmp_path):
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
 
-def test_a_stream_needs_max_steps_and_no_batch_by(triplets, tmp_path):
+def test_stream_without_max_steps_or_with_batch_by_raises(triplets, tmp_path):
     write_shards(triplets, tmp_path / "shards", 8)
     stream = stream_triplets(tmp_path / "shards")
     wrong = {"max_steps has to be specified": {"max_steps": -1}, "batch_by='note' needs": {"batch_by": "note"}}
@@ -251,7 +251,7 @@ def test_two_processes_share_the_rows(triplets, tmp_path):
 
 
 def train_in_this_process(folder):
-    """Records the rows of this process's shares, and those of the first that the model sees."""
+    """Record the rows of this process's shares, and those of the first that the model sees."""
     torch.set_num_threads(1)
     streams = [stream_triplets(folder / str(n), buffer) for n, buffer in ((4, 10), (4, 0), (3, 10), (1, 0))]
     args = arguments(folder, max_steps=5, per_device_train_batch_size=4, ddp_find_unused_parameters=False)
@@ -267,14 +267,14 @@ def train_in_this_process(folder):
 
 
 class Numbered(PVLFCollator):
-    """Adds the numbers of the rows to a batch."""
+    """Collator that adds the row numbers to a batch."""
 
     def __call__(self, rows):
         return {**super().__call__(rows), "rows": torch.tensor(ids(rows))}
 
 
 class Recorder(PVLFTrainer):
-    """Remembers the rows that it trains on."""
+    """Trainer that records the rows it trains on."""
 
     rows: list
 
@@ -285,7 +285,7 @@ class Recorder(PVLFTrainer):
 
 @pytest.fixture
 def hub_folder(triplets, tmp_path):
-    """As on the Hub: a folder of Parquet with names of its own."""
+    """Return a folder of Parquet files as on the Hub, with other column names."""
     theirs = triplets.remove_columns("target_id").rename_columns({"reference": "source", "note": "text"})
     embedded = theirs.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -295,7 +295,7 @@ def hub_folder(triplets, tmp_path):
 
 @pytest.mark.reliability(
     9,
-    "a data set read from a folder is what its files hold now, whatever their times say",
+    "A data set read from a folder has the current content of its files, whatever their modification times",
     broken=("src/pvlf_hf/data/streaming.py", "cache_dir=cache", "cache_dir=None"),
 )
 def test_rewritten_folder_is_read_again(hub_folder, figure):
@@ -315,12 +315,12 @@ def test_rewritten_folder_is_read_again(hub_folder, figure):
 
 @pytest.mark.reliability(
     9,
-    "shards of images that were replaced since are refused when writing goes on",
+    "Shards of images that have since been replaced are refused when writing resumes",
     broken=("src/pvlf_hf/data/streaming.py", "if _digest(_embedded(part, start)) != written[file.name]:", "if False:"),
 )
 @pytest.mark.parametrize("format", ["parquet", "tar"])
 def test_shards_of_replaced_images_are_refused(tmp_path, format, figure):
-    triplets = each_with_each(tmp_path, ["red", "blue", "lime"], lambda _, target: f"make it {target}")
+    triplets = square_triplets(tmp_path, ["red", "blue", "lime"], lambda _, target: f"make it {target}")
     first, *_ = write_shards(triplets, tmp_path / "shards", 2, format)
     file = tmp_path / "blue.png"
     status, raw = file.stat(), file.read_bytes()

@@ -1,4 +1,4 @@
-"""Submission files against the reference's, a plain sort and the metrics; the linter against broken files."""
+"""Submission files against the reference, a plain sort and the metrics; the linter on broken files."""
 
 import json
 import random
@@ -30,7 +30,7 @@ FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory):
-    """Miniatures with random embeddings, by benchmark name."""
+    """Return miniatures with random embeddings, by benchmark name."""
     root, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
     make_cirr(root / "cirr"), make_circo(root / "circo")
     loaded = [load_cirr(root / "cirr", split, check_counts=False) for split in ("val", "test1")]
@@ -107,7 +107,7 @@ def test_unfit_benchmarks_and_files_raise(benchmarks, tmp_path):
 
 
 def edited(benchmarks, name, which, edit):
-    """Edits the content of a valid file; the edit changes it or returns another."""
+    """Edit the content of a valid file; the edit changes it or returns another."""
     submission = circo_submission if name.startswith("circo") else lambda *a: cirr_submission(*a)[which]
     answers = submission(*benchmarks[name])
     query = [key for key in answers if key.isdigit()][1]
@@ -177,7 +177,7 @@ def test_files_of_test_splits_are_checked_without_annotations(tmp_path, text, pr
 
 
 def complete_files():
-    """Yields files that the servers accept."""
+    """Yield files that the servers accept."""
     names = [f"test1-{n}-0-img0" for n in range(50)]
     yield {"version": "rc2", "metric": "recall", **{str(12063 + 2 * n): names for n in range(4148)}}
     yield {"version": "rc2", "metric": "recall_subset", **{str(12063 + 2 * n): names[:3] for n in range(4148)}}
@@ -195,7 +195,7 @@ def test_the_command_fails_on_errors_only(tmp_path):
     assert lint(*files) == (0, "".join(f"{file}: fine\n" for file in files))
     strings = tmp_path / "strings.json"
     strings.write_text(json.dumps({key: list(map(str, ids)) for key, ids in json.loads(files[2].read_text()).items()}))
-    assert lint(strings)[0] == 0  # a warning
+    assert lint(strings)[0] == 0  # only a warning
     files[0].write_text(files[0].read_text()[:-100])
     code, text = lint(files[1], files[0])
     assert code == 1 and "1.json: fine" in text and "0.json: is not valid JSON" in text
@@ -210,7 +210,7 @@ ODDITIES = [None, True, -1, 1e999, 10**30, "", "\ud800", "²", "test1-0-0-img0",
 
 @pytest.mark.parametrize("file", [CIRR, SUBSET, CIRCO], ids=["recall", "recall_subset", "circo"])
 def test_any_json_is_checked_without_a_crash(benchmarks, tmp_path, file):
-    """Edits structure and bytes at random; the result is always a list of problems."""
+    """Edit structure and bytes at random; the result is always a list of problems."""
     chance, (name, which), target = random.Random(0), file, tmp_path / "file.json"
     clean, valid = 0, edited(benchmarks, name, which, lambda answers, query: None)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""What is installed with this package, and what importing it does."""
+"""Installed dependencies, their licences, and the effects of importing the package."""
 
 import re
 import subprocess
@@ -44,8 +44,8 @@ def test_importing_opens_no_connection(figure):
 
 @pytest.mark.reliability(
     6,
-    "Every dependency of users has a reason in the table below, and it and all that it needs are pinned for the two "
-    "commands",
+    "Every user dependency has a reason in the table below; it and its requirements are pinned for `make demo`"
+    " and `make test`",
     broken=("pyproject.toml", '    "typer>=0.15"', '    "emoji>=2",\n    "typer>=0.15"'),
 )
 def test_dependencies_are_justified_and_pinned(figure):
@@ -63,7 +63,7 @@ def test_dependencies_are_justified_and_pinned(figure):
 
 @pytest.mark.reliability(
     6,
-    "All that is installed for users is under a licence that asks for no more than naming its authors, or MPL-2.0",
+    "All packages that users install have a licence that requires attribution at most, or MPL-2.0",
     broken=("tests/dependencies.py", '"CNRI-Python", ', ""),
 )
 def test_licences_are_allowed(figure):

@@ -1,4 +1,4 @@
-"""Tables of triplets are read as they are, or refused in a sentence that names file, row, column and remedy."""
+"""Tables of triplets are read unchanged, or refused with a message that names file, row, column and remedy."""
 
 import json
 import unicodedata
@@ -20,7 +20,7 @@ HEADER = "reference,caption,target\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of different content; the table goes beside them."""
+    """Return a folder of different images, in which tests write their table."""
     for number, name in enumerate(("a.png", "b.png", "sub/c.png")):
         draw(tmp_path / "images" / name, number)
     return tmp_path / "images"
@@ -52,8 +52,8 @@ def row(**cells):
 
 @pytest.mark.reliability(
     9,
-    "A reader of tables repairs nothing: text that looks like a date or a number, and numbers, come out as the file "
-    "spells them, the same from CSV as from JSON Lines",
+    "Table readers repair nothing: text that looks like a date or a number, and numbers, are returned as the "
+    "file spells them, equally from CSV and JSON Lines",
     broken=("src/pvlf_hf/data/tables.py", "parse_int=str, parse_float=str, object_pairs_hook", "object_pairs_hook"),
 )
 def test_cells_keep_the_text_of_the_file(folder, figure):
@@ -79,7 +79,7 @@ def test_cells_keep_the_text_of_the_file(folder, figure):
     ],
 )
 @pytest.mark.parametrize("column", ["reference", "caption", "target", "target_id"])
-def test_cells_that_are_no_text_raise(folder, column, cell, message):
+def test_cells_that_are_not_text_raise(folder, column, cell, message):
     line = row(**{column: "@"}).replace('"@"', cell)
     file = write(folder, "t.jsonl", row(target_id="1") * 2 + line)
     with pytest.raises(ValueError, match=rf"t.jsonl: column '{column}', data row 2 \(counted from 0\) {message}"):
@@ -96,8 +96,8 @@ def test_cells_that_are_no_text_raise(folder, column, cell, message):
 )
 def test_numbers_in_parquet_become_text(folder, cell, text):
     assert read_triplet_table(write_parquet(folder, caption=[cell]))["caption"] == [text]
-    words = pa.array([str(cell)]).dictionary_encode()  # as pandas writes categories
-    assert read_triplet_table(write_parquet(folder, caption=words))["caption"] == [str(cell)]
+    cells = pa.array([str(cell)]).dictionary_encode()  # as pandas stores categories
+    assert read_triplet_table(write_parquet(folder, caption=cells))["caption"] == [str(cell)]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,8 @@ def test_images_in_parquet_raise_with_a_remedy(folder):
         ValueError, match="t.parquet: column 'reference' holds images.*from its folder with load_hub_trip"
     ):
         load_triplets(folder.parent / "rows/t.parquet", folder)
-    loaded = datasets.load_dataset(str(folder.parent / "rows"), split="train")  # what load_hub_triplets reads
+    # the format that load_hub_triplets reads
+    loaded = datasets.load_dataset(str(folder.parent / "rows"), split="train")
     assert loaded[0]["reference"].size == (9, 9)
 
 
@@ -188,7 +189,7 @@ def test_images_in_parquet_raise_with_a_remedy(folder):
         ("t.xlsx", "", r"cannot read .xlsx; use one of \['.csv', '.jsonl', '.json', '.parquet'\]"),
     ],
 )
-def test_the_remedy_fits_the_cause(folder, name, content, message):
+def test_unreadable_tables_raise_with_a_fitting_remedy(folder, name, content, message):
     file = write(folder, name, content)
     with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
         load_triplets(file, folder)
@@ -231,11 +232,11 @@ def test_paths_of_another_type_raise(arguments, message):
 
 def test_missing_image_folder_raises(folder):
     file = write(folder, "t.csv", HEADER + "a.png,red,b.png\n")
-    for place in (folder / "nowhere", file):
+    for image_folder in (folder / "nowhere", file):
         with pytest.raises(
-            ValueError, match=f"{place} is not a folder; pass the one that image names are relative to"
+            ValueError, match=f"{image_folder} is not a folder; pass the one that image names are relative to"
         ):
-            load_triplets(file, place)
+            load_triplets(file, image_folder)
 
 
 # ---- image names ----
@@ -243,8 +244,8 @@ def test_missing_image_folder_raises(folder):
 
 @pytest.mark.reliability(
     9,
-    "An image's id is made of its file, not of its spelling in the table: relative, absolute, through links, in "
-    "either Unicode form",
+    "An image's id is derived from its file, not from its spelling in the table: relative, absolute, through "
+    "links, in either Unicode form",
     broken=(
         "src/pvlf_hf/data/image_files.py",
         "    return {name: own[os.path.realpath(folder / file)] for name, file in found.items()}",
@@ -260,8 +261,8 @@ def test_spellings_of_one_file_are_one_item(folder, tmp_path, figure):
         "sub/c.png": ["sub/c.png", "sub//c.png", "sub\\c.png", "more/c.png", str(tmp_path / "way/sub/c.png")],
     }
     lines = [row(target=name, reference="a.png") for names in spellings.values() for name in names]
-    for place in (folder, tmp_path / "way"):
-        triplets = load_triplets(write(folder, "t.jsonl", "".join(lines)), place)
+    for image_folder in (folder, tmp_path / "way"):
+        triplets = load_triplets(write(folder, "t.jsonl", "".join(lines)), image_folder)
         expected = [file for file, names in spellings.items() for _ in names]
         assert triplets["target_id"][:] == triplets["target_image_id"][:] == expected
         gallery = benchmark_from_triplets("mine", triplets).gallery

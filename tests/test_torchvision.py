@@ -1,6 +1,6 @@
-"""With torchvision installed the same PIL image processor serves: nothing chooses another backend behind one's back.
+"""The PIL image processor is used even if torchvision is installed: no other backend is chosen silently.
 
-There is no torchvision here; what Transformers asks about it is answered with yes, in a process of its own.
+torchvision is not installed here; a separate process makes Transformers' checks for it succeed.
 """
 
 import subprocess
@@ -19,8 +19,8 @@ import pvlf_hf
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 images = AutoImageProcessor.from_pretrained(sys.argv[1])
 assert type(processor.image_processor) is type(images) is pvlf_hf.PVLFImageProcessor, (processor, images)
-picture = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
-print(float(images(picture, return_tensors="pt")["pixel_values"].double().sum()))
+image = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
+print(float(images(image, return_tensors="pt")["pixel_values"].double().sum()))
 """
 
 
@@ -32,6 +32,6 @@ def test_processor_is_unchanged_by_torchvision(tiny_processor, tmp_path):
     tiny_processor.save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    picture = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
-    here = tiny_processor(images=picture)["pixel_values"].double().sum()
+    image = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
+    here = tiny_processor(images=image)["pixel_values"].double().sum()
     assert float(done.stdout.strip().splitlines()[-1]) == float(here)

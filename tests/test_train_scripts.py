@@ -1,4 +1,4 @@
-"""Training scripts and commands, each run in a process of its own with files on disk."""
+"""Training scripts and commands, each run in its own process on files."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def run(script, *arguments, fails=False, **environment):
 
 @pytest.fixture(scope="module")
 def files(blip_checkpoint, tmp_path_factory):
-    """A folder with a tiny BLIP checkpoint, eight squares and a table of triplets."""
+    """Return a folder with a tiny BLIP checkpoint, eight squares and a table of triplets."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "blip").symlink_to(blip_checkpoint)
     colours = ["red", "green", "blue", "black", "white", "yellow", "purple", "orange"]
@@ -77,7 +77,7 @@ def test_training_on_own_files_resumes_and_reloads(files, tmp_path):
     assert evaluation["counts"] == {"queries": 56, "gallery": 8}
     assert results["training"]["finetuning"] == "both" and results["environment"]["torch"]
     model = AutoModel.from_pretrained(tmp_path / "whole")
-    assert model.config.num_prompts == 25 and model.config.prompt_depth == 2  # the paper's
+    assert model.config.num_prompts == 25 and model.config.prompt_depth == 2  # the paper's value
     assert AutoProcessor.from_pretrained(tmp_path / "whole").image_processor.crop_size["height"] == 32
 
     (tmp_path / "parts").mkdir()
@@ -144,7 +144,7 @@ def test_read_only_token_raises_before_the_first_step(files, tmp_path):
 
 
 def print_help(script):
-    """Returns the exit code of a script's `--help` and what it printed."""
+    """Return the exit code of a script's `--help` and what it printed."""
     sys.argv, sys.path[:0], printed = [script, "--help"], [str(SCRIPTS)], io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")

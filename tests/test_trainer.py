@@ -1,4 +1,4 @@
-"""Training in one process: weights that move, learning rates, resuming, selection of checkpoints, errors."""
+"""Training in one process: trained weights, learning rates, resuming, checkpoint selection, errors."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from error_bounds import MEAN_ERROR, exact_loss, training_error
-from squares import each_with_each
+from squares import square_triplets
 from tiny import make_model
 from transformers.models.blip.modeling_blip import BlipMLP
 from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
@@ -16,16 +16,16 @@ from transformers.models.blip.modeling_blip_text import BlipTextIntermediate
 from pvlf_hf import CIRBenchmark, PVLFModel, PVLFTrainer, PVLFTrainingArguments
 from pvlf_hf.models.modeling_pvlf import PVLFFusionLayer
 
-# Colours, and the tokens of the tiny tokenizer that stand for them.
-WORDS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}
-WORDS |= {"yellow": "hat", "purple": "dog", "orange": "cat"}
-COLOURS = list(WORDS)
+# Colours, and the tokens of the tiny tokenizer that name them.
+TOKENS = {"red": "red", "green": "green", "blue": "blue", "black": "dark", "white": "bright"}
+TOKENS |= {"yellow": "hat", "purple": "dog", "orange": "cat"}
+COLOURS = list(TOKENS)
 
 
 @pytest.fixture
 def squares(tmp_path):
-    """Triplets of coloured squares: "make it c" from any colour has square c as target."""
-    return each_with_each(tmp_path, COLOURS, lambda _, target: f"make it {WORDS[target]}")
+    """Return triplets of coloured squares: "make it c" from any colour has square c as its target."""
+    return square_triplets(tmp_path, COLOURS, lambda _, target: f"make it {TOKENS[target]}")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_training_moves_only_the_chosen_weights(tiny_model, tiny_processor, squa
             or finetuning == "both"
             or (finetuning == "text" and name.startswith("backbone.text_"))
         )
-        # An embedding of a token that no caption has only decays, other weights move: compare whole tensors.
+        # Embeddings of unused tokens only decay while others move: compare complete tensors.
         assert torch.equal(before[name], parameter) != trains, name
 
 
@@ -133,7 +133,7 @@ def test_evaluation_selects_the_best_checkpoint(tiny_processor, squares, benchma
     logged = [entry["eval_recall@1"] for entry in trainer.state.log_history if "eval_recall@1" in entry]
     assert trainer.state.best_metric == max(logged[1:-1])
     assert after["eval_recall@1"] == trainer.state.best_metric
-    assert after["eval_recall@1"] > before["eval_recall@1"] + 0.3, (before, after)  # it learns the colours
+    assert after["eval_recall@1"] > before["eval_recall@1"] + 0.3, (before, after)  # the model learns the colours
     saved = json.loads((tmp_path / "checkpoint-40" / "processor_config.json").read_text())
     assert saved["processor_class"] == "PVLFProcessor"
 
@@ -164,7 +164,7 @@ def test_equal_targets_of_a_batch_are_no_negatives(tiny_model, tiny_processor, s
     torch.testing.assert_close(loss, torch.stack(per_row).mean(), atol=2 * error.value.item(), rtol=0)
 
 
-def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares, tmp_path):
+def test_batch_by_fills_batches_with_one_value_of_a_column(tiny_model, tiny_processor, squares, tmp_path):
     halves = squares.add_column("half", ["first"] * 20 + ["second"] * 36)
     args = arguments(tmp_path, batch_by="half")
     trainer = PVLFTrainer(tiny_model, args, halves, processing_class=tiny_processor, data_collator=lambda rows: rows)
@@ -185,13 +185,13 @@ def test_a_batch_holds_one_value_of_a_column(tiny_model, tiny_processor, squares
 
 
 def trained(settings, squares, tiny_processor, folder, dropout):
-    """Returns losses and weights after two steps."""
+    """Return losses and weights after two steps."""
     model = make_model(dropout=dropout, temperature=1.0)
     if dropout == 0:
-        for module in model.modules():  # BERT has dropout of its own, and chunks draw it in another order
+        for module in model.modules():  # BERT has its own dropout, which chunks draw in another order
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    # SGD: where a gradient is only rounding noise, Adam makes full steps of it.
+    # SGD, because Adam makes full steps along a gradient that is only rounding noise.
     args = arguments(folder, max_steps=2, optim="sgd", encoder_learning_rate=1e-3, **settings)
     trainer = PVLFTrainer(model, args, squares, processing_class=tiny_processor)
     trainer.train()
@@ -200,7 +200,7 @@ def trained(settings, squares, tiny_processor, folder, dropout):
 
 
 def trained_error(squares, processor, dropout, dtype=torch.float32, stored=None):
-    """How far apart two runs of `trained` may be, by name."""
+    """Return how far apart two runs of `trained` may be, by name."""
     rows = squares.select(range(8))
     inputs = processor(images=rows["reference"], text=rows["caption"], target_images=rows["target"])
     inputs["target_ids"] = torch.tensor([COLOURS.index(target) for target in rows["target_id"]])
@@ -228,7 +228,7 @@ def test_chunks_do_not_change_training(tiny_processor, squares, tmp_path, with_i
 
 @pytest.mark.slow
 def test_activation_checkpointing_does_not_change_training(tiny_processor, squares, tmp_path, monkeypatch):
-    """The argument reaches both encoders and the fusion; a layer that is computed again draws the same dropout."""
+    """Count layer calls: the argument reaches encoders and fusion; a recomputed layer draws the same dropout."""
     inside = {BlipMLP: "forward", BlipTextIntermediate: "forward", PVLFFusionLayer: "feed_forward"}  # once a layer
     calls = Counter()
 

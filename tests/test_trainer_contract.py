@@ -1,4 +1,4 @@
-"""The contract with the library's Trainer: every argument has its effect, is refused at once, or is listed as idle."""
+"""Contract with the library's Trainer: every argument takes effect, raises at once, or is listed as without effect."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict
 from error_bounds import MEAN_ERROR, roundoff
 from hub_server import serving
 from processes import run_in_processes
-from squares import each_with_each, make_benchmark
+from squares import make_benchmark, square_triplets
 from tiny import Rows, make_model, make_processor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import default_collate
@@ -43,39 +43,53 @@ FIELDS = {f.name: f for f in fields(TrainingArguments)}
 
 SHOWN = {
     "test_trainer.py::test_parameter_groups_have_learning_rates_and_decay": "learning_rate weight_decay",
-    "test_determinism.py::test_full_determinism": "full_determinism",
+    "test_determinism.py::test_full_determinism_repeats_the_run_bit_for_bit": "full_determinism",
     "test_several_processes.py::trainer_of": "fsdp fsdp_config",
     "test_several_processes.py::train_with_one_that_leaves": "ddp_timeout",
     "test_training_resumes_from_output_dir": "output_dir save_strategy save_steps save_total_limit",
-    "test_steps_and_batches": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
-    "dataloader_drop_last accelerator_config",
-    "test_order_of_rows": "seed data_seed train_sampling_strategy",
-    "test_data_loader": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-    "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order",
-    "test_ignore_data_skip": "ignore_data_skip",
-    "test_schedules": "lr_scheduler_type lr_scheduler_kwargs warmup_steps",
-    "test_optimizer_settings": "optim optim_args adam_beta1 adam_beta2 adam_epsilon",
-    "test_settings_that_change_the_losses": "max_grad_norm neftune_noise_alpha bf16",
+    "test_batch_settings_give_the_expected_steps_and_batch_sizes": (
+        "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
+        "dataloader_drop_last accelerator_config"
+    ),
+    "test_seeds_and_sampling_strategy_determine_the_order_of_rows": "seed data_seed train_sampling_strategy",
+    "test_loader_arguments_reach_the_data_loader": (
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+        "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "test_ignore_data_skip_resumes_at_the_first_batch": "ignore_data_skip",
+    "test_schedules_equal_those_of_the_library": "lr_scheduler_type lr_scheduler_kwargs warmup_steps",
+    "test_optimizer_arguments_reach_the_optimizer": "optim optim_args adam_beta1 adam_beta2 adam_epsilon",
+    "test_clipping_noise_and_bf16_change_the_losses": "max_grad_norm neftune_noise_alpha bf16",
     "test_unsupported_precision_raises": "fp16 tf32 use_cpu",
-    "test_activation_checkpointing": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
-    "gradient_checkpointing_kwargs",
-    "test_torch_compile": "torch_compile torch_compile_backend torch_compile_mode",
-    "test_torch_empty_cache_steps": "torch_empty_cache_steps",
-    "test_logging_steps": "logging_strategy logging_steps logging_first_step",
-    "test_log_levels": "log_level log_level_replica",
-    "test_disable_tqdm": "disable_tqdm",
-    "test_integrations": "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id",
-    "test_memory_and_debug": "skip_memory_metrics debug",
-    "test_evaluation_steps": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size",
-    "test_save_only_model": "save_only_model",
-    "test_best_checkpoint": "load_best_model_at_end metric_for_best_model greater_is_better",
-    "test_enable_jit_checkpoint": "enable_jit_checkpoint",
-    "test_restored_callbacks": "restore_callback_states_from_checkpoint",
+    "test_activation_checkpointing_reaches_the_fusion_layers": (
+        "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs"
+    ),
+    "test_torch_compile_captures_the_model_and_keeps_the_losses": (
+        "torch_compile torch_compile_backend torch_compile_mode"
+    ),
+    "test_torch_empty_cache_steps_empties_the_cache_at_its_steps": "torch_empty_cache_steps",
+    "test_logging_arguments_choose_the_logged_steps": "logging_strategy logging_steps logging_first_step",
+    "test_log_levels_set_the_verbosity_of_each_process": "log_level log_level_replica",
+    "test_disable_tqdm_hides_progress_bars": "disable_tqdm",
+    "test_integrations_receive_logs_metrics_and_settings": (
+        "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
+    ),
+    "test_memory_metrics_and_overflow_debugging_are_reported": "skip_memory_metrics debug",
+    "test_evaluation_arguments_choose_the_evaluated_steps": (
+        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size"
+    ),
+    "test_save_only_model_omits_the_optimizer_and_resumes": "save_only_model",
+    "test_best_checkpoint_follows_the_metric_and_its_direction": (
+        "load_best_model_at_end metric_for_best_model greater_is_better"
+    ),
+    "test_enable_jit_checkpoint_saves_a_complete_checkpoint_on_signal": "enable_jit_checkpoint",
+    "test_callback_states_are_restored_on_request": "restore_callback_states_from_checkpoint",
     "test_log_on_each_node_is_honoured": "log_on_each_node",
-    "test_ddp_settings": "ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers "
-    "ddp_static_graph",
+    "test_ddp_arguments_reach_the_wrapped_model": (
+        "ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph"
+    ),
     "PUSH": "push_to_hub hub_model_id hub_token",
-    "test_hub_settings": "hub_private_repo hub_strategy hub_revision",
+    "test_hub_arguments_choose_what_is_pushed": "hub_private_repo hub_strategy hub_revision",
     "test_hub.py::TRAIN": "hub_always_push",
 }
 """Honoured arguments by the test, helper or script that shows their effect; its source names them."""
@@ -103,8 +117,8 @@ REFUSED = {
 }
 
 
-class Told(TrainerCallback):
-    """Keeps what the Trainer tells a callback."""
+class Recorder(TrainerCallback):
+    """Callback that records the Trainer's events."""
 
     def __init__(self):
         self.steps, self.logs, self.args, self.evaluated = [], [], None, []
@@ -121,7 +135,7 @@ class Told(TrainerCallback):
 
 
 class Collator:
-    """Makes batches of `Rows` and keeps the rows of each."""
+    """Collator of `Rows` that records the rows of each batch."""
 
     def __init__(self):
         self.batches = []
@@ -163,11 +177,11 @@ def logged(trainer, name="loss"):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-# ---- the walk over all fields ----
+# ---- all fields ----
 
 
 def source_of(name):
-    """The source of a test, helper or constant, `FILE::NAME` or a name in this file."""
+    """Return the source of a test, helper or constant: `FILE::NAME`, or a name in this file."""
     file, _, name = name.rpartition("::")
     text = (TESTS / (file or Path(__file__).name)).read_text()
     for node in ast.parse(text).body:
@@ -216,7 +230,7 @@ def test_changed_arguments_are_validated_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"optim": "galore_adamw"}, "optim='galore_adamw' groups the weights itself"),
         ({"optim": "lomo"}, "optim='lomo'"),
@@ -230,8 +244,8 @@ def test_changed_arguments_are_validated_again(tmp_path):
         ({"save_strategy": "best"}, "metric_for_best_model=None"),
     ],
 )
-def test_combinations_without_effect_raise(settings, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+def test_combinations_without_effect_raise(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
 
@@ -253,11 +267,11 @@ def test_combinations_without_effect_raise(settings, said, tmp_path):
         ),
     ],
 )
-def test_steps_and_batches(settings, sizes, steps, tmp_path):
+def test_batch_settings_give_the_expected_steps_and_batch_sizes(settings, sizes, steps, tmp_path):
     collator = Collator()
     settings = {"max_steps": -1, "per_device_train_batch_size": 8, **settings}
     trainer = train(tmp_path, data_collator=collator, **settings)
-    assert [len(batch) for batch in collator.batches][: len(sizes)] == sizes  # one more may have been prepared ahead
+    assert [len(batch) for batch in collator.batches][: len(sizes)] == sizes  # one more may have been prefetched
     assert trainer.state.global_step == steps
 
 
@@ -268,7 +282,7 @@ def order(folder, **settings):
 
 
 @pytest.mark.slow
-def test_order_of_rows(tmp_path):
+def test_seeds_and_sampling_strategy_determine_the_order_of_rows(tmp_path):
     first = order(tmp_path, seed=1)
     assert first == order(tmp_path, seed=1) != order(tmp_path, seed=2)
     by_data_seed = order(tmp_path, seed=1, data_seed=7)
@@ -278,7 +292,7 @@ def test_order_of_rows(tmp_path):
     assert order(tmp_path, train_sampling_strategy="sequential") == rows.batches[0] != first
 
 
-def test_data_loader(tmp_path, squares):
+def test_loader_arguments_reach_the_data_loader(tmp_path, squares):
     settings = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
     settings |= {"dataloader_multiprocessing_context": "spawn", "dataloader_in_order": False}
     for rows in (Rows(), squares.to_iterable_dataset(num_shards=2)):
@@ -291,7 +305,7 @@ def test_data_loader(tmp_path, squares):
 
 
 @pytest.mark.slow
-def test_ignore_data_skip(tmp_path):
+def test_ignore_data_skip_resumes_at_the_first_batch(tmp_path):
     whole = Collator()
     train(tmp_path, max_steps=4, data_collator=whole, save_strategy="steps", save_steps=2)
     for ignore_data_skip, expected in ((False, whole.batches[2:4]), (True, whole.batches[:2])):
@@ -310,13 +324,13 @@ def test_training_resumes_from_output_dir(tmp_path):
         make_trainer(folder, **settings).train(resume_from_checkpoint=str(tmp_path / "nothing"))
     train(folder, max_steps=3, **settings)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-2", "checkpoint-3"}
-    (tmp_path / "run" / "checkpoint-9").mkdir()  # what a kill leaves elsewhere
-    told = Told()
-    make_trainer(folder, max_steps=4, callbacks=[told], **settings).train(resume_from_checkpoint=True)
-    assert told.steps == [4]
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # a partial checkpoint, as a kill leaves it
+    recorder = Recorder()
+    make_trainer(folder, max_steps=4, callbacks=[recorder], **settings).train(resume_from_checkpoint=True)
+    assert recorder.steps == [4]
 
 
-def test_save_only_model(tmp_path, caplog):
+def test_save_only_model_omits_the_optimizer_and_resumes(tmp_path, caplog):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
     whole = train(tmp_path / "whole", **settings)
     checkpoint = tmp_path / "whole" / "checkpoint-2"
@@ -333,7 +347,7 @@ def test_save_only_model(tmp_path, caplog):
         make_trainer(tmp_path, make_benchmark(), **follows).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_enable_jit_checkpoint(tmp_path):
+def test_enable_jit_checkpoint_saves_a_complete_checkpoint_on_signal(tmp_path):
     class Signalled(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 2:  # SIGTERM sets it 3 s later
@@ -349,7 +363,7 @@ def test_enable_jit_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_restored_callbacks(tmp_path):
+def test_callback_states_are_restored_on_request(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     settings |= {"metric_for_best_model": "eval_recall@1", "load_best_model_at_end": True}
     train(tmp_path, make_benchmark(), callbacks=[EarlyStoppingCallback(early_stopping_patience=7)], **settings)
@@ -373,7 +387,7 @@ def test_restored_callbacks(tmp_path):
 
 
 def rates(trainer, steps=10):
-    """The fusion's learning rate at each step, relative to the first group's own."""
+    """Return the fusion's learning rate at each step, relative to its initial rate."""
     trainer.create_optimizer_and_scheduler(steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -397,8 +411,8 @@ def rates(trainer, steps=10):
         ("warmup_stable_decay", {"num_decay_steps": 4}, 2),
     ],
 )
-def test_schedules(name, kwargs, warmup_steps, tmp_path):
-    """The library's schedules are the library's; "cosine" has its cycles."""
+def test_schedules_equal_those_of_the_library(name, kwargs, warmup_steps, tmp_path):
+    """Compare with the library's schedules; "cosine" honours its number of cycles."""
     settings = {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup_steps}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
     theirs = get_scheduler(name, optimizer, warmup_steps, 10, kwargs)
@@ -414,7 +428,7 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"lr_scheduler_kwargs": {"power": 2}}, r"'cosine' takes only 'num_cycles', not \['power'\]"),
         ({"lr_scheduler_type": "linear", "min_lr_ratio": 0.1}, "min_lr_ratio=0.1 is the floor of 'cosine' alone"),
@@ -425,19 +439,19 @@ def test_schedules(name, kwargs, warmup_steps, tmp_path):
         ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "metric_for_best_model='loss'"),
     ],
 )
-def test_impossible_schedules_raise(settings, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_schedules_raise(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
 
-def test_a_schedule_of_a_metric_knows_its_direction(tmp_path):
+def test_schedule_that_follows_a_metric_uses_its_direction(tmp_path):
     settings = {"eval_strategy": "steps", "metric_for_best_model": "recall@1"}
     trainer = make_trainer(tmp_path, make_benchmark(), lr_scheduler_type="reduce_lr_on_plateau", **settings)
     trainer.train()
     assert isinstance(trainer.lr_scheduler, ReduceLROnPlateau) and trainer.lr_scheduler.mode == "max"
 
 
-def test_optimizer_settings(tmp_path):
+def test_optimizer_arguments_reach_the_optimizer(tmp_path):
     adam = make_trainer(tmp_path, adam_beta1=0.5, adam_beta2=0.7, adam_epsilon=1e-3).create_optimizer()
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.5, 0.7), 1e-3)
     rmsprop = make_trainer(tmp_path, optim="rmsprop", optim_args="momentum=0.9").create_optimizer()
@@ -481,8 +495,8 @@ def test_logged_learning_rate_is_that_of_the_fusion(finetuning, tmp_path):
 
 
 @pytest.mark.slow
-def test_settings_that_change_the_losses(tmp_path):
-    """The first loss but for bf16 and noise, the later ones with the weights."""
+def test_clipping_noise_and_bf16_change_the_losses(tmp_path):
+    """Compare losses: bf16 and noise change the first one, other settings the later ones through the weights."""
     plain = logged(train(tmp_path, finetuning="text", max_steps=3, learning_rate=1e-2))
     for settings in ({"max_grad_norm": 1e-9, "optim": "sgd"}, {"neftune_noise_alpha": 50.0}, {"bf16": True}):
         changed = logged(train(tmp_path, finetuning="text", max_steps=3, learning_rate=1e-2, **settings))
@@ -492,7 +506,7 @@ def test_settings_that_change_the_losses(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(tmp_path, model=model, optim="sgd", weight_decay=0.0, max_grad_norm=1e-9)
     for name, parameter in model.named_parameters():
-        # Two steps of at most learning rate times norm; each rounds a weight as it is added.
+        # Two steps of at most learning rate times norm; each addition rounds a weight.
         torch.testing.assert_close(parameter, before[name], rtol=2 * roundoff(), atol=2 * 1e-4 * 1e-9)
 
 
@@ -514,7 +528,7 @@ def test_unsupported_precision_raises(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-def test_activation_checkpointing(tmp_path):
+def test_activation_checkpointing_reaches_the_fusion_layers(tmp_path):
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         kwargs = {"use_reentrant": False, "determinism_check": "none"}
         old = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
@@ -526,20 +540,20 @@ def test_activation_checkpointing(tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_compile(tmp_path):
+def test_torch_compile_captures_the_model_and_keeps_the_losses(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain = logged(train(tmp_path))
     assert not torch._dynamo.utils.counters["stats"]
     compiled = train(tmp_path, torch_compile=True, torch_compile_backend="eager")
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
-    assert logged(compiled) == plain  # the backend runs the operations as they are
+    assert logged(compiled) == plain  # this backend runs the operations eagerly
     torch._dynamo.reset()
     plugin = make_trainer(tmp_path, torch_compile_mode="max-autotune").accelerator.state.dynamo_plugin
     assert plugin.mode == "max-autotune"
 
 
-def test_torch_empty_cache_steps(tmp_path, monkeypatch):
+def test_torch_empty_cache_steps_empties_the_cache_at_its_steps(tmp_path, monkeypatch):
     emptied = []
     monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda *_, **__: emptied.append(1))
     train(tmp_path, max_steps=4, torch_empty_cache_steps=2)
@@ -558,12 +572,12 @@ def test_torch_empty_cache_steps(tmp_path, monkeypatch):
         ({"logging_strategy": "no"}, []),
     ],
 )
-def test_logging_steps(settings, steps, tmp_path):
+def test_logging_arguments_choose_the_logged_steps(settings, steps, tmp_path):
     trainer = train(tmp_path, max_steps=5, **settings)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == steps
 
 
-def test_log_levels(tmp_path):
+def test_log_levels_set_the_verbosity_of_each_process(tmp_path):
     before = library_logging.get_verbosity()
     try:
         args = make_args(tmp_path, log_level="error", log_level_replica="critical")
@@ -576,7 +590,7 @@ def test_log_levels(tmp_path):
         library_logging.set_verbosity(before)
 
 
-def test_disable_tqdm(tmp_path, capfd):
+def test_disable_tqdm_hides_progress_bars(tmp_path, capfd):
     for disable_tqdm, kind in ((True, PrinterCallback), (False, ProgressCallback)):
         trainer = make_trainer(tmp_path, make_benchmark(), disable_tqdm=disable_tqdm)
         assert any(type(callback) is kind for callback in trainer.callback_handler.callbacks)
@@ -585,19 +599,19 @@ def test_disable_tqdm(tmp_path, capfd):
         assert ("it/s" in capfd.readouterr().err) != disable_tqdm
 
 
-def test_integrations(tmp_path, monkeypatch):
-    """An integration gets the run's losses and metrics, and its own settings with the arguments."""
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "told", Told)
+def test_integrations_receive_logs_metrics_and_settings(tmp_path, monkeypatch):
+    """Train with an integration: it receives the run's losses, metrics and its own settings."""
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     own = {"run_name": "a", "project": "b", "trackio_space_id": "c", "trackio_bucket_id": "d"}
     own |= {"trackio_static_space_id": "e"}
-    trainer = train(tmp_path, make_benchmark(), eval_strategy="steps", eval_steps=2, report_to="told", **own)
-    (told,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Told)]
-    assert any("loss" in logs for logs in told.logs) and any("eval_recall@1" in logs for logs in told.logs)
-    assert {name: getattr(told.args, name) for name in own} == own
+    trainer = train(tmp_path, make_benchmark(), eval_strategy="steps", eval_steps=2, report_to="recorder", **own)
+    (recorder,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Recorder)]
+    assert any("loss" in logs for logs in recorder.logs) and any("eval_recall@1" in logs for logs in recorder.logs)
+    assert {name: getattr(recorder.args, name) for name in own} == own
 
 
 @pytest.mark.slow
-def test_memory_and_debug(tmp_path):
+def test_memory_metrics_and_overflow_debugging_are_reported(tmp_path):
     trainer = train(tmp_path, make_benchmark(), skip_memory_metrics=False)
     assert "train_mem_cpu_alloc_delta" in trainer.state.log_history[-1]
     assert "eval_mem_cpu_alloc_delta" in trainer.evaluate()
@@ -615,14 +629,14 @@ def test_memory_and_debug(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4, 5]),  # the last step always
+        ({"eval_strategy": "steps", "eval_steps": 2}, [2, 4, 5]),  # always at the last step
         ({"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 3}, [3, 4, 5]),
         ({"eval_strategy": "epoch", "per_device_train_batch_size": 12}, [3, 5]),
         ({"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 5}, [0, 5]),
     ],
 )
-def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
-    told, sizes = Told(), []
+def test_evaluation_arguments_choose_the_evaluated_steps(settings, steps, tmp_path, monkeypatch):
+    recorder, sizes = Recorder(), []
     model = make_model()
     model.backbone.vision_model.register_forward_hook(
         lambda module, _, output: None if model.training else sizes.append(len(output.last_hidden_state))
@@ -631,12 +645,12 @@ def test_evaluation_steps(settings, steps, tmp_path, monkeypatch):
         tmp_path,
         make_benchmark(),
         model=model,
-        callbacks=[told],
+        callbacks=[recorder],
         max_steps=5,
         per_device_eval_batch_size=4,
         **settings,
     )
-    assert told.evaluated == steps
+    assert recorder.evaluated == steps
     assert max(sizes) == 4
 
 
@@ -651,7 +665,7 @@ def test_evaluation_reports_its_speed(tmp_path):
 
 
 @pytest.mark.slow
-def test_best_checkpoint(tmp_path):
+def test_best_checkpoint_follows_the_metric_and_its_direction(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
     settings |= {"max_steps": 3}
     trainers = {}
@@ -674,13 +688,13 @@ def test_best_checkpoint(tmp_path):
 
 def test_benchmarks_of_the_wrong_type_raise(tmp_path, squares):
     benchmark = make_benchmark()
-    for wrong, said in (
+    for wrong, message in (
         (squares, "eval_dataset must be a CIRBenchmark .* got Dataset: benchmark_from_triplets makes one"),
         ([benchmark], "got list"),
         ({"a": benchmark, "b": squares}, r"eval_dataset\['b'\] must be a CIRBenchmark"),
         ({}, "an empty dict"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, wrong)
     unlabelled = type(benchmark)("test", benchmark.queries.remove_columns("target_id"), benchmark.gallery)
     with pytest.raises(ValueError, match="eval_dataset has no target_id, so it cannot be scored"):
@@ -712,7 +726,7 @@ def test_plain_training_arguments_raise(tmp_path):
 @pytest.mark.slow
 def test_model_init_makes_the_model_from_the_seed(tmp_path):
     def model_init():
-        return make_model(seed=torch.initial_seed() % 1000)  # the Trainer has set it
+        return make_model(seed=torch.initial_seed() % 1000)  # the seed that the Trainer set
 
     runs = []
     for seed in (3, 3, 4):
@@ -739,8 +753,8 @@ def test_hyperparameter_search_needs_objective_and_direction(tmp_path):
         make_searcher(tmp_path).hyperparameter_search(compute_objective=lambda metrics: 1.0)
 
 
-def test_hyperparameter_search(tmp_path):
-    """Every trial has its model, its arguments, the weights that they choose, and its folder; recall is maximised."""
+def test_hyperparameter_search_trains_each_trial_from_its_own_start(tmp_path):
+    """Search hyperparameters: every trial has its own model, arguments, weights and folder; recall is maximised."""
     optuna = pytest.importorskip("optuna")
     seen, recalls = [], []
 
@@ -781,11 +795,11 @@ def test_hyperparameter_search(tmp_path):
 @pytest.fixture
 def squares(tmp_path):
     (tmp_path / "squares").mkdir()
-    return each_with_each(tmp_path / "squares", ["red", "green", "blue", "white"], lambda _, b: f"make it {b}")
+    return square_triplets(tmp_path / "squares", ["red", "green", "blue", "white"], lambda _, b: f"make it {b}")
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "message"),
     [
         (
             "caption",
@@ -798,7 +812,7 @@ def squares(tmp_path):
         ("reference", None, "row 5 of train_dataset, with target_id 'white': reference is None"),
     ],
 )
-def test_invalid_row_raises_before_the_first_step(column, value, said, squares, tmp_path):
+def test_invalid_row_raises_before_the_first_step(column, value, message, squares, tmp_path):
     table = squares.to_dict()
     table[column][5] = value
     bad = Dataset.from_dict(table, features=squares.features)
@@ -806,13 +820,13 @@ def test_invalid_row_raises_before_the_first_step(column, value, said, squares, 
     def make(rows):
         return PVLFTrainer(make_model(), make_args(tmp_path), rows, processing_class=make_processor())
 
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         make(bad)
     make(bad.select([row for row in range(12) if row != 5]))
     shifted = bad.select([*range(3), *range(4, 12)])
-    with pytest.raises(ValueError, match=said.replace("row 5", "row 4")):
+    with pytest.raises(ValueError, match=message.replace("row 5", "row 4")):
         make(shifted)
-    if column == "caption":  # a stream is met row by row
+    if column == "caption":  # a stream is checked row by row
         with pytest.raises(ValueError, match="row 5 of the stream in pass 0: target_id 'white': caption is"):
             make(bad.to_iterable_dataset()).train()
 
@@ -834,14 +848,14 @@ def test_untrainable_data_raises(squares, tmp_path):
 
 
 def nodes(folder):
-    """Whether each of two processes logs, as the only one of its node."""
+    """Return whether each of two processes logs, as the only one of its node."""
     os.environ["LOCAL_RANK"] = "0"
     return [make_args(folder, log_on_each_node=each).should_log for each in (False, True)]
 
 
 @pytest.mark.slow
 def test_log_on_each_node_is_honoured(tmp_path):
-    """`log_on_each_node`: the second node's process logs too."""
+    """Run with `log_on_each_node`: the second node's process logs, too."""
     assert run_in_processes(2, nodes, tmp_path) == [[True, True], [False, True]]
 
 
@@ -855,7 +869,7 @@ def wrapped(folder, settings):
 
 
 @pytest.mark.slow
-def test_ddp_settings(tmp_path):
+def test_ddp_arguments_reach_the_wrapped_model(tmp_path):
     settings = {"ddp_backend": "gloo", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 3}
     settings |= {"ddp_broadcast_buffers": False, "ddp_static_graph": True}
     for outcome in run_in_processes(2, wrapped, tmp_path, settings):
@@ -882,7 +896,7 @@ for name, settings in json.loads(sys.argv[2]).items():
 
 
 @pytest.mark.slow
-def test_hub_settings(tmp_path):
+def test_hub_arguments_choose_what_is_pushed(tmp_path):
     kinds = {
         "end": {"hub_strategy": "end", "hub_private_repo": True},
         "each": {"hub_strategy": "every_save", "hub_revision": "next"},

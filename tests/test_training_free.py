@@ -1,4 +1,4 @@
-"""Training-free models: the formulas, and a plain dual encoder as a model of its own."""
+"""Training-free models: their formulas, and a plain dual encoder as a composed retrieval model."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from error_bounds import dot_error, embedding_error, exact_loss, roundoff, unit_
 from foreign import make_foreign
 from miniatures import make_cirr
 from safetensors.torch import load_file, save_file
-from test_backbones import CAPTIONS, close, pictures
+from test_backbones import CAPTIONS, close, random_images
 from tiny import make_model, make_processor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoProcessor, BertConfig, BertModel, pipeline
@@ -50,7 +50,8 @@ def test_slerp_divides_the_angle_and_stays_in_the_plane(weight):
 
 def test_slerp_equals_numbers_computed_by_hand():
     image, text = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    error = 8 * roundoff()  # of the angle pi / 2, its share, sine, quotient, product, sum; or of a norm of two
+    # roundings of the angle pi / 2, its share, sine, quotient, product, sum; or of a norm of two
+    error = 8 * roundoff()
     query = COMPOSITIONS["slerp"].compose(image, text, 0.8)
     close(query, torch.tensor([[math.cos(0.8 * math.pi / 2), math.sin(0.8 * math.pi / 2)]]), error)
     query = COMPOSITIONS["sum"].compose(image, text, 0.8)
@@ -89,7 +90,7 @@ def test_a_composition_has_its_published_weight_by_default():
         ({"vl_config": {"model_type": "bert"}}, "vl_config has model_type 'bert'.*one of .'blip', 'clip'"),
     ],
 )
-def test_impossible_settings_say_what_to_change(settings, advice):
+def test_impossible_settings_raise_with_a_remedy(settings, advice):
     with pytest.raises(ValueError, match=advice):
         TrainingFreeConfig(**settings)
 
@@ -109,7 +110,7 @@ def pretrained(request, tmp_path_factory):
 def test_a_plain_dual_encoder_composes_queries(pretrained, composition, caplog):
     model = TrainingFreeModel.from_vl_pretrained(pretrained, composition=composition)
     processor = PVLFProcessor.from_vl_pretrained(pretrained)
-    inputs = processor.process_queries(pictures(3), CAPTIONS)
+    inputs = processor.process_queries(random_images(3), CAPTIONS)
     output = model.get_query_features(**inputs)
     pvlf = PVLFModel.from_vl_pretrained(pretrained, fusion_heads=4)
     caplog.clear()
@@ -118,7 +119,7 @@ def test_a_plain_dual_encoder_composes_queries(pretrained, composition, caplog):
     assert torch.equal(output.image_embeds, image) and torch.equal(output.text_embeds, text)
     assert torch.equal(output.pooler_output, COMPOSITIONS[composition].compose(image, text, 0.8))
     assert model.embedding_width == 32 and not model.training
-    targets = processor.process_targets(pictures(3, seed=1))["pixel_values"]
+    targets = processor.process_targets(random_images(3, seed=1))["pixel_values"]
     assert torch.equal(
         model(target_pixel_values=targets).target_embeds, pvlf.get_image_features(targets).pooler_output
     )
@@ -127,10 +128,10 @@ def test_a_plain_dual_encoder_composes_queries(pretrained, composition, caplog):
     }
 
 
-def test_it_can_be_fine_tuned_side_by_side(pretrained):
+def test_training_free_model_can_be_fine_tuned(pretrained):
     model = TrainingFreeModel.from_vl_pretrained(pretrained)
     processor = PVLFProcessor.from_vl_pretrained(pretrained)
-    inputs = processor(images=pictures(3), text=CAPTIONS, target_images=pictures(3, seed=1))
+    inputs = processor(images=random_images(3), text=CAPTIONS, target_images=random_images(3, seed=1))
     output = model.train()(**inputs)
     truth, error = exact_loss(output.query_embeds, output.target_embeds, 0.07, gamma=0.0)
     assert (output.loss - truth.value).abs() <= error.value
@@ -143,9 +144,9 @@ def test_it_can_be_fine_tuned_side_by_side(pretrained):
     assert trains and all("text" in name for name in trains)
 
 
-def test_mistaken_inputs_are_refused(pretrained):
+def test_inconsistent_inputs_raise_in_training_free_models(pretrained):
     model = TrainingFreeModel.from_vl_pretrained(pretrained)
-    inputs = PVLFProcessor.from_vl_pretrained(pretrained)(images=pictures(3), text=CAPTIONS)
+    inputs = PVLFProcessor.from_vl_pretrained(pretrained)(images=random_images(3), text=CAPTIONS)
     with pytest.raises(ValueError, match="2 reference images but 3 relative captions"):
         model.get_query_features(inputs["pixel_values"][:2], inputs["input_ids"])
     with pytest.raises(ValueError, match="output_attentions.*'slerp' is a formula"):
@@ -157,7 +158,7 @@ def test_mistaken_inputs_are_refused(pretrained):
 # --- one loader, and the command line --------------------------------------------------------------------------------
 
 
-def test_one_loader_takes_every_model(pretrained, tmp_path, caplog):
+def test_load_model_loads_every_model_type(pretrained, tmp_path, caplog):
     model, processor = load_model(str(pretrained))
     assert type(model) is TrainingFreeModel and model.config.composition == "slerp" and not model.training
     assert "is a plain" in caplog.text and "Fine-tuning PVLF on it" in caplog.text
@@ -200,9 +201,9 @@ def test_other_models_are_refused_with_a_remedy(pretrained, tmp_path):
 
 def test_a_folder_is_indexed_and_searched_by_a_plain_encoder(pretrained, tmp_path):
     (tmp_path / "photos").mkdir()
-    images = pictures(4)
-    for number, picture in enumerate(images):
-        picture.save(tmp_path / "photos" / f"{number}.png")
+    images = random_images(4)
+    for number, image in enumerate(images):
+        image.save(tmp_path / "photos" / f"{number}.png")
     index, options = tmp_path / "index", ["--composition", "sum", "--json"]
 
     def call(*arguments):
@@ -241,7 +242,7 @@ def test_a_plain_encoder_is_evaluated_by_its_composition(pretrained, tmp_path):
     assert measured["sum"]["image+text"] == measured["slerp"]["image+text"]
 
 
-# Without the package, as on a machine that has only Transformers.
+# Runs without the package, as on a machine that has only Transformers.
 STRANGER = """
 import json
 import sys
@@ -255,17 +256,17 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor, pipeline
 
 root, errors = Path(sys.argv[1]), json.loads(sys.argv[2])
-picture, outputs = Image.open(root / "picture.png"), {}
+image, outputs = Image.open(root / "image.png"), {}
 for family in errors:
     folder = root / family
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        outputs[family] = model(**processor(images=picture, text="red", target_images=picture)).similarity
+        outputs[family] = model(**processor(images=image, text="red", target_images=image)).similarity
     pipe = pipeline(
-        "composed-image-retrieval", model=str(folder), trust_remote_code=True, gallery=[picture], device="cpu"
+        "composed-image-retrieval", model=str(folder), trust_remote_code=True, gallery=[image], device="cpu"
     )
-    (result,) = pipe(picture, text="red")
+    (result,) = pipe(image, text="red")
     assert abs(result["score"] - outputs[family].item()) <= errors[family]
     model.save_pretrained(root / "again" / family)
     processor.save_pretrained(root / "again" / family)
@@ -275,8 +276,8 @@ save_file(outputs, root / "outputs.safetensors")
 
 @pytest.mark.slow
 def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
-    (picture,) = pictures(1)
-    picture.save(tmp_path / "picture.png")
+    (image,) = random_images(1)
+    image.save(tmp_path / "image.png")
     ours, errors = {}, {}
     for family, composition in zip(FAMILIES, ("slerp", "sum", "product", "slerp"), strict=True):
         folder = tmp_path / family
@@ -296,13 +297,13 @@ def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
         again, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         assert type(again) is TrainingFreeModel and type(processor) is PVLFProcessor
         assert again.config.composition_weight == 0.6
-        inputs = processor(images=picture, text="red", target_images=picture)
+        inputs = processor(images=image, text="red", target_images=image)
         with torch.no_grad():
             ours[family] = again(**inputs).similarity
             assert torch.equal(ours[family], model(**inputs).similarity)
         errors[family] = embedding_error(model, dict(inputs))["similarity"]
-        pipe = pipeline("composed-image-retrieval", model=str(folder), gallery=[picture], device="cpu")
-        assert abs(pipe(picture, text="red")[0]["score"] - ours[family].item()) <= errors[family]
+        pipe = pipeline("composed-image-retrieval", model=str(folder), gallery=[image], device="cpu")
+        assert abs(pipe(image, text="red")[0]["score"] - ours[family].item()) <= errors[family]
     save_file(ours, tmp_path / "ours.safetensors")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("HF_MODULES_CACHE", None)

@@ -1,4 +1,4 @@
-"""The web demo, clicked through in a real browser, attacked over HTTP, and run as a Hub Space runs it."""
+"""The web demo in a real browser, under attack over HTTP, and as a process like a Hub Space."""
 
 import copy
 import io
@@ -29,30 +29,30 @@ from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 pytestmark = pytest.mark.slow
 
 SECRET = "52 Secret Lane"
-PICTURES = 120
+NUM_IMAGES = 120
 OWN = "photo of mine.jpg"
 
 
-def with_secret(picture):
-    """A JPEG that says where it was taken, and is on its side."""
-    exif = picture.getexif()
+def with_secret(image):
+    """Return a rotated JPEG whose EXIF data tell where it was taken."""
+    exif = image.getexif()
     exif[0x010E], exif[0x0112] = SECRET, 6  # description, orientation
     exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)  # latitude
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", exif=exif)
+    image.save(stream, "JPEG", exif=exif)
     return stream.getvalue()
 
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory):
-    """Emoji by Google, those of the examples among them, and a photograph with a secret."""
+    """Return a gallery of Google's emoji, including those of the examples, and a photograph with private metadata."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / OWN).write_bytes(with_secret(Image.linear_gradient("L").resize((200, 100)).convert("RGB")))
-    pictures = load_emoji_pictures(["Goog"])
-    names = pictures["image_id"][:]
+    images = load_emoji_pictures(["Goog"])
+    names = images["image_id"][:]
     needed = [names.index(image_id) for image_id, _ in web_demo.EXAMPLES]
-    rows = sorted({*needed, *range(0, len(names), len(names) // PICTURES)})
-    cells = pictures.select(rows).cast_column("image", datasets.Image(decode=False))["image"]
+    rows = sorted({*needed, *range(0, len(names), len(names) // NUM_IMAGES)})
+    cells = images.select(rows).cast_column("image", datasets.Image(decode=False))["image"]
     paths = [*(cell["path"] for cell in cells), str(folder / OWN)]
     model, processor = AutoModel.from_pretrained(CARD).eval(), AutoProcessor.from_pretrained(CARD)
     dataset = as_dataset(paths, [*(names[row] for row in rows), OWN])
@@ -61,14 +61,14 @@ def gallery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_gallery(gallery):
-    """The same, to compare with while the server uses its own."""
+    """Return an equal gallery to compare with, while the server uses its own."""
     path = Path(gallery.paths[-1]).parent / "kept"
     return Gallery.load(path, copy.deepcopy(gallery.model), gallery.processor)
 
 
 @pytest.fixture(scope="module")
 def url(gallery):
-    """One server, as `pvlf-hf demo` starts it."""
+    """Yield the URL of one server, started as by `pvlf-hf demo`."""
     with web_demo.serve(gallery) as address:
         yield address
 
@@ -84,12 +84,12 @@ def browser():
 
 @pytest.fixture
 def browse(browser, url):
-    """Opens the page; afterwards no script may have failed, and no request have left this machine."""
-    asked, failed = [], []
+    """Open the page; afterwards check that no script failed and no request left this machine."""
+    requests, failed = [], []
 
     def open_page(width=1280):
         page = browser.new_page(viewport={"width": width, "height": 800})
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: failed.append(str(error)))
         page.goto(url)
         page.locator("#grid img").nth(demo_session.SHOWN - 1).wait_for()
@@ -99,12 +99,12 @@ def browse(browser, url):
     for context in browser.contexts:
         context.close()
     assert not failed
-    assert asked and {request for request in asked if not request.startswith((url, "data:", "blob:"))} == set()
+    assert requests and {request for request in requests if not request.startswith((url, "data:", "blob:"))} == set()
 
 
 @pytest.fixture
 def encoded(gallery):
-    """Counts the runs of either encoder."""
+    """Count the runs of either encoder."""
     runs = [0]
 
     def count(*_):
@@ -118,20 +118,20 @@ def encoded(gallery):
 
 
 def grid(page):
-    """Row in the gallery and caption of every image shown."""
+    """Return the gallery row and caption of every image shown."""
     cells = page.locator("#grid button").all()
     return [(int(Path(cell.locator("img").get_attribute("src")).stem), cell.inner_text().strip()) for cell in cells]
 
 
 def wait_for(page, cells):
-    """Waits until the grid shows this; what else it shows is in the failure."""
+    """Wait until the grid shows `cells`; a failure reports what it shows instead."""
     deadline = time.monotonic() + 10
     while grid(page) != cells and time.monotonic() < deadline:
         page.wait_for_timeout(50)
     assert grid(page) == cells
 
 
-def ask(page, text):
+def submit(page, text):
     page.get_by_label("but …").fill(text)
     page.get_by_role("button", name="Search").click()
 
@@ -156,7 +156,7 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
         weighed = expected(truth, mine, "as a woman", balance)
         wait_for(page, weighed)
         assert weighed != first
-    assert weighed[0][0] == 7  # the image alone finds itself
+    assert weighed[0][0] == 7  # by the image alone, the first result is the image itself
     assert encoded[0] == runs > 0
     slider.fill("0")
     wait_for(page, first)
@@ -165,7 +165,7 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     page.wait_for_function("document.activeElement.closest('#text') && document.activeElement.value == ''")
     picked = truth.ids[first[2][0]]
     assert Path(page.locator("#reference img").get_attribute("src")).stem == str(first[2][0])
-    ask(page, "dark skin")
+    submit(page, "dark skin")
     second = expected(truth, truth.image(picked), "dark skin", left_out=[picked])
     wait_for(page, second)
     assert page.locator("#trail button").all_inner_texts() == ["as a woman", "dark skin"]
@@ -190,7 +190,7 @@ def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery
     shown = grid(page)[3][0]
     page.locator("#grid button").nth(3).click()
     page.locator("#reference img").wait_for()
-    page.get_by_role("button", name="Search").click()  # by the image alone: more like it
+    page.get_by_role("button", name="Search").click()  # by the image alone: similar images
     wait_for(page, expected(truth, truth.image(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
     assert page.locator("#balance input[type=range]").is_disabled()
     image_id, text = web_demo.EXAMPLES[0]
@@ -198,7 +198,7 @@ def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery
     wait_for(page, expected(truth, truth.image(image_id), text, left_out=[image_id]))
     page.get_by_label("Remove Image").click()
     page.locator("#reference input[type=file]").wait_for(state="attached")
-    ask(page, "a flag")
+    submit(page, "a flag")
     wait_for(page, expected(truth, None, "a flag"))
     assert page.locator("#trail button").all_inner_texts() == ["a flag"]
 
@@ -210,7 +210,7 @@ def test_visitors_see_messages_for_invalid_input(browse):
     files = {"name": "mine.png", "mimeType": "image/png", "buffer": b"no image"}
     page.locator("#reference input[type=file]").set_input_files(files)
     page.get_by_text("this file is not an image that can be read").wait_for()
-    ask(page, '<img src=x onerror="window.owned = true"><b>bold</b>')
+    submit(page, '<img src=x onerror="window.owned = true"><b>bold</b>')
     page.locator("#trail button").wait_for()
     assert "<b>bold</b>" in page.locator("#trail").inner_text()
     assert not page.evaluate("window.owned")
@@ -224,7 +224,7 @@ def test_page_fits_a_phone(browse):
             box = page.locator(name).bounding_box()
             assert box["x"] >= 0 and box["width"] > 100 and box["x"] + box["width"] <= 390, name
         tops = page.evaluate("[...document.querySelectorAll('#grid button')].map(c => c.getBoundingClientRect().top)")
-        assert tops[0] == tops[2] < tops[3]  # three in a row
+        assert tops[0] == tops[2] < tops[3]  # three images a row
         page.get_by_role("button", name=web_demo.EXAMPLES[1][1]).click()
         page.get_by_text("1 · ").first.wait_for()
         page.wait_for_function("scrollY > 100")  # to the results
@@ -232,7 +232,7 @@ def test_page_fits_a_phone(browse):
 
 @pytest.mark.reliability(
     5,
-    "Images that are shown, of the gallery or uploaded, carry no metadata (location, description)",
+    "Displayed images, from the gallery or uploaded, carry no metadata (location, description)",
     broken=(
         "src/pvlf_hf/search/demo_session.py",
         '"WEBP", quality=90)',
@@ -247,14 +247,14 @@ def test_images_are_served_without_metadata(browse, url, gallery, figure):
     page.locator("#reference input[type=file]").set_input_files(files)
     page.wait_for_function("document.querySelector('#reference img')?.src.endsWith('.webp')")
     page.get_by_role("button", name="Search").click()
-    page.locator(f"#grid img[src$='/{len(gallery) - 1}.webp']").wait_for()  # the photograph is found
+    page.locator(f"#grid img[src$='/{len(gallery) - 1}.webp']").wait_for()  # the photograph is a result
     sources = [image.get_attribute("src") for image in page.locator("#grid img, #reference img, #trail img").all()]
     for source in sources:
         content = httpx.get(source).raise_for_status().content
-        with Image.open(io.BytesIO(content)) as picture:
-            assert picture.format == "WEBP" and not picture.getexif() and SECRET.encode() not in content
-    with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as picture:
-        assert picture.size == (60, 120)  # turned upright all the same
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.format == "WEBP" and not image.getexif() and SECRET.encode() not in content
+    with Image.open(io.BytesIO(httpx.get(page.locator("#reference img").get_attribute("src")).content)) as image:
+        assert image.size == (60, 120)  # still turned upright
     figure(f"{len(sources)} images, two of them of files with GPS")
 
 
@@ -266,7 +266,7 @@ NOT_OURS = [
     "pyproject.toml",
     ".gradio/cached_examples/log.csv",
     "http://127.0.0.1:{port}/",
-    "https://example.com/picture.png",
+    "https://example.com/image.png",
     "file:///etc/passwd",
     "%00",
 ]
@@ -283,7 +283,8 @@ def test_only_gallery_images_are_served(url, gallery, figure):
         for route in ("file=", "file/", "proxy="):
             answer = httpx.get(f"{url}gradio_api/{route}{file}")
             refusal = answer.status_code, answer.json()
-            assert refusal == (403, {"detail": "only images of this gallery are served"}), route + file  # by us
+            # a file written by the demo
+            assert refusal == (403, {"detail": "only images of this gallery are served"}), route + file
     figure(f"{len(NOT_OURS)} names by 3 routes, refused")
 
 
@@ -307,14 +308,14 @@ def test_requests_are_bounded(url, figure):
     with httpx.Client(headers=hasty) as client:
         codes = [client.post(f"{api}/queue/join", content=b"{").status_code for _ in range(REQUESTS_PER_MINUTE + 5)]
     assert codes == [400] * REQUESTS_PER_MINUTE + [429] * 5
-    assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 400  # others are not kept waiting
+    assert httpx.post(f"{api}/queue/join", content=b"{").status_code == 400  # other clients do not wait
     figure(f"21 MiB, 128 KiB, no length, a length of 5,000 digits, {REQUESTS_PER_MINUTE + 5} requests: refused")
 
 
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"[" * 60_000, 400),  # deeper than Python goes
+        (b"[" * 60_000, 400),  # deeper than Python's recursion limit
         (b"\xff", 400),
         (b'{"data": [{"path": "\\u0000"}]}', 403),
         (b'{"data": [{"path": "\\ud800"}]}', 403),
@@ -345,7 +346,7 @@ def test_huge_images_are_not_decoded(tmp_path, figure):
 
 @pytest.mark.reliability(
     5,
-    "By default only this machine is served, and no page under another host name (DNS rebinding)",
+    "By default, requests from other machines, or under another host name (DNS rebinding), are refused",
     broken=(
         "src/pvlf_hf/search/web_demo.py",
         "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
@@ -355,7 +356,7 @@ def test_huge_images_are_not_decoded(tmp_path, figure):
 def test_only_local_hosts_are_served(url, figure):
     port = httpx.URL(url).port
     assert httpx.get(url).status_code == 200
-    assert httpx.get(url, headers={"Host": "pictures.example.com"}).status_code == 400
+    assert httpx.get(url, headers={"Host": "images.example.com"}).status_code == 400
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)  # another address of this machine
     figure("another address: no connection; another name: refused")
@@ -373,7 +374,7 @@ def test_missing_image_is_blank_among_results(gallery, tmp_path):
     files = {image_id: searcher.file(image_id) for image_id in session.shown}
     with Image.open(files[few.ids[3]]) as shown:
         assert shown.size == (256, 256) and shown.getpixel((1, 1)) == pytest.approx((228, 231, 235), abs=4)
-    with pytest.raises(ValueError, match="cannot be opened"):  # nothing can be searched by it
+    with pytest.raises(ValueError, match="cannot be opened"):  # it cannot be used as a query
         searcher.search(searcher.pick(session, session.shown.index(few.ids[3])), "more", 0)
 
 
@@ -387,7 +388,8 @@ def test_port_in_use_raises(url, gallery):
 
 @pytest.mark.reliability(
     5,
-    "12 clients for four seconds, good and bad requests mixed: every answer right, every refusal a sentence",
+    "12 clients for four seconds, valid and invalid requests mixed: every answer is correct, every refusal has"
+    " a message",
     broken=(
         "src/pvlf_hf/search/demo_session.py",
         "temporary.replace(file)",
@@ -403,7 +405,7 @@ def test_concurrent_clients_get_correct_results(url, other_gallery, figure):
 
 
 def test_app_runs_as_a_hub_space(gallery, tmp_path):
-    """The app of the module's docstring as a process, in a folder of its own, in the environment of a Space."""
+    """Run the app of the module's docstring as a process, in its own folder and a Space's environment."""
     app = textwrap.dedent(re.search(r"```python\n(.*?)```", web_demo.__doc__, re.DOTALL)[1])
     (tmp_path / "app.py").write_text(app)
     (tmp_path / "photos").mkdir()
@@ -430,7 +432,7 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
             with httpx.Client(base_url=f"http://127.0.0.2:{port}", transport=proxy) as client:
                 assert "This image" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
                 assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
-                for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted apart behind the proxy
+                for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted separately behind the proxy
                     for _ in range(REQUESTS_PER_MINUTE if expected_code == 400 and visitor == 1 else 1):
                         headers = {"X-Forwarded-For": f"10.0.0.{visitor}"}
                         answer = client.post("/gradio_api/queue/join", content=b"{", headers=headers)
@@ -439,22 +441,22 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
             process.terminate()
         assert process.wait(20) == 0
     assert list(tmp_path.glob("pvlf-demo-*")) == []
-    assert set((tmp_path / "asked").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
+    assert set((tmp_path / "connections").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
 
 
-def test_a_missing_environment_variable_is_named(monkeypatch):
+def test_missing_environment_variable_raises_with_its_name(monkeypatch):
     monkeypatch.delenv("PVLF_MODEL", raising=False)
     with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
         web_demo.main()
 
 
-# Writes down whom the process connects to, and which names it looks up.
+# Records the hosts that the process connects to and the names that it looks up.
 WATCH = """
 import pathlib, sys
 def watch(event, args):
     host = {"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}.get(event, lambda: None)()
     if host:
-        with open(pathlib.Path(__file__).with_name("asked"), "a") as file:
+        with open(pathlib.Path(__file__).with_name("connections"), "a") as file:
             file.write(f"{host}\\n")
 sys.addaudithook(watch)
 """

@@ -1,4 +1,4 @@
-"""Models and processors of toy size, made in memory: random weights, 16 patches, words of our own."""
+"""Models and processors of toy size, made in memory: random weights, 16 patches, a vocabulary of 60 words."""
 
 import string
 
@@ -18,25 +18,25 @@ VOCABULARY = {word: number for number, word in enumerate([*SPECIAL, *string.asci
 
 
 def tiny_config(backbone="blip", **settings):
-    """Two fusion layers of width 32 on a tiny BLIP or CLIP with 32 x 32 px images."""
+    """Return a configuration of two fusion layers of width 32 on a tiny BLIP or CLIP with 32 x 32 px images."""
     settings = {"num_prompts": 3, "fusion_heads": 4, "fusion_ffn_size": 40, **settings}
     return PVLFConfig(vl_config=CONFIGS[backbone], **settings)
 
 
 def make_model(backbone="blip", seed=0, **settings):
-    """A seeded random PVLF in eval mode."""
+    """Return a seeded random PVLF in eval mode."""
     torch.manual_seed(seed)
     return PVLFModel(tiny_config(backbone, **settings)).eval()
 
 
 def make_processor():
-    """32 px images and a BERT tokenizer of 60 words (BLIP)."""
+    """Return a processor for 32 px images with a BERT tokenizer of 60 words (BLIP)."""
     images = PVLFImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     return PVLFProcessor(images, BertTokenizer(vocab=dict(VOCABULARY)))
 
 
 def make_inputs(backbone="blip", batch=3, seed=1):
-    """Queries with captions of different lengths, each ending in its end token, and their targets."""
+    """Return queries with captions of different lengths, each with its end token last, and their targets."""
     text = CONFIGS[backbone]["text_config"]
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.zeros(batch, 8, dtype=torch.long)
@@ -55,7 +55,7 @@ def make_inputs(backbone="blip", batch=3, seed=1):
 
 
 class Rows(torch.utils.data.Dataset):
-    """36 queries; every third wants the same target as the row before, across the border of processes too."""
+    """Data set of 36 queries; every third shares the target of the row before, also across processes."""
 
     def __init__(self):
         self.inputs = make_inputs("blip", batch=36)

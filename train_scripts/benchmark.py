@@ -7,7 +7,7 @@
 
 Alternatives are timed in turn. Weights and images are random: speed does not depend on them. A floor is the time that
 the matrix products of an alternative, or the bytes it reads, would take at the rate that this machine reaches in one
-large product, or in one pass over memory. PERFORMANCE.md has predictions and results; `--write` renews its tables.
+large product, or in one pass over memory. PERFORMANCE.md has predictions and results; `--write` replaces its tables.
 """
 
 import copy
@@ -55,7 +55,7 @@ CAPTION = "the same dress but shorter and with long dark sleeves"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BF16 = torch.bfloat16
 
-BASES = {  # imports that any use of the classes PVLF builds on needs, and the package
+BASES = {  # imports of the Transformers classes that PVLF builds on, and of the package
     "Transformers' own classes": "from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, "
     "AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, PreTrainedModel, ProcessorMixin); "
     "from transformers.image_processing_backends import PilBackend",
@@ -97,7 +97,7 @@ def make_processor(model: PVLFModel) -> PVLFProcessor:
 
 
 def as_transformers(model: PVLFModel) -> PVLFModel:
-    """Return a copy with the attention of Transformers' BLIP, which the others are compared with."""
+    """Return a copy with the attention of Transformers' BLIP, the reference of the comparison."""
     model = copy.deepcopy(model)
     for layer in model.backbone.vision_model.encoder.layers:
         layer.self_attn.__class__ = BlipAttention
@@ -114,7 +114,7 @@ def compiled(model: PVLFModel) -> PVLFModel:
 
 
 def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
-    """Return the ways to compute; compiling needs a C++ compiler, OpenVINO its package."""
+    """Return the alternatives by name; compiling needs a C++ compiler, OpenVINO its package."""
     model = make_model(size)
     alternatives = {
         "float32, attention of Transformers": as_transformers(model),
@@ -130,7 +130,7 @@ def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
 
 
 def make_jpeg(width: int, height: int) -> bytes:
-    """Make a JPEG of smooth noise, about as many bytes as a photograph of that size."""
+    """Make a JPEG of smooth noise, with about as many bytes as a photograph of that size."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     stream = BytesIO()
     PILImage.fromarray(noise).resize((width, height), PILImage.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
@@ -177,7 +177,7 @@ def encoding_speed(options: Options) -> list[Table]:
 
 
 def ahead(model: PVLFModel, options: Options) -> Table:
-    """Measure `encode_gallery` with batches prepared in turn with encoding, and ahead of it."""
+    """Measure `encode_gallery` with batches prepared in turn with encoding, and prefetched."""
     processor, cell = make_processor(model), {"bytes": make_jpeg(1200, 900), "path": None}
     gallery = Dataset.from_dict({"image": [cell] * 16}, Features({"image": Image()}))
 
@@ -323,7 +323,7 @@ def fast_ranks(queries: Tensor, gallery: Tensor, target: Tensor, exclude: Tensor
 def added_memory(call: Callable[[], Any]) -> int:
     """Return the peak memory of a call in bytes, beyond the memory held before (Linux only)."""
     ctypes.CDLL(None).malloc_trim(0)  # returns free memory, so that its use counts
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = held("VmRSS")
     call()
     return held("VmHWM") - before
@@ -438,7 +438,7 @@ def startup_speed(options: Options) -> list[Table]:
         for _ in range(options.rounds):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # out of the cache
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # evicted from the page cache
             shares.append(int(in_new_process(READING.format(folder=folder))) / size)
         loading = side_by_side({"loading a checkpoint": partial(in_new_process, READING.format(folder=folder))}, 1)
     read = {"bytes read from disk / bytes of the file": [f"{median(shares):.3f}"]}

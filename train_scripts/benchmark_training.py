@@ -6,7 +6,7 @@
 Alternatives are timed in turn. Weights and images are random: neither speed nor memory depends on them. A step is
 forward, backward, clipping and AdamW; with cached or encoded images it includes making the batch, in the same process.
 The floor of an alternative is the time its matrix products would take at the rate of one large product on the same
-machine, in the same dtype. PERFORMANCE.md has predictions and results; `--write` renews its tables.
+machine, in the same dtype. PERFORMANCE.md has predictions and results; `--write` replaces its tables.
 """
 
 import tempfile
@@ -43,7 +43,7 @@ class Way:
     """How a training step is computed."""
 
     fused: bool = True  # fused attention in the ViT
-    whole: bool = False  # computes the last fusion layer at every position, though two are read
+    whole: bool = False  # computes the last fusion layer at every position, although two are read
     bf16: bool = False  # autocast
     checkpointing: bool = False  # activation checkpointing, layer by layer
     one_pass: bool = False  # references and targets through the ViT together
@@ -191,12 +191,12 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
 
 
 def is_native(way: Way) -> bool:
-    """Return whether the processor computes in its dtype."""
+    """Return whether the processor computes natively in the alternative's dtype."""
     return not way.bf16 or torch.bfloat16 in formats()
 
 
 def rate_of(way: Way, size: str) -> float:
-    """Return the FLOP/s of a matrix product in its dtype."""
+    """Return the FLOP/s of a matrix product in the alternative's dtype."""
     return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32, size)
 
 
@@ -220,16 +220,16 @@ def memory(peaks: list[int]) -> dict[str, list[str]]:
 def large_batch(size: str, rounds: int) -> list[Table]:
     """Measure gradient caching, compared by the triplet, and the loss in chunks."""
     tables = []
-    for its_size, small, large in [("tiny", 4, 32)] if size == "tiny" else [("base", 2, 8), ("tiny", 64, 1024)]:
+    for model_size, small, large in [("tiny", 4, 32)] if size == "tiny" else [("base", 2, 8), ("tiny", 64, 1024)]:
         ways = {
             f"batch {small}": (small, Way()),
             f"batch {large} in chunks of {small}": (large, Way(chunk_size=small)),
             f"batch {large}": (large, Way()),
         }
-        timings, _ = timed_steps(its_size, ways, rounds)
+        timings, _ = timed_steps(model_size, ways, rounds)
         each = by_the_triplet(timings, [rows for rows, _ in ways.values()])
-        peaks = memory([peak(its_size, *way) for way in ways.values()])
-        tables.append(Table(f"{its_size}, finetuning=both: seconds a triplet", each, peaks))
+        peaks = memory([peak(model_size, *way) for way in ways.values()])
+        tables.append(Table(f"{model_size}, finetuning=both: seconds a triplet", each, peaks))
 
     queries, chunks = 8192 if size == "base" else 1024, {"whole": None, "in chunks of 256": 256}
     timings = side_by_side({name: partial(loss, queries, chunk) for name, chunk in chunks.items()}, rounds)

@@ -7,7 +7,7 @@ Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags 
 written to `model_cards/emoji-cir/results.json` and rendered as tables and a plot into that card, and as a summary into
 README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
 After an interruption the same command does the runs that are missing; runs of another recipe raise an error.
-`--render_only` renders the committed numbers and renews the checkpoint's copy of the code.
+`--render_only` renders the committed numbers and updates the checkpoint's copy of the code.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast on CPUs that support it")
     parser.add_argument(
         "--publish", action="store_true", help="make the first seed's PVLF-Deep the committed checkpoint"
     )
@@ -111,7 +111,7 @@ def main() -> None:
     if args.publish:
         publish(folder / f"PVLF-Deep-seed{args.seeds[0]}")
     for source in sorted((ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")):
-        shutil.copyfile(source, CHECKPOINT / source.name)  # the code that travels with the checkpoint
+        shutil.copyfile(source, CHECKPOINT / source.name)  # the code that is saved with the checkpoint
     results = json.loads((CARD / "results.json").read_text())
     plot(results, CARD / "tables.png")
     for file, text in renderings(results).items():

@@ -1,4 +1,4 @@
-"""Estimates the GPU hours of a training from the operations of one step, counted on shapes alone.
+"""Estimate of a training's GPU hours from the operations of one step, counted on shapes alone.
 
 Assumptions, as opposed to counts, are the constants below.
 """
@@ -20,7 +20,7 @@ from pvlf_hf.training.methods import METHODS
 GPU = "NVIDIA A100 80 GB"  # the paper's
 PEAK_FLOPS = 312e12  # FLOP/s, dense bfloat16, by its data sheet
 UTILISATION = 0.3  # fraction of the peak, assumed; loading images must keep up with it
-CAPTION_TOKENS = 16  # tokens per caption, assumed, padding to the longest of a batch included
+CAPTION_TOKENS = 16  # tokens per caption, assumed, including padding to the longest of a batch
 TRIPLETS = {"laion-cir-template": 16_000, "laion-cir-llm": 16_000, "laion-cir-combined": 32_000}  # as the paper rounds
 
 # Sizes of the released checkpoints, so that nothing needs to be downloaded for an estimate.

@@ -1,4 +1,4 @@
-"""Method of the benchmarks in this folder: alternatives timed in turn in one run, as ratios with their spread."""
+"""Timing of the benchmarks in this folder: alternatives are timed in turn in one run and reported as ratios."""
 
 import argparse
 import json
@@ -105,7 +105,7 @@ def matrix_rate(dtype: torch.dtype, size: str, device: str = "cpu") -> float:
 
 
 def waited_for(result: Any, device: str) -> Any:
-    """Return the result once it is computed: CUDA runs asynchronously."""
+    """Wait for the result, because CUDA runs asynchronously, and return it."""
     if device != "cpu":
         torch.cuda.synchronize()
     return result
@@ -148,7 +148,7 @@ def parser_of(script: str, description: str, parts: dict[str, Any], rounds: int)
         "--only", choices=parts, nargs="+", default=list(parts), help="parts to measure (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timings of each alternative (default: {rounds})")
-    parser.add_argument("--write", action="store_true", help=f"renew the tables of {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"replace the tables of {DOCUMENT.name}")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs") / Path(script).stem)
     return parser
 

@@ -91,7 +91,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, each a training of every recipe")
     parser.add_argument("--accelerate_config", type=Path, help="topology for `accelerate launch`: several GPUs")
     parser.add_argument(
-        "--dry_run", action="store_true", help="only print what would run, and the GPU hours to expect"
+        "--dry_run", action="store_true", help="only print the planned runs and their expected GPU hours"
     )
     args = parser.parse_args(own)
     table = tables[args.table]
@@ -181,7 +181,7 @@ def claim(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Train in a separate process, unless that is done; an interrupted training resumes from its checkpoint.
+    """Train in a separate process, unless the run is trained; an interrupted training resumes from its checkpoint.
 
     Raises:
         RuntimeError: if the training fails.
@@ -197,7 +197,7 @@ def train(run: Run) -> None:
 
 
 def measure(run: Run, protocols: Sequence[str]) -> None:
-    """Evaluate a run in float32, unless that is done; write the submission files for CIRR's test split."""
+    """Evaluate a run in float32, unless it is evaluated; write the submission files for CIRR's test split."""
     model_args, data_args, _ = parse_arguments(list(run.arguments))
     weights = {"untrained": Path(model_args.model)} if run.row.baseline else trained_weights(run.folder)
     for (name, source), protocol in product(weights.items(), protocols):
@@ -216,7 +216,7 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
             "check_counts": data_args.check_counts,
         }
         measurement.main([f"--{flag}={value}" for flag, value in flags.items()])
-        clear_device_cache(garbage_collection=True)  # the next training may need all of it
+        clear_device_cache(garbage_collection=True)  # the next training may need all memory
 
 
 def trained_weights(folder: Path) -> dict[str, Path]:
