@@ -11,6 +11,8 @@ from functools import cached_property
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from diffused import make_model as make_compodiff
+from diffused import make_processor as make_compodiff_processor
 from dual_encoders import FAMILIES, tokenizer_of
 from error_bounds import rounding
 from inverted import make_model as make_inversion
@@ -22,7 +24,14 @@ from transformers import AutoConfig, AutoModel
 from pvlf_hf import PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
 
 INVERSIONS = ("pic2word", "context_i2w")
-KINDS = [*(f"pvlf-{family}" for family in FAMILIES), "training_free-blip", "training_free-siglip", *INVERSIONS]
+DIFFUSED = ("compodiff-clip", "compodiff-blip")
+KINDS = [
+    *(f"pvlf-{family}" for family in FAMILIES),
+    "training_free-blip",
+    "training_free-siglip",
+    *DIFFUSED,
+    *INVERSIONS,
+]
 
 
 class Case:
@@ -34,6 +43,8 @@ class Case:
         self.kind, self.family = kind, family or "clip"
         if kind in INVERSIONS:
             self.model, processor = make_inversion(kind, reference=False), make_inversion_processor(kind)
+        elif kind in DIFFUSED:
+            self.model, processor = make_compodiff(family), make_compodiff_processor(family)
         else:
             vl_config = AutoConfig.for_model(**{"model_type": family, **copy.deepcopy(FAMILIES[family])})
             make = {

@@ -149,9 +149,9 @@ class CompoDiffConfig(DualEncoderConfig):
                 f"negative_ids and pad_id hold {unknown}, but the vocabulary of vl_config has {vocab_size} tokens: "
                 "take them from the processor of this checkpoint"
             )
-        if not 1 <= len(self.negative_ids) <= self.text_length:
+        if len(self.negative_ids) > self.text_length:
             raise ValueError(
-                f"negative_ids has {len(self.negative_ids)} tokens: pass 1 to {self.text_length}, without padding"
+                f"negative_ids has {len(self.negative_ids)} tokens: pass {self.text_length} at most, without padding"
             )
 
 
