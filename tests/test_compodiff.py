@@ -456,6 +456,10 @@ def test_captions_that_are_too_long_are_refused(model):
         processor.process_queries([PICTURE, PICTURE], ["red", "a " * 80])
     assert processor(text=["red", "a " * 80], truncation=True)["input_ids"].shape == (2, 77)
     assert processor(text="a " * 75)["input_ids"].shape == (1, 77)
+    on_blip = make_processor("blip")  # as all models on BLIP
+    assert on_blip.truncation and on_blip(text="red " * 80)["input_ids"].shape == (1, 35)
+    with pytest.raises(ValueError, match=r"caption 0 has 82 tokens, 47 more"):
+        on_blip(text="red " * 80, truncation=False)
     short = processor(images=PICTURE, text="red", padding="longest")
     with pytest.raises(ValueError, match=r'5 tokens long, but .* reads all 77 .*padding="max_length"'):
         model.get_query_features(**short)

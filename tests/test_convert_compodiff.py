@@ -30,9 +30,8 @@ def test_every_name_of_the_real_file():
     tensors = real_tensors()
     assert len(tensors) == 222
     weights = translate_denoiser(tensors, CompoDiffConfig().vl_config)
-    assert (
-        sum(weight.numel() for weight in weights.values()) == KEYS["parameters"] - 16
-    )  # the rotary frequencies, which all layers share
+    parameters = KEYS["parameters"] - 16  # the rotary frequencies, which all layers share
+    assert sum(weight.numel() for weight in weights.values()) == parameters
     with torch.device("meta"):
         expected = Denoiser(CompoDiffConfig()).state_dict()
     assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in expected.items()}

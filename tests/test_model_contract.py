@@ -127,7 +127,9 @@ def test_torch_saves_and_loads_the_whole_model(case, tmp_path):
 def test_loads_in_the_dtype_that_is_asked_for(saved, dtype, tmp_path):
     case, folder = saved
     half = type(case.model).from_pretrained(folder, dtype=dtype)
-    assert {parameter.dtype for parameter in half.parameters()} == {getattr(torch, dtype)}
+    float32 = tuple(half._keep_in_fp32_modules_strict or ())  # modules that half precision would harm
+    wanted = {name: torch.float32 if name.startswith(float32) else getattr(torch, dtype) for name in half.state_dict()}
+    assert {name: parameter.dtype for name, parameter in half.named_parameters()} == wanted
     assert half.config.dtype == getattr(torch, dtype)
     half.save_pretrained(tmp_path)
     assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == getattr(torch, dtype)
@@ -248,6 +250,7 @@ def test_activation_checkpointing_trains_as_without(case):
 
     def gradients(model, inputs):
         model.zero_grad()
+        torch.manual_seed(0)  # of noise that a loss draws
         model(**inputs).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

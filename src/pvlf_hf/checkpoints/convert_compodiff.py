@@ -63,6 +63,7 @@ NAMES = (
     (r"\.feed_forward\.1\.", ".feed_forward.input."),
     (r"\.feed_forward\.5\.", ".feed_forward.output."),
     (r"attention\.norm\.g$", "attention.norm.weight"),
+    (r"\.cross_attention\.(null_kv$|to_kv\.)", r".cross_attention.memory.\1"),
     (r"\.null_kv$", ".null_key_value"),
     (r"\.to_q\.", ".query."),
     (r"\.to_kv\.", ".key_value."),

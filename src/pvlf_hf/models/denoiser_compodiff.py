@@ -70,27 +70,36 @@ class SelfAttention(nn.Module):
         return self.output_norm(self.output(out.transpose(-2, -3).flatten(-2)))
 
 
+class Memory(nn.Module):
+    """Keys and values of the conditions, with learned ones in front of them that the heads share."""
+
+    def __init__(self, config: CompoDiffConfig) -> None:
+        super().__init__()
+        self.heads, head = config.cross_heads, config.head_width
+        self.key_value = nn.Linear(config.joint_width, 2 * self.heads * head, bias=False)
+        self.null_key_value = nn.Parameter(torch.empty(2, head))
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Compute keys and values of `(rows, n + 2, d)`: `(2, rows, heads, n + 3, h)`."""
+        parts = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        null = self.null_key_value[:, None, None, None].expand(-1, *parts.shape[1:3], 1, -1)
+        return torch.cat([null, parts], dim=-2)
+
+
 class CrossAttention(nn.Module):
-    """Attention to the conditions, with a learned key and value in front of theirs, shared by the heads."""
+    """Attention to the conditions."""
 
     def __init__(self, config: CompoDiffConfig) -> None:
         super().__init__()
         width, self.heads, head = config.joint_width, config.cross_heads, config.head_width
         self.norm = norm(width)
         self.query = nn.Linear(width, self.heads * head, bias=False)
-        self.key_value = nn.Linear(width, 2 * self.heads * head, bias=False)
-        self.null_key_value = nn.Parameter(torch.empty(2, head))
+        self.memory = Memory(config)
         self.output = nn.Linear(self.heads * head, width, bias=False)
         self.output_norm = norm(width)
 
-    def read(self, context: Tensor) -> Tensor:
-        """Compute keys and values of `(rows, n + 2, d)`: `(2, rows, heads, n + 3, h)`."""
-        parts = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        null = self.null_key_value[:, None, None, None].expand(-1, *parts.shape[1:3], 1, -1)
-        return torch.cat([null, parts], dim=-2)
-
     def forward(self, states: Tensor, memory: Tensor) -> Tensor:
-        """Map `(rows, samples, 2, d)` to the same shape; `memory` is what `read` returned."""
+        """Map `(rows, samples, 2, d)` to the same shape; `memory` are the keys and values of the conditions."""
         query = self.query(self.norm(states)).unflatten(-1, (self.heads, -1))
         query = query.flatten(1, 2).transpose(1, 2)  # samples share the conditions: one sequence
         key, value = memory.unbind()
@@ -172,7 +181,7 @@ class Denoiser(nn.Module):
         with torch.autocast(text.device.type, enabled=False):
             context = self.context(text, image, mask)
             layers: Any = self.layers
-            return [layer.cross_attention.read(context) for layer in layers]
+            return [layer.cross_attention.memory(context) for layer in layers]
 
     def forward(self, noised: Tensor, times: Tensor, memory: list[Tensor]) -> Tensor:
         """Predict clean embeddings.
@@ -189,16 +198,15 @@ class Denoiser(nn.Module):
             noised = noised.to(self.output.weight.dtype)
             time = self.time_embed(sinusoid(times, noised.shape[-1]).to(noised.dtype))
             states = torch.stack([noised, time[..., None, :].expand_as(noised)], dim=2)
-            bias = self.logit_bias()
+            bias = self.logit_bias(noised.device)
             for layer, of_layer in zip(self.layers, memory, strict=True):
                 states = layer(states, of_layer, bias)
             first = states[:, :, 0]
             return self.output(self.norm(first / first.amax(dim=-1, keepdim=True).detach()))
 
-    def logit_bias(self) -> Tensor:
+    def logit_bias(self, device: torch.device) -> Tensor:
         """Return the biases of self-attention `(heads, 2, 3)`, the learned key being column 0."""
         # T5's causal buckets: small distances are their own bucket, and later columns count as distance 0.
-        device = self.relative_bias.weight.device
         distances = torch.arange(2, device=device)[:, None] - torch.arange(3, device=device)
         return self.relative_bias(distances.clamp(min=0)).permute(2, 0, 1)
 

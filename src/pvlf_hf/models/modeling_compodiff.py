@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .backbones_pvlf import load_pretrained_dual_encoder
 from .configuration_compodiff import CompoDiffConfig
-from .denoiser_compodiff import CrossAttention, Denoiser, SelfAttention
+from .denoiser_compodiff import Denoiser, Memory, SelfAttention
 from .dual_encoder_pvlf import DualEncoderModel
 from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
 from .objective_compodiff import predict_targets
@@ -67,7 +67,7 @@ class CompoDiffModel(DualEncoderModel):
                     bound = part.in_features**-0.5
                     for weight in part.parameters():
                         init.uniform_(weight, -bound, bound)
-                elif isinstance(part, SelfAttention | CrossAttention):
+                elif isinstance(part, SelfAttention | Memory):
                     init.normal_(part.null_key_value)
 
     @classmethod

@@ -13,14 +13,15 @@ from .processing_pvlf import Padding, PVLFProcessor
 class CompoDiffProcessor(PVLFProcessor):
     """Bundles the image processor and the tokenizer of a [`CompoDiffModel`].
 
-    The denoiser reads all tokens, those of padding included, so every caption is padded to the same length, and one
-    that is longer is refused instead of cut.
+    The denoiser reads all tokens, those of padding included, so every caption is padded to the same length.
 
     Args:
         image_processor: [`PVLFImageProcessor`] with the image size of the image encoder.
         tokenizer: that of the text encoder; its padding token matters.
         max_text_length: tokens of every caption, special tokens included.
         padding: see [`PVLFProcessor`]; the model takes `"max_length"` alone.
+        truncation: cut captions that are longer, instead of refusing them. On other families than CLIP (ours) they are
+            cut where other models on that family cut them.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class CompoDiffProcessor(PVLFProcessor):
         tokenizer: PreTrainedTokenizerBase,
         max_text_length: int = 77,
         padding: Padding = "max_length",
+        truncation: bool = False,
     ) -> None:
         super().__init__(image_processor, tokenizer, max_text_length, padding)
+        self.truncation = truncation
 
     @classmethod
     def from_vl_pretrained(
@@ -57,7 +60,8 @@ class CompoDiffProcessor(PVLFProcessor):
     def for_backbone(cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "CompoDiffProcessor":
         """Build the processor of a dual encoder from its configuration and its tokenizer."""
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
-        return cls(plain.image_processor, tokenizer, CompoDiffConfig(vl_config=vl_config).text_length)
+        length = CompoDiffConfig(vl_config=vl_config).text_length
+        return cls(plain.image_processor, tokenizer, length, truncation=vl_config.model_type != "clip")
 
     @property
     def negative(self) -> dict[str, Any]:
@@ -82,7 +86,7 @@ class CompoDiffProcessor(PVLFProcessor):
         text = list(text) if not isinstance(text, str) and isinstance(text, Iterable) else text
         tokens = super()._tokenize(text, return_tensors, settings)
         longest = (settings or {}).get("max_length", self.max_text_length)
-        if not (settings or {}).get("truncation"):
+        if not (settings or {}).get("truncation", self.truncation):
             lengths = map(len, self.tokenizer([text] if isinstance(text, str) else text, padding=False)["input_ids"])
             for row, length in enumerate(lengths):
                 if length > longest:
