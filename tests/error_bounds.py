@@ -156,7 +156,8 @@ def operation_errors(name, function, args, kwargs, outs):
     if name == "native_layer_norm":
         x, _, weight, bias = args[:4]
         size = (x**2).mean(dim=-1, keepdim=True).sqrt() * outs[2] * weight.abs()
-        return [row(-1) * (size + bias.abs() + outs[0].abs()), row(-1) * outs[1].abs(), row(-1) * outs[2]]
+        shift = 0 if bias is None else bias.abs()
+        return [row(-1) * (size + shift + outs[0].abs()), row(-1) * outs[1].abs(), row(-1) * outs[2]]
     if name == "native_layer_norm_backward":
         grad, x, _, mean, rstd, weight = args[:6]
         normed, slope = (x - mean) * rstd, grad * weight

@@ -7,6 +7,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
+from diffused import make_processor as make_compodiff_processor
 from dual_encoders import FAMILIES, tokenizer_of
 from inverted import make_processor as make_inversion_processor
 from test_backbones import random_images
@@ -21,12 +22,14 @@ INVERSIONS = ("pic2word", "searle_oti")
 def make_processor(kind):
     if kind in INVERSIONS:
         return make_inversion_processor(kind)
+    if kind == "compodiff":
+        return make_compodiff_processor()
     return PVLFProcessor.for_backbone(
         AutoConfig.for_model(**{"model_type": kind, **FAMILIES[kind]}), tokenizer_of(kind)
     )
 
 
-@pytest.fixture(params=[*FAMILIES, *INVERSIONS])
+@pytest.fixture(params=[*FAMILIES, "compodiff", *INVERSIONS])
 def kind(request):
     return request.param
 

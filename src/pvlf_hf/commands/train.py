@@ -1,4 +1,4 @@
-r"""Trains PVLF or its baseline TransAgg from flags or a recipe, saves the model and evaluates it.
+r"""Trains PVLF or another method from flags or a recipe, saves the model and evaluates it.
 
     # your own folder of images, a table of triplets, and the BLIP checkpoint that the paper uses
     pvlf-hf train --model Salesforce/blip-itm-base-coco --output_dir outputs/mine \
@@ -59,7 +59,7 @@ LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 
 @dataclass
 class ModelArguments:
-    """Arguments of the model. Settings that are not given keep the defaults of PVLFConfig, which are the paper's."""
+    """Arguments of the model. Settings that are not given keep the defaults of its configuration, the paper's."""
 
     model: str = field(
         default="Salesforce/blip-itm-base-coco",
@@ -68,7 +68,7 @@ class ModelArguments:
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), or a method of textual "
+            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), compodiff, or a method of textual "
             "inversion, which trains on images or captions alone.",
             "choices": [*METHODS],
         },
@@ -280,9 +280,8 @@ def train(
         The final evaluations.
     """
     folder = Path(str(args.output_dir))
-    triplets, validation = data_args.load(
-        model_args.method
-    )  # first: an error in the data is raised before a model is downloaded
+    # First: an error in the data is raised before a model is downloaded.
+    triplets, validation = data_args.load(model_args.method)
     set_seed(args.seed)
     model, processor = model_args.build()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)

@@ -31,8 +31,9 @@ from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import id_number, sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalProcessor, normalize, unwrap
-from ..models.modeling_pvlf import PVLFModel, PVLFOutput
+from ..models.interface_pvlf import ComposedRetrievalOutput, ComposedRetrievalProcessor, normalize, unwrap
+from ..models.modeling_compodiff import CompoDiffModel
+from ..models.modeling_pvlf import PVLFModel
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +215,7 @@ def accept_cached_features(model: nn.Module) -> None:
     Cached tokens belong to training, not to the model, whose class and checkpoints stay as they are.
 
     Args:
-        model: a [`PVLFModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
+        model: a [`PVLFModel`] or a [`CompoDiffModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
     """
     inner: Any = unwrap(model)
     if "forward" not in vars(inner):
@@ -222,11 +223,13 @@ def accept_cached_features(model: nn.Module) -> None:
 
 
 def _forward_of_cached_features(
-    self: PVLFModel, *args: Any, encoder_outputs: dict[str, Tensor] | None = None, **inputs: Any
-) -> PVLFOutput:
-    """Compute what [`PVLFModel.forward`] does, with cached outputs of frozen encoders in place of their inputs."""
+    self: Any, *args: Any, encoder_outputs: dict[str, Tensor] | None = None, **inputs: Any
+) -> ComposedRetrievalOutput:
+    """Compute what the model's `forward` does, with cached outputs of frozen encoders in place of their inputs."""
     if encoder_outputs is None:
         return type(self).forward(self, *args, **inputs)
+    if isinstance(self, CompoDiffModel):
+        return self.denoise(encoder_outputs["image_tokens"][:, 0], encoder_outputs["target_features"], **inputs)
     mask = inputs.get("attention_mask")
     if "text_tokens" in encoder_outputs:
         text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
@@ -234,11 +237,11 @@ def _forward_of_cached_features(
         text = self.backbone.text_tokens(inputs["input_ids"], mask)
     output = self.start_output(self.compose(encoder_outputs["image_tokens"], *text, mask))
     output.target_embeds = normalize(encoder_outputs["target_features"])
-    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))  # type: ignore[return-value]
+    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
 
 
 def cache_features(
-    model: PVLFModel,
+    model: PVLFModel | CompoDiffModel,
     processor: ComposedRetrievalProcessor,
     triplets: Dataset,
     folder: str | Path,
@@ -263,7 +266,7 @@ def cache_features(
         OSError: if the disk is full.
     """
     model = unwrap(model)  # type: ignore[assignment]
-    if not isinstance(model, PVLFModel):
+    if not isinstance(model, PVLFModel | CompoDiffModel):
         raise ValueError(f"{type(model).__name__} takes no cached encoder outputs: train it without feature_cache")
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
@@ -309,7 +312,9 @@ def cache_features(
             images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
             texts = None
-            if not any(p.requires_grad for module in text_side for p in module.parameters()):
+            # CompoDiff reads the tokens of padding, too, so that captions are encoded as they come.
+            is_whole = isinstance(model, CompoDiffModel)
+            if not is_whole and not any(p.requires_grad for module in text_side for p in module.parameters()):
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
                 texts.fill([sequence_digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
     finally:

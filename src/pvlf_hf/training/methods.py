@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..models.configuration_compodiff import CompoDiffConfig
 from ..models.configuration_inversion import InversionConfig
 from ..models.configuration_pvlf import TRANSAGG, PVLFConfig
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_inversion import InversionModel
 from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_compodiff import CompoDiffProcessor
 from ..models.processing_inversion import InversionProcessor
 from ..models.processing_pvlf import PVLFProcessor
 from .objectives import SAMPLES
@@ -55,6 +58,12 @@ def _pvlf(pretrained: str, **settings: Any) -> Pair:
     return PVLFModel.from_vl_pretrained(pretrained, **settings), processor
 
 
+def _compodiff(pretrained: str, **settings: Any) -> Pair:
+    towers = {name: settings[name] for name in ("text_encoder",) if name in settings}
+    processor = CompoDiffProcessor.from_vl_pretrained(pretrained, **towers)
+    return CompoDiffModel.from_vl_pretrained(pretrained, **settings), processor
+
+
 def _inversion(method: str, pretrained: str, **settings: Any) -> Pair:
     own = {name: settings.pop(name) for name in ("template", "placeholder") if name in settings}
     shared = {name: settings[name] for name in ("unpublished_backbone",) if name in settings}
@@ -73,6 +82,7 @@ _INVERSION = _fields(InversionConfig, "template", "placeholder")
 METHODS = {
     "pvlf": Method(_pvlf, _PVLF),
     "transagg": Method(_pvlf, _PVLF, TRANSAGG),
+    "compodiff": Method(_compodiff, _fields(CompoDiffConfig, "text_encoder")),
     **{name: Method(partial(_inversion, name), _INVERSION) for name in SAMPLES},
 }
 """Name of a method to how it is built."""
