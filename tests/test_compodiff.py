@@ -27,7 +27,7 @@ from error_bounds import dot_error, rounding, roundoff
 from PIL import Image
 from reference import CONFIGS
 from safetensors.torch import load_file
-from squares import COLOURS, draw, each_with_each, make_benchmark
+from squares import COLOURS, draw, make_benchmark, square_triplets
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
@@ -605,7 +605,7 @@ def arguments(folder, **settings):
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    return each_with_each(tmp_path_factory.mktemp("squares"), COLOURS[:4], lambda _, target: f"but {target}")
+    return square_triplets(tmp_path_factory.mktemp("squares"), COLOURS[:4], lambda _, target: f"but {target}")
 
 
 @pytest.mark.parametrize(

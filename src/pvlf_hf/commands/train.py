@@ -68,8 +68,8 @@ class ModelArguments:
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), compodiff, or a method of textual "
-            "inversion, which trains on images or captions alone.",
+            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), compodiff, or a method of "
+            "textual inversion, which trains on images or captions alone.",
             "choices": [*METHODS],
         },
     )

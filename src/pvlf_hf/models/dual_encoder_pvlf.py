@@ -138,7 +138,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         """Modules that embed captions, see [`ComposedRetrievalModel.text_side`]."""
         return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
 
-    def _checked(self, pixel_values: Tensor) -> Tensor:
+    def _sized(self, pixel_values: Tensor) -> Tensor:
         """Return pixels in the model's dtype; raise a `ValueError` if the encoder was built for another size."""
         size = self.config.vl_config.vision_config.image_size
         expected = (size, size) if isinstance(size, int) else tuple(size)
@@ -150,7 +150,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         return pixel_values.to(self.dtype)
 
     def _image_tokens(self, pixel_values: Tensor) -> Tensor:
-        return self.backbone.image_tokens(self._checked(pixel_values))
+        return self.backbone.image_tokens(self._sized(pixel_values))
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

@@ -103,7 +103,7 @@ class InversionModel(DualEncoderModel):
         Returns:
             tokens `(batch, 1 + m, v)`, see [`DualEncoder.image_features`], and features `(batch, d)`, not normalised.
         """
-        return self.backbone.image_features(self._checked(pixel_values))
+        return self.backbone.image_features(self._sized(pixel_values))
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, pseudo_words: Tensor | None = None
