@@ -1,0 +1,307 @@
+"""Every method of the paper's tables on EmojiCIR, side by side, and Figure 2's places of prompts.
+
+    python train_scripts/method_tables.py --bf16                  # all rows, three seeds
+    python train_scripts/method_tables.py --rows Pic2Word CASE --seeds 0
+
+All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody published most of them: the table says
+what the methods do on these drawings, not what the published models do on photographs. A trained row is
+`train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time. After an
+interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`; tables and the
+plot of recall against cost into that folder. `--render_only` renders the committed numbers.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from demo import first_queries
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, TrainingFreeModel, load_emoji_cir
+from pvlf_hf.commands.evaluate import baselines
+from pvlf_hf.data.emoji_cir.dataset import TIERS
+from pvlf_hf.embeddings.fingerprints import image_fingerprint
+from pvlf_hf.evaluation.scoring import evaluate
+from pvlf_hf.evaluation.significance import seed_interval
+from pvlf_hf.models.image_processing_pvlf import opened
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONE = ROOT / "model_cards" / "blip-emoji-tiny"
+CARD = ROOT / "model_cards" / "methods"
+TIMED_QUERIES = 20
+START, END = "<!-- methods on emoji-cir: written by train_scripts/method_tables.py -->", "<!-- end of methods -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Args:
+        recipe: recipe of a row that is trained, in `train_scripts/configs`; None for one that is not.
+        flags: flags after the recipe.
+        composition: composition of a training-free model.
+        baseline: method of an untrained baseline that evaluates encoders alone.
+    """
+
+    recipe: str | None = None
+    flags: tuple[str, ...] = ()
+    composition: str | None = None
+    baseline: str | None = None
+
+    @property
+    def seeds(self) -> bool:
+        """Whether its numbers depend on a seed."""
+        return self.recipe is not None
+
+
+ROWS = {
+    "Image-only": Row(baseline="image"),
+    "Text-only": Row(baseline="text"),
+    "Image+Text (sum)": Row(composition="sum"),
+    "Image+Text (Slerp)": Row(composition="slerp"),
+    "Image+Text (product)": Row(composition="product"),
+    "Pic2Word": Row("methods/pic2word-emoji.yaml"),
+    "SEARLE": Row("methods/searle-emoji.yaml"),
+    "SEARLE-OTI": Row(),
+    "LinCIR": Row("methods/lincir-emoji.yaml"),
+    "Context-I2W": Row("methods/context_i2w-emoji.yaml"),
+    "PALAVRA": Row("methods/palavra-emoji.yaml"),
+    "CompoDiff": Row("methods/compodiff-emoji.yaml"),
+    "CASE": Row("methods/case.yaml"),
+    "TransAgg": Row("emoji.yaml", ("--method=transagg",)),
+    "PVLF-Shallow": Row("emoji.yaml", ("--prompt_depth=1",)),
+    "PVLF-Deep": Row("emoji.yaml"),
+    "no prompts": Row("methods/prompts_none.yaml"),
+    "text (CoOp)": Row("methods/coop.yaml"),
+    "image (VPT)": Row("methods/vpt.yaml"),
+    "image (VPT), gallery too": Row("methods/vpt.yaml", ("--prompt_gallery=true",)),
+    "both, independent (IVLP)": Row("methods/ivlp.yaml"),
+    "both, linear (MaPLe)": Row("methods/maple.yaml"),
+    "fusion (PVLF)": Row("methods/pvlf.yaml"),
+}
+PLACES = [*ROWS][[*ROWS].index("no prompts") :]
+TABLES = {"Methods": [name for name in ROWS if name not in PLACES], "Places of prompts (Figure 2)": PLACES}
+COLUMNS = [(tier, k) for tier in TIERS for k in (1, 10)]
+
+
+def main() -> None:
+    """Train, evaluate and time the missing rows, and render the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows to measure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for an interval")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/method-tables"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
+    parser.add_argument("--max_steps", type=int, help="training steps, by default those of each recipe")
+    parser.add_argument("--queries", type=int, default=1500, help="test queries to rank; there are 1,500")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
+    parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
+    args = parser.parse_args()
+    file = CARD / "results.json"
+    if not args.render_only:
+        flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
+        runs = [(name, seed) for name in args.rows for seed in (args.seeds if ROWS[name].seeds else [None])]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train_row(*run, args.output_dir.resolve(), flags, args.jobs), runs))
+        measured = [measure(*run, args.output_dir.resolve(), args.queries) for run in runs]
+        kept = json.loads(file.read_text()) if file.exists() else []
+        new = {(entry["row"], entry["seed"]) for entry in measured}
+        entries = [entry for entry in kept if (entry["row"], entry["seed"]) not in new] + measured
+        entries.sort(key=lambda entry: ([*ROWS].index(entry["row"]), entry["seed"] or 0))
+        file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    entries = json.loads(file.read_text())
+    plot(entries, CARD / "recall_against_cost.png")
+    card = CARD / "README.md"
+    before, rest = card.read_text(encoding="utf-8").split(START)
+    text = f"{before}{START}\n{rendered(entries)}\n{END}{rest.split(END, 1)[1]}"
+    card.write_text(text, encoding="utf-8")
+    print(rendered(entries))
+
+
+def folder_of(name: str, seed: int | None, folder: Path) -> Path:
+    """Return the folder of a run."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in name.casefold())
+    return folder / (plain if seed is None else f"{plain}-seed{seed}")
+
+
+def train_row(name: str, seed: int | None, folder: Path, flags: list[str], jobs: int) -> None:
+    """Train a row by its recipe in a process of its own, unless its folder holds a finished run."""
+    row, home = ROWS[name], folder_of(name, seed, folder)
+    if row.recipe is None or (home / "results.json").exists():
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"training {name}, seed {seed}; progress in {home / 'log.txt'}", flush=True)
+    script, recipe = ROOT / "train_scripts" / "train_pvlf.py", ROOT / "train_scripts" / "configs" / row.recipe
+    command = [sys.executable, str(script), str(recipe), f"--output_dir={home}", f"--seed={seed}", *row.flags, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    with (home / "log.txt").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}, seed {seed} failed; the reason is at the end of {home / 'log.txt'}")
+
+
+def load_row(name: str, seed: int | None, folder: Path) -> tuple[Any, Any]:
+    """Return model and processor of a row that composes queries."""
+    row = ROWS[name]
+    if row.recipe is not None:
+        home = folder_of(name, seed, folder)
+        return AutoModel.from_pretrained(home), AutoProcessor.from_pretrained(home)
+    if row.composition is not None:
+        model = TrainingFreeModel.from_vl_pretrained(str(BACKBONE), composition=row.composition)
+        return model, PVLFProcessor.from_vl_pretrained(str(BACKBONE))
+    settings = {"unpublished_backbone": True}
+    processor = InversionProcessor.from_vl_pretrained(str(BACKBONE), "searle_oti", placeholder="*", **settings)
+    settings |= {"placeholder_id": processor.placeholder_id}
+    return InversionModel.from_vl_pretrained(str(BACKBONE), "searle_oti", **settings), processor
+
+
+def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str, Any]:
+    """Evaluate and time a row, unless its folder holds the outcome."""
+    home = folder_of(name, seed, folder)
+    file = home / f"measured-{queries}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    print(f"measuring {name}, seed {seed}", flush=True)
+    benchmarks = [first_queries(load_emoji_cir("test", tier), queries) for tier in TIERS]
+    entry: dict[str, Any] = {"row": name, "seed": seed, "queries": queries}
+    if (baseline := ROWS[name].baseline) is not None:
+        found = {e.benchmark: e for e in baselines(str(BACKBONE), benchmarks) if e.method == baseline}
+        entry["metrics"] = {tier: found[b.name].metrics for tier, b in zip(TIERS, benchmarks, strict=True)}
+        entry |= {"trained_weights": 0, "seconds_a_step": None, "query_ms": None, "own_gallery": False}
+    else:
+        model, processor = load_row(name, seed, folder)
+        found = [evaluate(model, processor, benchmark) for benchmark in benchmarks]
+        entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
+        plain = TrainingFreeModel.from_vl_pretrained(str(BACKBONE))
+        index = image_fingerprint(plain, PVLFProcessor.from_vl_pretrained(str(BACKBONE)))
+        entry |= {
+            "trained_weights": trained_weights(home, model) if ROWS[name].recipe else 0,
+            "seconds_a_step": seconds_a_step(home) if ROWS[name].recipe else None,
+            "query_ms": milliseconds_a_query(model, processor, benchmarks[0]),
+            "own_gallery": image_fingerprint(model, processor) != index,
+        }
+    home.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(entry), encoding="utf-8")
+    return entry
+
+
+def trained_weights(home: Path, model: Any) -> int:
+    """Return how many weights of a model trained in its run."""
+    model.set_finetuning(json.loads((home / "results.json").read_text())["training"]["finetuning"])
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def seconds_a_step(home: Path) -> float:
+    """Return the seconds of a training step, as the run's log says."""
+    rates = re.findall(r"'train_steps_per_second': '?([0-9.e-]+)", (home / "log.txt").read_text())
+    return 1 / float(rates[-1])
+
+
+@torch.inference_mode()
+def milliseconds_a_query(model: Any, processor: Any, benchmark: Any) -> float:
+    """Return the median time of one query, from pixels and token ids to its embedding."""
+    model.eval()
+    rows = opened(benchmark.queries.select(range(TIMED_QUERIES)))
+    times = []
+    for row in rows:
+        inputs = dict(processor.process_queries([row["reference"]], [row["caption"]]))
+        getattr(model, "inverted_words", {}).clear()  # of SEARLE-OTI and PALAVRA, whose cost is the optimisation
+        start = time.perf_counter()
+        model.get_query_features(**inputs)
+        times.append(time.perf_counter() - start)
+    return 1000 * median(times[1:])
+
+
+def rendered(entries: list[dict[str, Any]]) -> str:
+    """Render all tables in Markdown."""
+    seeds = sorted({entry["seed"] for entry in entries if entry["seed"] is not None})
+    (queries,) = {entry["queries"] for entry in entries}
+    parts = [
+        f"Percent; trained rows: mean ± standard deviation over seeds {', '.join(map(str, seeds))}. {queries} queries "
+        "against 3,633 images by an artist that no training saw. Costs on two cores: seconds of a training step of "
+        "the recipe's batch, milliseconds of one query without decoding its image, and whether the gallery is another "
+        "than the encoder's own."
+    ]
+    for title, names in TABLES.items():
+        known = [name for name in names if any(entry["row"] == name for entry in entries)]
+        if known:
+            parts.append(f"### {title}\n\n{table(entries, known)}\n\n{differences(entries, known)}")
+    return "\n\n".join(parts)
+
+
+def table(entries: list[dict[str, Any]], names: list[str]) -> str:
+    """Render rows with recalls and costs."""
+    heads = ["", *(f"{tier} R@{k}" for tier, k in COLUMNS), "trained weights", "s a step", "ms a query", "own gallery"]
+    lines = [heads, ["---"] * len(heads)]
+    for name in names:
+        own = [entry for entry in entries if entry["row"] == name]
+        recalls = [cell([100 * entry["metrics"][tier][f"recall@{k}"] for entry in own]) for tier, k in COLUMNS]
+        costs = [known_mean([entry[key] for entry in own]) for key in ("seconds_a_step", "query_ms")]
+        step, query = ("-" if cost is None else f"{cost:.2f}" if cost < 10 else f"{cost:,.0f}" for cost in costs)
+        trained = f"{own[0]['trained_weights']:,}" if own[0]["trained_weights"] else "-"
+        lines.append([name, *recalls, trained, step, query, "yes" if own[0]["own_gallery"] else "no"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def known_mean(values: list[float | None]) -> float | None:
+    """Return the mean of values that are known, or None."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def cell(values: list[float]) -> str:
+    """Render the mean of a metric, with the sample standard deviation if there are several seeds."""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def differences(entries: list[dict[str, Any]], names: list[str]) -> str:
+    """Say which differences in plain R@10 to the last row the intervals over seeds carry."""
+    reference = names[-1]
+    recalls = {
+        name: {e["seed"]: 100 * e["metrics"]["plain"]["recall@10"] for e in entries if e["row"] == name}
+        for name in names
+    }
+    carried, open_ones = [], []
+    for name in names[:-1]:
+        others = recalls[reference]
+        pairs = [value - others[seed] for seed, value in recalls[name].items() if seed in others]
+        if len(pairs) > 1:
+            low, high = seed_interval(pairs)
+            text = f"{name} {mean(pairs):+.1f} [{low:+.1f}, {high:+.1f}]"
+            (carried if low * high > 0 else open_ones).append(text)
+    return (
+        f"Plain R@10 minus that of {reference}, points [95 % interval over seeds]. Carried by the interval: "
+        f"{'; '.join(carried) or 'none'}. Not carried: {'; '.join(open_ones) or 'none'}."
+    )
+
+
+def plot(entries: list[dict[str, Any]], file: Path) -> None:
+    """Plot plain R@10 against the milliseconds of a query."""
+    from matplotlib.figure import Figure  # imported here: the extra [plots] has it
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for ax, (title, names) in zip(figure.subplots(1, 2, sharey=True), TABLES.items(), strict=True):
+        for name in names:
+            own = [entry for entry in entries if entry["row"] == name and entry["query_ms"]]
+            if own:
+                x, y = mean(e["query_ms"] for e in own), mean(100 * e["metrics"]["plain"]["recall@10"] for e in own)
+                ax.plot(x, y, "o", color="#3182bd" if own[0]["trained_weights"] else "#969696")
+                ax.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        ax.set_xscale("log")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("one query [ms]", fontsize=8)
+        ax.set_ylabel("R@10, plain captions [%]", fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
