@@ -1,4 +1,4 @@
-"""Training without triplets: keywords, samples, batches of each objective, and the Trainer on them."""
+"""Training without triplets: keywords, samples, each objective's batches, and training by the Trainer."""
 
 import json
 
@@ -24,7 +24,7 @@ OWN = {"pic2word": "pic2word", "searle": "searle", "lincir": "lincir", "context_
 
 
 def squares(folder, copies=2):
-    """Saves squares of each colour in several sizes; returns samples with captions that hold their concept."""
+    """Save squares of each colour in several sizes; return samples with captions that contain their concept."""
     rows = []
     for colour in COLOURS:
         for copy in range(copies):
@@ -35,7 +35,7 @@ def squares(folder, copies=2):
 
 
 def make_model(method):
-    """A model of the reference's sizes with fresh weights, and with positions for longer captions."""
+    """Return a model of the reference's sizes with new weights, and with positions for longer captions."""
     vl_config = tiny_clip(method)[0]
     vl_config.text_config.max_position_embeddings = 77
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_keywords_are_runs_of_content_words(caption, keywords):
     ],
 )
 def test_keywords_are_replaced_as_whole_words(caption, keywords, replaced):
-    """SEARLE and LinCIR replace substrings, so that "cat" is found in "category"."""
+    """Replace complete words only; SEARLE and LinCIR replace substrings and find "cat" in "category"."""
     assert replace_keywords(caption, "$", keywords) == replaced
 
 
@@ -120,7 +120,7 @@ def test_samples_of_a_table_beside_a_folder(tmp_path):
 def test_sets_hold_images_of_one_concept(tmp_path):
     rows = squares(tmp_path, copies=5).shuffle(seed=0)
     sets = image_sets(rows, 2)
-    assert len(sets) == 2 * len(COLOURS)  # the fifth image of a concept fills no set
+    assert len(sets) == 2 * len(COLOURS)  # the fifth image of a concept does not fill a set
     for row in sets:
         colours = {row[name].getpixel((0, 0)) for name in ("image_0", "image_1")}
         assert len(colours) == 1 and row["concept"] in row["caption"]
@@ -138,14 +138,14 @@ def test_random_crops_are_repeatable_and_within_their_bounds():
         torch.manual_seed(seed)
         assert cropped.tobytes() == random_crop(image, 0.5).tobytes()
         top, bottom = cropped.getpixel((0, 0)), cropped.getpixel((0, 199))
-        shares.append((bottom - top) / 255)  # share of the height, whose area has at least half
+        shares.append((bottom - top) / 255)  # share of the height in a crop of at least half the area
     assert 0.74 < min(shares) < 0.8 and 0.9 < max(shares) <= 1
 
 
 # Batches.
 
 
-def test_batches_hold_what_their_objective_reads(tmp_path):
+def test_batches_hold_the_inputs_of_their_objective(tmp_path):
     rows = [*squares(tmp_path).select([0, 2, 4])]
     processor = {method: make_processor(method) for method in OWN}
     batch = {method: SampleCollator(processor[method])(rows) for method in ("pic2word", "lincir", "context_i2w")}
@@ -176,13 +176,13 @@ def test_a_caption_without_keywords_loses_a_random_word():
     assert len(drawn) == 3
 
 
-def test_a_placeholder_that_would_be_cut_away_becomes_the_prompt():
+def test_truncated_placeholder_becomes_the_prompt():
     processor = make_processor("lincir", max_text_length=12)
     batch = SampleCollator(processor)([{"caption": "and of in at on by dog"}])
     assert torch.equal(batch["input_ids"], processor(text=["a photo of $"])["input_ids"])
 
 
-def test_rows_that_cannot_be_used_are_named(tmp_path):
+def test_unusable_rows_raise_with_their_number(tmp_path):
     processor = make_processor("lincir")
     with pytest.raises(ValueError, match="row 1 of a batch: caption is None, not text"):
         SampleCollator(processor)([{"caption": "a dog"}, {"caption": None}])
@@ -205,20 +205,20 @@ def test_an_objective_trains_the_mapping_network_alone(method, tmp_path):
     assert changed and not any(name.startswith("backbone.") for name in changed)
 
 
-def test_searle_learns_words_that_were_optimised_once(tmp_path, monkeypatch):
+def test_searle_optimises_its_teacher_tokens_once(tmp_path, monkeypatch):
     model, rows = make_model("searle"), squares(tmp_path)
     model.config.inversion_steps = 3
     settings = {"feature_cache": str(tmp_path / "features"), "max_steps": 2}
     trainer = make_trainer(tmp_path, "searle", rows, model, **settings)
     first = losses_of(trainer)
-    words, digests = trainer.data_collator.teacher_words, trainer.train_dataset["image_digest"]
+    teacher_tokens, digests = trainer.data_collator.teacher_words, trainer.train_dataset["image_digest"]
     config = {**model.config.to_dict(), "method": "searle_oti", "mapping_width": None}
     teacher = InversionModel(type(model.config)(**config)).eval()
     teacher.backbone = model.backbone
     processor = make_processor("searle")
     pixels = processor.process_targets([row["image"] for row in rows])["pixel_values"]
     expected = teacher.invert(pixels, processor(text=[*OTI_PROMPTS])["input_ids"])
-    kept = torch.stack([words[digest][0] for digest in digests]).float()
+    kept = torch.stack([teacher_tokens[digest][0] for digest in digests]).float()
     assert torch.equal(kept, expected.half().float())
     monkeypatch.setattr(InversionModel, "invert", None)  # nothing is left to optimise
     again = make_trainer(tmp_path, "searle", rows, make_model("searle"), **settings)
@@ -226,7 +226,7 @@ def test_searle_learns_words_that_were_optimised_once(tmp_path, monkeypatch):
     assert losses_of(again) == first
 
 
-def test_kept_features_give_the_loss_of_the_images(tmp_path):
+def test_cached_features_give_the_loss_of_the_images(tmp_path):
     rows, model = squares(tmp_path), make_model("pic2word")
     images = {"pixel_values": make_processor("pic2word").process_targets(rows["image"][:])["pixel_values"]}
 
@@ -245,7 +245,7 @@ def test_kept_features_give_the_loss_of_the_images(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["pic2word", "lincir"])
-def test_a_resumed_objective_equals_the_uninterrupted_one(method, tmp_path):
+def test_resumed_training_equals_the_uninterrupted_one(method, tmp_path):
     rows = squares(tmp_path)
     settings = {"crop_scale": 0.9} if method == "pic2word" else {}
     settings |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -259,7 +259,7 @@ def test_a_resumed_objective_equals_the_uninterrupted_one(method, tmp_path):
 
 
 def train_by_images(folder, batch):
-    """Losses and the weights of three steps, on the rows in their order."""
+    """Return losses and weights after three steps, on the rows in their order."""
     settings = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 1e-2}
     model, rows = reference_model("pic2word"), squares_of(folder)
     trainer = make_trainer(folder, "pic2word", rows, model, batch_of_all=batch, **settings)
@@ -273,12 +273,12 @@ def squares_of(folder):
 
 @pytest.mark.slow
 def test_pic2word_in_two_processes_equals_one(tmp_path):
-    """Its negatives are those of both processes, as in the reference."""
+    """Train in two processes, each with the negatives of both, as in the reference."""
     squares(tmp_path)
     (alone,) = run_in_processes(1, train_by_images, tmp_path, 6)
     model = reference_model("pic2word")
     for losses, weight in run_in_processes(2, train_by_images, tmp_path, 6):
-        # Losses are logged with 4 digits after the point at least; weights differ by the order of sums over the batch.
+        # Losses are logged with at least 4 decimals; weights differ by the order of the sums over the batch.
         assert losses == pytest.approx(alone[0], rel=1e-3)
         moved = abs(alone[1] - model.mapping.output.weight.detach().numpy()).max()
         assert abs(weight - alone[1]).max() < 1e-3 * moved
@@ -292,12 +292,12 @@ def test_pic2word_in_two_processes_equals_one(tmp_path):
         ({"crop_scale": 1.5}, r"crop_scale=1.5 must be in \(0, 1\]"),
     ],
 )
-def test_arguments_that_do_not_go_with_an_objective_are_refused(settings, message, tmp_path):
+def test_arguments_without_effect_on_an_objective_raise(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, "pic2word", squares(tmp_path), **settings)
 
 
-def test_training_sets_that_do_not_fit_are_refused(tmp_path):
+def test_mismatched_training_sets_raise(tmp_path):
     rows = squares(tmp_path)
     with pytest.raises(ValueError, match=r"train_dataset: missing column\(s\) \['caption', 'concept'\]"):
         make_trainer(tmp_path, "searle", rows.select_columns("image"))
@@ -316,7 +316,7 @@ def test_training_sets_that_do_not_fit_are_refused(tmp_path):
 # The command.
 
 
-def test_settings_of_another_method_are_refused():
+def test_settings_of_another_method_raise():
     with pytest.raises(ValueError, match=r"\['num_prompts'\]: lincir has no such setting"):
         METHODS["lincir"].make("lincir", "nowhere", {"num_prompts": 3})
     assert read_settings(["mapping_width=8", "placeholder=*", "normalize_features=true"]) == {
@@ -329,7 +329,7 @@ def test_settings_of_another_method_are_refused():
 
 
 @pytest.mark.parametrize("method", [*SAMPLES])
-def test_the_command_trains_on_a_table(method, tmp_path):
+def test_train_command_trains_on_a_table(method, tmp_path):
     squares(tmp_path, copies=5)
     CLIPModel(make_model(method).config.vl_config).save_pretrained(tmp_path / "clip")
     make_processor(method).tokenizer.save_pretrained(tmp_path / "clip")
