@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _NAMES_OF = {
     "models": """
+        CASEConfig CASEModel CASEOutput CASEProcessor
         ComposedImageRetrievalPipeline ComposedRetrievalModel ComposedRetrievalOutput ComposedRetrievalProcessor
         InversionConfig InversionModel InversionProcessor InversionQueryOutput
         PVLFConfig PVLFImageProcessor PVLFModel PVLFOutput PVLFProcessor PVLFQueryOutput QueryOutput
@@ -31,7 +32,7 @@ _NAMES_OF = {
         seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
     """,
     "checkpoints": """
-        check_golden convert_inversion convert_salesforce_blip convert_transagg load_model render_card write_card
+        check_golden convert_case convert_inversion convert_salesforce_blip convert_transagg load_model render_card write_card
         write_golden
     """,
     "search": """

@@ -1,4 +1,4 @@
-"""Models: dual encoders, PVLF, training-free compositions and textual inversion, their processors, and the pipeline.
+"""Models: PVLF, training-free compositions, textual inversion and CASE, their encoders, processors, and the pipeline.
 
 The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_case import CASEConfig
 from .configuration_inversion import InversionConfig
 from .configuration_pvlf import PVLFConfig
 from .configuration_training_free import TrainingFreeConfig
@@ -20,10 +21,12 @@ from .interface_pvlf import (
     QueryOutput,
 )
 from .loss_pvlf import focal_info_nce
+from .modeling_case import CASEModel, CASEOutput
 from .modeling_inversion import InversionModel, InversionQueryOutput
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
 from .modeling_training_free import TrainingFreeModel
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
+from .processing_case import CASEProcessor
 from .processing_inversion import InversionProcessor
 from .processing_pvlf import PVLFProcessor
 
@@ -39,6 +42,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(PVLFConfig, PVLFModel, PVLFProcessor),
     Family(InversionConfig, InversionModel, InversionProcessor),
+    Family(CASEConfig, CASEModel, CASEProcessor),
     Family(TrainingFreeConfig, TrainingFreeModel, PVLFProcessor),
 )
 """Every model family of the package; a new one is one more entry."""
@@ -53,6 +57,10 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "CASEConfig",
+    "CASEModel",
+    "CASEOutput",
+    "CASEProcessor",
     "ComposedImageRetrievalPipeline",
     "ComposedRetrievalModel",
     "ComposedRetrievalOutput",

@@ -23,8 +23,11 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.utils import logging
 
 from .configuration_pvlf import BACKBONES, joint_width
+
+logger = logging.get_logger(__name__)
 
 
 class DualEncoder(nn.Module):
@@ -267,12 +270,15 @@ DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
 }
 
 
-def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **kwargs: Any) -> DualEncoder:
+def load_pretrained_dual_encoder(
+    name_or_path: str, config: PreTrainedConfig, may_be_new: str | None = None, **kwargs: Any
+) -> DualEncoder:
     """Load the encoders and projections of an existing checkpoint, and nothing else of it.
 
     Args:
         name_or_path: Hub name or local folder.
         config: the checkpoint's own configuration, of a family in `DUAL_ENCODERS`.
+        may_be_new: part of the names of weights that the checkpoint may lack; a log message says so if it does.
         kwargs: passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
 
     Raises:
@@ -286,6 +292,12 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
         encoder = encoder_class(config)
     wanted = (*encoder.vision_modules, *encoder.text_modules)
     missing = sorted(k for k in info["missing_keys"] if k.startswith(wanted) and "position_ids" not in k)
+    if new := [name for name in missing if may_be_new is not None and may_be_new in name]:
+        missing = sorted({*missing} - {*new})
+        logger.warning(
+            f"{name_or_path} lacks {len(new)} weights named *{may_be_new}*, which are new and must be trained before "
+            f"use, first: {new[:3]}"
+        )
     if missing:
         raise ValueError(
             f"{name_or_path} lacks {len(missing)} weights of {loader.__name__}, first: "

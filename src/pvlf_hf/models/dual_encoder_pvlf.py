@@ -23,6 +23,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     [`~ComposedRetrievalModel.loss`].
     """
 
+    may_be_new: str | None = None  # part of the names of encoder weights that a pretrained checkpoint may lack
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -67,7 +68,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         }  # not the encoders': the library's BLIP has eager only
         vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = cls.config_class(vl_config=vl_config, **settings)  # type: ignore[call-arg, misc]
-        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
+        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, cls.may_be_new, **kwargs)
         model = cls._from_config(config, attn_implementation=attention)
         model.backbone = encoder
         model.to(dtype=next(encoder.parameters()).dtype)
@@ -146,7 +147,11 @@ class DualEncoderModel(ComposedRetrievalModel):
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for "
                 f"{expected}: use the processor saved with this checkpoint, or set its size and crop_size"
             )
-        return self.backbone.image_tokens(pixel_values.to(self.dtype))
+        return self._encode_images(pixel_values.to(self.dtype))
+
+    def _encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Encode images of the right size as tokens; row 0 is the global feature."""
+        return self.backbone.image_tokens(pixel_values)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:

@@ -273,10 +273,10 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             outputs = embed_in_chunks(model, embedded, size, partial(self.accelerator.no_sync, model))
         else:
             outputs = model(**embedded, return_loss=False)
-        targets: Any = outputs.target_embeds
-        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
         unwrapped: Any = self.accelerator.unwrap_model(model)
-        loss = unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
+        queries, targets = unwrapped.loss_inputs(outputs)
+        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
+        loss = unwrapped.loss(queries, targets, **options, chunk_size=self.args.loss_chunk_size)
         if model.training and not loss.isfinite():
             problem = describe_nonfinite_loss(loss, outputs, inputs.get("target_ids"), self.train_dataset)
             raise ValueError(f"the loss of step {self.state.global_step + 1} is {problem}")
