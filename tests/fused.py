@@ -7,6 +7,7 @@ there against float64. CASE has no public code: its query encoder is CoVR's, its
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from pvlf_hf.checkpoints.convert_case import case_from_covr
@@ -47,3 +48,7 @@ def case_inputs(targets=True):
 
 def relative(ours, theirs):
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def within(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours.detach(), theirs, atol=atol, rtol=0)

@@ -19,10 +19,16 @@ from safetensors.torch import load_file, save_file
 from test_backbones import pictures
 from transformers import AutoConfig, AutoModel
 
-from pvlf_hf import PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+from pvlf_hf import CASEConfig, CASEModel, PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
 
 INVERSIONS = ("pic2word", "context_i2w")
-KINDS = [*(f"pvlf-{family}" for family in FAMILIES), "training_free-blip", "training_free-siglip", *INVERSIONS]
+KINDS = [
+    *(f"pvlf-{family}" for family in FAMILIES),
+    "training_free-blip",
+    "training_free-siglip",
+    "case-blip",
+    *INVERSIONS,
+]
 
 
 class Case:
@@ -39,6 +45,7 @@ class Case:
             make = {
                 "pvlf": lambda: PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4, num_prompts=3, dropout=0.0)),
                 "training_free": lambda: TrainingFreeModel(TrainingFreeConfig(vl_config=vl_config)),
+                "case": lambda: CASEModel(CASEConfig(vl_config=vl_config, enc_token_id=98, reverse_token_id=97)),
             }
             self.model = make[name]().eval()
             processor = PVLFProcessor.for_backbone(self.model.config.vl_config, tokenizer_of(family))

@@ -12,7 +12,7 @@ from inverted import make_processor as make_inversion_processor
 from test_backbones import pictures
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from pvlf_hf import PVLFProcessor
+from pvlf_hf import CASEProcessor, PVLFProcessor
 
 TEXTS = ["is red", "a face with a hat"]
 INVERSIONS = ("pic2word", "searle_oti")
@@ -21,12 +21,12 @@ INVERSIONS = ("pic2word", "searle_oti")
 def make_processor(kind):
     if kind in INVERSIONS:
         return make_inversion_processor(kind)
-    return PVLFProcessor.for_backbone(
-        AutoConfig.for_model(**{"model_type": kind, **FAMILIES[kind]}), tokenizer_of(kind)
-    )
+    family = "blip" if kind == "case" else kind
+    config = AutoConfig.for_model(**{"model_type": family, **FAMILIES[family]})
+    return (CASEProcessor if kind == "case" else PVLFProcessor).for_backbone(config, tokenizer_of(family))
 
 
-@pytest.fixture(params=[*FAMILIES, *INVERSIONS])
+@pytest.fixture(params=[*FAMILIES, "case", *INVERSIONS])
 def kind(request):
     return request.param
 

@@ -32,8 +32,8 @@ _NAMES_OF = {
         seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
     """,
     "checkpoints": """
-        check_golden convert_case convert_inversion convert_salesforce_blip convert_transagg load_model render_card write_card
-        write_golden
+        check_golden convert_case convert_inversion convert_salesforce_blip convert_transagg load_model render_card
+        write_card write_golden
     """,
     "search": """
         Explanation Gallery Query SearchResult

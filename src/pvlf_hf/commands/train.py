@@ -1,4 +1,4 @@
-r"""Trains PVLF or its baseline TransAgg from flags or a recipe, saves the model and evaluates it.
+r"""Trains PVLF, its baseline TransAgg or CASE from flags or a recipe, saves the model and evaluates it.
 
     # your own folder of images, a table of triplets, and the BLIP checkpoint that the paper uses
     pvlf-hf train --model Salesforce/blip-itm-base-coco --output_dir outputs/mine \
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -42,7 +42,10 @@ from ..data.triplets import benchmark_from_triplets, load_triplets, triplets_dig
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import evaluate_all
 from ..models.configuration_pvlf import TRANSAGG
+from ..models.dual_encoder_pvlf import DualEncoderModel
+from ..models.modeling_case import CASEModel
 from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_case import CASEProcessor
 from ..models.processing_pvlf import PVLFProcessor
 from ..training.atomic_checkpoints import last_checkpoint
 from ..training.trainer import PVLFTrainer
@@ -52,9 +55,25 @@ from .arguments import HelpFormatter, leave, parse
 LAION_CIR = {f"laion-cir-{subset}": subset for subset in SUBSETS}
 
 
+class Method(NamedTuple):
+    """The classes that a method is built of, and the settings that it begins with."""
+
+    model: type[DualEncoderModel]
+    processor: type[PVLFProcessor]
+    settings: dict[str, Any]
+
+
+METHODS = {
+    "pvlf": Method(PVLFModel, PVLFProcessor, {}),
+    "transagg": Method(PVLFModel, PVLFProcessor, TRANSAGG),
+    "case": Method(CASEModel, CASEProcessor, {}),
+}
+"""Name of a method that trains on triplets to what it is built of."""
+
+
 @dataclass
 class ModelArguments:
-    """Arguments of the model. Settings that are not given keep the defaults of PVLFConfig, which are the paper's."""
+    """Arguments of the model. Settings that are not given keep the defaults of its configuration, the paper's."""
 
     model: str = field(
         default="Salesforce/blip-itm-base-coco",
@@ -63,8 +82,8 @@ class ModelArguments:
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, or its baseline transagg (one shallow prompt, cross-entropy).",
-            "choices": ["pvlf", "transagg"],
+            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), or case (BLIP alone).",
+            "choices": [*METHODS],
         },
     )
     num_prompts: int | None = field(default=None, metadata={"help": "Prompts per layer (paper: 25)."})
@@ -93,19 +112,39 @@ class ModelArguments:
     temperature: float | None = field(
         default=None, metadata={"help": "Softmax temperature of the loss (paper: 0.01)."}
     )
+    first_token: str | None = field(
+        default=None, metadata={"help": "First token of a caption that reads an image, enc or cls (CASE)."}
+    )
+    enc_token_id: int | None = field(default=None, metadata={"help": "Id of [ENC], for another BLIP (CASE)."})
+    reverse_weight: float | None = field(default=None, metadata={"help": "Weight of the way back; 0: none (CASE)."})
+    reverse_token_id: int | None = field(
+        default=None, metadata={"help": "Token that marks captions of the way back (CASE)."}
+    )
+    objective: str | None = field(default=None, metadata={"help": "info_nce, or CoVR's hn_nce (CASE)."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the fusion: sdpa, eager or flash_attention_2."}
     )
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that differ from the defaults of PVLFConfig."""
-        baseline = TRANSAGG if self.method == "transagg" else {}
-        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
-        return {**baseline, **given}
+        """Return the settings that differ from the defaults of the configuration.
 
-    def build(self) -> PVLFModel:
-        """Build the model on its pretrained dual encoder, with new weights in fusion and aggregation."""
-        return PVLFModel.from_vl_pretrained(self.model, **self.settings())
+        Raises:
+            ValueError: if one is no setting of the method.
+        """
+        given = {k: v for k, v in vars(self).items() if k not in ("model", "method") and v is not None}
+        config: Any = METHODS[self.method].model.config_class
+        known = {*config.__annotations__, "attn_implementation"}
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"{' and '.join(f'--{name}' for name in unknown)}: no setting of --method {self.method}")
+        return {**METHODS[self.method].settings, **given}
+
+    def build(self) -> DualEncoderModel:
+        """Build the model on its pretrained dual encoder; what that lacks gets new weights."""
+        return METHODS[self.method].model.from_vl_pretrained(self.model, **self.settings())
+
+    def processor(self) -> PVLFProcessor:
+        """Build the processor that goes with the model."""
+        return METHODS[self.method].processor.from_vl_pretrained(self.model)
 
 
 @dataclass
@@ -235,7 +274,7 @@ def train(
     folder = Path(str(args.output_dir))
     triplets, validation = data_args.load()  # first: an error in the data is raised before a model is downloaded
     set_seed(args.seed)
-    processor = PVLFProcessor.from_vl_pretrained(model_args.model)
+    processor = model_args.processor()
     model = model_args.build()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder))

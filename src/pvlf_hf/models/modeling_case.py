@@ -56,6 +56,7 @@ class CASEModel(DualEncoderModel):
     config_class = CASEConfig
     base_model_prefix = "case"
     may_be_new = ".crossattention."
+    backbone: Any  # a BlipDualEncoder
 
     def __init__(self, config: CASEConfig) -> None:
         super().__init__(config)

@@ -31,8 +31,15 @@ from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import id_number, sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalProcessor, normalize, unwrap
-from ..models.modeling_pvlf import PVLFModel, PVLFOutput
+from ..models.interface_pvlf import (
+    ComposedRetrievalModel,
+    ComposedRetrievalOutput,
+    ComposedRetrievalProcessor,
+    normalize,
+    unwrap,
+)
+from ..models.modeling_case import CASEModel
+from ..models.modeling_pvlf import PVLFModel
 
 logger = logging.get_logger(__name__)
 
@@ -176,22 +183,28 @@ class FeatureCollator:
         images: features of the images.
         texts: features of the captions, or None where the text encoder trains.
 
+        target_tokens: how many tokens of a target are read: the first, which is its global feature, or all by None.
+
     Returns (when called with rows whose `reference` and `target` are digests):
-        `encoder_outputs`, a dictionary of `image_tokens` `(batch, 1 + m, d)`, `target_features` `(batch, d)` and, for
+        `encoder_outputs`, a dictionary of `image_tokens` `(batch, 1 + m, w)`, `target_tokens` `(batch, k, w)` and, for
         a frozen text encoder, `text_tokens` `(batch, n, d)` and `text_position` `(batch,)`; `input_ids` for one that
         trains; `attention_mask` `(batch, n)`; `target_ids` int64 `(batch,)`.
     """
 
     def __init__(
-        self, processor: ComposedRetrievalProcessor, images: FeatureCache, texts: FeatureCache | None
+        self,
+        processor: ComposedRetrievalProcessor,
+        images: FeatureCache,
+        texts: FeatureCache | None,
+        target_tokens: int | None = 1,
     ) -> None:
-        self.processor, self.images, self.texts = processor, images, texts
+        self.processor, self.images, self.texts, self.target_tokens = processor, images, texts, target_tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows."""
         features = {
             "image_tokens": torch.stack([self.images[row["reference"]] for row in rows]),
-            "target_features": torch.stack([self.images[row["target"]][0] for row in rows]),
+            "target_tokens": torch.stack([self.images[row["target"]][: self.target_tokens] for row in rows]),
         }
         batch: dict[str, Any] = {
             "encoder_outputs": features,
@@ -199,7 +212,7 @@ class FeatureCollator:
         }
         captions = [row["caption"] for row in rows]
         if self.texts is None:
-            return batch | dict(self.processor(text=captions))
+            return batch | dict(self.processor(text=captions, **self.processor.training_settings))
         digests = [sequence_digest(caption) for caption in captions]
         tokens = [self.texts[d] for d in digests]
         features["text_tokens"] = pad_sequence(tokens, batch_first=True)
@@ -214,7 +227,7 @@ def accept_cached_features(model: nn.Module) -> None:
     Cached tokens belong to training, not to the model, whose class and checkpoints stay as they are.
 
     Args:
-        model: a [`PVLFModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
+        model: a [`PVLFModel`] or a [`CASEModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
     """
     inner: Any = unwrap(model)
     if "forward" not in vars(inner):
@@ -222,23 +235,25 @@ def accept_cached_features(model: nn.Module) -> None:
 
 
 def _forward_of_cached_features(
-    self: PVLFModel, *args: Any, encoder_outputs: dict[str, Tensor] | None = None, **inputs: Any
-) -> PVLFOutput:
-    """Compute what [`PVLFModel.forward`] does, with cached outputs of frozen encoders in place of their inputs."""
+    self: Any, *args: Any, encoder_outputs: dict[str, Any] | None = None, **inputs: Any
+) -> ComposedRetrievalOutput:
+    """Compute what the model's `forward` does, with cached outputs of frozen encoders in place of their inputs."""
     if encoder_outputs is None:
         return type(self).forward(self, *args, **inputs)
+    if isinstance(self, CASEModel):
+        return self.compare_tokens(**encoder_outputs, **inputs)
     mask = inputs.get("attention_mask")
     if "text_tokens" in encoder_outputs:
         text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
     else:
         text = self.backbone.text_tokens(inputs["input_ids"], mask)
     output = self.start_output(self.compose(encoder_outputs["image_tokens"], *text, mask))
-    output.target_embeds = normalize(encoder_outputs["target_features"])
-    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))  # type: ignore[return-value]
+    output.target_embeds = normalize(encoder_outputs["target_tokens"][:, 0])
+    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
 
 
 def cache_features(
-    model: PVLFModel,
+    model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
     triplets: Dataset,
     folder: str | Path,
@@ -262,8 +277,8 @@ def cache_features(
         ValueError: if the image encoder trains, or the triplets are transformed when read.
         OSError: if the disk is full.
     """
-    model = unwrap(model)  # type: ignore[assignment]
-    if not isinstance(model, PVLFModel):
+    model = unwrap(model)
+    if not isinstance(model, PVLFModel | CASEModel):
         raise ValueError(f"{type(model).__name__} takes no cached encoder outputs: train it without feature_cache")
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
@@ -295,21 +310,25 @@ def cache_features(
     captions = list(triplets["caption"])
 
     def encode_texts(indices: list[int]) -> tuple[list[Tensor], list[int]]:
-        inputs = processor(text=[captions[index] for index in indices]).to(model.device)
+        texts = [captions[index] for index in indices]
+        inputs = processor(text=texts, **processor.training_settings).to(model.device)
         tokens, positions = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
         # Padding is left out, unless it has the global feature (SigLIP); the fusion has no positions to move.
         kept = inputs["attention_mask"].scatter(1, positions[:, None], 1).bool()
         kept_positions = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
         return [t[k] for t, k in zip(tokens, kept, strict=True)], kept_positions
 
+    # CASE's captions read the image's own tokens, so that none of them is known before.
+    is_case = isinstance(model, CASEModel)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
+            settings = image_settings(processor) + ("not projected" if is_case else "")
+            images = FeatureCache(folder, fingerprint(image_side, model, settings))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
             texts = None
-            if not any(p.requires_grad for module in text_side for p in module.parameters()):
+            if not is_case and not any(p.requires_grad for module in text_side for p in module.parameters()):
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
                 texts.fill([sequence_digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
     finally:
@@ -317,7 +336,8 @@ def cache_features(
     known = triplets.remove_columns(["reference", "target"])
     for column, values in digests.items():
         known = known.add_column(column, values)
-    return known, FeatureCollator(processor, images, texts)
+    whole_targets = is_case and model.config.reverse_weight > 0
+    return known, FeatureCollator(processor, images, texts, None if whole_targets else 1)
 
 
 __all__ = ["FeatureCache", "FeatureCollator", "accept_cached_features", "cache_features"]
