@@ -17,6 +17,7 @@ FOLDERS = {
         "loss_pvlf",
         "pipeline_pvlf",
         "configuration_pvlf",
+        "prompts_pvlf",
         "backbones_pvlf",
         "fusion_pvlf",
         "interface_pvlf",

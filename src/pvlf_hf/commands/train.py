@@ -93,6 +93,21 @@ class ModelArguments:
     prompt_init_std: float | None = field(
         default=None, metadata={"help": "Standard deviation of the initial prompts."}
     )
+    prompt_location: str | None = field(
+        default=None, metadata={"help": "Where prompts sit: fusion (PVLF), text (CoOp), vision (VPT), both or none."}
+    )
+    prompt_coupling: str | None = field(
+        default=None, metadata={"help": "Of prompts in both encoders: independent, tied, or linear (MaPLe)."}
+    )
+    prompt_gallery: bool | None = field(
+        default=None, metadata={"help": "Whether gallery images pass the image encoder with its prompts."}
+    )
+    num_vision_prompts: int | None = field(
+        default=None, metadata={"help": "Prompts per layer of the image encoder, of independent prompts in both."}
+    )
+    composition: str | None = field(
+        default=None, metadata={"help": "transagg, or sum: only prompts train (not in the fusion)."}
+    )
     fusion_layers: int | None = field(default=None, metadata={"help": "Fusion Transformer layers (paper: 2)."})
     fusion_heads: int | None = field(
         default=None, metadata={"help": "Attention heads of a fusion layer (TransAgg: 8)."}
@@ -276,6 +291,7 @@ def train(
     set_seed(args.seed)
     processor = model_args.processor()
     model = model_args.build()
+    processor.max_text_length = min(processor.max_text_length, model.config.text_positions)
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder))
     trainer.save_model()

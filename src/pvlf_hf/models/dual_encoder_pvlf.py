@@ -139,7 +139,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         """Modules that embed captions, see [`ComposedRetrievalModel.text_side`]."""
         return {name: getattr(self.backbone, name) for name in self.backbone.text_modules}
 
-    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
+    def _image_tokens(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
         size = self.config.vl_config.vision_config.image_size
         expected = (size, size) if isinstance(size, int) else tuple(size)
         if tuple(pixel_values.shape[-2:]) != expected:
@@ -147,11 +147,20 @@ class DualEncoderModel(ComposedRetrievalModel):
                 f"pixel_values are {tuple(pixel_values.shape[-2:])} pixels, the image encoder was built for "
                 f"{expected}: use the processor saved with this checkpoint, or set its size and crop_size"
             )
-        return self._encode_images(pixel_values.to(self.dtype))
+        return self.encode_images(pixel_values.to(self.dtype), as_query)
 
-    def _encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Encode images of the right size as tokens; row 0 is the global feature."""
+    def encode_images(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
+        """Encode images of the right size as tokens, see [`DualEncoder.image_tokens`].
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`.
+            as_query: whether they are reference images of queries, which a subclass may encode in another way.
+        """
         return self.backbone.image_tokens(pixel_values)
+
+    def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode captions as tokens, see [`DualEncoder.text_tokens`]."""
+        return self.backbone.text_tokens(input_ids, attention_mask)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -183,7 +192,7 @@ class DualEncoderModel(ComposedRetrievalModel):
             `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, n, d)`, all projected
             tokens, not normalised.
         """
-        tokens, position = self.backbone.text_tokens(input_ids, attention_mask)
+        tokens, position = self.encode_texts(input_ids, attention_mask)
         pooled = normalize(gather_tokens(tokens, position))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 

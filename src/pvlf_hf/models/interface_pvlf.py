@@ -190,8 +190,8 @@ class ComposedRetrievalModel(PreTrainedModel):
     def image_config(self) -> PreTrainedConfig:
         """Part of the configuration that the image side is built from; `encoder_config` unless overridden.
 
-        A gallery depends on it, on the weights of `image_side` and on the image processor, and on nothing else: models
-        that agree in these search the same gallery.
+        A gallery depends on it, on the weights of `image_side` and `gallery_prompts`, on the image processor, and on
+        nothing else: models that agree in these search the same gallery.
         """
         return self.encoder_config
 
@@ -202,6 +202,11 @@ class ComposedRetrievalModel(PreTrainedModel):
         Their names are those that all models on the same encoder give them, see `image_config`.
         """
         raise NotImplementedError
+
+    @property
+    def gallery_prompts(self) -> nn.Module | None:
+        """Module of prompts that gallery images pass the image encoder with, on which their embeddings depend, too."""
+        return None
 
     @property
     def text_side(self) -> dict[str, nn.Module]:

@@ -89,7 +89,7 @@ class CASEModel(DualEncoderModel):
         tokens = self._image_tokens(pixel_values)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=self.project_images(tokens))
 
-    def _encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
         """Encode images without projecting them."""
         return self.backbone.vision_model(pixel_values=pixel_values).last_hidden_state
 

@@ -246,7 +246,7 @@ def _forward_of_cached_features(
     if "text_tokens" in encoder_outputs:
         text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
     else:
-        text = self.backbone.text_tokens(inputs["input_ids"], mask)
+        text = self.encode_texts(inputs["input_ids"], mask)
     output = self.start_output(self.compose(encoder_outputs["image_tokens"], *text, mask))
     output.target_embeds = normalize(encoder_outputs["target_tokens"][:, 0])
     return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
@@ -283,6 +283,11 @@ def cache_features(
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
+    if getattr(model.config, "vision_prompts", 0):
+        raise ValueError(
+            f"prompt_location={model.config.prompt_location!r} puts prompts into the image encoder, so that its features "
+            "change as they train: leave feature_cache out"
+        )
     if triplets.format["type"] == "custom":
         raise ValueError(
             "train_dataset transforms its images when they are read (with_transform), so that their features cannot "
@@ -312,14 +317,15 @@ def cache_features(
     def encode_texts(indices: list[int]) -> tuple[list[Tensor], list[int]]:
         texts = [captions[index] for index in indices]
         inputs = processor(text=texts, **processor.training_settings).to(model.device)
-        tokens, positions = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
+        tokens, positions = model.encode_texts(inputs["input_ids"], inputs["attention_mask"])
         # Padding is left out, unless it has the global feature (SigLIP); the fusion has no positions to move.
         kept = inputs["attention_mask"].scatter(1, positions[:, None], 1).bool()
         kept_positions = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
         return [t[k] for t, k in zip(tokens, kept, strict=True)], kept_positions
 
-    # CASE's captions read the image's own tokens, so that none of them is known before.
     is_case = isinstance(model, CASEModel)
+    # CASE's captions read the image, and prompts in the text encoder train: neither is known before.
+    text_is_fixed = not is_case and not getattr(model.config, "text_prompts", 0)
     was_training = model.training
     model.eval()
     try:
@@ -328,7 +334,7 @@ def cache_features(
             images = FeatureCache(folder, fingerprint(image_side, model, settings))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
             texts = None
-            if not is_case and not any(p.requires_grad for module in text_side for p in module.parameters()):
+            if text_is_fixed and not any(p.requires_grad for module in text_side for p in module.parameters()):
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
                 texts.fill([sequence_digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
     finally:
