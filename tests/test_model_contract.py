@@ -22,13 +22,19 @@ from transformers import AutoConfig, AutoModel
 from pvlf_hf import CASEConfig, CASEModel, PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
 
 INVERSIONS = ("pic2word", "context_i2w")
-KINDS = [
-    *(f"pvlf-{family}" for family in FAMILIES),
-    "training_free-blip",
-    "training_free-siglip",
-    "case-blip",
-    *INVERSIONS,
-]
+ARMS = {
+    "pvlf": {"num_prompts": 3},
+    "pvlf_text": {"prompt_location": "text", "num_prompts": 4},
+    "pvlf_maple": {
+        "prompt_location": "both",
+        "prompt_coupling": "linear",
+        "prompt_gallery": True,
+        "num_prompts": 4,
+    },
+}
+"""Where prompts sit."""
+OTHERS = ("pvlf_text-blip", "pvlf_maple-blip", "training_free-blip", "training_free-siglip", "case-blip")
+KINDS = [*(f"pvlf-{family}" for family in FAMILIES), *OTHERS, *INVERSIONS]
 
 
 class Case:
@@ -43,7 +49,12 @@ class Case:
         else:
             vl_config = AutoConfig.for_model(**{"model_type": family, **copy.deepcopy(FAMILIES[family])})
             make = {
-                "pvlf": lambda: PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4, num_prompts=3, dropout=0.0)),
+                **{
+                    kind: lambda arm=arm: PVLFModel(
+                        PVLFConfig(vl_config=vl_config, fusion_heads=4, dropout=0.0, **arm)
+                    )
+                    for kind, arm in ARMS.items()
+                },
                 "training_free": lambda: TrainingFreeModel(TrainingFreeConfig(vl_config=vl_config)),
                 "case": lambda: CASEModel(CASEConfig(vl_config=vl_config, enc_token_id=98, reverse_token_id=97)),
             }

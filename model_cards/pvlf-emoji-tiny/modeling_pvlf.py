@@ -143,8 +143,10 @@ class PVLFModel(PVLFPreTrainedModel):
 
     def encode_images(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
         """Encode images as tokens; reference images of queries by the encoder with its prompts, if it has any."""
-        prompted = self.prompts is not None and (as_query or self.config.prompt_gallery)
-        return self.backbone.image_tokens(pixel_values, self.prompts.of_vision() if prompted else None)  # type: ignore[union-attr]
+        if self.prompts is None or not (as_query or self.config.prompt_gallery):
+            return self.backbone.image_tokens(pixel_values)
+        _, prompts = self.prompts()
+        return self.backbone.image_tokens(pixel_values, prompts)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encode captions as tokens by the text encoder with its prompts, if it has any.
@@ -159,7 +161,8 @@ class PVLFModel(PVLFPreTrainedModel):
                 f"captions of {input_ids.shape[1]} tokens and {self.config.text_prompts} prompts are more than the "
                 f"text encoder's positions: set the processor's max_text_length to {self.config.text_positions}"
             )
-        return self.backbone.text_tokens(input_ids, attention_mask, self.prompts.of_text())
+        prompts, _ = self.prompts()
+        return self.backbone.text_tokens(input_ids, attention_mask, prompts)
 
     @can_return_tuple
     def get_query_features(

@@ -38,18 +38,18 @@ class TowerPrompts(nn.Module):
         elif config.vision_prompts and not self.is_tied:
             self.vision_prompts = nn.Parameter(torch.empty(depth, config.vision_prompts, vision))
 
-    def of_text(self) -> Tensor | None:
-        """Return the text encoder's prompts `(depth, p, w_text)`."""
-        return self.text_prompts
+    def forward(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the prompts of the text encoder `(depth, p, w_text)` and of the image encoder `(depth, p, w_vision)`.
 
-    def of_vision(self) -> Tensor | None:
-        """Return the image encoder's prompts `(depth, p, w_vision)`."""
+        It is a `forward`, where weights that are offloaded come back.
+        """
+        text = self.text_prompts
         if self.is_tied:
-            return self.text_prompts
+            return text, text
         if self.couplings is None:
-            return self.vision_prompts
-        pairs = zip(self.couplings, self.text_prompts, strict=True)  # type: ignore[arg-type]  # MaPLe's are there
-        return torch.stack([coupling(prompts) for coupling, prompts in pairs])
+            return text, self.vision_prompts
+        pairs = zip(self.couplings, text, strict=True)  # type: ignore[arg-type]  # MaPLe has text prompts
+        return text, torch.stack([coupling(prompts) for coupling, prompts in pairs])
 
 
 def insert_prompts(hidden_states: Tensor, prompts: Tensor, start: int) -> Tensor:

@@ -285,7 +285,7 @@ def cache_features(
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
     if getattr(model.config, "vision_prompts", 0):
         raise ValueError(
-            f"prompt_location={model.config.prompt_location!r} puts prompts into the image encoder, so that its features "
+            f"prompt_location={model.config.prompt_location!r} puts prompts into the image encoder, whose features "
             "change as they train: leave feature_cache out"
         )
     if triplets.format["type"] == "custom":
