@@ -54,7 +54,7 @@ class TowerPrompts(nn.Module):
 
 def insert_prompts(hidden_states: Tensor, prompts: Tensor, start: int) -> Tensor:
     """Insert prompts `(p, w)` into `(batch, n, w)` before position `start` -> `(batch, n + p, w)`."""
-    rows = prompts.to(hidden_states.dtype).expand(len(hidden_states), -1, -1)
+    rows = prompts.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
     return torch.cat([hidden_states[:, :start], rows, hidden_states[:, start:]], dim=1)
 
 
@@ -91,7 +91,7 @@ def widen_mask(attention_mask: Tensor | None, count: int) -> Tensor | None:
     if attention_mask is None:
         return None
     return torch.cat(
-        [attention_mask[:, :1], attention_mask.new_ones(len(attention_mask), count), attention_mask[:, 1:]], dim=1
+        [attention_mask[:, :1], attention_mask.new_ones(attention_mask.shape[0], count), attention_mask[:, 1:]], dim=1
     )
 
 

@@ -135,8 +135,8 @@ class CASEModel(DualEncoderModel):
         Raises:
             ValueError: if the numbers of images and captions differ, or a marked caption is too long.
         """
-        if len(image_tokens) != len(input_ids):
-            raise ValueError(f"{len(image_tokens)} reference images but {len(input_ids)} relative captions")
+        if image_tokens.shape[0] != input_ids.shape[0]:  # export follows shapes, not len
+            raise ValueError(f"{image_tokens.shape[0]} reference images but {input_ids.shape[0]} relative captions")
         if self.config.first_token == "enc":
             first = torch.full_like(input_ids[:, :1], self.config.enc_token_id)
             input_ids = torch.cat([first, input_ids[:, 1:]], dim=1)
