@@ -10,14 +10,22 @@ import pytest
 import torch
 from error_bounds import embedding_error
 from PIL import Image
+from reference import CONFIGS
 from tiny import make_inputs, make_model, make_processor
 from transformers import CLIPTokenizer
 
-from pvlf_hf import PVLFModel, PVLFProcessor, export
+from pvlf_hf import CASEConfig, CASEModel, PVLFModel, PVLFProcessor, export
 from pvlf_hf.export import check_parity, export_onnx, export_program
 from pvlf_hf.onnx_encoder import OnnxEncoder
 
 pytestmark = pytest.mark.slow
+
+OTHERS = {
+    "coop": lambda: make_model(prompt_location="text", dropout=0.0),
+    "maple": lambda: make_model(prompt_location="both", prompt_coupling="linear", prompt_gallery=True, num_prompts=4),
+    "case": lambda: CASEModel(CASEConfig(vl_config=CONFIGS["blip"], enc_token_id=98, reverse_token_id=97)).eval(),
+}
+"""Models that insert tokens into the encoders."""
 
 CAPTIONS = ["red", "the same but more green and with two dogs", "dark", "a b c", "blue hat"]
 
@@ -176,3 +184,23 @@ def test_invalid_export_input_raises(exported, image_files, tiny_processor, tmp_
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="export with a processor that does the same"):
         OnnxEncoder(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_that_insert_tokens_are_exported(kind):
+    model, inputs = OTHERS[kind](), make_inputs(batch=5)
+    pixels = inputs.pop("target_pixel_values")
+    program = export_program(model, "query").module()
+    for rows, length in ((5, 8), (1, 3), (3, 20)):
+        some = {
+            "pixel_values": inputs["pixel_values"][:rows],
+            "input_ids": torch.full((rows, length), 9),
+            "attention_mask": torch.ones(rows, length, dtype=torch.int64),
+        }
+        queries = model.get_query_features(**some).pooler_output
+        torch.testing.assert_close(program(**some), queries, rtol=0, atol=1e-5)
+    images = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(
+        export_program(model, "gallery").module()(pixel_values=pixels), images, rtol=0, atol=1e-5
+    )

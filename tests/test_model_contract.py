@@ -21,17 +21,23 @@ from safetensors.torch import load_file, save_file
 from test_backbones import random_images
 from transformers import AutoConfig, AutoModel
 
-from pvlf_hf import PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+from pvlf_hf import CASEConfig, CASEModel, PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
 
 INVERSIONS = ("pic2word", "context_i2w")
 DIFFUSED = ("compodiff-clip", "compodiff-blip")
-KINDS = [
-    *(f"pvlf-{family}" for family in FAMILIES),
-    "training_free-blip",
-    "training_free-siglip",
-    *DIFFUSED,
-    *INVERSIONS,
-]
+ARMS = {
+    "pvlf": {"num_prompts": 3},
+    "pvlf_text": {"prompt_location": "text", "num_prompts": 4},
+    "pvlf_maple": {
+        "prompt_location": "both",
+        "prompt_coupling": "linear",
+        "prompt_gallery": True,
+        "num_prompts": 4,
+    },
+}
+"""Where prompts sit."""
+OTHERS = ("pvlf_text-blip", "pvlf_maple-blip", "training_free-blip", "training_free-siglip", "case-blip")
+KINDS = [*(f"pvlf-{family}" for family in FAMILIES), *OTHERS, *DIFFUSED, *INVERSIONS]
 
 
 class Case:
@@ -48,8 +54,14 @@ class Case:
         else:
             vl_config = AutoConfig.for_model(**{"model_type": family, **copy.deepcopy(FAMILIES[family])})
             make = {
-                "pvlf": lambda: PVLFModel(PVLFConfig(vl_config=vl_config, fusion_heads=4, num_prompts=3, dropout=0.0)),
+                **{
+                    kind: lambda arm=arm: PVLFModel(
+                        PVLFConfig(vl_config=vl_config, fusion_heads=4, dropout=0.0, **arm)
+                    )
+                    for kind, arm in ARMS.items()
+                },
                 "training_free": lambda: TrainingFreeModel(TrainingFreeConfig(vl_config=vl_config)),
+                "case": lambda: CASEModel(CASEConfig(vl_config=vl_config, enc_token_id=98, reverse_token_id=97)),
             }
             self.model = make[name]().eval()
             processor = PVLFProcessor.for_backbone(self.model.config.vl_config, tokenizer_of(family))

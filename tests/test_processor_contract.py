@@ -13,7 +13,7 @@ from inverted import make_processor as make_inversion_processor
 from test_backbones import random_images
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from pvlf_hf import PVLFProcessor
+from pvlf_hf import CASEProcessor, PVLFProcessor
 
 TEXTS = ["is red", "a face with a hat"]
 INVERSIONS = ("pic2word", "searle_oti")
@@ -24,12 +24,12 @@ def make_processor(kind):
         return make_inversion_processor(kind)
     if kind == "compodiff":
         return make_compodiff_processor()
-    return PVLFProcessor.for_backbone(
-        AutoConfig.for_model(**{"model_type": kind, **FAMILIES[kind]}), tokenizer_of(kind)
-    )
+    family = "blip" if kind == "case" else kind
+    config = AutoConfig.for_model(**{"model_type": family, **FAMILIES[family]})
+    return (CASEProcessor if kind == "case" else PVLFProcessor).for_backbone(config, tokenizer_of(family))
 
 
-@pytest.fixture(params=[*FAMILIES, "compodiff", *INVERSIONS])
+@pytest.fixture(params=[*FAMILIES, "case", "compodiff", *INVERSIONS])
 def kind(request):
     return request.param
 

@@ -114,7 +114,7 @@ def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Te
         if way.one_pass:
             images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
             reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
-            features = {"image_tokens": reference, "target_features": target[:, 0]}
+            features = {"image_tokens": reference, "target_tokens": target[:, :1]}
             texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
             accept_cached_features(model)
             loss = model(**texts, encoder_outputs=features).loss

@@ -21,11 +21,15 @@ from transformers import (
     SiglipTextModel,
     SiglipVisionModel,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.blip.modeling_blip import BlipAttention
+from transformers.utils import logging
 
 from .configuration_pvlf import BACKBONES, joint_width
+from .prompts_pvlf import insert_prompts, pass_layers, widen_mask
+
+logger = logging.get_logger(__name__)
 
 
 class DualEncoder(nn.Module):
@@ -42,23 +46,27 @@ class DualEncoder(nn.Module):
     vision_modules: tuple[str, ...]
     text_modules: tuple[str, ...]
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+    def image_tokens(self, pixel_values: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Embed images as projected tokens (V_0 of section 3.1).
 
         Args:
             pixel_values: `(batch, 3, height, width)` at the resolution of the vision config.
+            prompts: `(depth, p, w)`, see [`TowerPrompts`].
 
         Returns:
             `(batch, 1 + patches, d)`, not normalised; row 0 is the global image feature.
         """
         raise NotImplementedError
 
-    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def text_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed captions as projected tokens (W_0 of section 3.1), and locate the global one.
 
         Args:
             input_ids: int64 `(batch, length)`, padded on the right.
             attention_mask: `(batch, length)`, 1 for tokens and 0 for padding; None when nothing is padded.
+            prompts: `(depth, p, w)`, see [`TowerPrompts`].
 
         Returns:
             `(batch, length, d)`, not normalised, and int64 `(batch,)`, the position of the global text feature, which
@@ -166,14 +174,33 @@ class BlipDualEncoder(DualEncoder):
                 "wrong embeddings. Set text_config.num_attention_heads to 12 in its config.json."
             )
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+    def image_tokens(self, pixel_values: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Embed images, see [`DualEncoder.image_tokens`]."""
-        # last_hidden_state has passed post_layernorm; pooler_output would pass it twice.
-        return self.vision_proj(self.vision_model(pixel_values=pixel_values).last_hidden_state)
+        vision = self.vision_model
+        if prompts is None:
+            # last_hidden_state has passed post_layernorm; pooler_output would pass it twice.
+            hidden = vision(pixel_values=pixel_values).last_hidden_state
+        else:
+            hidden = vision.embeddings(pixel_values)
+            count = hidden.shape[1]
+            hidden = insert_prompts(hidden, prompts[0], count)
+            hidden = vision.post_layernorm(pass_layers(vision.encoder.layers, hidden, prompts, count))
+        return self.vision_proj(hidden)
 
-    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def text_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed captions, see [`DualEncoder.text_tokens`]."""
-        hidden = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        text = self.text_encoder
+        if prompts is None:
+            hidden = text(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        else:
+            words = insert_prompts(text.get_input_embeddings()(input_ids), prompts[0], 1)
+            hidden = text.embeddings(inputs_embeds=words)
+            mask = create_bidirectional_mask(
+                config=text.config, inputs_embeds=hidden, attention_mask=widen_mask(attention_mask, prompts.shape[1])
+            )
+            hidden = pass_layers(text.encoder.layer, hidden, prompts, 1, attention_mask=mask)
         return self.text_proj(hidden), input_ids.new_zeros(input_ids.shape[0])  # [CLS] comes first
 
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,17 +240,36 @@ class ClipDualEncoder(DualEncoder):
         end_token = config.text_config.eos_token_id
         self.end_token = self.misnamed_end_token.get(end_token, end_token)
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
+    def image_tokens(self, pixel_values: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Embed images, see [`DualEncoder.image_tokens`]."""
-        hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        vision = self.vision_model
+        if prompts is None:
+            hidden = vision(pixel_values=pixel_values).last_hidden_state
+        else:
+            hidden = vision.embeddings(pixel_values)
+            count = hidden.shape[1]
+            hidden = vision.pre_layrnorm(insert_prompts(hidden, prompts[0], count))
+            hidden = pass_layers(vision.encoder.layers, hidden, prompts, count, attention_mask=None)
         # Unlike BLIP's, these tokens have not passed the final norm; CLIP itself norms and projects only row 0.
-        return self.visual_projection(self.vision_model.post_layernorm(hidden))
+        return self.visual_projection(vision.post_layernorm(hidden))
 
-    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def text_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed captions, see [`DualEncoder.text_tokens`]."""
         # The encoder is causal and padding is on the right, so no token attends to it: it needs no mask.
-        tokens = self.text_projection(self.text_model(input_ids=input_ids).last_hidden_state)
-        return tokens, self.end_position(input_ids, attention_mask)
+        text = self.text_model
+        if prompts is None:
+            hidden = text(input_ids=input_ids).last_hidden_state
+        else:
+            words = insert_prompts(text.get_input_embeddings()(input_ids), prompts[0], 1)
+            hidden = text.embeddings(inputs_embeds=words)
+            causal = create_causal_mask(
+                config=text.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+            )
+            hidden = pass_layers(text.encoder.layers, hidden, prompts, 1, attention_mask=causal, is_causal=True)
+            hidden = text.final_layer_norm(hidden)
+        return self.text_projection(hidden), self.end_position(input_ids, attention_mask)
 
     def image_features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images, see [`DualEncoder.image_features`]; tokens have not passed the final norm."""
@@ -297,8 +343,8 @@ class SiglipDualEncoder(DualEncoder):
                 f"{config.text_config.projection_size}; pass a checkpoint trained on image-text pairs"
             )
 
-    def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Embed images, see [`DualEncoder.image_tokens`]."""
+    def image_tokens(self, pixel_values: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Embed images, see [`DualEncoder.image_tokens`]; the configuration refuses prompts."""
         hidden = self.vision_model(pixel_values=pixel_values).last_hidden_state
         return torch.cat([self.vision_model.head(hidden)[:, None], self.attended_alone(hidden)], dim=1)
 
@@ -307,8 +353,10 @@ class SiglipDualEncoder(DualEncoder):
         # By the head's own forward, which is where weights that are offloaded come back.
         return self.vision_model.head(hidden_states.flatten(0, 1)[:, None]).unflatten(0, hidden_states.shape[:2])
 
-    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embed captions, see [`DualEncoder.text_tokens`].
+    def text_tokens(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed captions, see [`DualEncoder.text_tokens`]; the configuration refuses prompts.
 
         Raises:
             ValueError: if captions are not padded to the length that SigLIP was trained with.
@@ -332,12 +380,15 @@ DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
 }
 
 
-def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **kwargs: Any) -> DualEncoder:
+def load_pretrained_dual_encoder(
+    name_or_path: str, config: PreTrainedConfig, may_be_new: str | None = None, **kwargs: Any
+) -> DualEncoder:
     """Load the encoders and projections of an existing checkpoint, and nothing else of it.
 
     Args:
         name_or_path: Hub name or local folder.
         config: the checkpoint's own configuration, of a family in `DUAL_ENCODERS`.
+        may_be_new: part of the names of weights that the checkpoint may lack; a log message says so if it does.
         kwargs: passed to `from_pretrained` (`revision`, `token`, `dtype`, ...).
 
     Raises:
@@ -351,6 +402,12 @@ def load_pretrained_dual_encoder(name_or_path: str, config: PreTrainedConfig, **
         encoder = encoder_class(config)
     wanted = (*encoder.vision_modules, *encoder.text_modules)
     missing = sorted(k for k in info["missing_keys"] if k.startswith(wanted) and "position_ids" not in k)
+    if new := [name for name in missing if may_be_new is not None and may_be_new in name]:
+        missing = sorted({*missing} - {*new})
+        logger.warning(
+            f"{name_or_path} lacks {len(new)} weights named *{may_be_new}*, which are new and must be trained before "
+            f"use, first: {new[:3]}"
+        )
     if missing:
         raise ValueError(
             f"{name_or_path} lacks {len(missing)} weights of {loader.__name__}, first: "

@@ -64,7 +64,16 @@ BACKBONES = {
 # Settings under which PVLF equals its baseline TransAgg: one shallow prompt (its separator token), cross-entropy.
 TRANSAGG = {"num_prompts": 1, "prompt_depth": 1, "gamma": 0.0}
 
+BUDGET = 2 * 25
+"""Prompts of PVLF-Deep in all, each as wide as the joint space: other places get as many weights (Figure 2)."""
+
+PROMPTED_ENCODERS = ("blip", "clip", "metaclip_2")
+"""Families whose encoders take prompts; SigLIP's text has a fixed length and no first token to put them behind."""
+
 CHOICES = {
+    "prompt_location": ("none", "text", "vision", "both", "fusion"),
+    "prompt_coupling": ("independent", "tied", "linear"),
+    "composition": ("transagg", "sum"),
     "residual": ("pre_norm", "paper"),
     "aggregation_mlp_input": ("fused", "encoder"),
     "aggregation_sum_input": ("encoder", "fused"),
@@ -117,6 +126,11 @@ class DualEncoderConfig(PreTrainedConfig):
         """Width `d`, under the name that Transformers and Accelerate look for."""
         return self.joint_width
 
+    @property
+    def text_positions(self) -> int:
+        """Longest caption that the text encoder has positions for, special tokens included."""
+        return self.vl_config.text_config.max_position_embeddings
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Return the text encoder's configuration, which has the vocabulary and the special tokens."""
         return self.vl_config.get_text_config(*args, **kwargs)
@@ -144,12 +158,15 @@ class PVLFConfig(DualEncoderConfig):
     Args:
         vl_config (`BlipConfig`, `CLIPConfig` or `dict`, *optional*, defaults to BLIP base):
             The dual encoder. Its joint width is the width `d` of everything below.
-        num_prompts (`int`, *optional*, defaults to 25): learnable context prompts per layer, `p` (Table 4).
+        num_prompts (`int`, *optional*, defaults to 25): learnable context prompts per layer, `p` (Table 4); in
+            encoders by default as many as have the weights of PVLF-Deep's 2 x 25.
         prompt_depth (`int`, *optional*, defaults to `fusion_layers`):
             How many fusion layers get prompts of their own. 1 is PVLF-Shallow (eq. 8-9: prompts enter the first
-            layer and are carried on); `fusion_layers` is PVLF-Deep (eq. 12: every layer gets fresh ones).
-        prompt_init_std (`float`, *optional*, defaults to 1.0):
-            Prompts start from a normal of this width. The paper says "random"; 1 is TransAgg's separator token.
+            layer and are carried on); `fusion_layers` is PVLF-Deep (eq. 12: every layer gets fresh ones). In
+            encoders 2 by default; 1 is CoOp or VPT-Shallow.
+        prompt_init_std (`float`, *optional*, defaults to 1.0, in encoders to 0.02):
+            Prompts start from a normal of this width. The paper says "random"; 1 is TransAgg's separator token,
+            0.02 CoOp's and MaPLe's.
         fusion_layers (`int`, *optional*, defaults to 2): fusion Transformer layers, `J` (Table 5).
         fusion_heads (`int`, *optional*, defaults to 8): attention heads of a fusion layer (TransAgg).
         fusion_ffn_size (`int`, *optional*, defaults to 2048): feed-forward width of a fusion layer (TransAgg).
@@ -170,6 +187,19 @@ class PVLFConfig(DualEncoderConfig):
         alpha (`float`, *optional*, defaults to 1.0): factor of the focal InfoNCE loss (eq. 15).
         gamma (`float`, *optional*, defaults to 2.0): focusing exponent (eq. 15); 0 is cross-entropy.
         temperature (`float`, *optional*, defaults to 0.01): `τ` of eq. 14.
+        prompt_location (`str`, *optional*, defaults to `"fusion"`):
+            Where the prompts sit (Figure 2): `"fusion"` (PVLF), `"text"` (CoOp), `"vision"` (VPT), `"both"` (IVLP,
+            MaPLe) or `"none"`.
+        prompt_coupling (`str`, *optional*, defaults to `"independent"`):
+            With `"both"`: vision prompts of their own (IVLP), `"tied"` (the text prompts themselves, where widths
+            agree) or `"linear"` (MaPLe: a Linear of the text prompts in each layer, whose weights come on top).
+        prompt_gallery (`bool`, *optional*, defaults to `False`):
+            Whether gallery images pass the image encoder with its prompts, too. Their index is then this model's.
+        num_vision_prompts (`int`, *optional*): with `"both"` and independent prompts those of the image encoder, by
+            default half of the budget, or `num_prompts` where that is given.
+        composition (`"transagg"` or `"sum"`, *optional*, defaults to `"transagg"`):
+            `"transagg"`: fusion and aggregation as above. `"sum"`: the normalised sum of the normalised features,
+            without weights of its own, so that only prompts train.
 
     Raises:
         ValueError: if the settings cannot go together; the message says what to change.
@@ -183,11 +213,12 @@ class PVLFConfig(DualEncoderConfig):
     """
 
     model_type = "pvlf"
+    added_settings = ("prompt_location", "prompt_coupling", "prompt_gallery", "num_vision_prompts", "composition")
     attribute_map = {"num_hidden_layers": "fusion_layers", "num_attention_heads": "fusion_heads"}
 
-    num_prompts: int = 25
+    num_prompts: int | None = None
     prompt_depth: int | None = None
-    prompt_init_std: float | int = 1.0
+    prompt_init_std: float | int | None = None
     fusion_layers: int = 2
     fusion_heads: int = 8
     fusion_ffn_size: int = 2048
@@ -200,14 +231,61 @@ class PVLFConfig(DualEncoderConfig):
     alpha: float | int = 1.0
     gamma: float | int = 2.0
     temperature: float | int = 0.01
+    prompt_location: str = "fusion"
+    prompt_coupling: str = "independent"
+    prompt_gallery: bool = False
+    num_vision_prompts: int | None = None
+    composition: str = "transagg"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.prompt_depth is None:
-            self.prompt_depth = self.fusion_layers
+        self._choose_prompts()
         # `@strict` validates once more after this, and when saving, but wraps what it catches in an exception that is
         # no ValueError.
         self.validate_architecture()
+
+    def _choose_prompts(self) -> None:
+        """Set the settings of prompts that are not given."""
+        in_fusion = self.prompt_location == "fusion"
+        if self.prompt_depth is None:
+            self.prompt_depth = self.fusion_layers if in_fusion else 0 if self.prompt_location == "none" else 2
+        if self.prompt_init_std is None:
+            self.prompt_init_std = 1.0 if in_fusion else 0.02
+        independent = self.prompt_location == "both" and self.prompt_coupling == "independent"
+        if independent and self.num_vision_prompts is None:
+            self.num_vision_prompts = self.num_prompts or self._within_budget("vision_config", 0.5)
+        if self.num_prompts is None:
+            tower = "vision_config" if self.prompt_location == "vision" else "text_config"
+            encoders = self.prompt_location in ("text", "vision", "both")
+            budget = self._within_budget(tower, 0.5 if independent else 1.0) if encoders else 0
+            self.num_prompts = 25 if in_fusion else budget
+
+    def _within_budget(self, tower: str, share: float) -> int:
+        """Return how many prompts a layer of an encoder gets for a share of PVLF-Deep's weights."""
+        width = getattr(self.vl_config, tower).hidden_size
+        return max(1, round(share * BUDGET * self.joint_width / width / max(1, self.prompt_depth or 0)))
+
+    @property
+    def fusion_prompts(self) -> int:
+        """Prompts per layer in the fusion."""
+        return (self.num_prompts or 0) if self.prompt_location == "fusion" else 0
+
+    @property
+    def text_prompts(self) -> int:
+        """Prompts per layer in the text encoder."""
+        return (self.num_prompts or 0) if self.prompt_location in ("text", "both") else 0
+
+    @property
+    def vision_prompts(self) -> int:
+        """Prompts per layer in the image encoder."""
+        if self.prompt_location not in ("vision", "both"):
+            return 0
+        return self.num_vision_prompts or self.num_prompts or 0
+
+    @property
+    def text_positions(self) -> int:
+        """Longest caption that the text encoder has positions for beside its prompts, special tokens included."""
+        return super().text_positions - self.text_prompts
 
     def validate_architecture(self) -> None:
         """Refuse settings that cannot go together (also called by `@strict` when saved)."""
@@ -216,13 +294,10 @@ class PVLFConfig(DualEncoderConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {choices}")
         for name in ("num_prompts", "fusion_layers", "fusion_heads", "fusion_ffn_size"):
-            if getattr(self, name) < 1:
+            fewest = int(name != "num_prompts" or self.prompt_location != "none")
+            if getattr(self, name) < fewest:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 1 <= (self.prompt_depth or 0) <= self.fusion_layers:
-            raise ValueError(
-                f"prompt_depth={self.prompt_depth} must lie between 1 and fusion_layers={self.fusion_layers}: "
-                "lower prompt_depth or raise fusion_layers"
-            )
+        self._validate_prompts()
         if self.joint_width % self.fusion_heads:
             fitting = [h for h in range(1, self.joint_width + 1) if self.joint_width % h == 0 and h <= 16]
             raise ValueError(
@@ -237,10 +312,53 @@ class PVLFConfig(DualEncoderConfig):
         for name, allowed in (("dropout", 0 <= self.dropout < 1), ("temperature", self.temperature > 0)):
             if not allowed:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range: dropout in [0, 1), temperature > 0")
-        if self.gamma < 0 or self.alpha <= 0 or self.prompt_init_std < 0:
+        if self.gamma < 0 or self.alpha <= 0 or (self.prompt_init_std or 0) < 0:
             raise ValueError(
                 f"need gamma >= 0, alpha > 0 and prompt_init_std >= 0, got gamma={self.gamma}, alpha={self.alpha}, "
                 f"prompt_init_std={self.prompt_init_std}"
+            )
+
+    def _validate_prompts(self) -> None:
+        """Refuse settings of prompts that cannot go together."""
+        location, family = self.prompt_location, self.vl_config.model_type
+        text, vision = self.vl_config.text_config, self.vl_config.vision_config
+        towers = {"text": [text], "vision": [vision], "both": [text, vision]}.get(location, [])
+        deepest = min((tower.num_hidden_layers for tower in towers), default=self.fusion_layers)
+        where = "the encoder's layers" if towers else "fusion_layers"
+        both, independent = location == "both", self.prompt_coupling == "independent"
+        if location == "none" and (self.num_prompts or self.prompt_depth):
+            raise ValueError("prompt_location='none' has no prompts: leave num_prompts and prompt_depth out")
+        if location != "none" and not 1 <= (self.prompt_depth or 0) <= deepest:
+            raise ValueError(
+                f"prompt_depth={self.prompt_depth} must lie between 1 and {where}={deepest}: lower prompt_depth"
+                + ("" if towers else " or raise fusion_layers")
+            )
+        if towers and family not in PROMPTED_ENCODERS:
+            raise ValueError(
+                f"prompt_location={location!r} is defined on {PROMPTED_ENCODERS}, not on {family!r}: choose 'fusion'"
+            )
+        if not independent and not both:
+            raise ValueError(f"prompt_coupling={self.prompt_coupling!r} is for prompt_location='both'")
+        if self.num_vision_prompts is not None and not (both and independent and self.num_vision_prompts > 0):
+            raise ValueError(
+                f"num_vision_prompts={self.num_vision_prompts} is for prompt_location='both' with independent "
+                "prompts, and must be at least 1; num_prompts counts all others"
+            )
+        if self.prompt_gallery and location not in ("vision", "both"):
+            raise ValueError(f"prompt_gallery=True needs prompts in the image encoder, not {location!r}")
+        if self.prompt_coupling == "tied" and text.hidden_size != vision.hidden_size:
+            raise ValueError(
+                f"prompt_coupling='tied' needs encoders of one width, as in BLIP base, not {text.hidden_size} and "
+                f"{vision.hidden_size}: choose 'linear' or 'independent'"
+            )
+        if self.text_positions < 3:
+            raise ValueError(
+                f"num_prompts={self.num_prompts} leave {self.text_positions} of {super().text_positions} positions, "
+                "not enough for a word and its two special tokens: lower it"
+            )
+        if self.composition == "sum" and location == "fusion":
+            raise ValueError(
+                "composition='sum' has no fusion: choose prompt_location 'none', 'text', 'vision' or 'both'"
             )
 
     @classmethod

@@ -140,6 +140,14 @@ class ComposedRetrievalModel(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def loss_inputs(self, output: ComposedRetrievalOutput) -> tuple[Tensor, Tensor]:
+        """Return the rows that `loss` compares, `(batch, w)` and `(targets, w)`, of an output of `forward`.
+
+        By default queries and targets. A model with a second objective, such as CASE's way back, places its rows
+        beside them, so that targets gathered from other processes serve both.
+        """
+        return output.query_embeds, output.target_embeds  # type: ignore[return-value]  # both are there by then
+
     @property
     def combine(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Function of two similarities that scores an image, None where the score is the cosine of embeddings.
@@ -183,8 +191,8 @@ class ComposedRetrievalModel(PreTrainedModel):
     def image_config(self) -> PreTrainedConfig:
         """Part of the configuration that the image side is built from; `encoder_config` unless overridden.
 
-        A gallery depends on it, on the weights of `image_side` and on the image processor, and on nothing else: models
-        that agree in these search the same gallery.
+        A gallery depends on it, on the weights of `image_side` and `gallery_prompts`, on the image processor, and on
+        nothing else: models that agree in these search the same gallery.
         """
         return self.encoder_config
 
@@ -195,6 +203,11 @@ class ComposedRetrievalModel(PreTrainedModel):
         Their names are those that all models on the same encoder give them, see `image_config`.
         """
         raise NotImplementedError
+
+    @property
+    def gallery_prompts(self) -> nn.Module | None:
+        """Module of prompts that gallery images pass the image encoder with, on which their embeddings depend, too."""
+        return None
 
     @property
     def text_side(self) -> dict[str, nn.Module]:
@@ -258,7 +271,7 @@ class ComposedRetrievalModel(PreTrainedModel):
             if return_loss is not False:
                 output.similarity = self.score(output.query_embeds, output.target_embeds)
             if return_loss or (return_loss is None and self.combine is None):
-                output.loss = self.loss(output.query_embeds, output.target_embeds, target_ids=target_ids)
+                output.loss = self.loss(*self.loss_inputs(output), target_ids=target_ids)
         elif return_loss:
             raise ValueError("return_loss=True needs queries and target_pixel_values, one target image for each query")
         return output
@@ -298,13 +311,21 @@ class ComposedRetrievalProcessor(ProcessorMixin):
         image_processor: prepares images; its settings are part of what identifies embeddings.
         tokenizer: tokenizes captions.
         max_text_length: tokens that captions are truncated to.
+        train_text_length: tokens that captions are truncated to in training; None for as many.
         padding: `"longest"` or `"max_length"`.
     """
 
     image_processor: Any
     tokenizer: Any
     max_text_length: int
+    train_text_length: int | None = None
     padding: str
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """Settings of a call that prepares training captions."""
+        length = self.train_text_length
+        return {} if length is None else {"text_kwargs": {"max_length": length}}
 
     def process_queries(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         """Prepare queries, each a reference image with its relative caption.

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _NAMES_OF = {
     "models": """
+        CASEConfig CASEModel CASEOutput CASEProcessor
         CompoDiffConfig CompoDiffModel CompoDiffProcessor
         ComposedImageRetrievalPipeline ComposedRetrievalModel ComposedRetrievalOutput ComposedRetrievalProcessor
         InversionConfig InversionModel InversionProcessor InversionQueryOutput
@@ -32,8 +33,8 @@ _NAMES_OF = {
         seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
     """,
     "checkpoints": """
-        check_golden convert_compodiff convert_inversion convert_salesforce_blip convert_transagg load_model
-        render_card write_card write_golden
+        check_golden convert_case convert_compodiff convert_inversion convert_salesforce_blip convert_transagg
+        load_model render_card write_card write_golden
     """,
     "search": """
         Explanation Gallery Query SearchResult

@@ -96,7 +96,8 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         raise ValueError(f"{type(model).__name__} is not exported: only models on one of {sorted(BACKBONES)} are")
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    spec, longest = BACKBONES[config.model_type], config.text_config.max_position_embeddings
+    spec = BACKBONES[config.model_type]
+    longest = getattr(model.config, "text_positions", config.text_config.max_position_embeddings)
     fixed = min(spec.text_length, longest) if spec.padding == "max_length" else None  # the only length it takes
     tokens = torch.ones(2, fixed or 8, dtype=torch.int64, device=model.device)
     example = {
@@ -104,7 +105,8 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         "input_ids": tokens,
         "attention_mask": tokens.clone(),
     }
-    dims = {"batch": Dim("batch"), "length": fixed or Dim("length", max=longest)}
+    # A caption has a word between its two special tokens: what inserts tokens behind the first relies on that.
+    dims = {"batch": Dim("batch"), "length": fixed or Dim("length", min=3, max=longest)}
     shapes = {name: {axis: dims[dim] for axis, dim in axes.items()} for name, axes in AXES[tower].items()}
     module = (QueryTower if tower == "query" else GalleryTower)(model).eval()
     return torch.export.export(module, (), {name: example[name] for name in shapes}, dynamic_shapes=shapes)

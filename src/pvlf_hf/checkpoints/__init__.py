@@ -4,6 +4,7 @@ Imports `models`, `data`, `embeddings` and `evaluation`.
 """
 
 from .convert import convert_salesforce_blip, convert_transagg
+from .convert_case import convert_case
 from .convert_compodiff import convert_compodiff
 from .convert_inversion import convert_inversion
 from .golden import check_golden, write_golden
@@ -12,6 +13,7 @@ from .model_card import render_card, write_card
 
 __all__ = [
     "check_golden",
+    "convert_case",
     "convert_compodiff",
     "convert_inversion",
     "convert_salesforce_blip",

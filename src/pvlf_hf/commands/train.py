@@ -68,8 +68,8 @@ class ModelArguments:
     method: str = field(
         default="pvlf",
         metadata={
-            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), compodiff, or a method of "
-            "textual inversion, which trains on images or captions alone.",
+            "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), case (BLIP alone), compodiff, "
+            "or a method of textual inversion, which trains on images or captions alone.",
             "choices": [*METHODS],
         },
     )
@@ -79,6 +79,21 @@ class ModelArguments:
     )
     prompt_init_std: float | None = field(
         default=None, metadata={"help": "Standard deviation of the initial prompts."}
+    )
+    prompt_location: str | None = field(
+        default=None, metadata={"help": "Where prompts sit: fusion (PVLF), text (CoOp), vision (VPT), both or none."}
+    )
+    prompt_coupling: str | None = field(
+        default=None, metadata={"help": "Of prompts in both encoders: independent, tied, or linear (MaPLe)."}
+    )
+    prompt_gallery: bool | None = field(
+        default=None, metadata={"help": "Whether gallery images pass the image encoder with its prompts."}
+    )
+    num_vision_prompts: int | None = field(
+        default=None, metadata={"help": "Prompts per layer of the image encoder, of independent prompts in both."}
+    )
+    composition: str | None = field(
+        default=None, metadata={"help": "transagg, or sum: only prompts train (not in the fusion)."}
     )
     fusion_layers: int | None = field(default=None, metadata={"help": "Fusion Transformer layers (paper: 2)."})
     fusion_heads: int | None = field(
@@ -102,7 +117,6 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the fusion: sdpa, eager or flash_attention_2."}
     )
-
     settings: list[str] | None = field(
         default=None, metadata={"help": "Further settings of the method's configuration, such as mapping_width=1024."}
     )

@@ -56,14 +56,16 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
 def image_fingerprint(model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> str:
     """Return a digest of all that embeddings of images depend on beside the images, and of nothing else.
 
-    It covers the image encoder and its projection (configuration and weights), autocast and the image processor. What
+    It covers the image encoder, its projection and the prompts that gallery images pass with (configuration and
+    weights), autocast and the image processor. What
     composes queries is left out, so that models of different classes on one encoder have the same.
 
     Raises:
         ValueError: if a module's state holds an object of an unknown type.
     """
     parts: list[bytes | str] = [_settings_of(model.image_config, model), _autocast(model), image_settings(processor)]
-    for name, module in sorted(model.image_side.items()):
+    prompts = {"prompts": model.gallery_prompts} if model.gallery_prompts is not None else {}
+    for name, module in sorted({**model.image_side, **prompts}.items()):
         for key, value in module.state_dict().items():
             parts += _state_parts(f"{name}.{key}", value)
     return sequence_digest(*parts)
@@ -94,6 +96,9 @@ def own_settings(model: ComposedRetrievalModel) -> str:
         return "[]"
     kinds = [kind for kind in reversed(type(config).__mro__) if issubclass(kind, PreTrainedConfig)]
     names = [name for kind in kinds if kind is not PreTrainedConfig for name in get_annotations(kind)]
+    # Settings that came after 0.1.0 count where they are used, so that embeddings kept before stay valid.
+    added = getattr(config, "added_settings", ())
+    names = [name for name in names if name not in added or getattr(config, name) != getattr(type(config), name)]
     return json.dumps([value for name in names if (value := getattr(config, name)) is not model.encoder_config])
 
 

@@ -1,4 +1,4 @@
-"""Models: dual encoders, PVLF, CompoDiff, training-free compositions, textual inversion, processors, the pipeline.
+"""Models: dual encoders, PVLF, CASE, CompoDiff, training-free compositions, textual inversion, processors, pipeline.
 
 The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_case import CASEConfig
 from .configuration_compodiff import CompoDiffConfig
 from .configuration_inversion import InversionConfig
 from .configuration_pvlf import PVLFConfig
@@ -21,11 +22,13 @@ from .interface_pvlf import (
     QueryOutput,
 )
 from .loss_pvlf import focal_info_nce
+from .modeling_case import CASEModel, CASEOutput
 from .modeling_compodiff import CompoDiffModel
 from .modeling_inversion import InversionModel, InversionQueryOutput
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
 from .modeling_training_free import TrainingFreeModel
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
+from .processing_case import CASEProcessor
 from .processing_compodiff import CompoDiffProcessor
 from .processing_inversion import InversionProcessor
 from .processing_pvlf import PVLFProcessor
@@ -42,6 +45,7 @@ class Family(NamedTuple):
 FAMILIES = (
     Family(PVLFConfig, PVLFModel, PVLFProcessor),
     Family(InversionConfig, InversionModel, InversionProcessor),
+    Family(CASEConfig, CASEModel, CASEProcessor),
     Family(CompoDiffConfig, CompoDiffModel, CompoDiffProcessor),
     Family(TrainingFreeConfig, TrainingFreeModel, PVLFProcessor),
 )
@@ -57,6 +61,10 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "CASEConfig",
+    "CASEModel",
+    "CASEOutput",
+    "CASEProcessor",
     "CompoDiffConfig",
     "CompoDiffModel",
     "CompoDiffProcessor",

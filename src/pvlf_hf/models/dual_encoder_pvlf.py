@@ -23,6 +23,7 @@ class DualEncoderModel(ComposedRetrievalModel):
     [`~ComposedRetrievalModel.loss`].
     """
 
+    may_be_new: str | None = None  # part of the names of encoder weights that a pretrained checkpoint may lack
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -67,7 +68,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         }  # not the encoders': the library's BLIP has eager only
         vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = cls.config_class(vl_config=vl_config, **settings)  # type: ignore[call-arg, misc]
-        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
+        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, cls.may_be_new, **kwargs)
         model = cls._from_config(config, attn_implementation=attention)
         model.backbone = encoder
         model.to(dtype=next(encoder.parameters()).dtype)
@@ -149,8 +150,21 @@ class DualEncoderModel(ComposedRetrievalModel):
             )
         return pixel_values.to(self.dtype)
 
-    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
-        return self.backbone.image_tokens(self._sized(pixel_values))
+    def _image_tokens(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
+        return self.encode_image_tokens(self._sized(pixel_values), as_query)
+
+    def encode_image_tokens(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
+        """Encode images of the right size as tokens, see [`DualEncoder.image_tokens`].
+
+        Args:
+            pixel_values: `(batch, 3, height, width)`.
+            as_query: whether they are reference images of queries, which a subclass may encode in another way.
+        """
+        return self.backbone.image_tokens(pixel_values)
+
+    def encode_text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode captions as tokens, see [`DualEncoder.text_tokens`]."""
+        return self.backbone.text_tokens(input_ids, attention_mask)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -182,7 +196,7 @@ class DualEncoderModel(ComposedRetrievalModel):
             `pooler_output`: float32 `(batch, d)`, L2-normalised; `last_hidden_state`: `(batch, n, d)`, all projected
             tokens, not normalised.
         """
-        tokens, position = self.backbone.text_tokens(input_ids, attention_mask)
+        tokens, position = self.encode_text_tokens(input_ids, attention_mask)
         pooled = normalize(gather_tokens(tokens, position))
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 

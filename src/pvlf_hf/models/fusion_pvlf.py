@@ -132,7 +132,9 @@ class PVLFFusion(nn.Module):
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__()
         self.config = config
-        self.prompts = nn.Parameter(torch.empty(config.prompt_depth or 1, config.num_prompts, config.joint_width))
+        self.prompts = None
+        if count := config.fusion_prompts:
+            self.prompts = nn.Parameter(torch.empty(config.prompt_depth or 1, count, config.joint_width))
         self.layers = nn.ModuleList([PVLFFusionLayer(config) for _ in range(config.fusion_layers)])
 
     def _attention_mask(
@@ -140,7 +142,7 @@ class PVLFFusion(nn.Module):
     ) -> Any:
         if text_mask is None:
             return None
-        visible = text_mask.new_ones(text_mask.shape[0], self.config.num_prompts + num_image_tokens)
+        visible = text_mask.new_ones(text_mask.shape[0], self.config.fusion_prompts + num_image_tokens)
         visible = torch.cat([text_mask, visible], dim=1)
         if self.config.text_padding == "transagg":
             if self.config._attn_implementation.startswith("flash"):
@@ -175,9 +177,11 @@ class PVLFFusion(nn.Module):
             `(batch, n + p + 1 + m, d)` and the tuples of hidden states (input first) and attention weights.
         """
         batch, n, _ = text_tokens.shape
-        after_prompts = n + self.config.num_prompts
-        prompts = self.prompts.to(text_tokens.dtype)[:, None].expand(-1, batch, -1, -1)  # (depth, batch, p, d)
-        hidden_states = torch.cat([text_tokens, prompts[0], image_tokens], dim=1)
+        after_prompts = n + self.config.fusion_prompts
+        prompts: Any = ()  # or (depth, batch, p, d)
+        if self.prompts is not None:
+            prompts = self.prompts.to(text_tokens.dtype)[:, None].expand(-1, batch, -1, -1)
+        hidden_states = torch.cat([text_tokens, *prompts[:1], image_tokens], dim=1)
         attention_mask = self._attention_mask(hidden_states, text_mask, image_tokens.shape[1], output_attentions)
         states, attentions = [hidden_states], []
         for depth, layer in enumerate(self.layers):

@@ -22,6 +22,7 @@ from .dual_encoder_pvlf import DualEncoderModel
 from .fusion_pvlf import PVLFAggregation, PVLFFusion, PVLFFusionAttention, PVLFFusionLayer
 from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
 from .loss_pvlf import focal_info_nce
+from .prompts_pvlf import TowerPrompts
 
 
 @dataclass
@@ -66,8 +67,12 @@ class PVLFPreTrainedModel(DualEncoderModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as TransAgg's modules do: PyTorch's defaults, unlike the base class's normal(0, 0.02)."""
         super()._init_weights(module)
-        if isinstance(module, PVLFFusion):
-            init.normal_(module.prompts, std=self.config.prompt_init_std)
+        if isinstance(module, PVLFFusion | TowerPrompts):
+            for prompts in module.parameters(recurse=False):
+                init.normal_(prompts, std=self.config.prompt_init_std)
+        if isinstance(module, TowerPrompts):
+            for coupling in module.couplings or ():
+                init_linear(coupling)  # type: ignore[arg-type]  # a ModuleList has no element type
         elif isinstance(module, PVLFFusionAttention):
             for projection in (module.q_proj, module.k_proj, module.v_proj):
                 # nn.MultiheadAttention initialises q, k and v as one (3d, d) matrix: this gain gives the same bound.
@@ -105,12 +110,12 @@ class PVLFModel(PVLFPreTrainedModel):
         torch.Size([1, 128])
     """
 
-    explains = True
-
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__(config)
-        self.fusion = PVLFFusion(config)
-        self.aggregation = PVLFAggregation(config)
+        self.explains = config.composition == "transagg"
+        self.fusion = PVLFFusion(config) if self.explains else None
+        self.aggregation = PVLFAggregation(config) if self.explains else None
+        self.prompts = TowerPrompts(config) if config.text_prompts or config.vision_prompts else None
         self.post_init()
 
     @classmethod
@@ -130,6 +135,34 @@ class PVLFModel(PVLFPreTrainedModel):
             ValueError: if the checkpoint is not one of a supported dual encoder.
         """
         return super().from_vl_pretrained(name_or_path, **kwargs)  # type: ignore[return-value]
+
+    @property
+    def gallery_prompts(self) -> nn.Module | None:
+        """Prompts that gallery images pass with, see [`ComposedRetrievalModel.gallery_prompts`]."""
+        return self.prompts if self.config.prompt_gallery else None
+
+    def encode_image_tokens(self, pixel_values: Tensor, as_query: bool = False) -> Tensor:
+        """Encode images as tokens; reference images of queries by the encoder with its prompts, if it has any."""
+        if self.prompts is None or not (as_query or self.config.prompt_gallery):
+            return self.backbone.image_tokens(pixel_values)
+        _, prompts = self.prompts()
+        return self.backbone.image_tokens(pixel_values, prompts)
+
+    def encode_text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Encode captions as tokens by the text encoder with its prompts, if it has any.
+
+        Raises:
+            ValueError: if captions and prompts are longer than the text encoder's positions.
+        """
+        if self.prompts is None:
+            return self.backbone.text_tokens(input_ids, attention_mask)
+        if input_ids.shape[1] > self.config.text_positions:
+            raise ValueError(
+                f"captions of {input_ids.shape[1]} tokens and {self.config.text_prompts} prompts are more than the "
+                f"text encoder's positions: set the processor's max_text_length to {self.config.text_positions}"
+            )
+        prompts, _ = self.prompts()
+        return self.backbone.text_tokens(input_ids, attention_mask, prompts)
 
     @can_return_tuple
     def get_query_features(
@@ -155,8 +188,8 @@ class PVLFModel(PVLFPreTrainedModel):
         Raises:
             ValueError: if the numbers of images and captions differ.
         """
-        image_tokens = self._image_tokens(pixel_values)
-        text_tokens, text_position = self.backbone.text_tokens(input_ids, attention_mask)
+        image_tokens = self._image_tokens(pixel_values, as_query=True)
+        text_tokens, text_position = self.encode_text_tokens(input_ids, attention_mask)
         return self.compose(
             image_tokens, text_tokens, text_position, attention_mask, output_attentions, output_hidden_states
         )
@@ -181,7 +214,7 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states: return hidden states, likewise.
 
         Raises:
-            ValueError: as [`~PVLFModel.get_query_features`].
+            ValueError: as [`~PVLFModel.get_query_features`]; if a plain sum is asked for attentions.
         """
         if image_tokens.shape[0] != text_tokens.shape[0]:
             raise ValueError(f"{image_tokens.shape[0]} reference images but {text_tokens.shape[0]} relative captions")
@@ -191,28 +224,45 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         # Autocast leaves half precision behind, and so does the feature cache (TransAgg casts here, too).
         image_tokens, text_tokens = image_tokens.to(self.dtype), text_tokens.to(self.dtype)
+        encoder = (image_tokens[:, 0], gather_tokens(text_tokens, text_position))
+        image_embeds, text_embeds = map(normalize, encoder)
+        # The reference image alone is embedded as the gallery is, which may be without prompts.
+        alone = image_embeds if self.config.prompt_gallery or not self.config.vision_prompts else None
+        if self.fusion is None or self.aggregation is None:
+            if output_attentions or output_hidden_states:
+                raise ValueError("composition='sum' has neither attentions nor hidden states")
+            query = normalize(image_embeds + text_embeds)
+            return PVLFQueryOutput(pooler_output=query, image_embeds=alone, text_embeds=text_embeds)
         if attention_mask is not None:  # the global text feature takes part, even at a padded position (SigLIP)
             attention_mask = attention_mask.scatter(1, text_position[:, None], 1)
-        image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.num_prompts)
+        image_position = torch.full_like(text_position, text_tokens.shape[1] + self.config.fusion_prompts)
         pooled_positions = torch.stack([image_position, text_position], dim=1)
         keep_all = output_attentions or output_hidden_states
         hidden, states, attentions = self.fusion(
             text_tokens, image_tokens, attention_mask, None if keep_all else pooled_positions, bool(output_attentions)
         )
-        encoder = (image_tokens[:, 0], gather_tokens(text_tokens, text_position))
         fused = (gather_tokens(hidden, pooled_positions) if keep_all else hidden).unbind(1)
         mlp_input = fused if self.config.aggregation_mlp_input == "fused" else encoder
         sum_input = fused if self.config.aggregation_sum_input == "fused" else encoder
         query, weights = self.aggregation(*mlp_input, *sum_input)
-        image_embeds, text_embeds = map(normalize, encoder)
         return PVLFQueryOutput(
             pooler_output=normalize(query),
-            image_embeds=image_embeds,
+            image_embeds=alone,
             text_embeds=text_embeds,
             aggregation_weights=weights,
             hidden_states=states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
+
+    def compose_embeds(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor | None:
+        """Compose queries from embeddings, see [`ComposedRetrievalModel.compose_embeds`].
+
+        Returns:
+            their normalised sum where the composition is one and the gallery's embeddings are those of a query.
+        """
+        if self.fusion is not None or (self.config.vision_prompts and not self.config.prompt_gallery):
+            return None
+        return normalize(image_embeds + text_embeds)
 
     def start_output(self, query: QueryOutput | None) -> PVLFOutput:
         """Start the output of `forward` from that of `get_query_features`."""

@@ -95,7 +95,7 @@ class QueryEncoder:
         why: list[Explanation] = []
         if explain:
             tokens = self.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-            prompts = getattr(self.model.config, "num_prompts", 0)
+            prompts = getattr(self.model.config, "fusion_prompts", 0)
             why = [explanation(output, row, tokens, prompts) for row in range(len(images))]
         parts = (mean_embedding(part, weights) for part in (output.pooler_output, of_images, of_texts))
         return partial(self._query(*parts), why=tuple(why))

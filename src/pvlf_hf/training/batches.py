@@ -85,5 +85,6 @@ class PVLFCollator:
             text=[row["caption"] for row in rows],
             target_images=[row["target"] for row in rows],
             return_tensors="pt",
+            **getattr(self.processor, "training_settings", {}),
         )
         return {**batch, "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows])}

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..digests import id_number, sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalOutput, ComposedRetrievalProcessor, normalize, unwrap
+from ..models.modeling_case import CASEModel
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_pvlf import PVLFModel
 
@@ -176,23 +178,28 @@ class FeatureCollator:
         processor: tokenizes captions where the text encoder trains.
         images: features of the images.
         texts: features of the captions, or None where the text encoder trains.
+        target_tokens: how many tokens of a target are read: the first, which is its global feature, or all by None.
 
     Returns (when called with rows whose `reference` and `target` are digests):
-        `encoder_outputs`, a dictionary of `image_tokens` `(batch, 1 + m, d)`, `target_features` `(batch, d)` and, for
+        `encoder_outputs`, a dictionary of `image_tokens` `(batch, 1 + m, w)`, `target_tokens` `(batch, k, w)` and, for
         a frozen text encoder, `text_tokens` `(batch, n, d)` and `text_position` `(batch,)`; `input_ids` for one that
         trains; `attention_mask` `(batch, n)`; `target_ids` int64 `(batch,)`.
     """
 
     def __init__(
-        self, processor: ComposedRetrievalProcessor, images: FeatureCache, texts: FeatureCache | None
+        self,
+        processor: ComposedRetrievalProcessor,
+        images: FeatureCache,
+        texts: FeatureCache | None,
+        target_tokens: int | None = 1,
     ) -> None:
-        self.processor, self.images, self.texts = processor, images, texts
+        self.processor, self.images, self.texts, self.target_tokens = processor, images, texts, target_tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows."""
         features = {
             "image_tokens": torch.stack([self.images[row["reference"]] for row in rows]),
-            "target_features": torch.stack([self.images[row["target"]][0] for row in rows]),
+            "target_tokens": torch.stack([self.images[row["target"]][: self.target_tokens] for row in rows]),
         }
         batch: dict[str, Any] = {
             "encoder_outputs": features,
@@ -200,7 +207,7 @@ class FeatureCollator:
         }
         captions = [row["caption"] for row in rows]
         if self.texts is None:
-            return batch | dict(self.processor(text=captions))
+            return batch | dict(self.processor(text=captions, **self.processor.training_settings))
         digests = [sequence_digest(caption) for caption in captions]
         tokens = [self.texts[d] for d in digests]
         features["text_tokens"] = pad_sequence(tokens, batch_first=True)
@@ -215,7 +222,7 @@ def accept_cached_features(model: nn.Module) -> None:
     Cached tokens belong to training, not to the model, whose class and checkpoints stay as they are.
 
     Args:
-        model: a [`PVLFModel`] or a [`CompoDiffModel`], or one inside an adapter of PEFT; before DDP or FSDP wraps it.
+        model: one of the classes in `CACHED`, or one inside an adapter of PEFT; before DDP or FSDP wraps it.
     """
     inner: Any = unwrap(model)
     if "forward" not in vars(inner):
@@ -223,25 +230,70 @@ def accept_cached_features(model: nn.Module) -> None:
 
 
 def _forward_of_cached_features(
-    self: Any, *args: Any, encoder_outputs: dict[str, Tensor] | None = None, **inputs: Any
+    self: Any, *args: Any, encoder_outputs: dict[str, Any] | None = None, **inputs: Any
 ) -> ComposedRetrievalOutput:
     """Compute what the model's `forward` does, with cached outputs of frozen encoders in place of their inputs."""
     if encoder_outputs is None:
         return type(self).forward(self, *args, **inputs)
-    if isinstance(self, CompoDiffModel):
-        return self.denoise(encoder_outputs["image_tokens"][:, 0], encoder_outputs["target_features"], **inputs)
+    facts: Any = _facts_of(self)
+    return facts.forward(self, encoder_outputs, **inputs)
+
+
+def _forward_of_pvlf(model: Any, encoder_outputs: dict[str, Tensor], **inputs: Any) -> ComposedRetrievalOutput:
     mask = inputs.get("attention_mask")
     if "text_tokens" in encoder_outputs:
         text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
     else:
-        text = self.backbone.text_tokens(inputs["input_ids"], mask)
-    output = self.start_output(self.compose(encoder_outputs["image_tokens"], *text, mask))
-    output.target_embeds = normalize(encoder_outputs["target_features"])
-    return self.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
+        text = model.encode_text_tokens(inputs["input_ids"], mask)
+    output = model.start_output(model.compose(encoder_outputs["image_tokens"], *text, mask))
+    output.target_embeds = normalize(encoder_outputs["target_tokens"][:, 0])
+    return model.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
+
+
+def _forward_of_case(model: Any, encoder_outputs: dict[str, Tensor], **inputs: Any) -> ComposedRetrievalOutput:
+    return model.compare_tokens(**encoder_outputs, **inputs)
+
+
+def _forward_of_compodiff(model: Any, encoder_outputs: dict[str, Tensor], **inputs: Any) -> ComposedRetrievalOutput:
+    return model.denoise(encoder_outputs["image_tokens"][:, 0], encoder_outputs["target_tokens"][:, 0], **inputs)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """How a class of models trains on cached tokens.
+
+    Args:
+        forward: computes the output of `forward` from cached tokens, see [`FeatureCollator`], and other inputs.
+        keeps_texts: whether tokens of captions can be kept where the text encoder is frozen.
+        reads_target_tokens: whether it reads all tokens of a target, and not the first alone.
+        kind: part of the fingerprint of tokens that differ from PVLF's of the same encoder.
+    """
+
+    forward: Callable[..., ComposedRetrievalOutput]
+    keeps_texts: Callable[[Any], bool]
+    reads_target_tokens: Callable[[Any], bool] = lambda model: False
+    kind: str = ""
+
+
+CACHED = {
+    # Prompts in the text encoder train.
+    PVLFModel: Cached(_forward_of_pvlf, lambda model: not model.config.text_prompts),
+    # Its captions read the image, whose tokens are not projected.
+    CASEModel: Cached(
+        _forward_of_case, lambda model: False, lambda model: model.config.reverse_weight > 0, "not projected"
+    ),
+    # It reads the tokens of padding, too, so that captions are encoded as they come.
+    CompoDiffModel: Cached(_forward_of_compodiff, lambda model: False),
+}
+"""Classes of models that train on cached tokens."""
+
+
+def _facts_of(model: Any) -> Cached | None:
+    return next((CACHED[kind] for kind in type(model).__mro__ if kind in CACHED), None)
 
 
 def cache_features(
-    model: PVLFModel | CompoDiffModel,
+    model: Any,
     processor: ComposedRetrievalProcessor,
     triplets: Dataset,
     folder: str | Path,
@@ -251,7 +303,7 @@ def cache_features(
     """Encode the images of triplets, and the captions where the text encoder is frozen too.
 
     Args:
-        model: on the device it trains on; its image encoder must be frozen (`model.set_finetuning`).
+        model: of a class in `CACHED`, on the device it trains on; its image encoder must be frozen.
         processor: of the model.
         triplets: with `pvlf_hf.data.triplets.TRIPLET_COLUMNS`.
         folder: where caches live; may be shared by runs, processes and models.
@@ -265,12 +317,18 @@ def cache_features(
         ValueError: if the image encoder trains, or the triplets are transformed when read.
         OSError: if the disk is full.
     """
-    model = unwrap(model)  # type: ignore[assignment]
-    if not isinstance(model, PVLFModel | CompoDiffModel):
+    model = unwrap(model)
+    facts = _facts_of(model)
+    if facts is None:
         raise ValueError(f"{type(model).__name__} takes no cached encoder outputs: train it without feature_cache")
     image_side, text_side = list(model.image_side.values()), list(model.text_side.values())
     if any(p.requires_grad for module in image_side for p in module.parameters()):
         raise ValueError("the image encoder trains, so its features change: cache with finetuning 'frozen' or 'text'")
+    if getattr(model.config, "vision_prompts", 0):
+        raise ValueError(
+            f"prompt_location={model.config.prompt_location!r} puts prompts into the image encoder, whose features "
+            "change as they train: leave feature_cache out"
+        )
     if triplets.format["type"] == "custom":
         raise ValueError(
             "train_dataset transforms its images when they are read (with_transform), so that their features cannot "
@@ -298,23 +356,23 @@ def cache_features(
     captions = list(triplets["caption"])
 
     def encode_texts(indices: list[int]) -> tuple[list[Tensor], list[int]]:
-        inputs = processor(text=[captions[index] for index in indices]).to(model.device)
-        tokens, positions = model.backbone.text_tokens(inputs["input_ids"], inputs["attention_mask"])
+        texts = [captions[index] for index in indices]
+        inputs = processor(text=texts, **processor.training_settings).to(model.device)
+        tokens, positions = model.encode_text_tokens(inputs["input_ids"], inputs["attention_mask"])
         # Padding is left out, unless it has the global feature (SigLIP); the fusion has no positions to move.
         kept = inputs["attention_mask"].scatter(1, positions[:, None], 1).bool()
         kept_positions = (kept.cumsum(dim=1).gather(1, positions[:, None]).squeeze(1) - 1).tolist()
         return [t[k] for t, k in zip(tokens, kept, strict=True)], kept_positions
 
+    text_trains = any(p.requires_grad for module in text_side for p in module.parameters())
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor)))
+            images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor) + facts.kind))
             images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
             texts = None
-            # CompoDiff reads the tokens of padding, too, so that captions are encoded as they come.
-            is_whole = isinstance(model, CompoDiffModel)
-            if not is_whole and not any(p.requires_grad for module in text_side for p in module.parameters()):
+            if facts.keeps_texts(model) and not text_trains:
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
                 texts.fill([sequence_digest(c) for c in captions], encode_texts, batch_size, "captions", progress)
     finally:
@@ -322,7 +380,7 @@ def cache_features(
     known = triplets.remove_columns(["reference", "target"])
     for column, values in digests.items():
         known = known.add_column(column, values)
-    return known, FeatureCollator(processor, images, texts)
+    return known, FeatureCollator(processor, images, texts, None if facts.reads_target_tokens(model) else 1)
 
 
-__all__ = ["FeatureCache", "FeatureCollator", "accept_cached_features", "cache_features"]
+__all__ = ["CACHED", "Cached", "FeatureCache", "FeatureCollator", "accept_cached_features", "cache_features"]

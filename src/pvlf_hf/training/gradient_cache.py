@@ -31,8 +31,8 @@ def embed_in_chunks(
         no_sync: context in which gradients are not averaged over processes; entered for all chunks but the last.
 
     Returns:
-        `query_embeds` and `target_embeds`, whose gradients reach the model's parameters, and the model's other
-        outputs for each row, detached.
+        `query_embeds`, `target_embeds` and other outputs so named, whose gradients reach the model's parameters, and
+        the model's other outputs for each row, detached.
 
     Raises:
         ValueError: if inputs differ in their number of rows, so that a query has no target.
@@ -43,7 +43,7 @@ def embed_in_chunks(
     with torch.no_grad():
         passes = [_first_pass(model, chunk) for chunk in chunks]
     joined = {name: torch.cat([each.output[name] for each in passes]) for name in passes[0].output}
-    names = [name for name in ("query_embeds", "target_embeds") if name in joined]
+    names = [name for name in joined if name.endswith("_embeds")]
     device_type = joined[names[0]].device.type
     autocast = torch.is_autocast_enabled(device_type)
 

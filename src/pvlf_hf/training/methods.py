@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..models.configuration_case import CASEConfig
 from ..models.configuration_compodiff import CompoDiffConfig
 from ..models.configuration_inversion import InversionConfig
 from ..models.configuration_pvlf import TRANSAGG, PVLFConfig
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.modeling_case import CASEModel
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_inversion import InversionModel
 from ..models.modeling_pvlf import PVLFModel
+from ..models.processing_case import CASEProcessor
 from ..models.processing_compodiff import CompoDiffProcessor
 from ..models.processing_inversion import InversionProcessor
 from ..models.processing_pvlf import PVLFProcessor
@@ -54,8 +57,17 @@ class Method:
 
 
 def _pvlf(pretrained: str, **settings: Any) -> Pair:
-    processor = PVLFProcessor.from_vl_pretrained(pretrained)
-    return PVLFModel.from_vl_pretrained(pretrained, **settings), processor
+    return _fitted(PVLFModel.from_vl_pretrained(pretrained, **settings), PVLFProcessor.from_vl_pretrained(pretrained))
+
+
+def _case(pretrained: str, **settings: Any) -> Pair:
+    return _fitted(CASEModel.from_vl_pretrained(pretrained, **settings), CASEProcessor.from_vl_pretrained(pretrained))
+
+
+def _fitted(model: Any, processor: Any) -> Pair:
+    """Let captions leave positions for prompts in the text encoder."""
+    processor.max_text_length = min(processor.max_text_length, model.config.text_positions)
+    return model, processor
 
 
 def _compodiff(pretrained: str, **settings: Any) -> Pair:
@@ -82,6 +94,7 @@ _INVERSION = _fields(InversionConfig, "template", "placeholder")
 METHODS = {
     "pvlf": Method(_pvlf, _PVLF),
     "transagg": Method(_pvlf, _PVLF, TRANSAGG),
+    "case": Method(_case, _fields(CASEConfig)),
     "compodiff": Method(_compodiff, _fields(CompoDiffConfig, "text_encoder")),
     **{name: Method(partial(_inversion, name), _INVERSION) for name in SAMPLES},
 }

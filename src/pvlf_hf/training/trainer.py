@@ -301,11 +301,12 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _contrast(self, model: nn.Module, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
-        targets, options = self._gather_targets(outputs.target_embeds, inputs.get("target_ids"))
         unwrapped: Any = self.accelerator.unwrap_model(model)
+        queries, targets = unwrapped.loss_inputs(outputs)
+        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
         if unwrapped.ranks_queries and options["positives"] is not None:
-            options["all_query_embeds"] = GatherWithGradient.apply(outputs.query_embeds)
-        return unwrapped.loss(outputs.query_embeds, targets, **options, chunk_size=self.args.loss_chunk_size)
+            options["all_query_embeds"] = GatherWithGradient.apply(queries)
+        return unwrapped.loss(queries, targets, **options, chunk_size=self.args.loss_chunk_size)
 
     def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the targets that queries are ranked against, their ids, and the positions of the positives.
