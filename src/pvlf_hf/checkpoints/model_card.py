@@ -32,7 +32,17 @@ _DEFAULTS = {
     "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval, see the tag below
     "tags": ["composed-image-retrieval", "pvlf"],
 }
-_METHODS = {"pvlf": "PVLF", "transagg": "TransAgg", "case": "CASE"}
+_METHODS = {
+    "pvlf": "PVLF",
+    "transagg": "TransAgg",
+    "case": "CASE",
+    "compodiff": "CompoDiff",
+    "pic2word": "Pic2Word",
+    "searle": "SEARLE",
+    "lincir": "LinCIR",
+    "context_i2w": "Context-I2W",
+    "palavra": "PALAVRA",
+}
 
 _ABOUT = """\
 {method} for composed image retrieval: a reference image and a relative caption are embedded into the space
