@@ -65,6 +65,7 @@ FOLDERS = {
         "replacement",
         "building",
         "previews",
+        "indexed_images",
         "result",
         "gallery",
         "requests",
