@@ -190,6 +190,21 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert Image.open(tmp_path / "sheet.png").height > 100
 
 
+def test_index_names_what_it_left_out(models, tmp_path):
+    for name in ("a.png", ".git/b.png", "sub/@eaDir/c.png", "sub/@eaDir/d.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(0).save(tmp_path / "photos" / name)
+    indexing = ["index", tmp_path / "photos", "--model", models[0], "--path", tmp_path / "kept"]
+    lines = call(*indexing).stdout.splitlines()
+    assert lines[0].endswith(": 1 images, 1 new, 0 skipped")
+    left_out = "left out 3 images in hidden or system folders (.git, sub/@eaDir); --include-hidden indexes them"
+    assert lines[1:] == [left_out]
+    assert len(json.loads(call(*indexing, "--json").stdout)["left_out"]) == 3
+    assert call(*indexing, "--include-hidden").stdout.splitlines() == [
+        f"{tmp_path / 'kept'}: 4 images, 0 new, 0 skipped"
+    ]
+
+
 def test_index_counts_only_new_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
@@ -198,7 +213,7 @@ def test_index_counts_only_new_images(photos, models, tmp_path):
     draw(2).save(tmp_path / "yellow.png")
     (tmp_path / "red.png").unlink()
     facts = json.loads(call(*again).stdout)
-    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}}
+    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}, "left_out": []}
 
 
 def test_search_takes_several_images_and_weights(search, gallery, photos):

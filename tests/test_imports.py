@@ -13,6 +13,7 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 FOLDERS = {
     "": ["digests", "atomic_files", "dtypes"],
     "models": [
+        "image_formats_pvlf",
         "image_processing_pvlf",
         "loss_pvlf",
         "pipeline_pvlf",

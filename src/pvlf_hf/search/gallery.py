@@ -71,7 +71,7 @@ class Gallery(IndexedImages):
         include_hidden: bool = False,
         **options: Any,
     ) -> "Gallery":
-        """Embed the images of a folder and its subfolders: every file whose ending Pillow can open.
+        """Embed the images of a folder and its subfolders, whatever their endings: content decides.
 
         Args:
             folder: folder of the images; the id of an image is its path relative to it (`"2024/dress.jpg"`).
@@ -82,7 +82,8 @@ class Gallery(IndexedImages):
                 None keeps the embeddings in memory, see [`~Gallery.save`].
             allow_links: follow links that lead out of the folder, also to other folders.
             include_hidden: also embed images in hidden folders (`.thumbnails`) and system folders (`@eaDir`,
-                `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it a warning counts them.
+                `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it they are counted in a
+                warning and named in `left_out`.
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
                 (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
@@ -97,7 +98,8 @@ class Gallery(IndexedImages):
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
                 embeddings of another model; or the index is unknown or cannot be opened. An image that cannot be read
                 is skipped, counted in a warning and listed in `skipped`, and so is what looks like an image by its
-                ending or first bytes but is in a format that is not decoded (HEIC, JPEG XL, camera raw).
+                ending or first bytes but is in a format that is not decoded: camera raw, and without `pvlf-hf[heif]`
+                or `pillow-jxl-plugin` HEIC or JPEG XL.
         """
         folder = Path(folder)
         images = find_images(folder, allow_links, include_hidden)
@@ -108,7 +110,9 @@ class Gallery(IndexedImages):
             )
         ids = [file.relative_to(folder).as_posix() for file in images.files]
         dataset = as_dataset([str(file.absolute()) for file in images.files], ids)
-        return cls._build(dataset, model, processor, path, images.skipped, **options)
+        gallery = cls._build(dataset, model, processor, path, images.skipped, **options)
+        gallery.left_out = images.hidden
+        return gallery
 
     @classmethod
     def from_images(

@@ -30,7 +30,8 @@ class IndexedImages:
         paths: their files or URLs, None where the dataset holds them itself.
         digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
         embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
-        skipped: id of every image that could not be read, and why.
+        skipped: id of every image that could not be read or is in a format that is not decoded, and why.
+        left_out: names of images in hidden and system folders, which were not asked for.
         metadata: columns that came with the images, a row an image, or None; what filters refer to.
         made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
             model on the same image encoder, projection and preprocessing searches the gallery.
@@ -57,6 +58,7 @@ class IndexedImages:
         self.index_name, self.uri, self.skipped = index, uri, skipped or {}
         self._sources = sources or as_dataset(self.paths)
         self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
+        self.left_out: list[str] = []
 
     def references(self, query: Query) -> list[PILImage.Image]:
         """Return the reference images of a query for display, indexed ones by [`~Gallery.preview`]."""
@@ -138,7 +140,8 @@ class IndexedImages:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return f"Gallery({len(self)} images, {len(self.skipped)} skipped, index={self.index_name!r})"
+        left_out = f"{len(self.left_out)} left out, " if self.left_out else ""
+        return f"Gallery({len(self)} images, {len(self.skipped)} skipped, {left_out}index={self.index_name!r})"
 
 
 __all__ = ["IndexedImages"]

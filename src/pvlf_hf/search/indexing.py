@@ -16,7 +16,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -26,7 +25,6 @@ from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
 from ..models.image_processing_pvlf import check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .image_folder import explain_unidentified
 
 logger = logging.get_logger(__name__)
 
@@ -194,16 +192,12 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
     """Decode the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
+        OSError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
     """
-    try:
-        with open_image(source) as image:
-            if options.draft:
-                image.draft(None, (options.draft, options.draft))  # no effect on other formats
-            return to_rgb(image.convert(options.mode) if options.mode else image)
-    except UnidentifiedImageError as error:
-        reason = explain_unidentified(source) if isinstance(source, bytes) else None
-        raise ValueError(f"cannot identify image file: {reason or 'it is no image, or a damaged one'}") from error
+    with open_image(source) as image:
+        if options.draft and image.format in ("JPEG", "MPO"):  # of others it might be an embedded thumbnail
+            image.draft(None, (options.draft, options.draft))
+        return to_rgb(image.convert(options.mode) if options.mode else image)
 
 
 def report(skipped: dict[str, str], number: int) -> None:
