@@ -11,6 +11,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AltCLIPTextModel,
+    AltCLIPVisionModel,
     BlipTextModel,
     BlipVisionModel,
     CLIPTextModel,
@@ -198,6 +200,22 @@ class MetaClip2DualEncoder(ClipDualEncoder):
     misnamed_end_token: dict[int, int] = {}  # 2 is its end token
 
 
+class AltClipDualEncoder(ClipDualEncoder):
+    """AltCLIP's two encoders: CLIP's for images, a multilingual RoBERTa for text."""
+
+    vision_class = AltCLIPVisionModel
+    text_class = AltCLIPTextModel
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.text_projection = nn.Linear(config.text_config.project_dim, joint_width(config), bias=False)
+
+    def text_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embed captions, see [`DualEncoder.text_tokens`]."""
+        hidden = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.text_projection(hidden), input_ids.new_zeros(input_ids.shape[0])  # <s> comes first
+
+
 class SiglipDualEncoder(DualEncoder):
     """SigLIP's two encoders, and SigLIP 2's at a fixed resolution.
 
@@ -260,6 +278,7 @@ class SiglipDualEncoder(DualEncoder):
 
 
 DUAL_ENCODERS: dict[str, type[DualEncoder]] = {
+    "altclip": AltClipDualEncoder,
     "blip": BlipDualEncoder,
     "clip": ClipDualEncoder,
     "metaclip_2": MetaClip2DualEncoder,
