@@ -106,6 +106,34 @@ def test_help_does_not_import_torch():
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
 
 
+NOT_WAITED_FOR = {
+    "datasets",
+    "pandas",
+    "pyarrow.dataset",
+    "matplotlib",
+    "faiss",
+    "pymilvus",
+    "gradio",
+    "peft",
+    "evaluate",
+}
+"""Imports of half a second each, or more, that a search does without."""
+
+
+@pytest.mark.slow
+def test_a_search_imports_only_what_it_needs(index, models):
+    done = process("search", index, "--text", TEXT, python=("-X", "importtime"), PVLF_MODEL=str(models[0]))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 9
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert {"torch", "transformers", "pvlf_hf.search.gallery", "pvlf_hf.models.modeling_pvlf"} <= imported
+    assert not imported & NOT_WAITED_FOR
+    ours = {name.split(".")[1] for name in imported if name.startswith("pvlf_hf.")}
+    assert not ours & {"training", "export", "sentence_transformer", "mteb_model"}
+    assert {name for name in imported if re.match(r"pvlf_hf\.(data|evaluation)\.", name)} == {
+        "pvlf_hf.data.image_files"
+    }
+
+
 @pytest.mark.slow
 def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
     said = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"

@@ -11,7 +11,7 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A folder imports only folders that stand before it, and a module inside its folder only modules that do.
 FOLDERS = {
-    "": ["digests", "atomic_files", "dtypes"],
+    "": ["digests", "atomic_files", "dtypes", "lazy_names"],
     "models": [
         "image_formats_pvlf",
         "image_processing_pvlf",
@@ -50,7 +50,7 @@ FOLDERS = {
     ],
     "embeddings": ["similarity", "combined", "fingerprints", "embedding_store", "encoding", "openvino_encoder"],
     "evaluation": ["ranking", "metrics", "significance", "results", "scoring", "submission", "retrieval_sheet"],
-    "checkpoints": ["loading", "model_card", "golden", "weight_names", "convert", "convert_inversion"],
+    "checkpoints": ["loading", "model_card", "golden", "weight_names", "convert", "inversion_weights"],
     "search": [
         "vector_index",
         "nearest",
@@ -169,6 +169,8 @@ def test_folders_describe_and_export_their_names():
         assert package.__doc__.startswith(f"{folder.name.capitalize()}: "), folder.name
         names = getattr(package, "__all__", [])
         assert list(names) == sorted(names) and all(hasattr(package, name) for name in names), folder.name
+        if hasattr(package, "__getattr__"):  # which is not asked for a name that a module has, too
+            assert not any((folder / f"{name}.py").exists() for name in names), folder.name
         handed_on |= set(names)
     assert handed_on == set(pvlf_hf.__all__)
 

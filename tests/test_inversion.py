@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, pipeli
 
 import pvlf_hf
 from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor
-from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+from pvlf_hf.checkpoints.inversion_weights import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
 from pvlf_hf.models.loss_inversion import alignment_loss, cosine_distance, nt_xent
 from pvlf_hf.models.optimization_inversion import (

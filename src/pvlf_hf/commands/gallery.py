@@ -10,7 +10,6 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model
-from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from ..embeddings.embedding_store import images_made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
@@ -123,6 +122,8 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
 def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
     """Open an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
     if images is None:
+        from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{images_made_by(model, processor)['fingerprint'][:16]}"
         return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
     finish_replacement(images)

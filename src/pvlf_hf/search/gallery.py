@@ -16,11 +16,10 @@ Example:
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from huggingface_hub import CommitInfo
 from torch import Tensor
 from transformers.utils import logging
@@ -47,6 +46,9 @@ from .replacement import finish_replacement
 from .result import SearchResult
 from .terms import WeightedImages, collect_terms
 from .vector_index import IndexName, check_index
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +145,7 @@ class Gallery(IndexedImages):
     @classmethod
     def from_dataset(
         cls,
-        dataset: Dataset,
+        dataset: "Dataset",
         model: ComposedRetrievalModel,
         processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
@@ -166,7 +168,7 @@ class Gallery(IndexedImages):
         return cls._build(dataset, model, processor, path, **options)
 
     @classmethod
-    def _build(cls, dataset: Dataset, *arguments: Any, **options: Any) -> "Gallery":
+    def _build(cls, dataset: "Dataset", *arguments: Any, **options: Any) -> "Gallery":
         """Embed `image` of a dataset, named by `image_id`; arguments as [`build_gallery`]."""
         model, processor = arguments[:2]
         index, uri = options.get("index", "exact"), options.get("uri")

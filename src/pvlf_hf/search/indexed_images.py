@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset
 from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
@@ -14,10 +13,13 @@ from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .gallery_files import GalleryTable
-from .indexing import DecodeOptions, as_dataset, open_cell
+from .indexing import DecodeOptions, open_cell
 from .previews import blank
 from .query import Query
 from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +48,7 @@ class IndexedImages:
         processor: ComposedRetrievalProcessor,
         index: IndexName = "exact",
         uri: str | None = None,
-        sources: Dataset | None = None,
+        sources: "Dataset | None" = None,
         skipped: dict[str, str] | None = None,
         gallery_id: str | None = None,
         client: Any = None,
@@ -55,8 +57,7 @@ class IndexedImages:
         check_index(index, uri)
         self.ids, self.paths, self.digests = table
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
-        self.index_name, self.uri, self.skipped = index, uri, skipped or {}
-        self._sources = sources or as_dataset(self.paths)
+        self.index_name, self.uri, self.skipped, self._sources = index, uri, skipped or {}, sources
         self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
         self.left_out: list[str] = []
 
@@ -88,8 +89,10 @@ class IndexedImages:
         if image_id not in self._row_of:
             raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
         try:
-            options = DecodeOptions(self._sources.features["image"].mode)
-            return open_cell(self._sources[self._row_of[image_id]]["image"], options)
+            row, sources = self._row_of[image_id], self._sources
+            if sources is None:
+                return open_cell({"bytes": None, "path": self.paths[row]}, DecodeOptions(None))
+            return open_cell(sources[row]["image"], DecodeOptions(sources.features["image"].mode))
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
             raise ValueError(
                 f"the image {image_id!r} cannot be opened ({error}): build the gallery again from the folder that "

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +24,9 @@ from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
 from ..models.image_processing_pvlf import check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +59,7 @@ class IncrementalIndexer:
         bad: digest of every image that cannot be read, and the reason.
     """
 
-    def __init__(self, sources: Dataset, options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
+    def __init__(self, sources: "Dataset", options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
         self.sources, self.options, self.path, self.made_by = sources, options, path, made_by
         self.digests: list[str] = []
         self.bad: dict[str, str] = {}
@@ -145,8 +147,10 @@ class _Reader:
         self.bad[digest] = str(error) or type(error).__name__
 
 
-def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
+def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> "Dataset":
     """Make a column of undecoded images, `image`, of files or URLs, with `image_id` beside it where given."""
+    from datasets import Dataset, Image
+
     columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
     return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
