@@ -1,11 +1,13 @@
 """Shared fixtures: toy models, one thread unless OMP_NUM_THREADS is set, no network, a fresh Accelerate state."""
 
 import os
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from tiny import make_model, make_processor
 from transformers import BlipForImageTextRetrieval
 
@@ -44,6 +46,14 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not torch.is_autocast_enabled("cpu"), "autocast was left on for the tests that follow"
+
+
+@pytest.fixture
+def pillow_alone(monkeypatch):
+    """Pillow as it is without the packages that add decoders to it."""
+    for kind, module in (("HEIF", "pillow_heif.HeifImagePlugin"), ("JXL", "pillow_jxl.JpegXLImagePlugin")):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(Image.OPEN, kind, raising=False)
 
 
 @pytest.fixture

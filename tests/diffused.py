@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, CLIPConfig
 
 from pvlf_hf import CompoDiffConfig, CompoDiffModel, CompoDiffProcessor
-from pvlf_hf.checkpoints.convert_compodiff import read_denoiser, settings_of, translate_denoiser
+from pvlf_hf.checkpoints.compodiff_weights import read_denoiser, settings_of, translate_denoiser
 
 FIXTURES = Path(__file__).parent / "fixtures" / "compodiff"
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pvlf_hf import PVLFConfig, PVLFModel
+from pvlf_hf.checkpoints.case_weights import case_from_covr
 from pvlf_hf.checkpoints.convert import clip_config
-from pvlf_hf.checkpoints.convert_case import case_from_covr
 from pvlf_hf.checkpoints.weight_names import CLIP_NAMES, translate
 
 FIXTURES = Path(__file__).parent / "fixtures" / "fusion"

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from pvlf_hf import InversionConfig, InversionModel, InversionProcessor, PVLFImageProcessor
 from pvlf_hf.checkpoints.convert import clip_config
-from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+from pvlf_hf.checkpoints.inversion_weights import translate_mapping
 from pvlf_hf.checkpoints.weight_names import CLIP_NAMES, translate
 from pvlf_hf.models.configuration_inversion import METHODS
 

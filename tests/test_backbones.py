@@ -2,23 +2,35 @@
 
 import copy
 import inspect
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from datasets import Dataset, Image
-from dual_encoders import FAMILIES, save_dual_encoder, tokenizer_of
+from dual_encoders import FAMILIES, VARIANTS, save_dual_encoder, tokenizer_of
 from error_bounds import dot_error, embedding_error, rounding, unit_error
 from numpy.random import default_rng
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
+from transformers.utils import is_sentencepiece_available
 
-from pvlf_hf import PVLFModel, PVLFProcessor, cache_features
+from pvlf_hf import PVLFModel, PVLFProcessor, TrainingFreeModel, cache_features
 from pvlf_hf.export import export_program
 from pvlf_hf.models import backbones_pvlf
 from pvlf_hf.models.backbones_pvlf import DUAL_ENCODERS, MetaClip2DualEncoder, SiglipDualEncoder
-from pvlf_hf.models.configuration_pvlf import BACKBONES
+from pvlf_hf.models.configuration_pvlf import BACKBONES, joint_width
 from pvlf_hf.training.batches import PVLFCollator
 from pvlf_hf.training.feature_cache import accept_cached_features
 
@@ -41,6 +53,13 @@ def pretrained(request, tmp_path_factory):
     return request.param, folder, save_dual_encoder(request.param, folder)
 
 
+@pytest.fixture(scope="module", params=[*FAMILIES, *VARIANTS])
+def published(request, tmp_path_factory):
+    """The checkpoint of a family or a variant of it, and the library's own model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, save_dual_encoder(request.param, folder)
+
+
 @pytest.fixture
 def siglip(tmp_path):
     return save_dual_encoder("siglip", tmp_path), PVLFModel.from_vl_pretrained(tmp_path, fusion_heads=4, num_prompts=3)
@@ -57,27 +76,91 @@ def test_backbone_needs_one_table_entry_and_a_short_class():
         assert "model_type ==" not in source
 
 
+@pytest.mark.parametrize("kind", [PVLFModel, TrainingFreeModel])
 @torch.no_grad()
-def test_embeddings_equal_those_of_transformers(pretrained):
+def test_embeddings_equal_those_of_transformers(published, kind):
     """Compare in float64: only the normalisation of our embeddings rounds to float32, so they agree within 1e-6."""
-    family, folder, original = pretrained
-    original = copy.deepcopy(original).double()
-    model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4).double()
+    folder, original = published
+    original, width = copy.deepcopy(original).double(), joint_width(original.config)
+    family, settings = original.config.model_type, {"fusion_heads": 4} if kind is PVLFModel else {}
+    model = kind.from_vl_pretrained(folder, **settings).double()
     inputs = PVLFProcessor.from_vl_pretrained(folder)(images=random_images(3), text=CAPTIONS)
     pixels, ids, mask = inputs["pixel_values"].double(), inputs["input_ids"], inputs["attention_mask"]
     image, text = model.get_image_features(pixels).pooler_output, model.get_text_features(ids, mask).pooler_output
     assert image.dtype == text.dtype == torch.float32
     if family == "blip":  # it lacks get_*_features, but returns the cosines of images with captions
         theirs = original(ids, pixels, attention_mask=mask, use_itm_head=False).itm_score
-        close(image.double() @ text.double().T, theirs, 2 * unit_error(32))
+        close(image.double() @ text.double().T, theirs, 2 * unit_error(width))
         return
     text_inputs = {"input_ids": ids} if family == "siglip" else {"input_ids": ids, "attention_mask": mask}
     theirs = original.get_image_features(pixels), original.get_text_features(**text_inputs)
     for ours, embeds in zip((image, text), theirs, strict=True):
         wanted = F.normalize(embeds.pooler_output, dim=-1)
-        error = dot_error(32 // 2 + 4) * wanted.abs()  # the square root halves the norm's rounding error
+        error = dot_error(width // 2 + 4) * wanted.abs()  # the square root halves the norm's rounding error
         assert ((ours - wanted).abs() <= error).all() and error.max() < 1e-6
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
+
+
+@torch.no_grad()
+def test_padding_changes_an_embedding_only_where_the_family_was_trained_with_it(published):
+    folder, original = published
+    model, processor = PVLFModel.from_vl_pretrained(folder, fusion_heads=4), PVLFProcessor.from_vl_pretrained(folder)
+    longest, filled = (processor(text=CAPTIONS, padding=padding) for padding in ("longest", "max_length"))
+    by_default = processor(text=CAPTIONS)
+    width = filled["input_ids"].shape[1]
+    assert longest["input_ids"].shape[1] < width
+    if original.config.model_type == "siglip":
+        assert width == 64 and torch.equal(by_default["input_ids"], filled["input_ids"])
+        with pytest.raises(ValueError, match=r'SigLIP pools at position 63: pad them to 64 with padding="max_length"'):
+            model.get_text_features(**longest)
+        return
+    assert width == {"blip": 35}.get(original.config.model_type, 77)
+    assert torch.equal(by_default["input_ids"], longest["input_ids"])
+    error = embedding_error(model, {"pixel_values": processor(images=random_images(3))["pixel_values"], **filled})
+    close(
+        model.get_text_features(**longest).pooler_output,
+        model.get_text_features(**filled).pooler_output,
+        error["text_embeds"],
+    )
+
+
+@torch.no_grad()
+def test_every_token_is_in_the_joint_space_and_row_0_is_the_image(published):
+    """PVLF composes tokens of both sides, so that an attention pooling head must map patches one by one."""
+    folder, original = published
+    model, width = PVLFModel.from_vl_pretrained(folder, fusion_heads=4), joint_width(original.config)
+    inputs = PVLFProcessor.from_vl_pretrained(folder)(images=random_images(2), text=CAPTIONS[:2])
+    images = model.get_image_features(inputs["pixel_values"])
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+    assert images.last_hidden_state.shape == (2, 1 + 16, width)
+    assert texts.last_hidden_state.shape == (*inputs["input_ids"].shape, width)
+    assert torch.equal(F.normalize(images.last_hidden_state[:, 0].float(), dim=-1), images.pooler_output)
+
+
+def test_images_are_normalised_as_the_checkpoint_says(published, tmp_path):
+    folder, original = published
+    theirs = AutoImageProcessor.from_pretrained(folder)
+    ours = PVLFProcessor.from_vl_pretrained(folder).image_processor
+    spec = BACKBONES[original.config.model_type]
+    for mean, std in ((theirs.image_mean, theirs.image_std), (spec.image_mean, spec.image_std)):
+        assert [*ours.image_mean] == pytest.approx([*mean]) and [*ours.image_std] == pytest.approx([*std])
+    (square,) = random_images(1)
+    square = square.resize((32, 32))
+    pixels = theirs(square, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"]
+    close(ours(square, return_tensors="pt").pixel_values, pixels, 1e-6)
+    copied = shutil.copytree(folder, tmp_path / "own")
+    theirs.image_mean, theirs.image_std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    theirs.save_pretrained(copied)
+    ours = PVLFProcessor.from_vl_pretrained(copied).image_processor
+    assert (ours.image_mean, ours.image_std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_siglip_1_needs_no_further_package_for_its_tokenizer(tmp_path):
+    save_dual_encoder("siglip-1", tmp_path)
+    with pytest.raises(ImportError, match="SentencePiece") if not is_sentencepiece_available() else nullcontext():
+        AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = PVLFProcessor.from_vl_pretrained(tmp_path).tokenizer
+    assert tokenizer.get_vocab() == tokenizer_of("siglip").get_vocab()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from pvlf_hf import (
     PVLFTrainingArguments,
     convert_case,
 )
-from pvlf_hf.checkpoints.convert_case import LICENCE, case_from_covr
+from pvlf_hf.checkpoints.case_weights import LICENCE, case_from_covr
 from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.embeddings.fingerprints import image_fingerprint

@@ -106,6 +106,34 @@ def test_help_does_not_import_torch():
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
 
 
+NOT_WAITED_FOR = {
+    "datasets",
+    "pandas",
+    "pyarrow.dataset",
+    "matplotlib",
+    "faiss",
+    "pymilvus",
+    "gradio",
+    "peft",
+    "evaluate",
+}
+"""Imports of half a second each, or more, that a search does without."""
+
+
+@pytest.mark.slow
+def test_a_search_imports_only_what_it_needs(index, models):
+    done = process("search", index, "--text", TEXT, python=("-X", "importtime"), PVLF_MODEL=str(models[0]))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 9
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert {"torch", "transformers", "pvlf_hf.search.gallery", "pvlf_hf.models.modeling_pvlf"} <= imported
+    assert not imported & NOT_WAITED_FOR
+    ours = {name.split(".")[1] for name in imported if name.startswith("pvlf_hf.")}
+    assert not ours & {"training", "export", "sentence_transformer", "mteb_model"}
+    assert {name for name in imported if re.match(r"pvlf_hf\.(data|evaluation)\.", name)} == {
+        "pvlf_hf.data.image_files"
+    }
+
+
 @pytest.mark.slow
 def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
     message = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
@@ -190,6 +218,21 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert Image.open(tmp_path / "sheet.png").height > 100
 
 
+def test_index_names_what_it_left_out(models, tmp_path):
+    for name in ("a.png", ".git/b.png", "sub/@eaDir/c.png", "sub/@eaDir/d.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        draw(0).save(tmp_path / "photos" / name)
+    indexing = ["index", tmp_path / "photos", "--model", models[0], "--path", tmp_path / "kept"]
+    lines = call(*indexing).stdout.splitlines()
+    assert lines[0].endswith(": 1 images, 1 new, 0 skipped")
+    left_out = "left out 3 images in hidden or system folders (.git, sub/@eaDir); --include-hidden indexes them"
+    assert lines[1:] == [left_out]
+    assert len(json.loads(call(*indexing, "--json").stdout)["left_out"]) == 3
+    assert call(*indexing, "--include-hidden").stdout.splitlines() == [
+        f"{tmp_path / 'kept'}: 4 images, 0 new, 0 skipped"
+    ]
+
+
 def test_index_command_reports_only_new_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
@@ -198,7 +241,7 @@ def test_index_command_reports_only_new_images(photos, models, tmp_path):
     draw(2).save(tmp_path / "yellow.png")
     (tmp_path / "red.png").unlink()
     facts = json.loads(call(*again).stdout)
-    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}}
+    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}, "left_out": []}
 
 
 def test_search_takes_several_images_and_weights(search, gallery, photos):

@@ -41,7 +41,7 @@ from pvlf_hf import (
     PVLFTrainingArguments,
     evaluate,
 )
-from pvlf_hf.checkpoints.convert_compodiff import renamed
+from pvlf_hf.checkpoints.compodiff_weights import renamed
 from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.embeddings.embedding_store import images_made_by

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
 from pvlf_hf import CompoDiffConfig, convert_compodiff
-from pvlf_hf.checkpoints.convert_compodiff import LICENCE, PREFIX, read_denoiser, settings_of, translate_denoiser
+from pvlf_hf.checkpoints.compodiff_weights import LICENCE, PREFIX, read_denoiser, settings_of, translate_denoiser
 from pvlf_hf.models.denoiser_compodiff import Denoiser
 
 KEYS = json.loads((FIXTURES / "compodiff_keys.json").read_text())

@@ -10,7 +10,7 @@ from inverted import FIXTURES, clip_tensors, io_of, make_tokenizer, mapping_tens
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
-from pvlf_hf.checkpoints.convert_inversion import (
+from pvlf_hf.checkpoints.inversion_weights import (
     LICENCES,
     WRAPPERS,
     check_method,

@@ -497,7 +497,7 @@ def test_several_processes_share_the_images_and_stay_in_step(photos, build, tmp_
 # ---- which files are images, and which are skipped ----
 
 
-def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplog, monkeypatch):
+def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplog, monkeypatch, pillow_alone):
     ids = build().ids
     draw(0).save(photos / "download", "JPEG")
     draw(0).save(photos / "shot.tmp", "WEBP")
@@ -511,15 +511,14 @@ def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplo
     with caplog.at_level(logging.WARNING):
         gallery = build()
     convert = "image, which is not decoded: convert it to JPEG or PNG"
-    assert gallery.ids == ids and gallery.skipped == {
-        "IMG_0001.HEIC": f"it is a HEIC {convert}",
-        "download": "it is a JPEG image without the ending of one: name it download.jpg",
-        "from_phone.jpg": f"cannot identify image file: it is a HEIC {convert}",
-        "new.jxl": f"it is a JPEG XL {convert}",
+    heif = f'it is a HEIC {convert}, or pip install "pvlf-hf[heif]"'
+    assert gallery.ids == sorted([*ids, "download", "shot.tmp"]) and gallery.skipped == {
+        "IMG_0001.HEIC": heif,
+        "from_phone.jpg": f"cannot identify image file: {heif}",
+        "new.jxl": f"it is a JPEG XL {convert}, or pip install pillow-jxl-plugin",
         "raw.DNG": f"it is a camera raw {convert}",
-        "shot.tmp": "it is a WebP image without the ending of one: name it shot.tmp.webp",
     }
-    assert "skipped 6 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
+    assert "skipped 4 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
 
 
 def test_undecodable_file_name_skips_only_its_image(build, photos, tmp_path):
@@ -530,7 +529,7 @@ def test_undecodable_file_name_skips_only_its_image(build, photos, tmp_path):
     assert gallery.ids == ids and gallery.skipped == {"odd\\xff.png": "its name is not valid UTF-8: rename it"}
 
 
-def test_folder_of_other_formats_raises_with_a_remedy(tmp_path, tiny_model, tiny_processor):
+def test_folder_of_other_formats_raises_with_a_remedy(tmp_path, tiny_model, tiny_processor, pillow_alone):
     (tmp_path / "IMG_0001.HEIC").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 images .*it is a HEIC image, .*: convert it to JPEG"):
         Gallery.from_folder(tmp_path, tiny_model, tiny_processor, progress=False)
@@ -689,7 +688,7 @@ def test_missing_image_leaves_one_blank_cell(build, photos, caplog, monkeypatch)
     whole = gallery.search(text=TEXT, k=9)
     sheets = [np.asarray(whole.sheet(k=9))]
     (photos / whole.ids[2]).unlink()
-    monkeypatch.setattr("pvlf_hf.search.gallery.logger.propagate", True)
+    monkeypatch.setattr("pvlf_hf.search.indexed_images.logger.propagate", True)
     with caplog.at_level(logging.WARNING):
         sheets.append(np.asarray(whole.sheet(k=9)))
     assert f"a blank is shown instead: the image '{whole.ids[2]}' cannot be opened" in caplog.text

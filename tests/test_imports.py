@@ -11,13 +11,15 @@ PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A folder imports only folders listed before it; a module imports only modules of its folder listed before it.
 FOLDERS = {
-    "": ["digests", "atomic_files", "dtypes"],
+    "": ["digests", "atomic_files", "dtypes", "lazy_names"],
     "models": [
+        "image_formats_pvlf",
         "image_processing_pvlf",
         "loss_pvlf",
         "pipeline_pvlf",
         "configuration_pvlf",
         "prompts_pvlf",
+        "encoder_pvlf",
         "backbones_pvlf",
         "fusion_pvlf",
         "interface_pvlf",
@@ -66,9 +68,9 @@ FOLDERS = {
         "golden",
         "weight_names",
         "convert",
-        "convert_case",
-        "convert_inversion",
-        "convert_compodiff",
+        "case_weights",
+        "inversion_weights",
+        "compodiff_weights",
     ],
     "search": [
         "vector_index",
@@ -85,6 +87,7 @@ FOLDERS = {
         "replacement",
         "building",
         "previews",
+        "indexed_images",
         "result",
         "gallery",
         "requests",
@@ -189,6 +192,8 @@ def test_folders_describe_and_export_their_names():
         assert package.__doc__.startswith(f"{folder.name.capitalize()}: "), folder.name
         names = getattr(package, "__all__", [])
         assert list(names) == sorted(names) and all(hasattr(package, name) for name in names), folder.name
+        if hasattr(package, "__getattr__"):  # which is not asked for a name that a module has, too
+            assert not any((folder / f"{name}.py").exists() for name in names), folder.name
         handed_on |= set(names)
     assert handed_on == set(pvlf_hf.__all__)
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, pipeline
 
 from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor, TrainingFreeModel
-from pvlf_hf.checkpoints.convert_inversion import translate_mapping
+from pvlf_hf.checkpoints.inversion_weights import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
 from pvlf_hf.models.loss_inversion import alignment_loss, cosine_distance, nt_xent
 from pvlf_hf.models.optimization_inversion import (

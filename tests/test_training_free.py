@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,17 @@ from safetensors.torch import load_file, save_file
 from test_backbones import CAPTIONS, close, random_images
 from tiny import make_model, make_processor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor, BertConfig, BertModel, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    Siglip2Model,
+    pipeline,
+)
 from typer.testing import CliRunner
 
 from pvlf_hf import PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
@@ -199,6 +210,23 @@ def test_other_models_are_refused_with_a_remedy(pretrained, tmp_path):
         load_model(str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (CLIPTextModelWithProjection, "'clip_text_model' model, which does not embed images and texts in one space"),
+        (CLIPVisionModelWithProjection, "'clip_vision_model' model, which does not embed images and texts in one"),
+        (Siglip2Model, "SigLIP 2 of variable resolution .NaFlex., .*such as google/siglip2-base-patch16-256"),
+    ],
+)
+def test_half_an_encoder_and_naflex_are_refused_with_a_remedy(kind, sentence, tmp_path):
+    tower = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    parts = {"text_config": {**tower, "vocab_size": 9}, "vision_config": {**tower, "num_patches": 4}}
+    kind.config_class(**(parts if kind is Siglip2Model else tower)).save_pretrained(tmp_path)
+    indexing = ["index", str(tmp_path), "--model", str(tmp_path), "--path", str(tmp_path / "index")]
+    refused = CliRunner().invoke(app, indexing)
+    assert refused.exit_code == 1 and re.search(sentence, refused.stderr) and ": pass " in refused.stderr
+
+
 def test_a_folder_is_indexed_and_searched_by_a_plain_encoder(pretrained, tmp_path):
     (tmp_path / "photos").mkdir()
     images = random_images(4)
@@ -279,7 +307,7 @@ def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
     (image,) = random_images(1)
     image.save(tmp_path / "image.png")
     ours, errors = {}, {}
-    for family, composition in zip(FAMILIES, ("slerp", "sum", "product", "slerp"), strict=True):
+    for family, composition in zip(FAMILIES, ("slerp", "sum", "product", "slerp", "sum"), strict=True):
         folder = tmp_path / family
         save_dual_encoder(family, tmp_path / "pretrained")
         model = TrainingFreeModel.from_vl_pretrained(

@@ -22,18 +22,20 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .image_formats_pvlf import HEAD_BYTES, JPEG_XL, ImageFormat, format_of, jxl_size, make_ready, refusal
+
 ImageInput = str | Path | Image.Image | np.ndarray | torch.Tensor
 """A file, an `http(s):` or `data:` URL, a PIL image, a (H, W[, C]) array or a (C, H, W) tensor."""
 
-FORMATS: tuple[str, ...] | None = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are decoded, whatever the file extension (our choice); None allows all of Pillow's, including EPS,
-which runs Ghostscript."""
+FORMATS: tuple[str, ...] | None = tuple("AVIF BMP GIF HEIF JPEG JPEG2000 JXL PNG PPM TIFF WEBP".split())
+"""Formats that are decoded where Pillow or a package beside it can, whatever the file extension (our choice); None
+allows all of Pillow's, including EPS, which runs Ghostscript."""
 
 MAX_BYTES: int = 2**28
 """Largest file or download in bytes (our choice): the size of `PIL.Image.MAX_IMAGE_PIXELS` pixels, uncompressed."""
@@ -197,7 +199,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         source: a file, an `http(s):` or `data:` URL, or the content of a file.
 
     Raises:
-        OSError: if there is no such file, or it is in none of `FORMATS`.
+        OSError: if there is no such file, or it is in none of `FORMATS`; says what decodes it, if anything does.
         ValueError: if it is no regular file or too large. Pillow's decoders raise many other kinds.
     """
     stream: Any = source
@@ -207,11 +209,34 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         stream = io.BytesIO(download(str(source)))
     else:
         check_file(source)
-    Image.init()
+    kind = format_of(beginning(stream))
+    make_ready(kind)
+    if kind is JPEG_XL:
+        check_pixels(*jxl_size(beginning(stream, MAX_BYTES)))
     formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
-    image = Image.open(stream, formats=formats)
-    check_pixels(image)
+    try:
+        image = Image.open(stream, formats=formats)
+    except UnidentifiedImageError as error:
+        why = "it is no image, or a damaged one" if kind is None or decodes(kind) else refusal(kind)
+        raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
+    check_pixels(*image.size)
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        image.getexif().pop(ExifTags.Base.Orientation, None)  # it was applied, except to what had been a JPEG
     return image
+
+
+def beginning(stream: str | Path | io.BytesIO, size: int = HEAD_BYTES) -> bytes:
+    """Return the first bytes of a file or of what is in memory."""
+    if isinstance(stream, io.BytesIO):
+        return stream.getbuffer()[:size].tobytes()
+    with Path(stream).open("rb") as file:
+        return file.read(size)
+
+
+def decodes(kind: ImageFormat) -> bool:
+    """Return whether images of a format are decoded here: `FORMATS` allows it, and the decoder is installed."""
+    make_ready(kind)
+    return kind.pillow in Image.OPEN and (FORMATS is None or kind.pillow in FORMATS)
 
 
 def opened(data: Any) -> Any:
@@ -304,12 +329,12 @@ def check_bytes(size: int) -> None:
         raise ValueError(f"it has more bytes than {__name__}.MAX_BYTES = {MAX_BYTES}: make it smaller, or raise that")
 
 
-def check_pixels(image: Image.Image) -> None:
+def check_pixels(width: int, height: int) -> None:
     """Raise a `ValueError` for more pixels than Pillow's limit; Pillow itself only warns, up to its double."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit and image.width * image.height > limit:
+    if limit and width * height > limit:
         raise ValueError(
-            f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: make "
+            f"it has {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: make "
             "it smaller, or raise that"
         )
 
@@ -333,7 +358,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     if 0 in image.size:
         raise ValueError("it has no pixels")
-    check_pixels(image)
+    check_pixels(*image.size)
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no fixed range; convert it to 8 bit (mode L)")
     image = ImageOps.exif_transpose(image)

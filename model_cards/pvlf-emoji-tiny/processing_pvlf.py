@@ -7,6 +7,7 @@ from typing import Any, Literal
 import transformers
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from .configuration_pvlf import BACKBONES
 from .image_processing_pvlf import PVLFImageProcessor
@@ -66,8 +67,9 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         """Build the processor that goes with [`PVLFModel.from_vl_pretrained`] of the same checkpoint.
 
         Args:
-            name_or_path: Hub name or local folder of a BLIP or CLIP checkpoint; its tokenizer and image size are used,
-                its own image processor is not (BLIP's squeezes images into a square).
+            name_or_path: Hub name or local folder of a checkpoint of one of `BACKBONES`. Its tokenizer, its image size
+                and its image processor's mean and std are used; the rest of that is not (BLIP's squeezes images into a
+                square).
             **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
@@ -75,22 +77,24 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         """
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         if config.model_type not in BACKBONES:
-            raise ValueError(
-                f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {sorted(BACKBONES)}"
-            )
+            raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {[*BACKBONES]}")
         advice = "save the original's tokenizer there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
-        replacements = dict(BACKBONES[config.model_type].tokenizers)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-            if replaced_by := replacements.get(type(tokenizer).__name__):
-                tokenizer = getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs)
+            tokenizer = _load_tokenizer(name_or_path, dict(BACKBONES[config.model_type].tokenizers), **kwargs)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{name_or_path}: its tokenizer cannot be loaded ({reason}); {advice}") from error
         # Without its files, the library gives a tokenizer that has the special tokens alone.
         if tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens}:
             raise ValueError(f"{name_or_path} has no tokenizer; {advice}")
-        return cls.for_backbone(config, tokenizer)
+        processor = cls.for_backbone(config, tokenizer)
+        try:
+            settings = PVLFImageProcessor.get_image_processor_dict(name_or_path, **kwargs)[0]
+        except OSError:  # a checkpoint without an image processor has its family's
+            settings = {}
+        for name in ("image_mean", "image_std"):
+            setattr(processor.image_processor, name, settings.get(name) or getattr(processor.image_processor, name))
+        return processor
 
     @classmethod
     def for_backbone(cls, vl_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "PVLFProcessor":
@@ -240,6 +244,16 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         # On the right whatever the tokenizer says: BLIP's text embedding is the token at position 0.
         tokens = self.tokenizer(captions, **{**defaults, **(settings or {})}, padding_side="right")
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def _load_tokenizer(name_or_path: str, replacements: dict[str, str], **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer, by another class than it names where `replacements` has one."""
+    named = get_tokenizer_config(name_or_path, **kwargs).get("tokenizer_class") or ""
+    if replaced_by := replacements.get(named.removesuffix("Fast")):
+        return getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    replaced_by = replacements.get(type(tokenizer).__name__)
+    return getattr(transformers, replaced_by).from_pretrained(name_or_path, **kwargs) if replaced_by else tokenizer
 
 
 def _check_counts(data: dict[str, Any]) -> None:

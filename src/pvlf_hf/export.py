@@ -93,7 +93,7 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         )
     config = model.encoder_config
     if config.model_type not in BACKBONES:
-        raise ValueError(f"{type(model).__name__} is not exported: only models on one of {sorted(BACKBONES)} are")
+        raise ValueError(f"{type(model).__name__} is not exported: only models on one of {[*BACKBONES]} are")
     size = config.vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     spec = BACKBONES[config.model_type]

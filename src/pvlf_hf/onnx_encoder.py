@@ -18,6 +18,8 @@ or from Python, with a gallery that is embedded once:
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded, those of `PVLFImageProcessor`; Pillow would run Ghostscript for EPS."""
 
 BATCH = 32
@@ -114,6 +116,8 @@ def to_rgb(image: ImageInput) -> Image.Image:
     """Open an image upright and in RGB, transparent areas white, as `PVLFImageProcessor` does."""
     if not isinstance(image, Image.Image):
         Image.init()
+        with suppress(ImportError):
+            import_module("pillow_heif.HeifImagePlugin")  # HEIC, where it is installed
         image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
     if image.format == "EPS" and getattr(image, "tile", None):  # opened by the caller
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")

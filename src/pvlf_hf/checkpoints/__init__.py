@@ -3,23 +3,17 @@
 Imports `models`, `data`, `embeddings` and `evaluation`.
 """
 
-from .convert import convert_salesforce_blip, convert_transagg
-from .convert_case import convert_case
-from .convert_compodiff import convert_compodiff
-from .convert_inversion import convert_inversion
-from .golden import check_golden, write_golden
-from .loading import load_model
-from .model_card import render_card, write_card
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "check_golden",
-    "convert_case",
-    "convert_compodiff",
-    "convert_inversion",
-    "convert_salesforce_blip",
-    "convert_transagg",
-    "load_model",
-    "render_card",
-    "write_card",
-    "write_golden",
-]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "convert": "convert_salesforce_blip convert_transagg",
+        "case_weights": "convert_case",
+        "compodiff_weights": "convert_compodiff",
+        "inversion_weights": "convert_inversion",
+        "golden": "check_golden write_golden",
+        "loading": "load_model",
+        "model_card": "render_card write_card",
+    },
+)

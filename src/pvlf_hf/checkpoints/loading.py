@@ -62,10 +62,15 @@ def load_model(
             "without training. Fine-tuning PVLF on it (pvlf-hf train --finetuning text) retrieves better, "
             "and keeps the embeddings of images"
         )
+    elif config.model_type == "siglip2":
+        raise ValueError(
+            f"{name} is a SigLIP 2 of variable resolution (NaFlex), which is not supported: pass one of fixed "
+            "resolution, such as google/siglip2-base-patch16-256"
+        )
     else:
         raise ValueError(
             f"{name} is a {config.model_type!r} model, which does not embed images and texts in one space: pass a "
-            f"PVLF checkpoint, or a dual encoder, one of {sorted(BACKBONES)}"
+            f"PVLF checkpoint, or a dual encoder, one of {[*BACKBONES]}"
         )
     if not torch.accelerator.is_available():
         warn_if_slow(model.dtype)

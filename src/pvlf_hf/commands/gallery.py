@@ -1,6 +1,6 @@
 """Runs `pvlf-hf index`, `search` and `demo`: everything with an index of one's own images."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -10,7 +10,6 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model
-from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from ..embeddings.embedding_store import images_made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
@@ -46,13 +45,19 @@ def index(
     gallery = Gallery.from_folder(folder, encoder, processor, path=path, replace=True, **options)
     new = len({*gallery.digests} - known)
     if as_json:
-        print_json(path=str(path), pictures=len(gallery), new=new, skipped=gallery.skipped)
+        facts = {"pictures": len(gallery), "new": new, "skipped": gallery.skipped, "left_out": gallery.left_out}
+        print_json(path=str(path), **facts)
         return
     typer.echo(f"{path}: {len(gallery)} images, {new} new, {len(gallery.skipped)} skipped")
     for image_id, reason in list(gallery.skipped.items())[:LISTED]:
         typer.echo(f"skipped {image_id}: {reason}")
     if len(gallery.skipped) > LISTED:
         typer.echo(f"and {len(gallery.skipped) - LISTED} more; --json lists them all")
+    if gallery.left_out:
+        folders = sorted({str(PurePosixPath(name).parent) for name in gallery.left_out})
+        listed = ", ".join(folders[:LISTED]) + (", ..." if len(folders) > LISTED else "")
+        count = f"{len(gallery.left_out)} images in hidden or system folders"
+        typer.echo(f"left out {count} ({listed}); --include-hidden indexes them")
 
 
 def search(
@@ -117,6 +122,8 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
 def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
     """Open an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
     if images is None:
+        from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
+
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{images_made_by(model, processor)['fingerprint'][:16]}"
         return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
     finish_replacement(images)

@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import PIL.Image
-from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
 
 from ..models.image_processing_pvlf import open_rgb
 
@@ -35,6 +34,8 @@ def check_image_files(
         ValueError: if images are outside the folder, missing, or (with `open_them`) broken; names the first three and,
             for missing ones, files of similar names.
     """
+    from datasets.utils import tqdm  # obeys datasets.disable_progress_bars()
+
     if outside := [name for name in names if escapes_folder(folder, name)]:
         raise ValueError(f"{len(outside)} image names leave {folder}, first: {outside[:3]}")
     files = find_files(folder, names)

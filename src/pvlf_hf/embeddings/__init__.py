@@ -3,7 +3,12 @@
 Imports `models` and `data`.
 """
 
-from .embedding_store import EmbeddingStore
-from .openvino_encoder import encode_by_openvino
+from ..lazy_names import lazy_names
 
-__all__ = ["EmbeddingStore", "encode_by_openvino"]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "embedding_store": "EmbeddingStore",
+        "openvino_encoder": "encode_by_openvino",
+    },
+)

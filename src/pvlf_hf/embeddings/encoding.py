@@ -7,24 +7,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from ..data.benchmark import CIRBenchmark
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, unwrap
 from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
 from .fingerprints import image_digests
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.benchmark import CIRBenchmark
 
 QueryMethod = Literal["composed", "image", "text", "image+text"]
 
@@ -56,7 +59,7 @@ class Embeddings(NamedTuple):
 def embed(
     model: ComposedRetrievalModel | None,
     processor: ComposedRetrievalProcessor | None,
-    benchmark: CIRBenchmark,
+    benchmark: "CIRBenchmark",
     method: QueryMethod = "composed",
     batch_size: int = 64,
     gallery_embeds: Tensor | None = None,
@@ -110,7 +113,7 @@ def _as_scored(queries: Tensor, model: ComposedRetrievalModel | None, method: Qu
 def encode_gallery(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
-    gallery: Dataset,
+    gallery: "Dataset",
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
@@ -125,7 +128,7 @@ def encode_gallery(
 def encode_queries(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
-    queries: Dataset,
+    queries: "Dataset",
     method: QueryMethod = "composed",
     batch_size: int = 64,
     progress: bool = True,
@@ -156,7 +159,7 @@ def method_named(name: str) -> QueryMethod:
     return method
 
 
-def _captions(queries: Dataset) -> list[tuple[int, str]]:
+def _captions(queries: "Dataset") -> list[tuple[int, str]]:
     """Return row and text of every caption; a query may have several."""
     captions_of = [[c] if isinstance(c, str) else c for c in queries["caption"]]
     return [(row, caption) for row, captions in enumerate(captions_of) for caption in captions]
@@ -174,7 +177,7 @@ def _mean_over_captions(embeds: Tensor, captions: list[tuple[int, str]]) -> Tens
 def _encode_images(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
-    gallery: Dataset,
+    gallery: "Dataset",
     rows: Sequence[int],
     batch_size: int,
     progress: bool,
@@ -199,7 +202,7 @@ def image_encoder(model: ComposedRetrievalModel) -> Callable[[Tensor], Tensor]:
 def _encode_captions(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
-    queries: Dataset,
+    queries: "Dataset",
     captions: list[tuple[int, str]],
     method: QueryMethod,
     batch_size: int,
@@ -393,7 +396,7 @@ def _as_saved(model: nn.Module) -> Iterator[None]:
                     model.__dict__["forward"] = use.forward
 
 
-def _decode(images: Dataset, rows: list[int]) -> list[Any]:
+def _decode(images: "Dataset", rows: list[int]) -> list[Any]:
     """Decode the images of some rows; name the first that does not decode, unlike the error of a whole batch."""
     (column,) = images.column_names
     try:

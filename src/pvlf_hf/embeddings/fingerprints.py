@@ -4,22 +4,26 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..digests import sequence_digest
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PLAIN_STATE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Types whose `repr` is the same in every process."""
 
 
-def image_digests(dataset: Dataset, column: str) -> list[str]:
+def image_digests(dataset: "Dataset", column: str) -> list[str]:
     """Return a digest of each row's undecoded image file, of a URL's string, and of the mode that it is decoded to."""
+    from datasets import Image
+
     mode = str(getattr(dataset.features[column], "mode", None))
     known: dict[str, str] = {}  # an image occurs in several triplets
 

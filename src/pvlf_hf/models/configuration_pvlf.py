@@ -46,6 +46,7 @@ BACKBONES = {
     ),  # 35 tokens: TransAgg
     "clip": BackboneSpec("CLIPModel", "projection_dim", text_length=77),
     "metaclip_2": BackboneSpec("MetaClip2Model", "projection_dim", text_length=77),
+    "altclip": BackboneSpec("AltCLIPModel", "projection_dim", text_length=77),  # the length of its training
     # SigLIP, and SigLIP 2 of fixed resolution. The text encoder has no mask: it was trained on 64 filled positions.
     "siglip": BackboneSpec(
         "SiglipModel",
@@ -140,7 +141,7 @@ class DualEncoderConfig(PreTrainedConfig):
         if self.vl_config.model_type not in BACKBONES:
             raise ValueError(
                 f"vl_config has model_type {self.vl_config.model_type!r}; PVLF is built on one of "
-                f"{sorted(BACKBONES)}. Pass a BlipConfig or a CLIPConfig."
+                f"{[*BACKBONES]}. Pass a BlipConfig or a CLIPConfig."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,13 @@
 Imports `models`, `data`, `embeddings`, `evaluation` and `checkpoints`.
 """
 
-from .gallery import Gallery
-from .query import Explanation, Query
-from .result import SearchResult
+from ..lazy_names import lazy_names
 
-__all__ = ["Explanation", "Gallery", "Query", "SearchResult"]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "gallery": "Gallery",
+        "query": "Explanation Query",
+        "result": "SearchResult",
+    },
+)

@@ -4,14 +4,12 @@ from collections import Counter
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset, Image, Value
 from torch import Tensor
 
-from ..data.benchmark import check_columns
 from ..embeddings.embedding_store import images_made_by
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .gallery_files import GalleryTable, gallery_id_of, new_gallery_id, read_columns, write_gallery
@@ -20,6 +18,9 @@ from .metadata import gather_metadata, read_metadata
 from .query import check_positive
 from .replacement import locked_gallery, place_to_build, put_in_place
 from .vector_index import IndexName, check_index, connect
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _FIRST_STATE = Lock()
 
@@ -30,7 +31,7 @@ class BuiltGallery(NamedTuple):
     table: GalleryTable
     embeds: Tensor
     made_by: dict[str, str]
-    sources: Dataset
+    sources: "Dataset"
     skipped: dict[str, str]
     gallery_id: str | None
     client: Any
@@ -44,7 +45,7 @@ def process_state() -> PartialState:
 
 
 def build_gallery(
-    dataset: Dataset,
+    dataset: "Dataset",
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
     path: str | Path | None = None,
@@ -62,6 +63,8 @@ def build_gallery(
 
     Other arguments and errors are those of [`Gallery.from_folder`].
     """
+    from datasets import Image
+
     check_index(index, uri)
     batch_size = check_positive("batch_size", batch_size)
     given = None if metadata is None else read_metadata(metadata)
@@ -102,8 +105,12 @@ def build_gallery(
     return BuiltGallery(table, embeds, provenance, sources, skipped, gallery_id, client, columns)
 
 
-def checked_dataset(dataset: Dataset, image_column: str, id_column: str) -> Dataset:
+def checked_dataset(dataset: Any, image_column: str, id_column: str) -> "Dataset":
     """Return the columns `image` and `image_id` of a data set; errors as [`Gallery.from_dataset`]."""
+    from datasets import Dataset, Image, Value
+
+    from ..data.checks import check_columns
+
     if not isinstance(dataset, Dataset):
         splits = f", one of its splits {[*dataset]}" if isinstance(dataset, dict) else ""
         raise ValueError(

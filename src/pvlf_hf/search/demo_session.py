@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 from torch.nn import functional as F
 
 from ..digests import sequence_digest
@@ -177,8 +178,9 @@ def open_upload(path: str | Path | None) -> PILImage.Image:
                 return clean(image, LONGEST)
             size = f"{image.width} x {image.height}"
     except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+        why = f" ({error})" if isinstance(error, UnidentifiedImageError) else ""  # others may name files of the server
         raise ValueError(
-            "this file is not an image that can be read, or far too large: try a JPEG, PNG or WebP file"
+            f"this file is not an image that can be read, or far too large: try a JPEG, PNG or WebP file{why}"
         ) from error
     raise ValueError(f"this image has {size} pixels, more than {MAX_PIXELS:,}: make it smaller first")
 

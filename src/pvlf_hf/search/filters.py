@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 Filter: TypeAlias = str | Any
 """A filter as text, or an expression of `pyarrow.compute`."""
@@ -53,6 +52,8 @@ def passing_rows(condition: Filter, metadata: pa.Table | None) -> np.ndarray:
             f"filter {condition!r:.200}: this gallery has no metadata; index it with a table of it: "
             "`pvlf-hf index PHOTOS --path INDEX --metadata table.csv`, or Gallery.from_folder(..., metadata=...)"
         )
+    import pyarrow.dataset as ds  # brings pandas, which a search without a filter does not wait for
+
     expression = parse_filter(condition, metadata.schema) if isinstance(condition, str) else condition
     if not isinstance(expression, pc.Expression):
         raise ValueError(

@@ -14,27 +14,20 @@ Example:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from huggingface_hub import CommitInfo
-from PIL import Image as PILImage
 from torch import Tensor
 from transformers.utils import logging
 
-from ..digests import sequence_digest
-from ..embeddings.combined import gallery_mean
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .building import build_gallery, checked_dataset, open_database, save_gallery
 from .filters import Filter, passing_rows
 from .gallery_files import (
-    GalleryTable,
     check_encoder,
     download_gallery,
     gallery_id_of,
@@ -42,59 +35,32 @@ from .gallery_files import (
     upload_gallery,
 )
 from .image_folder import find_images
-from .indexing import DecodeOptions, as_dataset, open_cell
+from .indexed_images import IndexedImages
+from .indexing import as_dataset
 from .metadata import dataset_metadata, metadata_of
 from .nearest import nearest
 from .pages import page_of
-from .previews import blank
 from .query import FUSION, Query, Weights, check_offset, check_positive, check_score
 from .query_encoding import QueryEncoder
 from .replacement import finish_replacement
 from .result import SearchResult
 from .terms import WeightedImages, collect_terms
-from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
+from .vector_index import IndexName, check_index
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
 
-class Gallery:
+class Gallery(IndexedImages):
     """Embedded images, to be searched. Made by `from_folder`, `from_images`, `from_dataset`, `load` or `from_hub`.
 
     Under `accelerate launch` all processes share the encoding; search in the main one. Several threads may search one
     gallery at the same time, and several galleries may share a model: a search changes nothing in it.
 
-    Attributes:
-        ids: names of the images.
-        paths: their files or URLs, None where the dataset holds them itself.
-        digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
-        embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
-        skipped: id of every image that could not be read, and why.
-        metadata: columns that came with the images, a row an image, or None; what filters refer to.
-        made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
-            model on the same image encoder, projection and preprocessing searches the gallery.
+    Attributes are those of [`IndexedImages`].
     """
-
-    def __init__(
-        self,
-        table: GalleryTable,
-        embeds: Tensor,
-        made_by: dict[str, str],
-        model: ComposedRetrievalModel,
-        processor: ComposedRetrievalProcessor,
-        index: IndexName = "exact",
-        uri: str | None = None,
-        sources: Dataset | None = None,
-        skipped: dict[str, str] | None = None,
-        gallery_id: str | None = None,
-        client: Any = None,
-        metadata: pa.Table | None = None,
-    ) -> None:
-        check_index(index, uri)
-        self.ids, self.paths, self.digests = table
-        self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
-        self.index_name, self.uri, self.skipped = index, uri, skipped or {}
-        self._sources = sources or as_dataset(self.paths)
-        self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
 
     @classmethod
     def from_folder(
@@ -107,7 +73,7 @@ class Gallery:
         include_hidden: bool = False,
         **options: Any,
     ) -> "Gallery":
-        """Embed the images of a folder and its subfolders: every file whose ending Pillow can open.
+        """Embed the images of a folder and its subfolders, whatever their endings: content decides.
 
         Args:
             folder: folder of the images; the id of an image is its path relative to it (`"2024/dress.jpg"`).
@@ -118,7 +84,8 @@ class Gallery:
                 None keeps the embeddings in memory, see [`~Gallery.save`].
             allow_links: follow links that lead out of the folder, also to other folders.
             include_hidden: also embed images in hidden folders (`.thumbnails`) and system folders (`@eaDir`,
-                `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it a warning counts them.
+                `$RECYCLE.BIN`), which mostly hold thumbnails and deleted images; without it they are counted in a
+                warning and named in `left_out`.
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
                 (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
@@ -133,7 +100,8 @@ class Gallery:
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
                 embeddings of another model; or the index is unknown or cannot be opened. An image that cannot be read
                 is skipped, counted in a warning and listed in `skipped`, and so is what looks like an image by its
-                ending or first bytes but is in a format that is not decoded (HEIC, JPEG XL, camera raw).
+                ending or first bytes but is in a format that is not decoded: camera raw, and without `pvlf-hf[heif]`
+                or `pillow-jxl-plugin` HEIC or JPEG XL.
         """
         folder = Path(folder)
         images = find_images(folder, allow_links, include_hidden)
@@ -144,7 +112,9 @@ class Gallery:
             )
         ids = [file.relative_to(folder).as_posix() for file in images.files]
         dataset = as_dataset([str(file.absolute()) for file in images.files], ids)
-        return cls._build(dataset, model, processor, path, images.skipped, **options)
+        gallery = cls._build(dataset, model, processor, path, images.skipped, **options)
+        gallery.left_out = images.hidden
+        return gallery
 
     @classmethod
     def from_images(
@@ -175,7 +145,7 @@ class Gallery:
     @classmethod
     def from_dataset(
         cls,
-        dataset: Dataset,
+        dataset: "Dataset",
         model: ComposedRetrievalModel,
         processor: ComposedRetrievalProcessor,
         path: str | Path | None = None,
@@ -198,7 +168,7 @@ class Gallery:
         return cls._build(dataset, model, processor, path, **options)
 
     @classmethod
-    def _build(cls, dataset: Dataset, *arguments: Any, **options: Any) -> "Gallery":
+    def _build(cls, dataset: "Dataset", *arguments: Any, **options: Any) -> "Gallery":
         """Embed `image` of a dataset, named by `image_id`; arguments as [`build_gallery`]."""
         model, processor = arguments[:2]
         index, uri = options.get("index", "exact"), options.get("uri")
@@ -362,88 +332,6 @@ class Gallery:
         self._rows_of("ids", [image_id for image_id, _ in terms.ids])
         encoder = QueryEncoder(self.model, self.processor, self.made_by, self._embedding_of, self.image)
         return encoder.encode(terms, explain)
-
-    def references(self, query: Query) -> list[PILImage.Image]:
-        """Return the reference images of a query for display, indexed ones by [`~Gallery.preview`]."""
-        return [*query.images, *map(self.preview, query.ids)]
-
-    def row_of(self, image_id: str) -> int:
-        """Return the row of an image, an id of the gallery."""
-        return self._row_of[image_id]
-
-    def _embedding_of(self, image_id: str) -> Tensor:
-        return self.embeds[self._row_of[image_id]]
-
-    def _rows_of(self, name: str, ids: Sequence[str]) -> list[int]:
-        """Return the rows of ids that an argument names."""
-        if isinstance(ids, str):
-            raise ValueError(f"{name}={ids!r}: pass a list of ids")
-        if unknown := [image_id for image_id in ids if image_id not in self._row_of]:
-            raise ValueError(f"{name} names {unknown[:3]}, which are not in the gallery; pass ids of its images")
-        return [self._row_of[image_id] for image_id in ids]
-
-    def image(self, image_id: str) -> PILImage.Image:
-        """Open an image of the gallery, RGB.
-
-        Raises:
-            ValueError: if the gallery does not have it, or its file cannot be opened.
-        """
-        if image_id not in self._row_of:
-            raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
-        try:
-            options = DecodeOptions(self._sources.features["image"].mode)
-            return open_cell(self._sources[self._row_of[image_id]]["image"], options)
-        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
-            raise ValueError(
-                f"the image {image_id!r} cannot be opened ({error}): build the gallery again from the folder that "
-                "holds its images now, with the same path; images that are embedded are not encoded again"
-            ) from error
-
-    picture = image  # its name in version 0.1
-
-    def preview(self, image_id: str) -> PILImage.Image:
-        """Open an image for display; for one that cannot be opened, warn and return a blank with its id.
-
-        Raises:
-            ValueError: if the gallery does not have it.
-        """
-        try:
-            return self.image(image_id)
-        except ValueError as error:
-            if image_id not in self._row_of:
-                raise
-            logger.warning(f"a blank is shown instead: {error}")
-            return blank(image_id)
-
-    @cached_property
-    def index(self) -> VectorIndex:
-        """Index of the embeddings, built at the first search."""
-        if self.index_name != "milvus":
-            return make_index(self.index_name, self.embeds, self.digests)
-        fingerprint = self.made_by["fingerprint"]
-        client = self._client or connect(str(self.uri), fingerprint)
-        # A gallery in memory has no id: its content identifies it.
-        gallery_id = self._gallery_id or sequence_digest(*sorted(set(self.digests)))
-        return make_index(self.index_name, self.embeds, self.digests, client, collection_of(fingerprint, gallery_id))
-
-    @cached_property
-    def _mean(self) -> Tensor:
-        """Float64 mean of the embeddings, which centres the similarities of a composition that is no embedding."""
-        return gallery_mean(self.embeds)
-
-    @property
-    def _table(self) -> GalleryTable:
-        return GalleryTable(self.ids, self.paths, self.digests)
-
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {image_id: row for row, image_id in enumerate(self.ids)}
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __repr__(self) -> str:
-        return f"Gallery({len(self)} images, {len(self.skipped)} skipped, index={self.index_name!r})"
 
 
 __all__ = ["Gallery"]

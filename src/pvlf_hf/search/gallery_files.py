@@ -105,7 +105,7 @@ def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
     """
     if missing := [name for name in (EMBEDDINGS, TABLE) if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {missing}: make it with Gallery.from_folder(..., path={str(folder)!r})")
-    table = GalleryTable(**pq.read_table(folder / TABLE, columns=[*GalleryTable._fields]).to_pydict())
+    table = GalleryTable(**_read(folder / TABLE, [*GalleryTable._fields]).to_pydict())
     keys, embeds = read_rows(folder / EMBEDDINGS)
     if [digest for (digest,) in keys] != table.digest:
         raise ValueError(
@@ -117,7 +117,12 @@ def read_gallery(folder: Path) -> tuple[GalleryTable, Tensor]:
 
 def read_columns(folder: Path) -> pa.Table | None:
     """Read the table of a gallery with its columns of metadata, None where there is no gallery."""
-    return pq.read_table(folder / TABLE) if is_gallery(folder) else None
+    return _read(folder / TABLE) if is_gallery(folder) else None
+
+
+def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+    with pq.ParquetFile(file) as opened:  # pq.read_table imports pandas, for which a search would wait
+        return opened.read(columns)
 
 
 def gallery_id_of(folder: Path) -> str | None:
@@ -159,7 +164,7 @@ def download_gallery(repo_id: str, revision: str | None = None, token: str | Non
     """
     files: dict[str, Any] = {"allow_patterns": [EMBEDDINGS, TABLE]}
     folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, **files))
-    paths = pq.read_table(folder / TABLE, columns=["path"])["path"].to_pylist() if is_gallery(folder) else []
+    paths = _read(folder / TABLE, ["path"])["path"].to_pylist() if is_gallery(folder) else []
     if local := [path for path in paths if path and not path.startswith(WEB)]:
         raise ValueError(
             f"{repo_id} names {len(local)} files of this machine, first: {local[:3]}; a gallery on the Hub has "

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from PIL import Image as PILImage
 
 from ..data.image_files import files_below
+from ..models.image_formats_pvlf import ENDINGS, RAW, ImageFormat, format_of, refusal
+from ..models.image_processing_pvlf import beginning, decodes
 
 SYSTEM_FOLDERS = {
     "#recycle",
@@ -23,43 +25,15 @@ SYSTEM_FOLDERS = {
 }
 """Folders, in lower case, in which desktops and network drives keep thumbnails and deleted files."""
 
-CAMERA_RAW = "3fr arw cr2 cr3 crw dcr dng erf iiq kdc mef mrw nef nrw orf pef raf rw2 rwl sr2 srf srw x3f".split()
-
-NOT_DECODED = {
-    ".heic": "HEIC",
-    ".heif": "HEIC",
-    ".hif": "HEIC",
-    ".jxl": "JPEG XL",
-    ".svg": "SVG",
-    ".xcf": "GIMP",
-    ".exr": "OpenEXR",
-    **{f".{ending}": "camera raw" for ending in CAMERA_RAW},
-}
-"""Formats by the ending, in lower case, of images that Pillow does not open by itself."""
-
-SIGNATURES: tuple[tuple[int, tuple[bytes, ...], str, str], ...] = (
-    (0, (b"\xff\xd8\xff",), "JPEG", ".jpg"),
-    (0, (b"\x89PNG\r\n\x1a\n",), "PNG", ".png"),
-    (0, (b"GIF87a", b"GIF89a"), "GIF", ".gif"),
-    (8, (b"WEBP",), "WebP", ".webp"),
-    (4, (b"ftypavif", b"ftypavis"), "AVIF", ".avif"),
-    (0, (b"II*\0", b"MM\0*"), "TIFF", ".tif"),
-    (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "JPEG 2000", ".jp2"),
-    (4, (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftyphevx", b"ftypmif1", b"ftypmsf1"), "HEIC", ""),
-    (0, (b"\xff\x0a", b"\0\0\0\x0cJXL "), "JPEG XL", ""),
-    (0, (b"8BPS",), "Photoshop", ""),
-    (0, (b"%!PS-Adobe",), "PostScript", ""),
-)
-"""Offset, first bytes and name of image formats, and the ending of those that are decoded."""
-
-HEAD_BYTES = 16
+NOT_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG"}
+"""Formats that Pillow lists but that hold no image that it could decode."""
 
 
 class FolderImages(NamedTuple):
     """Images of a folder, and other files in it that look like images."""
 
     files: list[Path]
-    """Files with the ending of an image, sorted."""
+    """Files that hold an image by their ending or their first bytes, sorted."""
     skipped: dict[str, str]
     """Other images, by their names in the folder, each with the reason that it is not indexed and the remedy."""
     hidden: list[str]
@@ -80,73 +54,59 @@ def find_images(folder: Path, allow_links: bool = False, include_hidden: bool = 
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; pass the one that holds the images")
     found = files_below(folder, allow_links)  # broken links too, which are reported
-    names = {file: file.relative_to(folder) for file in found}
-    hidden = {file for file in found if not include_hidden and any(map(_is_hidden, names[file].parts[:-1]))}
-    PILImage.init()
-    readable = {ending for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    decoded, not_decoded = image_endings()
     images: list[Path] = []
     skipped: dict[str, str] = {}
+    hidden: list[str] = []
     for file in found:
-        if file in hidden:
+        name, ending = file.relative_to(folder), file.suffix.lower()
+        if not include_hidden and is_hidden(name):
+            hidden += [name.as_posix()] if ending in decoded or ending in not_decoded else []
             continue
-        name = names[file].as_posix()
-        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
-        if file.suffix.lower() not in readable:
-            reason = not_indexed(file)
+        printable = os.fsencode(name.as_posix()).decode("utf-8", "backslashreplace")
+        kind = None if ending in decoded else _recognise(file) or not_decoded.get(ending)
+        if kind is None and ending not in decoded:
+            continue
+        if kind and not decodes(kind):
+            skipped[printable] = refusal(kind)
+        elif printable != name.as_posix():
+            skipped[printable] = "its name is not valid UTF-8: rename it"
         else:
-            reason = "its name is not valid UTF-8: rename it" if printable != name else None
-            images += [] if reason else [file]
-        if reason:
-            skipped[printable] = reason
-    left_out = [names[file].as_posix() for file in found if file in hidden and file.suffix.lower() in readable]
+            images.append(file)
     if not images and not skipped:
-        if left_out:
+        if hidden:
             raise ValueError(
-                f"{folder} holds images in hidden or system folders only, first: {left_out[:3]}: pass "
+                f"{folder} holds images in hidden or system folders only, first: {hidden[:3]}: pass "
                 "include_hidden=True to index them"
             )
         endings = sorted({file.suffix for file in found})[:5]
         raise ValueError(f"{folder} holds no images, its files end in {endings}: pass the folder that does")
-    return FolderImages(images, skipped, left_out)
+    return FolderImages(images, skipped, hidden)
 
 
-def not_indexed(file: Path) -> str | None:
-    """Return why a file without the ending of an image is not indexed, with the remedy; None if it is no image."""
-    if kind := NOT_DECODED.get(file.suffix.lower()):
-        return _convert(kind)
+def image_endings() -> tuple[set[str], dict[str, ImageFormat]]:
+    """Return the endings of images that are decoded whatever they hold, and the formats of other images by ending."""
+    PILImage.init()
+    pillow = {ending: kind for ending, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    decoded = {ending for ending, kind in pillow.items() if decodes(ImageFormat(kind, b"", kind))}
+    others = {ending: ImageFormat(kind, b"") for ending, kind in pillow.items() if kind not in NOT_IMAGES}
+    return decoded, {ending: kind for ending, kind in (others | ENDINGS).items() if ending not in decoded}
+
+
+def _recognise(file: Path) -> ImageFormat | None:
+    """Return the format of a file whose ending does not tell, None if it is no image or cannot be read."""
+    if ENDINGS.get(file.suffix.lower()) is RAW:  # most of it would be read as TIFF: a thumbnail
+        return RAW
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            return None
-        with file.open("rb") as opened:
-            head = opened.read(HEAD_BYTES)
+        return format_of(beginning(file)) if stat.S_ISREG(file.stat().st_mode) else None
     except OSError:
         return None
-    kind, ending = format_of(head)
-    if not kind:
-        return None
-    return f"it is a {kind} image without the ending of one: name it {file.name}{ending}" if ending else _convert(kind)
 
 
-def explain_unidentified(content: bytes) -> str | None:
-    """Return the remedy for content in an image format that is not decoded; None for any other content."""
-    kind, ending = format_of(content[:HEAD_BYTES])
-    return _convert(kind) if kind and not ending else None
-
-
-def format_of(head: bytes) -> tuple[str, str]:
-    """Return name and ending of the image format of a file's first bytes; the ending is empty if not decoded."""
-    for offset, beginnings, kind, ending in SIGNATURES:
-        if head[offset:].startswith(beginnings):
-            return kind, ending
-    return "", ""
-
-
-def _convert(kind: str) -> str:
-    return f"it is a {kind} image, which is not decoded: convert it to JPEG or PNG"
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+def is_hidden(name: Path) -> bool:
+    """Return whether a file, named in its folder, lies in a hidden or system folder or is metadata of macOS."""
+    folders = name.parts[:-1]
+    return name.name.startswith("._") or any(one.startswith(".") or one.lower() in SYSTEM_FOLDERS for one in folders)
 
 
 __all__ = ["FolderImages", "find_images"]

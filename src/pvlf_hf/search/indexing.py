@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -26,7 +24,9 @@ from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
 from ..models.image_processing_pvlf import check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .image_folder import explain_unidentified
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,7 @@ class IncrementalIndexer:
         bad: digest of every image that cannot be read, and the reason.
     """
 
-    def __init__(self, sources: Dataset, options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
+    def __init__(self, sources: "Dataset", options: DecodeOptions, path: Path | None, made_by: dict[str, str]) -> None:
         self.sources, self.options, self.path, self.made_by = sources, options, path, made_by
         self.digests: list[str] = []
         self.bad: dict[str, str] = {}
@@ -147,8 +147,10 @@ class _Reader:
         self.bad[digest] = str(error) or type(error).__name__
 
 
-def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> Dataset:
+def as_dataset(paths: Sequence[str | None], ids: Sequence[str] | None = None) -> "Dataset":
     """Make a column of undecoded images, `image`, of files or URLs, with `image_id` beside it where given."""
+    from datasets import Dataset, Image
+
     columns = {"image": list(paths), **({} if ids is None else {"image_id": list(ids)})}
     return Dataset.from_dict(columns).cast_column("image", Image(decode=False))
 
@@ -194,16 +196,12 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
     """Decode the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        ValueError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
+        OSError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
     """
-    try:
-        with open_image(source) as image:
-            if options.draft:
-                image.draft(None, (options.draft, options.draft))  # no effect on other formats
-            return to_rgb(image.convert(options.mode) if options.mode else image)
-    except UnidentifiedImageError as error:
-        reason = explain_unidentified(source) if isinstance(source, bytes) else None
-        raise ValueError(f"cannot identify image file: {reason or 'it is no image, or a damaged one'}") from error
+    with open_image(source) as image:
+        if options.draft and image.format in ("JPEG", "MPO"):  # of others it might be an embedded thumbnail
+            image.draft(None, (options.draft, options.draft))
+        return to_rgb(image.convert(options.mode) if options.mode else image)
 
 
 def report(skipped: dict[str, str], number: int) -> None:

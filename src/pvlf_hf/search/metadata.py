@@ -9,19 +9,21 @@ from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Value
 from PIL import ExifTags
 from transformers.utils import logging
 
 from ..models.image_processing_pvlf import open_image
 from .gallery_files import read_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.get_logger(__name__)
 
@@ -86,8 +88,10 @@ def metadata_of(folder: Path) -> pa.Table | None:
     return table.select(names) if table is not None and names else None
 
 
-def dataset_metadata(dataset: Dataset, ids: Sequence[str], left_out: Sequence[str]) -> pa.Table | None:
+def dataset_metadata(dataset: "Dataset", ids: Sequence[str], left_out: Sequence[str]) -> pa.Table | None:
     """Return the plain columns of a data set (numbers, texts, dates, classes by name), None if it has none."""
+    from datasets import ClassLabel, Value
+
     columns: dict[str, Any] = {}
     for name, feature in dataset.features.items():
         if name in (*left_out, *RESERVED, KEY) or (isinstance(feature, Value) and "binary" in feature.dtype):

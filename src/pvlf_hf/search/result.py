@@ -5,7 +5,6 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from ..evaluation.retrieval_sheet import SheetRow, retrieval_sheet
 from .query import FUSION, Explanation, Query, Weights
 
 
@@ -84,6 +83,11 @@ class SearchResult:
             title: heading.
             k: results in a row.
         """
+        from ..evaluation.retrieval_sheet import (  # a search that draws none does not wait for it
+            SheetRow,
+            retrieval_sheet,
+        )
+
         if not all(result.ids for result in self.session):
             raise ValueError("a search of this session found nothing, so there is nothing to draw: widen its filter")
         picks = [result.pick or 0 for result in self.session[1:]] + [0]

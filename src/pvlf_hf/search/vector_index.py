@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -114,6 +113,7 @@ class FaissIndex:
     def __init__(self, embeds: Tensor) -> None:
         try:
             import faiss
+            from datasets import Dataset
         except ImportError as error:
             raise ImportError("index='faiss' needs FAISS: pip install faiss-cpu") from error
         graph = faiss.IndexHNSWFlat(embeds.shape[1], 32, faiss.METRIC_INNER_PRODUCT)

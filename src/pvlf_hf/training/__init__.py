@@ -3,9 +3,14 @@
 Imports every folder but `commands`.
 """
 
-from .batches import PVLFCollator
-from .feature_cache import FeatureCache, cache_features
-from .trainer import PVLFTrainer
-from .training_args import PVLFTrainingArguments
+from ..lazy_names import lazy_names
 
-__all__ = ["FeatureCache", "PVLFCollator", "PVLFTrainer", "PVLFTrainingArguments", "cache_features"]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "batches": "PVLFCollator",
+        "feature_cache": "FeatureCache cache_features",
+        "trainer": "PVLFTrainer",
+        "training_args": "PVLFTrainingArguments",
+    },
+)

@@ -1,0 +1,150 @@
+"""Holds the embedded images of a gallery: names, files, embeddings, index and metadata."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from PIL import Image as PILImage
+from torch import Tensor
+from transformers.utils import logging
+
+from ..digests import sequence_digest
+from ..embeddings.combined import gallery_mean
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .gallery_files import GalleryTable
+from .indexing import DecodeOptions, open_cell
+from .previews import blank
+from .query import Query
+from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.get_logger(__name__)
+
+
+class IndexedImages:
+    """Embedded images, the model that embedded them, and the index by which they are found.
+
+    Attributes:
+        ids: names of the images.
+        paths: their files or URLs, None where the dataset holds them itself.
+        digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
+        embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
+        skipped: id of every image that could not be read or is in a format that is not decoded, and why.
+        left_out: names of images in hidden and system folders, which were not asked for.
+        metadata: columns that came with the images, a row an image, or None; what filters refer to.
+        made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
+            model on the same image encoder, projection and preprocessing searches the gallery.
+    """
+
+    def __init__(
+        self,
+        table: GalleryTable,
+        embeds: Tensor,
+        made_by: dict[str, str],
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        index: IndexName = "exact",
+        uri: str | None = None,
+        sources: "Dataset | None" = None,
+        skipped: dict[str, str] | None = None,
+        gallery_id: str | None = None,
+        client: Any = None,
+        metadata: pa.Table | None = None,
+    ) -> None:
+        check_index(index, uri)
+        self.ids, self.paths, self.digests = table
+        self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
+        self.index_name, self.uri, self.skipped, self._sources = index, uri, skipped or {}, sources
+        self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
+        self.left_out: list[str] = []
+
+    def references(self, query: Query) -> list[PILImage.Image]:
+        """Return the reference images of a query for display, indexed ones by [`~Gallery.preview`]."""
+        return [*query.images, *map(self.preview, query.ids)]
+
+    def row_of(self, image_id: str) -> int:
+        """Return the row of an image, an id of the gallery."""
+        return self._row_of[image_id]
+
+    def _embedding_of(self, image_id: str) -> Tensor:
+        return self.embeds[self._row_of[image_id]]
+
+    def _rows_of(self, name: str, ids: Sequence[str]) -> list[int]:
+        """Return the rows of ids that an argument names."""
+        if isinstance(ids, str):
+            raise ValueError(f"{name}={ids!r}: pass a list of ids")
+        if unknown := [image_id for image_id in ids if image_id not in self._row_of]:
+            raise ValueError(f"{name} names {unknown[:3]}, which are not in the gallery; pass ids of its images")
+        return [self._row_of[image_id] for image_id in ids]
+
+    def image(self, image_id: str) -> PILImage.Image:
+        """Open an image of the gallery, RGB.
+
+        Raises:
+            ValueError: if the gallery does not have it, or its file cannot be opened.
+        """
+        if image_id not in self._row_of:
+            raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
+        try:
+            row, sources = self._row_of[image_id], self._sources
+            if sources is None:
+                return open_cell({"bytes": None, "path": self.paths[row]}, DecodeOptions(None))
+            return open_cell(sources[row]["image"], DecodeOptions(sources.features["image"].mode))
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            raise ValueError(
+                f"the image {image_id!r} cannot be opened ({error}): build the gallery again from the folder that "
+                "holds its images now, with the same path; images that are embedded are not encoded again"
+            ) from error
+
+    picture = image  # its name in version 0.1
+
+    def preview(self, image_id: str) -> PILImage.Image:
+        """Open an image for display; for one that cannot be opened, warn and return a blank with its id.
+
+        Raises:
+            ValueError: if the gallery does not have it.
+        """
+        try:
+            return self.image(image_id)
+        except ValueError as error:
+            if image_id not in self._row_of:
+                raise
+            logger.warning(f"a blank is shown instead: {error}")
+            return blank(image_id)
+
+    @cached_property
+    def index(self) -> VectorIndex:
+        """Index of the embeddings, built at the first search."""
+        if self.index_name != "milvus":
+            return make_index(self.index_name, self.embeds, self.digests)
+        fingerprint = self.made_by["fingerprint"]
+        client = self._client or connect(str(self.uri), fingerprint)
+        # A gallery in memory has no id: its content identifies it.
+        gallery_id = self._gallery_id or sequence_digest(*sorted(set(self.digests)))
+        return make_index(self.index_name, self.embeds, self.digests, client, collection_of(fingerprint, gallery_id))
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        """Float64 mean of the embeddings, which centres the similarities of a composition that is no embedding."""
+        return gallery_mean(self.embeds)
+
+    @property
+    def _table(self) -> GalleryTable:
+        return GalleryTable(self.ids, self.paths, self.digests)
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {image_id: row for row, image_id in enumerate(self.ids)}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        left_out = f"{len(self.left_out)} left out, " if self.left_out else ""
+        return f"Gallery({len(self)} images, {len(self.skipped)} skipped, {left_out}index={self.index_name!r})"
+
+
+__all__ = ["IndexedImages"]
