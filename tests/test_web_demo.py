@@ -347,7 +347,7 @@ def test_huge_images_are_not_decoded(tmp_path, figure):
     5,
     "By default only this machine is served, and no page under another host name (DNS rebinding)",
     broken=(
-        "src/pvlf_hf/search/web_demo.py",
+        "src/pvlf_hf/search/middleware.py",
         "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
         "pass",
     ),
