@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..models.interface_pvlf import ComposedRetrievalModel, QueryOutput
 from .query_encoding import inference_view
@@ -176,10 +177,10 @@ class BatchedModel:
     Args:
         model: the model.
         thread: computes.
-        padding: token that pads texts, and the side that it is put on, as the tokenizer has them.
+        padding: token that pads texts on the right, as processors do.
     """
 
-    def __init__(self, model: ComposedRetrievalModel, thread: ComputeThread, padding: tuple[int, str]) -> None:
+    def __init__(self, model: ComposedRetrievalModel, thread: ComputeThread, padding: int) -> None:
         self._model, self._thread, self._padding = inference_view(model), thread, padding
         methods = (self._model.get_image_features, self._model.get_text_features, self._model.get_query_features)
         self._images, self._texts, self._queries = (partial(self._together, method) for method in methods)
@@ -218,12 +219,28 @@ class BatchedModel:
 
     def _stacked(self, name: str, values: list[Tensor]) -> Tensor:
         if name in PADDED:
-            token, side = self._padding
-            fill, longest = token if name == "input_ids" else 0, max(value.shape[-1] for value in values)
-            missing = [longest - value.shape[-1] for value in values]
-            pads = [(n, 0) if side == "left" else (0, n) for n in missing]
-            values = [F.pad(value, pad, value=fill) for value, pad in zip(values, pads, strict=True)]
+            longest, fill = max(value.shape[-1] for value in values), self._padding if name == "input_ids" else 0
+            values = [F.pad(value, (0, longest - value.shape[-1]), value=fill) for value in values]
         return torch.cat(values)
+
+
+class LockedTokenizer:
+    """A tokenizer that one thread calls at a time: a call sets the tokenizer's own padding and truncation.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._lock = tokenizer, Lock()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Tokenize, see `PreTrainedTokenizerBase`."""
+        with self._lock:
+            return self._tokenizer(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 class Budget:
@@ -250,4 +267,4 @@ class Budget:
                 self._changed.notify_all()
 
 
-__all__ = ["Abandoned", "BatchedModel", "Budget", "ComputeThread"]
+__all__ = ["Abandoned", "BatchedModel", "Budget", "ComputeThread", "LockedTokenizer"]

@@ -78,7 +78,8 @@ class Guard:
         if refusal is None:
             return await self.app(scope, receive, send)
         status, sentence = refusal
-        await JSONResponse({"detail": sentence, "error": sentence}, status)(scope, receive, send)
+        key = "error" if scope["path"] in self.api else "detail"  # which Gradio's page shows
+        await JSONResponse({key: sentence}, status)(scope, receive, send)
 
     def _takes_files(self, path: str) -> bool:
         return path in self.api or path.endswith("/upload")

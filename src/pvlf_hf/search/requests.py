@@ -19,7 +19,7 @@ from ..models.image_processing_pvlf import FORMATS, describe, open_image
 from ..models.interface_pvlf import ComposedRetrievalProcessor
 from .query import FUSION, Query
 from .result import SearchResult
-from .terms import MOST_TERMS, open_reference, unknown_words
+from .terms import MOST_TERMS, check_weight, open_reference, unknown_words
 
 REQUEST = {
     "text": "string, what should be different or what to look for",
@@ -161,7 +161,7 @@ def _image(one: Any) -> tuple[PILImage.Image, Any, Any]:
         raise ValueError(f"images holds {url!r:.80}: pass its content as a data: URL, or search by ids")
     if not isinstance(box := described.get("box"), list | None):
         raise ValueError(f"box={box!r:.80}: pass left, top, right and bottom in pixels")
-    return open_content(url), described.get("weight", 1.0), box
+    return open_content(url), check_weight(described.get("weight", 1.0), "an image"), box
 
 
 def open_content(content: str | bytes) -> PILImage.Image:

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..models.image_processing_pvlf import MAX_BYTES
 from .api_page import api_page, described
-from .batching import Abandoned, BatchedModel, Budget, ComputeThread
+from .batching import Abandoned, BatchedModel, Budget, ComputeThread, LockedTokenizer
 from .gallery import Gallery
 from .middleware import MAX_REQUEST, guards
 from .query import Query
@@ -56,8 +56,8 @@ MOST_BYTES = 2**29
 THREADS = 32
 """Requests that are read and decoded at the same time (our choice)."""
 
-GRACE = 10
-"""Seconds that requests may take when the server ends (our choice)."""
+GRACE, START = 10, 120
+"""Seconds that requests may take when the server ends, and that a worker may take to start (our choice)."""
 
 PER_MINUTE = 6000
 """Requests that one client may send in a minute (our choice): a hundred a second."""
@@ -71,6 +71,14 @@ GONE = 499
 """Status of a request whose client has gone, as nginx has it; nobody receives it."""
 
 
+class Answer(JSONResponse):
+    """JSON in ASCII: any text of a request can be said again in a refusal, lone surrogates too."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of an answer."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
 class Service:
     """Answers of a server, within a `with` block.
 
@@ -80,11 +88,11 @@ class Service:
     """
 
     def __init__(self, gallery: Gallery, name: str) -> None:
-        tokenizer = gallery.processor.tokenizer
         self.name, self.thread = name, ComputeThread()
-        self.gallery = copy.copy(gallery)
-        padding = (tokenizer.pad_token_id, tokenizer.padding_side)
+        self.gallery, processor = copy.copy(gallery), copy.copy(gallery.processor)
+        padding = processor.tokenizer.pad_token_id
         self.gallery.model = BatchedModel(gallery.model, self.thread, padding)  # type: ignore[assignment]
+        self.gallery.processor, processor.tokenizer = processor, LockedTokenizer(processor.tokenizer)
         self.pixels, self.threads = Budget(2 * MOST_PIXELS), CapacityLimiter(THREADS)
         self.admitted = self.bytes = 0
 
@@ -96,7 +104,7 @@ class Service:
     def __exit__(self, *_: Any) -> None:
         self.thread.__exit__()
 
-    async def search(self, request: Request) -> JSONResponse:
+    async def search(self, request: Request) -> Answer:
         """Find the images that a query of images, texts and indexed images is nearest to.
 
         Send JSON, or a form whose files are named image and whose fields have the same names as the keys of the JSON
@@ -108,9 +116,9 @@ class Service:
         with self._admitted(request):
             asked, uploads = await self._read(request)
             (found,) = await self._run(request, partial(self._answer, asked, uploads))
-        return JSONResponse(found)
+        return Answer(found)
 
-    async def batch(self, request: Request) -> JSONResponse:
+    async def batch(self, request: Request) -> Answer:
         """Answer several searches, {"queries": [...]}, each as POST /search takes it.
 
         Answers {"answers": [...]} in their order, each as POST /search does, or {"error"} for one that is refused.
@@ -122,9 +130,9 @@ class Service:
                 raise ValueError(f'pass {{"queries": [...]}}, a list of 1 to {MOST_QUERIES} searches')
             with self._admitted(request, len(queries) - 1):
                 answers = await self._run(request, *(partial(self._answer_or_error, one) for one in queries))
-        return JSONResponse({"answers": answers})
+        return Answer({"answers": answers})
 
-    async def embeddings(self, request: Request) -> JSONResponse:
+    async def embeddings(self, request: Request) -> Answer:
         """Embed texts and images, in the form that clients of the common embeddings endpoint send and expect.
 
         {"input": ..., "model", "encoding_format": "float" or "base64"}: the input is a text, an image as a data: URL,
@@ -142,7 +150,7 @@ class Service:
         data = [{"object": "embedding", "index": row, "embedding": one} for row, (one, _) in enumerate(embedded)]
         tokens = sum(number for _, number in embedded)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": self.name, "usage": usage})
+        return Answer({"object": "list", "data": data, "model": self.name, "usage": usage})
 
     async def health(self) -> dict[str, Any]:
         """Return whether the server is ready, its model and the number of images; and what the encoder has done."""
@@ -280,7 +288,7 @@ def create_app(
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     for path, endpoint in zip(API, (service.search, service.batch, service.embeddings), strict=True):
-        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=described(path), response_class=JSONResponse)
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=described(path), response_class=Answer)
     app.add_api_route("/health", service.health, methods=["GET"])
     hidden: dict[str, Any] = {"methods": ["GET"], "include_in_schema": False}
     app.add_api_route("/docs", lambda: HTMLResponse(api_page(app.openapi())), **hidden)
@@ -309,25 +317,26 @@ def serve(make: Callable[[str, bool], FastAPI], host: str, port: int, workers: i
         raise ValueError(f"cannot listen on {host}, port {port} ({error}): choose another port") from error
     url = f"http://{host}:{listener.getsockname()[1]}"
     options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": GRACE}
-    if threading.current_thread() is threading.main_thread():  # the only thread that may
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        app = make(host, workers == 1)  # of several workers too, so that what is wrong is said before they start
+        print_url(url, f", {workers} workers" if workers > 1 else "")
+        if threading.current_thread() is threading.main_thread():  # the only thread that may
+            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
         if workers == 1:
-            app = make(host, True)
-            print_url(url)
             uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
-            return
-        # Threads of several processes that wait for the same cores make each other slower.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-        config = uvicorn.Config(
-            partial(_of_worker, make, host), factory=True, workers=workers, timeout_worker_healthcheck=300, **options
-        )
-        print_url(url, f", {workers} workers")
-        Multiprocess(config, sockets=[listener]).run()
+        else:
+            del app
+            # Threads of several processes that wait for the same cores make each other slower.
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+            options |= {"factory": True, "workers": workers, "timeout_worker_healthcheck": START}
+            Multiprocess(uvicorn.Config(partial(_of_worker, make, host), **options), sockets=[listener]).run()
     except KeyboardInterrupt:
         pass
     finally:
         listener.close()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def print_url(url: str, more: str = "") -> None:
@@ -337,7 +346,7 @@ def print_url(url: str, more: str = "") -> None:
 
 
 def _of_worker(make: Callable[[str, bool], FastAPI], host: str) -> FastAPI:
-    """Make the application of one of several workers; a user's error ends all of them with its sentence."""
+    """Make the application of one of several workers; where the index has become unusable, say so and end."""
     try:
         return make(host, False)
     except (ValueError, OSError, ImportError) as error:
@@ -389,21 +398,21 @@ def _as_search(one: Any) -> dict[str, Any]:
     return one
 
 
-def _refuse(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": str(error)}, 422)
+def _refuse(_: Request, error: Exception) -> Answer:
+    return Answer({"error": str(error)}, 422)
 
 
-def _refuse_status(request: Request, error: StarletteHTTPException) -> JSONResponse:
+def _refuse_status(request: Request, error: StarletteHTTPException) -> Answer:
     sentences = {
         404: f"there is no {request.url.path} here: see /docs",
         405: f"{request.url.path} does not take {request.method}: see /docs",
     }
     sentence = sentences.get(error.status_code, error.detail)
-    return JSONResponse({"error": sentence}, error.status_code, headers=error.headers)
+    return Answer({"error": sentence}, error.status_code, headers=error.headers)
 
 
-def _fail(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"error": "the server failed at this request, and its log says why"}, 500)
+def _fail(_: Request, error: Exception) -> Answer:
+    return Answer({"error": "the server failed at this request, and its log says why"}, 500)
 
 
 def _leave(_: Request, error: Exception) -> Response:

@@ -114,10 +114,19 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     Raises:
         ValueError: if it knows none, as in another script.
     """
-    words = {word: tokenizer.tokenize(word) for word in text.split()}
+    readable = text.encode(errors="replace").decode()  # lone surrogates are reported by the processor
+    words = {word: _tokens(tokenizer, word) for word in readable.split()}
     if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
         raise ValueError(f"the model's tokenizer knows no word of {text!r}: use the language it was trained on")
     return [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[str]:
+    """Tokenize a word; `tokenize` would change the settings that other threads tokenize by."""
+    if not tokenizer.is_fast:
+        return tokenizer.tokenize(word)
+    encoded = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False)
+    return [token for token, real in zip(encoded.tokens, encoded.attention_mask, strict=True) if real]
 
 
 def labelled(text: str, weight: float) -> str:
