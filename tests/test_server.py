@@ -685,11 +685,13 @@ def test_workers_are_replaced_without_a_gap(files, made, tmp_path):
         done, counts = threading.Event(), []
 
         def visit(number):
-            while not done.is_set():
-                answer = ask(url, {"images": [data_url(draw(number))], "k": 1})
-                assert answer.json()["results"][0]["id"] == f"{COLOURS[number]}.png"
-                counts.append(CLIENT.get(url + "/health").json()["images"])
-                time.sleep(0.02)  # leave the processor to the workers
+            """A connection for each request: a server that ends closes those that are idle."""
+            with httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+                while not done.is_set():
+                    answer = client.post(url + "/search", json={"images": [data_url(draw(number))], "k": 1})
+                    assert answer.json()["results"][0]["id"] == f"{COLOURS[number]}.png"
+                    counts.append(client.get(url + "/health").json()["images"])
+                    time.sleep(0.02)  # leave the processor to the workers
 
         with ThreadPoolExecutor(4) as clients:
             visits = [clients.submit(visit, number) for number in range(4)]
