@@ -11,12 +11,14 @@ from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+import pvlf_hf_client
+from pvlf_hf_cli_files import PLAIN, Json, convert, parse_numbers, submit, weighted
 
 INDEX = "gallery.parquet"
 """File that a folder made by `pvlf-hf index` holds, `pvlf_hf.search.gallery_files.TABLE`."""
@@ -61,26 +63,18 @@ def user_message(error: Exception) -> str | None:
 SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
 # Everything after the command is read by the parser that the scripts and recipes use too.
 HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True}
 
 app = typer.Typer(cls=Commands, context_settings=SETTINGS, pretty_exceptions_enable=False, **PLAIN)
-submit = typer.Typer(help="Check files for the servers of CIRR and CIRCO.", **PLAIN)
-convert = typer.Typer(help="Convert checkpoints of other code bases.", **PLAIN)
 app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
 
-Model = Annotated[
-    str,
-    typer.Option(
-        envvar="PVLF_MODEL",
-        help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.",
-        show_default=False,
-    ),
-]
+MODEL = typer.Option(
+    envvar="PVLF_MODEL", help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.", show_default=False
+)
+Model = Annotated[str, MODEL]
 Composition = Annotated[
     str | None, typer.Option(help="How a plain dual encoder composes queries: slerp, sum or product (default: slerp).")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
 
 
 def print_version(wanted: bool) -> None:
@@ -162,8 +156,14 @@ def index(
 
 @app.command(no_args_is_help=True)
 def search(
-    index: Annotated[Path, typer.Argument(help="Folder that `pvlf-hf index` made.", show_default=False)],
-    model: Model,
+    context: typer.Context,
+    index: Annotated[
+        Path | None, typer.Argument(help="Folder that `pvlf-hf index` made; none with --server.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, MODEL] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a running `pvlf-hf serve`, which answers at once: no model is loaded.")
+    ] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Reference image, file or URL; several are averaged, see --text.")
     ] = None,
@@ -205,16 +205,11 @@ def search(
     pvlf-hf search photos.gallery --image dress.jpg --text "without sleeves" -k 5 --sheet result.html
     pvlf-hf search photos.gallery --image dress.jpg --text "in blue" --weights 1,1,0    # more of the image
     pvlf-hf search photos.gallery --text "2:red dress" --text "-stripes" --filter "price < 50" --fold 0.98
+    pvlf-hf search --server http://127.0.0.1:8000 --image dress.jpg --text "without sleeves"
     """
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
     parts = parse_numbers(weights, 3, "--weights", "three numbers, of image, composition and text, such as 1,1,0")
-    if (
-        not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir()
-    ):  # amid a replacement
-        raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
-    from pvlf_hf.commands import gallery
-
     asked = {
         "images": [weighted(one, "--image") for one in image or ()],
         "texts": dict(weighted(one, "--text") for one in text or ()),
@@ -222,7 +217,79 @@ def search(
     }
     sides = box and parse_numbers(box, 4, "--box", "left,top,right,bottom in pixels")
     settings = {"filter": filter, "min_score": min_score, "offset": offset, "fold": fold, "box": sides}
+    if server is not None:
+        check_for_server(context)
+        return pvlf_hf_client.search(server, asked, settings, k, parts, as_json)
+    if index is None or model is None:
+        missing = "INDEX" if index is None else "--model"
+        raise typer.BadParameter("it is needed, unless a --server searches", param_hint=missing)
+    check_index(index)
+    from pvlf_hf.commands import gallery
+
     gallery.search(index, model, asked, settings, k, parts, sheet, explain, as_json, composition)
+
+
+def check_for_server(context: typer.Context) -> None:
+    """Refuse arguments that have no effect where a server searches."""
+    reasons = {
+        "index": "the server has its own index",
+        "model": "the server has its own model",
+        "composition": "the server has its own model",
+        "sheet": "it is drawn from the files of the images, which only the server has",
+        "explain": "a server does not explain",
+    }
+    for name, reason in reasons.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":  # PVLF_MODEL may be set
+            hint = "INDEX" if name == "index" else f"--{name}"
+            raise typer.BadParameter(f"{reason}: leave it out, or leave --server out", param_hint=hint)
+
+
+@app.command(no_args_is_help=True)
+def serve(
+    index: Annotated[Path, typer.Argument(help="Folder that `pvlf-hf index` made.", show_default=False)],
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; each has its own model. Several serve no web page.")
+    ] = 1,
+    per_minute: Annotated[
+        int, typer.Option(min=1, help="Requests a client may send to a worker in a minute (our choice).")
+    ] = 6000,
+    composition: Composition = None,
+) -> None:
+    """Serve an index over HTTP: searches, embeddings and the web page.
+
+    \b
+    pvlf-hf serve photos.gallery --model outputs/mine
+
+    From the shell:
+
+    \b
+    curl -F image=@dress.jpg -F text="without sleeves" -F k=5 http://127.0.0.1:8000/search
+
+    From Python (pip install requests):
+
+    \b
+    import requests
+    asked = {"texts": {"red dress": 1, "stripes": -0.5}, "filter": "price < 50", "k": 5}
+    print(requests.post("http://127.0.0.1:8000/search", json=asked).json()["results"])
+
+    /docs describes POST /search, /search/batch and /v1/embeddings and GET /health; /page is the web page, where Gradio
+    is installed. Requests that arrive together are encoded together.
+
+    The server answers from the index as it was when it started: after `pvlf-hf index`, start it again. With several
+    workers, SIGHUP to the first process replaces them one by one, without a gap. A worker takes the memory of the
+    model, and 2 bytes for each number of the embeddings; the index itself is memory-mapped, and shared.
+    """
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        if find_spec(module) is None:
+            raise ImportError(f'the server needs {module}: `pip install "pvlf-hf[serve]"`')
+    check_index(index)
+    from pvlf_hf.commands import gallery
+
+    gallery.serve(index, model, host, port, workers, per_minute, composition)
 
 
 @app.command()
@@ -340,104 +407,10 @@ def doctor(
     raise typer.Exit(0 if report.healthy else 1)
 
 
-@submit.command(no_args_is_help=True)
-def lint(
-    files: Annotated[
-        list[Path], typer.Argument(help="For CIRR (recall, recall_subset) or CIRCO, test split.", show_default=False)
-    ],
-    as_json: Json = False,
-) -> None:
-    """Check files before an upload.
-
-    \b
-    pvlf-hf submit lint outputs/mine/evaluation/submissions/composed/*/*.json
-
-    `pvlf-hf evaluate --protocols cirr-test1 circo-test` writes such files. Exits with 1 if one would be refused.
-    """
-    from pvlf_hf.commands.output import print_json
-    from pvlf_hf.evaluation.submission import is_error, lint_submission
-
-    problems = {str(file): lint_submission(file) for file in files}
-    if as_json:
-        print_json(files=problems)
-    else:
-        typer.echo("\n".join(f"{file}: {one}" for file, listed in problems.items() for one in listed or ["fine"]))
-    raise typer.Exit(int(any(map(is_error, (one for listed in problems.values() for one in listed)))))
-
-
-Checkpoint = Annotated[Path, typer.Argument(help=".pth, .pt or .safetensors.", show_default=False)]
-OutputDir = Annotated[Path, typer.Option(help="A new or empty folder.", show_default=False)]
-Tokenizer = Annotated[str | None, typer.Option(help="Hub name, folder, or BERT's vocab.txt; writes a processor too.")]
-VisionHeads = Annotated[int | None, typer.Option(help="Image encoder's attention heads, if its size is unusual.")]
-TextHeads = Annotated[int | None, typer.Option(help="Text encoder's attention heads, if its size is unusual.")]
-
-
-@convert.command(no_args_is_help=True)
-def blip(
-    checkpoint: Checkpoint,
-    output_dir: OutputDir,
-    tokenizer: Tokenizer = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Interpolate position embeddings to this image side, in pixels.")
-    ] = None,
-    vision_heads: VisionHeads = None,
-    text_heads: TextHeads = None,
-) -> None:
-    """Convert BLIP as Salesforce released it, which PVLF is built on.
-
-    \b
-    pvlf-hf convert blip model_base_retrieval_coco.pth --tokenizer vocab.txt --output-dir outputs/blip
-
-    Runs no code of the file. A checkpoint that is not exactly of this kind is refused.
-    """
-    from pvlf_hf.commands import convert
-
-    convert.blip(checkpoint, output_dir, tokenizer, image_size, vision_heads, text_heads)
-
-
-@convert.command(no_args_is_help=True)
-def transagg(
-    checkpoint: Checkpoint,
-    output_dir: OutputDir,
-    tokenizer: Tokenizer = None,
-    vision_heads: VisionHeads = None,
-    text_heads: TextHeads = None,
-) -> None:
-    """Convert the baseline TransAgg, trained on BLIP or on CLIP.
-
-    \b
-    pvlf-hf convert transagg model.pt --tokenizer bert-base-uncased --output-dir outputs/transagg
-
-    Runs no code of the file. A checkpoint that is not exactly of this kind is refused.
-    """
-    from pvlf_hf.commands import convert
-
-    convert.transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
-
-
-def parse_numbers(given: str, count: int, option: str, expected: str) -> tuple[float, ...]:
-    """Parse numbers, separated by commas."""
-    try:
-        numbers = tuple(map(float, given.split(",")))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count or not all(map(isfinite, numbers)):
-        raise typer.BadParameter(f"{given!r}: give {expected}", param_hint=option)
-    return numbers
-
-
-def weighted(given: str, option: str) -> tuple[str, float]:
-    """Split a weight off an argument: `red`, `-red`, `2:red`, `-0.5:red`; `1:-red` is the text "-red"."""
-    head, colon, rest = given.partition(":")
-    try:
-        weight = float(head)
-    except ValueError:
-        return (given[1:], -1.0) if given.startswith("-") and len(given) > 1 else (given, 1.0)
-    if not colon or not isfinite(weight):
-        return given, 1.0
-    if weight == 0 or not rest.strip():
-        raise typer.BadParameter(f"{given!r}: write a weight other than 0 and what it weighs", param_hint=option)
-    return rest, weight
+def check_index(index: Path) -> None:
+    """Refuse a folder that holds no index; amid a replacement it is elsewhere."""
+    if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir():
+        raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

@@ -348,7 +348,7 @@ def test_huge_images_are_not_decoded(tmp_path, figure):
     5,
     "By default, requests from other machines, or under another host name (DNS rebinding), are refused",
     broken=(
-        "src/pvlf_hf/search/web_demo.py",
+        "src/pvlf_hf/search/middleware.py",
         "guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))",
         "pass",
     ),

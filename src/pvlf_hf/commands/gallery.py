@@ -1,5 +1,6 @@
-"""Runs `pvlf-hf index`, `search` and `demo`: everything with an index of one's own images."""
+"""Runs `pvlf-hf index`, `search`, `serve` and `demo`: everything with an index of one's own images."""
 
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -7,7 +8,8 @@ import pyarrow.parquet as pq
 import typer
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedTokenizerBase
+
+from pvlf_hf_client import print_found, warn_of
 
 from ..checkpoints.loading import load_model
 from ..embeddings.embedding_store import images_made_by
@@ -20,6 +22,7 @@ from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
 from ..search.result import SearchResult
 from ..search.results_page import search_page
+from ..search.terms import unknown_words
 from .output import print_json
 
 LISTED = 20
@@ -74,24 +77,19 @@ def search(
 ) -> None:
     """Search an index, and print or draw the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
-    for one in asked["texts"]:
-        check_vocabulary(gallery.processor.tokenizer, one)
+    warn_of([word for text in asked["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
     images, texts, ids = (asked[name] or None for name in ("images", "texts", "ids"))
     options: dict[str, Any] = {"weights": weights, "explain": explain} | settings
     result = gallery.search(images, k=k, texts=texts, ids=ids, **options)
     if as_json:
         draw(result, sheet if result.ids else None, k)
-        results = as_plain(result)["results"]
+        results = as_plain(result)
         for one, file in zip(results, result.paths, strict=True):
             one["path"] = file
         why = {"why": list(map(explained, result.why))} if explain else {}
         print_json(results=results, sheet=str(sheet) if sheet else None, **why)
         return
-    for rank, (image_id, score) in enumerate(zip(result.ids, result.scores, strict=True), 1 + settings["offset"]):
-        folded = f"  and {len(result.folded[image_id])} like it" if image_id in result.folded else ""
-        typer.echo(f"{rank:>3}  {score:.4f}  {image_id}{folded}")
-    if not result.ids:
-        typer.echo("nothing found: no image passes the filter and the least score from this offset on", err=True)
+    print_found(as_plain(result), settings["offset"])
     for explanation in map(explained, result.why):
         typer.echo("weights: " + ", ".join(f"{part} {weight:.2f}" for part, weight in explanation["weights"].items()))
         shares = sorted(zip(explanation["attention"], explanation["tokens"], strict=True), reverse=True)
@@ -99,6 +97,24 @@ def search(
     if sheet and result.ids:  # after the results, so that a full disk does not lose them
         draw(result, sheet, k)
         typer.echo(f"see {sheet}")
+
+
+def serve(
+    path: Path, model: str, host: str, port: int, workers: int, per_minute: int, composition: str | None = None
+) -> None:
+    """Serve an index over HTTP until interrupted."""
+    from ..search import server  # FastAPI is an extra
+
+    server.serve(partial(make_server, path, model, per_minute, composition), host, port, workers)
+
+
+def make_server(path: Path, model: str, per_minute: int, composition: str | None, host: str, page: bool) -> Any:
+    """Make the application that serves an index; each worker calls it."""
+    from ..search import server
+
+    gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
+    name = Path(model).resolve().name if Path(model).is_dir() else model  # no folders of this machine
+    return server.create_app(gallery, name, host, per_minute, page)
 
 
 def demo(
@@ -155,16 +171,6 @@ def load(
     """Load model and processor, on the accelerator if there is one."""
     model, processor = load_model(name, composition, dtype)
     return model.to(PartialState().device), processor
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Report words that the tokenizer does not know; raise a `ValueError` if it knows none, as in another script."""
-    words = {word: tokenizer.tokenize(word) for word in text.split()}
-    unknown = [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
-    if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
-        raise ValueError(f"the model's tokenizer knows no word of {text!r}: use the language it was trained on")
-    if unknown:
-        typer.echo(f"the model's tokenizer does not know {', '.join(unknown)}; the search uses the rest", err=True)
 
 
 def explained(why: Explanation) -> dict[str, Any]:

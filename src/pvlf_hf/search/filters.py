@@ -83,7 +83,7 @@ def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
     try:
         tree = ast.parse(sql, mode="eval")
         return _Reader(text, schema).condition(tree.body)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, RecursionError, MemoryError, UnicodeEncodeError) as error:
         raise ValueError(f"filter {text!r:.200} cannot be read ({error}): write it like {EXAMPLE!r}") from error
 
 

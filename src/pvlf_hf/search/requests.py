@@ -9,13 +9,17 @@ Example:
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
-from typing import Any
+from typing import Any, NamedTuple
 
+import pyarrow as pa
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
-from .query import FUSION
+from ..models.image_processing_pvlf import FORMATS, describe, open_image
+from ..models.interface_pvlf import ComposedRetrievalProcessor
+from .query import FUSION, Query
 from .result import SearchResult
-from .terms import MOST_TERMS, open_reference
+from .terms import MOST_TERMS, check_weight, open_reference, unknown_words
 
 REQUEST = {
     "text": "string, what should be different or what to look for",
@@ -35,6 +39,30 @@ REQUEST = {
 MOST_RESULTS = 1000
 """Most results of one request (our choice); `offset` reaches the others."""
 
+MOST_PIXELS = 64 * 10**6
+"""Most pixels of the images of a request together (our choice): 192 MB once they are decoded."""
+
+
+class Asked(NamedTuple):
+    """A request that was checked; its images are opened, but not decoded.
+
+    Args:
+        images: each with its weight and its box or None.
+        terms: texts and ids, as [`Gallery.query`] takes them.
+        settings: what the ranking needs, as [`Gallery.search`] takes it.
+        unknown_words: words of the texts that the model's tokenizer does not know.
+    """
+
+    images: list[tuple[PILImage.Image, Any, Any]]
+    terms: dict[str, Any]
+    settings: dict[str, Any]
+    unknown_words: list[str]
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all images together."""
+        return sum(image.width * image.height for image, _, _ in self.images)
+
 
 def answer(gallery: Any, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()) -> dict[str, Any]:
     """Search a gallery by a request of plain values.
@@ -44,63 +72,111 @@ def answer(gallery: Any, request: Mapping[str, Any], uploads: Sequence[PILImage.
     Args:
         gallery: a [`Gallery`].
         request: see `REQUEST`.
-        uploads: further reference images, already decoded, such as the parts of a multipart form.
+        uploads: further reference images, such as the parts of a multipart form.
 
     Returns:
         `results`, each with `id`, `score`, `metadata` where there is some, and `folded` ids of near-duplicates where
-        there are some; and `offset`.
+        there are some; `offset`; and `unknown_words`, where the model's tokenizer does not know all of the texts.
 
     Raises:
-        ValueError: as [`Gallery.search`], and if the request has other keys or values.
+        ValueError: as [`Gallery.search`], and if the request has other keys or values, or its images are too large.
     """
-    return as_plain(find(gallery, request, uploads), request.get("offset") or 0)
+    asked = read(gallery.processor, request, uploads)
+    return answer_of(asked, gallery.search(query=query_of(gallery, asked), **asked.settings))
 
 
-def find(gallery: Any, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()) -> SearchResult:
-    """Search a gallery as [`answer`] does, and return the result itself."""
+def read(
+    processor: ComposedRetrievalProcessor, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()
+) -> Asked:
+    """Check a request and open its images, see [`answer`]."""
     if not isinstance(request, Mapping):
         raise ValueError(f"the request is a {type(request).__name__}: pass an object with keys such as {[*REQUEST]}")
-    if unknown := sorted({*request} - {*REQUEST}):
-        raise ValueError(f"the request has keys {unknown}, which there are not: its keys are {[*REQUEST]}")
+    if others := sorted({*request} - {*REQUEST}):
+        raise ValueError(f"the request has keys {others}, which there are not: its keys are {[*REQUEST]}")
     given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
     if isinstance(k := given.get("k"), int) and k > MOST_RESULTS:
         raise ValueError(f"k={k}: pass at most {MOST_RESULTS}, and an offset for those after them")
     listed = given.pop("images", [])
     if not isinstance(listed, list) or len(listed) + len(uploads) > MOST_TERMS:
         raise ValueError(f"images: pass a list of at most {MOST_TERMS} images")
-    images = [*((upload, 1.0) for upload in uploads), *(_image(gallery.processor, one) for one in listed)]
     for name in ("filter", "text"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(f"{name} is {given[name]!r:.80}: pass a text")
-    weights = given.pop("weights", FUSION)
-    return gallery.search(images or None, weights=weights, **given)
+    for name, kinds in (("ids", list | Mapping), ("exclude", list)):
+        named = given.get(name, [])
+        if not isinstance(named, kinds) or not all(isinstance(one, str) for one in named):
+            raise ValueError(f"{name} is {named!r:.80}: pass a list of ids")
+    terms: dict[str, Any] = {name: given.pop(name) for name in ("text", "texts", "ids") if name in given}
+    images = [*((upload, 1.0, None) for upload in uploads), *map(_image, listed)]
+    unknown = [word for text in _texts(terms) for word in unknown_words(processor.tokenizer, text)]
+    asked = Asked(images, terms, {"weights": FUSION, **given}, unknown)
+    if asked.pixels > MOST_PIXELS:
+        raise ValueError(
+            f"the images have {asked.pixels:,} pixels, more than {MOST_PIXELS:,}: make them smaller first"
+        )
+    return asked
 
 
-def as_plain(result: SearchResult, offset: int = 0) -> dict[str, Any]:
-    """Return a result in plain values, see [`answer`]."""
+def query_of(gallery: Any, asked: Asked) -> Query:
+    """Decode the images of a request and encode its query."""
+    images = [(open_reference(gallery.processor, image, box), weight) for image, weight, box in asked.images]
+    return gallery.query(images or None, **asked.terms)
+
+
+def answer_of(asked: Asked, result: SearchResult) -> dict[str, Any]:
+    """Return what [`answer`] does, of a search that was made."""
+    found = {"results": as_plain(result), "offset": asked.settings.get("offset", 0)}
+    return found | ({"unknown_words": asked.unknown_words} if asked.unknown_words else {})
+
+
+def as_plain(result: SearchResult) -> list[dict[str, Any]]:
+    """Return the images of a result in plain values, see [`answer`]."""
     gallery = result.gallery
     rows: list[dict[str, Any]] = [
         {"id": image_id, "score": score} for image_id, score in zip(result.ids, result.scores, strict=True)
     ]
     if gallery.metadata is not None:
-        found = gallery.metadata.take([gallery.row_of(image_id) for image_id in result.ids])
-        for row, values in zip(rows, found.to_pylist(), strict=True):
+        taken = pa.array([gallery.row_of(image_id) for image_id in result.ids], pa.int64())  # none has no type
+        for row, values in zip(rows, gallery.metadata.take(taken).to_pylist(), strict=True):
             row["metadata"] = {name: _plain(value) for name, value in values.items()}
     for row in rows:
         if row["id"] in result.folded:
             row["folded"] = result.folded[row["id"]]
-    return {"results": rows, "offset": offset}
+    return rows
 
 
-def _image(processor: Any, one: Any) -> tuple[PILImage.Image, float]:
-    """Open an image of a request."""
+def _texts(terms: dict[str, Any]) -> list[str]:
+    """Return the texts of a request, none where they are not what they should be: that is reported later."""
+    texts = [terms.get("text"), *(terms["texts"] if isinstance(terms.get("texts"), Mapping) else ())]
+    return [text for text in texts if isinstance(text, str)] if len(texts) <= MOST_TERMS else []
+
+
+def _image(one: Any) -> tuple[PILImage.Image, Any, Any]:
+    """Open an image of a request, which stays undecoded."""
     described: Any = {"image": one} if isinstance(one, str) else one
     if not isinstance(described, Mapping) or not {"image"} <= {*described} <= {"image", "weight", "box"}:
         raise ValueError(f"images holds {one!r:.80}: pass data: URLs, or objects with image, weight and box")
     url = described["image"]
     if not isinstance(url, str) or not url.startswith("data:"):
         raise ValueError(f"images holds {url!r:.80}: pass its content as a data: URL, or search by ids")
-    return open_reference(processor, url, described.get("box")), described.get("weight", 1.0)
+    if not isinstance(box := described.get("box"), list | None):
+        raise ValueError(f"box={box!r:.80}: pass left, top, right and bottom in pixels")
+    return open_content(url), check_weight(described.get("weight", 1.0), "an image"), box
+
+
+def open_content(content: str | bytes) -> PILImage.Image:
+    """Open an image without decoding it: a `data:` URL, or the content of a file.
+
+    Raises:
+        ValueError: if it is none that can be read.
+    """
+    try:
+        return open_image(content)
+    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+        name = "the image" if isinstance(content, bytes) else describe(content[:40])
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is in none of the formats {', '.join(FORMATS or ())}" if unknown else error
+        raise ValueError(f"cannot read {name}: {reason}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -112,4 +188,15 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-__all__ = ["MOST_RESULTS", "REQUEST", "answer", "as_plain", "find"]
+__all__ = [
+    "MOST_PIXELS",
+    "MOST_RESULTS",
+    "REQUEST",
+    "Asked",
+    "answer",
+    "answer_of",
+    "as_plain",
+    "open_content",
+    "query_of",
+    "read",
+]

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from PIL import Image as PILImage
+from transformers import PreTrainedTokenizerBase
 
 from ..models.image_processing_pvlf import ImageInput
 from ..models.interface_pvlf import ComposedRetrievalProcessor
@@ -107,6 +108,27 @@ def open_reference(
     return opened.crop((left, top, right, bottom))
 
 
+def unknown_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Return the words that a tokenizer does not know.
+
+    Raises:
+        ValueError: if it knows none, as in another script.
+    """
+    readable = text.encode(errors="replace").decode()  # lone surrogates are reported by the processor
+    words = {word: _tokens(tokenizer, word) for word in readable.split()}
+    if words and all({*tokens} <= {tokenizer.unk_token} for tokens in words.values()):
+        raise ValueError(f"the model's tokenizer knows no word of {text!r}: use the language it was trained on")
+    return [word for word, tokens in words.items() if tokenizer.unk_token in tokens]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[str]:
+    """Tokenize a word; `tokenize` would change the settings that other threads tokenize by."""
+    if not tokenizer.is_fast:
+        return tokenizer.tokenize(word)
+    encoded = tokenizer.backend_tokenizer.encode(word, add_special_tokens=False)
+    return [token for token, real in zip(encoded.tokens, encoded.attention_mask, strict=True) if real]
+
+
 def labelled(text: str, weight: float) -> str:
     """Return a text with its weight as the command line takes it: `red`, `-stripes`, `0.5:red`."""
     if abs(weight) == 1:
@@ -114,4 +136,4 @@ def labelled(text: str, weight: float) -> str:
     return f"{weight:g}:{text}"
 
 
-__all__ = ["Box", "Terms", "collect_terms", "open_reference"]
+__all__ = ["Box", "Terms", "collect_terms", "open_reference", "unknown_words"]

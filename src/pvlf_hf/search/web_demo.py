@@ -25,21 +25,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from uuid import uuid4
 
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import logging
 
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from .demo_page import CSS, Page
 from .demo_session import Searcher
 from .gallery import Gallery
-from .middleware import MAX_UPLOAD, Guard
+from .middleware import MAX_UPLOAD, guards
 
 try:
     import gradio as gr
+    from fastapi import FastAPI
     from gradio.utils import get_upload_folder
 except ImportError as error:
     raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`') from error
@@ -57,12 +56,8 @@ EXAMPLES = (
 )
 """Images of EmojiCIR and what to change, in the captions of its test split."""
 
-LOOPBACK = ["127.0.0.1", "localhost"]
-
 UPLOADS = "GRADIO_TEMP_DIR"
 """Environment variable that names the folder of all files that Gradio keeps."""
-
-logger = logging.get_logger(__name__)
 
 
 def build(gallery: Gallery, examples: Sequence[tuple[str, str]] | None = None) -> gr.Blocks:
@@ -98,42 +93,52 @@ def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) ->
     except (OSError, OverflowError) as error:
         where = host if port is None else f"{host}, port {port}"
         raise ValueError(f"cannot listen on {where} ({error}): choose another port, or leave it out") from error
-    before = os.environ.get(UPLOADS)
-    with TemporaryDirectory(prefix="pvlf-demo-") as folder:
-        os.environ[UPLOADS] = folder
+    with upload_folder() as folder:
         page = build(gallery)
-        guards = [Middleware(Guard, folder=Path(folder).resolve())]
-        if host in LOOPBACK:  # against DNS rebinding: a foreign page reaches this machine by a name of its own
-            guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
-        else:
-            logger.warning(f"the demo listens on {host}: whoever reaches this machine sees the gallery's images")
         try:
             _, url, _ = page.launch(
                 server_name=host,
                 server_port=port,
-                max_file_size=MAX_UPLOAD,
                 state_session_capacity=SESSIONS,
-                app_kwargs={"middleware": guards},
-                theme=gr.themes.Default(
-                    primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-                ),
-                css=CSS,
-                footer_links=[],
+                app_kwargs={"middleware": guards(host, folder)},
                 share=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                enable_monitoring=False,
                 prevent_thread_lock=True,
                 quiet=True,
+                **_look(),
             )
             yield url
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def upload_folder() -> Iterator[Path]:
+    """Yield the folder of all files that Gradio keeps within the block; they are deleted at its end."""
+    before = os.environ.get(UPLOADS)
+    with TemporaryDirectory(prefix="pvlf-demo-") as folder:
+        os.environ[UPLOADS] = folder
+        try:
+            yield Path(folder).resolve()
+        finally:
             if before is None:
                 del os.environ[UPLOADS]
             else:
                 os.environ[UPLOADS] = before
+
+
+def mount(app: FastAPI, gallery: Gallery, path: str) -> None:
+    """Add the page to a server, within [`upload_folder`]; the server's own middleware guards it."""
+    page = build(gallery)
+    page.state_session_capacity = SESSIONS
+    gr.mount_gradio_app(app, page, path, **_look())
+
+
+def _look() -> dict[str, Any]:
+    """Return how Gradio shows the page, and what it leaves out."""
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    shown = {"theme": gr.themes.Default(primary_hue="indigo", **fonts), "css": CSS, "footer_links": []}
+    left_out = ("ssr_mode", "pwa", "mcp_server", "enable_monitoring")
+    return shown | dict.fromkeys(left_out, False) | {"max_file_size": MAX_UPLOAD}
 
 
 def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = True) -> None:
@@ -183,7 +188,7 @@ def _named_gallery() -> Gallery:
     return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor)
 
 
-__all__ = ["build", "launch", "main", "serve"]
+__all__ = ["build", "launch", "main", "mount", "serve", "upload_folder"]
 
 
 if __name__ == "__main__":

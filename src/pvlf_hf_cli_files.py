@@ -1,0 +1,117 @@
+"""Commands of `pvlf-hf` on files of others: `submit lint` and `convert`; and what the others share with them."""
+
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and everything else to stderr.")]
+
+submit = typer.Typer(help="Check files for the servers of CIRR and CIRCO.", **PLAIN)
+convert = typer.Typer(help="Convert checkpoints of other code bases.", **PLAIN)
+
+
+@submit.command(no_args_is_help=True)
+def lint(
+    files: Annotated[
+        list[Path], typer.Argument(help="For CIRR (recall, recall_subset) or CIRCO, test split.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Check files before an upload.
+
+    \b
+    pvlf-hf submit lint outputs/mine/evaluation/submissions/composed/*/*.json
+
+    `pvlf-hf evaluate --protocols cirr-test1 circo-test` writes such files. Exits with 1 if one would be refused.
+    """
+    from pvlf_hf.commands.output import print_json
+    from pvlf_hf.evaluation.submission import is_error, lint_submission
+
+    problems = {str(file): lint_submission(file) for file in files}
+    if as_json:
+        print_json(files=problems)
+    else:
+        typer.echo("\n".join(f"{file}: {one}" for file, listed in problems.items() for one in listed or ["fine"]))
+    raise typer.Exit(int(any(map(is_error, (one for listed in problems.values() for one in listed)))))
+
+
+Checkpoint = Annotated[Path, typer.Argument(help=".pth, .pt or .safetensors.", show_default=False)]
+OutputDir = Annotated[Path, typer.Option(help="A new or empty folder.", show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(help="Hub name, folder, or BERT's vocab.txt; writes a processor too.")]
+VisionHeads = Annotated[int | None, typer.Option(help="Image encoder's attention heads, if its size is unusual.")]
+TextHeads = Annotated[int | None, typer.Option(help="Text encoder's attention heads, if its size is unusual.")]
+
+
+@convert.command(no_args_is_help=True)
+def blip(
+    checkpoint: Checkpoint,
+    output_dir: OutputDir,
+    tokenizer: Tokenizer = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Interpolate position embeddings to this image side, in pixels.")
+    ] = None,
+    vision_heads: VisionHeads = None,
+    text_heads: TextHeads = None,
+) -> None:
+    """Convert BLIP as Salesforce released it, which PVLF is built on.
+
+    \b
+    pvlf-hf convert blip model_base_retrieval_coco.pth --tokenizer vocab.txt --output-dir outputs/blip
+
+    Runs no code of the file. A checkpoint that is not exactly of this kind is refused.
+    """
+    from pvlf_hf.commands import convert
+
+    convert.blip(checkpoint, output_dir, tokenizer, image_size, vision_heads, text_heads)
+
+
+@convert.command(no_args_is_help=True)
+def transagg(
+    checkpoint: Checkpoint,
+    output_dir: OutputDir,
+    tokenizer: Tokenizer = None,
+    vision_heads: VisionHeads = None,
+    text_heads: TextHeads = None,
+) -> None:
+    """Convert the baseline TransAgg, trained on BLIP or on CLIP.
+
+    \b
+    pvlf-hf convert transagg model.pt --tokenizer bert-base-uncased --output-dir outputs/transagg
+
+    Runs no code of the file. A checkpoint that is not exactly of this kind is refused.
+    """
+    from pvlf_hf.commands import convert
+
+    convert.transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
+
+
+def parse_numbers(given: str, count: int, option: str, expected: str) -> tuple[float, ...]:
+    """Parse numbers, separated by commas."""
+    try:
+        numbers = tuple(map(float, given.split(",")))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count or not all(map(isfinite, numbers)):
+        raise typer.BadParameter(f"{given!r}: give {expected}", param_hint=option)
+    return numbers
+
+
+def weighted(given: str, option: str) -> tuple[str, float]:
+    """Split a weight off an argument: `red`, `-red`, `2:red`, `-0.5:red`; `1:-red` is the text "-red"."""
+    head, colon, rest = given.partition(":")
+    try:
+        weight = float(head)
+    except ValueError:
+        return (given[1:], -1.0) if given.startswith("-") and len(given) > 1 else (given, 1.0)
+    if not colon or not isfinite(weight):
+        return given, 1.0
+    if weight == 0 or not rest.strip():
+        raise typer.BadParameter(f"{given!r}: write a weight other than 0 and what it weighs", param_hint=option)
+    return rest, weight
+
+
+__all__ = ["PLAIN", "Json", "convert", "parse_numbers", "submit", "weighted"]
