@@ -66,7 +66,7 @@ def blip(tmp_path_factory):
 @torch.no_grad()
 @pytest.mark.parametrize("first_token", ["enc", "cls"])
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE's queries are CoVR's",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
@@ -151,7 +151,7 @@ def test_each_wrong_detail_moves_the_query_as_in_the_reference(detail, effect):
 
 
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE's loss and gradients are the published objective on the reference's embeddings, both ways",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
@@ -183,7 +183,7 @@ def compare_gradients(model, prefix):
 
 
 @pytest.mark.reliability(
-    17,
+    7,
     "HN-NCE with CoVR's slip is CoVR's loss, and without it another",
     broken=("src/pvlf_hf/models/loss_case.py", "scale[None] if across", "scale[:, None] if across"),
 )
@@ -329,7 +329,7 @@ def test_bad_batches_are_refused():
 
 @torch.no_grad()
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE embeds gallery images as a plain BLIP does, bit by bit, and searches its index",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
