@@ -12,6 +12,7 @@ from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import rounding
 from fused import FIXTURES, case_inputs, case_model, io_of, relative, tensors_of, within
 from PIL import Image
+from processes import run_in_processes
 from reference import CONFIGS
 from safetensors.torch import load_file, save_file
 from squares import save_squares, square_triplets
@@ -66,7 +67,7 @@ def blip(tmp_path_factory):
 @torch.no_grad()
 @pytest.mark.parametrize("first_token", ["enc", "cls"])
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE's queries are CoVR's",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
@@ -151,7 +152,7 @@ def test_each_wrong_detail_moves_the_query_as_in_the_reference(detail, effect):
 
 
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE's loss and gradients are the published objective on the reference's embeddings, both ways",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
@@ -183,7 +184,7 @@ def compare_gradients(model, prefix):
 
 
 @pytest.mark.reliability(
-    17,
+    7,
     "HN-NCE with CoVR's slip is CoVR's loss, and without it another",
     broken=("src/pvlf_hf/models/loss_case.py", "scale[None] if across", "scale[:, None] if across"),
 )
@@ -329,7 +330,7 @@ def test_bad_batches_are_refused():
 
 @torch.no_grad()
 @pytest.mark.reliability(
-    17,
+    7,
     "CASE embeds gallery images as a plain BLIP does, bit by bit, and searches its index",
     broken=(
         "src/pvlf_hf/models/modeling_case.py",
@@ -385,19 +386,36 @@ def squares(tmp_path):
     return square_triplets(tmp_path, COLOURS, lambda reference, target: f"make it {target} and {reference}")
 
 
+def losses_of_a_process(folder, batch_size):
+    """What one of several processes logs, each with a share of six rows a step."""
+    own = folder / os.environ.get("RANK", "0")  # no process reads what another is writing
+    own.mkdir()
+    triplets = each_with_each(own, COLOURS, lambda reference, target: f"make it {target} and {reference}")
+    return train(without_dropout(make_case()), triplets, folder, per_device_train_batch_size=batch_size).tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_train_both_ways_as_one(tmp_path):
+    """Targets of all, and references of all on the way back."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    alone = losses_of_a_process(folders[0], 6)
+    for losses in run_in_processes(2, losses_of_a_process, folders[1], 3):
+        assert losses == pytest.approx(alone, abs=1e-4)
+
+
 def train(model, triplets, folder, **settings):
     args = PVLFTrainingArguments(
         str(folder / "run"),
         finetuning="text",
-        max_steps=3,
-        per_device_train_batch_size=6,
         optim="sgd",
         encoder_learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **settings,
+        **{"per_device_train_batch_size": 6, "max_steps": 3, **settings},
     )
     trainer = PVLFTrainer(model, args, triplets, processing_class=make_processor())
     trainer.train()
@@ -422,6 +440,12 @@ def test_trains_from_cached_images_as_from_images(squares, tmp_path, reverse_wei
     moved = {name.split(".")[1] for name, w in plain.state_dict().items() if not torch.equal(w, before[name])}
     assert moved == {"text_encoder", "text_proj"}
     assert (losses[0] - losses[-1]).abs() > 5e-3
+
+
+def test_the_trainer_adds_the_way_back(squares, tmp_path):
+    """Two objectives of six rows each, so about twice the loss."""
+    forth, both = (train(make_case(reverse_weight=w), squares, tmp_path / str(w), max_steps=1)[0] for w in (0.0, 1.0))
+    assert 1.5 < both / forth < 2.5
 
 
 def test_cached_images_are_not_those_of_another_model(squares, tmp_path):

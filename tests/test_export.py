@@ -21,7 +21,6 @@ from pvlf_hf.onnx_encoder import OnnxEncoder
 pytestmark = pytest.mark.slow
 
 OTHERS = {
-    "coop": lambda: make_model(prompt_location="text", dropout=0.0),
     "maple": lambda: make_model(prompt_location="both", prompt_coupling="linear", prompt_gallery=True, num_prompts=4),
     "case": lambda: CASEModel(CASEConfig(vl_config=CONFIGS["blip"], enc_token_id=98, reverse_token_id=97)).eval(),
 }

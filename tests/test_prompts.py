@@ -55,7 +55,7 @@ def prompted_batch(arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.reliability(
-    17,
+    7,
     "CoOp, VPT, IVLP and MaPLe on CLIP are their references, to the gradient of every prompt",
     broken=(
         "src/pvlf_hf/models/prompts_pvlf.py",
@@ -218,7 +218,7 @@ def plain_vit():
 
 @pytest.mark.parametrize("run", ["none", "shallow", "deep", "deep_projected"])
 @pytest.mark.reliability(
-    17,
+    7,
     "VPT on a plain ViT is its reference",
     broken=(
         "src/pvlf_hf/models/backbones_pvlf.py",
@@ -498,7 +498,7 @@ def test_captions_that_leave_no_position_for_prompts_are_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("location", ["vision", "both"])
 @pytest.mark.reliability(
-    17,
+    7,
     "Prompted galleries have another fingerprint, and those without prompts are the plain encoder's",
     broken=(
         "src/pvlf_hf/embeddings/fingerprints.py",
@@ -607,6 +607,34 @@ def test_prompted_images_are_not_cached(squares, tmp_path, location):
     model.set_finetuning("frozen")
     with pytest.raises(ValueError, match=f"prompt_location='{location}' puts prompts.*leave feature_cache out"):
         cache_features(model, make_processor(), squares, tmp_path / "cache", progress=False)
+
+
+@pytest.mark.parametrize("location", ["text", "vision"])
+def test_checkpointing_reaches_a_frozen_encoder(location):
+    """Its layers are computed once more in backward, and gradients stay."""
+    model, inputs = arm_model(location, composition="sum"), make_inputs()
+    model.set_finetuning("frozen")
+    model.train()
+    side = (
+        model.image_side["vision_model"].encoder.layers
+        if location == "vision"
+        else (model.text_side["text_encoder"].encoder.layer)
+    )
+    calls = []
+    side[1].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    def gradient():
+        model.zero_grad()
+        calls.clear()
+        query = model.get_query_features(inputs["pixel_values"], inputs["input_ids"], inputs["attention_mask"])
+        query.pooler_output[:, 0].sum().backward()
+        return next(model.prompts.parameters()).grad
+
+    plain, once = gradient(), len(calls)
+    model.activation_checkpointing_enable()
+    again = gradient()
+    assert (once, len(calls)) == (1, 2)
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-7)
 
 
 def test_prompts_train_at_the_rate_of_new_weights_and_do_not_decay(tmp_path):

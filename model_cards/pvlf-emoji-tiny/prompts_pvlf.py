@@ -8,10 +8,12 @@ Shapes: `batch` rows, `n` tokens, `depth` layers with `p` prompts each, `w` an e
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_pvlf import PVLFConfig
 
@@ -82,7 +84,12 @@ def pass_layers(
     for number, layer in enumerate(layers):
         if 0 < number < len(prompts):
             hidden_states = insert_prompts(remove_prompts(hidden_states, count, start), prompts[number], start)
-        hidden_states = layer(hidden_states, **inputs)
+        compute = partial(layer, **inputs)
+        if getattr(layer, "gradient_checkpointing", False) and not layer.training and torch.is_grad_enabled():
+            # The library checkpoints layers in train mode only, but gradients pass a frozen encoder to its prompts.
+            hidden_states = checkpoint(compute, hidden_states, use_reentrant=False)
+        else:
+            hidden_states = compute(hidden_states)
     return remove_prompts(hidden_states, count, start)
 
 
