@@ -32,7 +32,7 @@ _DEFAULTS = {
     "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval, see the tag below
     "tags": ["composed-image-retrieval", "pvlf"],
 }
-_METHODS = {"pvlf": "PVLF", "transagg": "TransAgg"}
+_METHODS = {"pvlf": "PVLF", "transagg": "TransAgg", "compodiff": "CompoDiff"}
 
 _ABOUT = """\
 {method} for composed image retrieval: a reference image and a relative caption are embedded into the space
