@@ -25,7 +25,7 @@ from diffused import (
 from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import dot_error, rounding, roundoff
 from PIL import Image
-from reference import CONFIGS
+from processes import run_in_processes
 from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark, square_triplets
 from torch.nn import functional as F
@@ -389,6 +389,17 @@ SMALL = {"denoiser_layers": 2, "denoiser_heads": 2, "head_width": 8, "mask_size"
 
 
 @torch.no_grad()
+def test_conditions_are_read_once_and_samples_are_one_batch(queries):
+    """Nine calls for ten steps, of three passes of guidance with all samples; the conditions are read once."""
+    model, calls = make_model(steps=10, num_samples=5), []
+    layer = model.denoiser.layers[1]
+    layer.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    layer.cross_attention.memory.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    model.get_query_features(**queries)
+    assert calls == [(9, 79, 32), *[(9, 5, 2, 32)] * 9]
+
+
+@torch.no_grad()
 def test_two_towers_of_different_widths(towers, queries, tmp_path):
     pair = towers["images"], towers["texts"]
     model, processor = CompoDiffModel.from_vl_pretrained(*pair, **SMALL), CompoDiffProcessor.from_vl_pretrained(*pair)
@@ -412,11 +423,24 @@ def test_two_towers_of_different_widths(towers, queries, tmp_path):
     assert model.config.get_text_config().vocab_size == 170
 
 
-def test_towers_that_do_not_fit_are_refused(towers):
+def _with_two_layers(folder):
+    file = Path(folder, "config.json")
+    config = json.loads(file.read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    file.write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_towers_that_do_not_fit_are_refused(towers, tmp_path):
     with pytest.raises(ValueError, match=r"only the text encoder of a CLIP can be replaced, .* is a blip"):
         CompoDiffModel.from_vl_pretrained(towers["blip"], towers["texts"])
     with pytest.raises(ValueError, match=r"is a 'blip' checkpoint: pass a CLIP"):
         CompoDiffModel.from_vl_pretrained(towers["images"], towers["blip"], **SMALL)
+    model = CLIPModel.from_pretrained(towers["texts"])
+    model.text_model.encoder.layers = model.text_model.encoder.layers[:1]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 16 weights of the text encoder, first: \['encoder.layers.1"):
+        CompoDiffModel.from_vl_pretrained(towers["images"], _with_two_layers(tmp_path), **SMALL)
     with pytest.raises(ValueError, match=r"\['vl_config'\]: the checkpoint is its own"):
         CompoDiffModel.from_vl_pretrained(towers["images"], vl_config={})
 
@@ -646,6 +670,43 @@ def test_cached_features_give_the_loss_of_the_images(squares, tmp_path):
     within(ours, theirs.detach(), rounding(loss, model, images, stored=torch.float16, draws=4)["loss"])
 
 
+def weights_after(folder, squares, gather=True, resume=None, **settings):
+    """The denoiser's weights after four steps, in one process or several."""
+    run = arguments(
+        folder,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        gather_negatives=gather,
+        per_device_train_batch_size=3,
+        **settings,
+    )
+    trainer = PVLFTrainer(make_model(), run, squares, processing_class=make_processor())
+    trainer.train(resume)
+    return {name: weight.detach().numpy() for name, weight in trainer.model.denoiser.named_parameters()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all((weight == theirs[name]).all() for name, weight in ours.items())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_draws_the_same_noise(squares, tmp_path):
+    whole = weights_after(tmp_path, squares)
+    assert same(weights_after(tmp_path, squares, resume=str(tmp_path / "checkpoint-2")), whole)
+    assert not same(weights_after(tmp_path / "other", squares, seed=1), whole)
+
+
+@pytest.mark.slow
+def test_several_processes_train_alike(squares, tmp_path):
+    """Gathered targets change nothing: each prediction finds its own again."""
+    first, second = run_in_processes(2, weights_after, tmp_path / "gathered", squares)
+    assert isinstance(first, dict), first
+    own, _ = run_in_processes(2, weights_after, tmp_path / "own", squares, False)
+    assert same(first, second) and same(first, own)
+    assert not same(first, weights_after(tmp_path / "alone", squares))
+
+
 def test_the_trainer_refuses_what_has_no_meaning(squares, tmp_path):
     with pytest.raises(ValueError, match=r"finetuning='both'.*pass finetuning='frozen'"):
         PVLFTrainer(make_model(), arguments(tmp_path, finetuning="both"), squares, processing_class=make_processor())
@@ -755,4 +816,3 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
 
 def test_the_package_exports_it():
     assert {"CompoDiffConfig", "CompoDiffModel", "CompoDiffProcessor", "convert_compodiff"} <= {*pvlf_hf.__all__}
-    assert CompoDiffConfig().hidden_size == 768 and CONFIGS

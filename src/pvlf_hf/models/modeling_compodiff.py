@@ -96,9 +96,7 @@ class CompoDiffModel(DualEncoderModel):
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
         if text_encoder is not None:
             config.vl_config.text_config = _clip_text_config(config, text_encoder, **files)
-            encoder.text_model = CLIPTextModel.from_pretrained(
-                text_encoder, config=config.vl_config.text_config, **kwargs
-            )
+            encoder.text_model = _load_text_encoder(config.vl_config.text_config, text_encoder, **kwargs)
         if config.negative_ids is None:
             processor = CompoDiffProcessor.from_vl_pretrained(name_or_path, text_encoder, **files)
             config.negative_ids, config.pad_id = processor.negative["negative_ids"], processor.negative["pad_id"]
@@ -420,6 +418,17 @@ def _clip_text_config(config: CompoDiffConfig, name_or_path: str, **files: Any) 
     if text_config.model_type != "clip_text_model":
         raise ValueError(f"text_encoder={name_or_path!r} is a {loaded.model_type!r} checkpoint: pass a CLIP")
     return text_config
+
+
+def _load_text_encoder(text_config: Any, name_or_path: str, **kwargs: Any) -> CLIPTextModel:
+    """Load the text encoder of a CLIP and nothing else; raise a `ValueError` if it lacks weights."""
+    loaded: Any = CLIPTextModel.from_pretrained(name_or_path, config=text_config, output_loading_info=True, **kwargs)
+    encoder, info = loaded
+    if missing := sorted(name for name in info["missing_keys"] if "position_ids" not in name):
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} weights of the text encoder, first: {missing[:3]}: pass a CLIP"
+        )
+    return encoder
 
 
 CompoDiffModel.register_for_auto_class("AutoModel")
