@@ -377,7 +377,7 @@ def towers(tmp_path_factory):
     save_dual_encoder("clip", folders["images"])
     save_dual_encoder("blip", folders["blip"])
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    text = {**small, "hidden_size": 12, "vocab_size": 160, "bos_token_id": 0, "eos_token_id": 1}
+    text = {**small, "hidden_size": 12, "vocab_size": 170, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**small, "hidden_size": 8, "image_size": 16, "patch_size": 8}
     torch.manual_seed(5)
     CLIPModel(CLIPConfig(projection_dim=20, text_config=text, vision_config=vision)).save_pretrained(folders["texts"])
@@ -404,7 +404,7 @@ def test_two_towers_of_different_widths(towers, queries, tmp_path):
     pair = towers["images"], towers["texts"]
     model, processor = CompoDiffModel.from_vl_pretrained(*pair, **SMALL), CompoDiffProcessor.from_vl_pretrained(*pair)
     assert not model.training and (model.config.joint_width, model.config.text_width) == (32, 12)
-    assert model.config.negative_ids == [0, 1] and model.get_input_embeddings().weight.shape == (160, 12)
+    assert model.config.negative_ids == [0, 1] and model.get_input_embeddings().weight.shape == (170, 12)
     assert processor.image_processor.crop_size["height"] == 32
     inputs = processor.process_queries([draw(row) for row in range(3)], TEXTS)
     texts = CLIPModel.from_pretrained(towers["texts"]).text_model
@@ -419,8 +419,8 @@ def test_two_towers_of_different_widths(towers, queries, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     within(embeds(again, inputs), embeds(model, inputs), rounding(query_of, model, dict(inputs), draws=4)["query"])
-    model.resize_token_embeddings(170)
-    assert model.config.get_text_config().vocab_size == 170
+    model.resize_token_embeddings(180)
+    assert model.config.get_text_config().vocab_size == 180
 
 
 def _with_two_layers(folder):

@@ -7,13 +7,14 @@ encoders are frozen, so the gallery is the backbone's own.
 Shapes: `batch` queries, `n` text tokens, `w` the text width, `d` the joint width.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 import transformers.initialization as init
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, CLIPTextModel
+from transformers import AutoConfig, CLIPTextModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
@@ -92,10 +93,13 @@ class CompoDiffModel(DualEncoderModel):
                 f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
             )
         files = {name: value for name, value in kwargs.items() if name != "dtype"}
-        config = CompoDiffConfig(vl_config=AutoConfig.from_pretrained(name_or_path, **files), **settings)
-        encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
-        if text_encoder is not None:
-            config.vl_config.text_config = _clip_text_config(config, text_encoder, **files)
+        own = AutoConfig.from_pretrained(name_or_path, **files)
+        if text_encoder is None:
+            config = CompoDiffConfig(vl_config=own, **settings)
+            encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)
+        else:
+            config = CompoDiffConfig(vl_config=_with_text_encoder(own, text_encoder, **files), **settings)
+            encoder = load_pretrained_dual_encoder(name_or_path, own, **kwargs)
             encoder.text_model = _load_text_encoder(config.vl_config.text_config, text_encoder, **kwargs)
         if config.negative_ids is None:
             processor = CompoDiffProcessor.from_vl_pretrained(name_or_path, text_encoder, **files)
@@ -406,18 +410,20 @@ class CompoDiffModel(DualEncoderModel):
         return F.mse_loss(query_embeds, target_embeds if positives is None else target_embeds[positives])
 
 
-def _clip_text_config(config: CompoDiffConfig, name_or_path: str, **files: Any) -> Any:
-    """Return the text configuration of a CLIP that is to replace that of a dual encoder."""
-    if config.vl_config.model_type != "clip":
+def _with_text_encoder(vl_config: PreTrainedConfig, name_or_path: str, **files: Any) -> PreTrainedConfig:
+    """Return a CLIP's configuration with the text encoder of another CLIP."""
+    if vl_config.model_type != "clip":
         raise ValueError(
             f"text_encoder={name_or_path!r}: only the text encoder of a CLIP can be replaced, and the dual encoder is "
-            f"a {config.vl_config.model_type}: leave text_encoder out"
+            f"a {vl_config.model_type}: leave text_encoder out"
         )
     loaded = AutoConfig.from_pretrained(name_or_path, **files)
     text_config = getattr(loaded, "text_config", loaded)
     if text_config.model_type != "clip_text_model":
         raise ValueError(f"text_encoder={name_or_path!r} is a {loaded.model_type!r} checkpoint: pass a CLIP")
-    return text_config
+    changed = deepcopy(vl_config)
+    changed.text_config = text_config
+    return changed
 
 
 def _load_text_encoder(text_config: Any, name_or_path: str, **kwargs: Any) -> CLIPTextModel:
