@@ -390,7 +390,7 @@ def losses_of_a_process(folder, batch_size):
     """What one of several processes logs, each with a share of six rows a step."""
     own = folder / os.environ.get("RANK", "0")  # no process reads what another is writing
     own.mkdir()
-    triplets = each_with_each(own, COLOURS, lambda reference, target: f"make it {target} and {reference}")
+    triplets = square_triplets(own, COLOURS, lambda reference, target: f"make it {target} and {reference}")
     return train(without_dropout(make_case()), triplets, folder, per_device_train_batch_size=batch_size).tolist()
 
 
