@@ -24,6 +24,24 @@ def benchmark(monkeypatch):
 
 
 @pytest.mark.slow
+def test_server_benchmark_measures_both_servers(benchmark, monkeypatch, tmp_path, capsys):
+    """Every answer is compared with the gallery's own; a wrong one raises."""
+    script = importlib.import_module("benchmark_server")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- server: written by benchmark_server.py -->\nold\n<!-- end of server -->\nwords")
+    monkeypatch.setattr(sys.modules["measuring"], "DOCUMENT", page)
+    arguments = ["--clients", "2", "--seconds", "0.5", "--rounds", "1", "--images", "40", "--write"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_server.py", *arguments, "--output_dir", str(tmp_path)])
+    script.main()
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["way"], row["clients"]) for row in rows] == [("`pvlf-hf serve`", 2), ("Gradio", 2)]
+    assert all(row["latencies"] and min(row["latencies"]) > 0 for row in rows)
+    assert rows[0]["encoder rows"] >= len(rows[0]["latencies"]) and rows[1]["encoder rows"] == 0
+    assert "| Gradio | 2 |" in page.read_text() and "old" not in page.read_text()
+    assert "encoder's share" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_benchmark_script_measures_and_writes_every_part(benchmark, monkeypatch, tmp_path, capsys):
     parts = ["encoding", "query", "ranking", "search"]  # the part "startup" takes as long as all others together
     page = tmp_path / "page.md"
