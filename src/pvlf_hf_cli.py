@@ -131,7 +131,7 @@ def index(
         Path | None, typer.Option(help="CSV, Parquet or JSON lines with a column file_name: what to filter by.")
     ] = None,
     exif: Annotated[
-        bool, typer.Option("--exif", help="Read date, size and place of the photos, to filter by.")
+        bool, typer.Option("--exif", help="Read date, size and location of the photos, to filter by.")
     ] = False,
     composition: Composition = None,
     as_json: Json = False,
@@ -210,7 +210,7 @@ def search(
     if sheet and sheet.suffix not in (".png", ".html"):
         raise typer.BadParameter(f"{sheet}: name a file that ends in .png or .html", param_hint="--sheet")
     parts = parse_numbers(weights, 3, "--weights", "three numbers, of image, composition and text, such as 1,1,0")
-    asked = {
+    terms = {
         "images": [weighted(one, "--image") for one in image or ()],
         "texts": dict(weighted(one, "--text") for one in text or ()),
         "ids": dict(weighted(one, "--id") for one in id or ()),
@@ -219,14 +219,14 @@ def search(
     settings = {"filter": filter, "min_score": min_score, "offset": offset, "fold": fold, "box": sides}
     if server is not None:
         check_for_server(context)
-        return pvlf_hf_client.search(server, asked, settings, k, parts, as_json)
+        return pvlf_hf_client.search(server, terms, settings, k, parts, as_json)
     if index is None or model is None:
         missing = "INDEX" if index is None else "--model"
         raise typer.BadParameter("it is needed, unless a --server searches", param_hint=missing)
     check_index(index)
     from pvlf_hf.commands import gallery
 
-    gallery.search(index, model, asked, settings, k, parts, sheet, explain, as_json, composition)
+    gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition)
 
 
 def check_for_server(context: typer.Context) -> None:
@@ -273,8 +273,8 @@ def serve(
 
     \b
     import requests
-    asked = {"texts": {"red dress": 1, "stripes": -0.5}, "filter": "price < 50", "k": 5}
-    print(requests.post("http://127.0.0.1:8000/search", json=asked).json()["results"])
+    query = {"texts": {"red dress": 1, "stripes": -0.5}, "filter": "price < 50", "k": 5}
+    print(requests.post("http://127.0.0.1:8000/search", json=query).json()["results"])
 
     /docs describes POST /search, /search/batch and /v1/embeddings and GET /health; /page is the web page, where Gradio
     is installed. Requests that arrive together are encoded together.
@@ -410,7 +410,7 @@ def doctor(
 def check_index(index: Path) -> None:
     """Refuse a folder that holds no index; amid a replacement it is elsewhere."""
     if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir():
-        raise ValueError(f"{index} is no index: make it with `pvlf-hf index PHOTOS --path {index}`")
+        raise ValueError(f"{index} is not an index: build it with `pvlf-hf index PHOTOS --path {index}`")
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

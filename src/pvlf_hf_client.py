@@ -46,7 +46,7 @@ def ask(server: str, request: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{server} is no server of `pvlf-hf serve`: name the URL that this prints")
 
 
-def request_of(asked: dict[str, Any], settings: dict[str, Any], k: int, weights: Sequence[float]) -> dict[str, Any]:
+def request_of(terms: dict[str, Any], settings: dict[str, Any], k: int, weights: Sequence[float]) -> dict[str, Any]:
     """Return the request of a search; arguments as those of `pvlf_hf.commands.gallery.search`.
 
     Raises:
@@ -54,12 +54,12 @@ def request_of(asked: dict[str, Any], settings: dict[str, Any], k: int, weights:
     """
     options, box = dict(settings), settings["box"]
     del options["box"]
-    if box and len(asked["images"]) != 1:
+    if box and len(terms["images"]) != 1:
         raise ValueError(
-            f"box={box!r} is a part of one image, and the query has {len(asked['images'])}: pass one image"
+            f"box={box!r} is a part of one image, and the query has {len(terms['images'])}: pass one image"
         )
-    images = [{"image": data_url(name), "weight": weight, "box": box} for name, weight in asked["images"]]
-    terms = {"images": images, "texts": asked["texts"], "ids": asked["ids"]}
+    images = [{"image": data_url(name), "weight": weight, "box": box} for name, weight in terms["images"]]
+    terms = {**terms, "images": images}
     return {key: value for key, value in terms.items() if value} | options | {"k": k, "weights": list(weights)}
 
 
@@ -94,7 +94,7 @@ def warn_of(unknown_words: Sequence[str]) -> None:
 
 def search(
     server: str,
-    asked: dict[str, Any],
+    terms: dict[str, Any],
     settings: dict[str, Any],
     k: int,
     weights: Sequence[float],
@@ -104,7 +104,7 @@ def search(
 
     The server does not tell the paths of its files: with `as_json` they are null.
     """
-    found = ask(server, request_of(asked, settings, k, weights))
+    found = ask(server, request_of(terms, settings, k, weights))
     warn_of(found.get("unknown_words", []))
     if as_json:
         results = [one | {"path": None} for one in found["results"]]

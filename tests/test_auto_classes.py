@@ -99,7 +99,7 @@ def test_auto_classes_return_package_classes(checkpoints, backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_checkpoint_contains_its_code(checkpoints, backbone):
     folder = checkpoints / backbone
-    assert len(TRAVELLING) == 11
+    assert len(TRAVELLING) == 13
     assert sorted(path.name for path in folder.glob("*.py")) == TRAVELLING
     for name in TRAVELLING:
         assert (folder / name).read_text() == (Path(pvlf_hf.__file__).parent / "models" / name).read_text()

@@ -281,7 +281,7 @@ def test_equal_references_are_no_negatives_of_the_way_back():
             r"99 tokens, not the 30524.*\[ENC\] is unknown: pass enc_token_id.*'cls'",
         ),
         ({"reverse_token_id": None}, r"\[DEC\] is unknown: pass reverse_token_id.*or reverse_weight=0"),
-        ({"reverse_token_id": 99}, "reverse_token_id=99 is no token of vl_config, whose vocabulary has 99"),
+        ({"reverse_token_id": 99}, "reverse_token_id=99 is not a token of vl_config, whose vocabulary has 99"),
         ({"first_token": "dec"}, "first_token='dec': choose one of"),
         ({"objective": "ce"}, "objective='ce': choose one of"),
         ({"hn_nce_as_released": True}, "is for objective='hn_nce'"),

@@ -136,7 +136,7 @@ def test_a_search_imports_only_what_it_needs(index, models):
 
 @pytest.mark.slow
 def test_errors_print_one_sentence_and_a_traceback_on_request(tmp_path):
-    message = f"error: {tmp_path} is no index: make it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
+    message = f"error: {tmp_path} is not an index: build it with `pvlf-hf index PHOTOS --path {tmp_path}`\n"
     wrong = ["search", tmp_path, "--text", "x", "--model", "m"]
     done = process(*wrong)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)

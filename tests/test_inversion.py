@@ -330,6 +330,9 @@ def test_inversion_on_blip_reads_its_reference_and_its_index(method):
     if not METHODS[method].steps:
         error = rounding(queries, model, {k: inputs[k] for k in ("pixel_values", "input_ids", "attention_mask")})
         within(alone, both[:1], atol=error["query"])
+    long = dict(processor.process_queries(images[:1], [" ".join(["is red and blue"] * 20)]))
+    assert long["input_ids"].shape[1] == processor.max_text_length  # cut, as other models on BLIP do
+    assert (long["input_ids"] == processor.placeholder_id).sum() == 1 and long["input_ids"][0, -1] == 3
     index = TrainingFreeModel.from_vl_pretrained(BLIP)
     pixels = processor.process_targets(images)["pixel_values"]
     assert torch.equal(model.get_image_features(pixels).pooler_output, index.get_image_features(pixels).pooler_output)
@@ -684,7 +687,7 @@ def test_a_row_without_its_placeholder_is_refused():
         ({"vl_config": 3}, r"pass a CLIPConfig"),
         ({"method": "pic2words"}, r"method='pic2words': choose one of"),
         ({"replace": "last"}, r"choose 'first' or 'all'"),
-        ({"vl_config": CONFIGS["clip"]}, r"placeholder_id=265 is no token of vl_config, whose vocabulary has 80"),
+        ({"vl_config": CONFIGS["clip"]}, r"placeholder_id=265 is not a token of vl_config, whose vocabulary has 80"),
         ({"mapping_width": 0}, r"mapping_width=0 must be at least 1"),
         ({"dropout": 1.0}, r"dropout=1.0 is out of range"),
         (

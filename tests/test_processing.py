@@ -95,7 +95,7 @@ def test_round_trip_is_exact_and_calls_leave_no_trace(make_tokenizer, tmp_path):
 
     saved = sorted(path.name for path in (tmp_path / "before").iterdir())
     files = ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
-    code = "configuration image_processing interface loss pipeline processing".split()
+    code = "configuration image_formats image_processing interface loss pipeline processing".split()
     assert saved == [*(f"{name}_pvlf.py" for name in code), *files]  # the code is saved, too
     for name in files:
         contents = [json.loads((tmp_path / folder / name).read_text()) for folder in ("before", "after", "again")]

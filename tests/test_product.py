@@ -179,7 +179,7 @@ def test_gallery_pipeline_and_model_rank_alike(made, tmp_path):
     assert gallery.search(query=result.query, weights=(1, 0, 0)).ids == gallery.search(draw(0)).ids
     assert gallery.search(query=result.query, weights=(0, 0, 1)).ids == gallery.search(text=TEXT).ids
     assert result.refine("in green", pick=1).ids
-    with pytest.raises(ValueError, match="scores by two similarities and is no embedding to mix"):
+    with pytest.raises(ValueError, match="scores by two similarities and has no embedding to mix"):
         gallery.search(query=result.query, weights=(0.5, 1, 0))
 
 
@@ -207,7 +207,7 @@ def test_evaluation_of_the_product_equals_its_search(made, tmp_path):
     assert isinstance(embeds.queries, CombinedQueries)
     recall, _ = cirr_submission(benchmark, *embeds)
     assert len(recall) > 2
-    with pytest.raises(ValueError, match="no inner product .'product'.*pass the model"):
+    with pytest.raises(ValueError, match="other than an inner product .'product'.*pass the model"):
         evaluate(None, None, benchmark, progress=False, store=EmbeddingStore(tmp_path))
     captioned = make_benchmark(several_captions=True)  # several captions: the mean of the text embeddings
     assert isinstance(evaluate(*made, captioned, progress=False).metrics["recall@1"], float)

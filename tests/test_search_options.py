@@ -141,7 +141,7 @@ def test_pyarrow_expressions_are_filters(gallery):
 
 def test_inapplicable_filters_raise_with_the_reason(gallery, photos, made):
     wrong = {
-        "prise < 3": r"names 'prise', which is no column: the columns are \['price', 'brand'",
+        "prise < 3": r"names 'prise', which is not a column: the columns are \['price', 'brand'",
         "price <": "cannot be read .*: write it like 'price < 50 and",
         "price": "cannot be read at 'price'",
         "__import__('os')": "cannot be read at",
@@ -439,7 +439,7 @@ def test_json_request_equals_python_search(gallery, photos):
     assert isinstance(response["results"][0]["metadata"]["day"], str)
     assert answer(gallery, {}, [draw(0)])["results"][0]["id"] == "red.png"
     wrong = [
-        ({"words": "red"}, r"has keys \['words'\], which there are not: its keys are"),
+        ({"words": "red"}, r"has keys \['words'\], which are unknown: valid keys are"),
         ({"images": [str(photos / "red.png")]}, "pass its content as a data: URL, or search by ids"),
         ({"images": ["http://127.0.0.1/x.png"]}, "pass its content as a data: URL"),
         ({"images": [{"file": "x"}]}, "objects with image, weight and box"),
@@ -494,7 +494,7 @@ def test_command_line_search_equals_python_search(gallery, photos, table, checkp
     done = call(*search, "--text", "red", "--filter", "price < 0", "--sheet", tmp_path / "none.html")
     assert done.exit_code == 0 and "nothing found" in done.stderr and not (tmp_path / "none.html").exists()
     done = call(*search, "--text", "red", "--filter", "prise < 0")
-    assert done.exit_code == 1 and "'prise', which is no column: the columns are ['price'" in done.stderr
+    assert done.exit_code == 1 and "'prise', which is not a column: the columns are ['price'" in done.stderr
     for wrong in (["--text", "0:red"], ["--box", "1,2"]):
         assert call(*search, "--text", "red", *wrong).exit_code == 2
 
@@ -514,7 +514,7 @@ def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
     shown = page.search(session, "red", 0, "", "price < 0")
     assert "No image passes" in shown[page.heading]
     assert page.filter.visible and "unit price" in page.filter.info
-    with pytest.raises(Exception, match="no column"):
+    with pytest.raises(Exception, match="not a column"):
         page.searcher.search(session, "red", 0, "", "prise < 0")
 
 

@@ -250,7 +250,7 @@ def test_a_composition_that_is_no_embedding_is_searched_by_and_not_embedded(file
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 WRONG = [
-    ({"words": "red"}, 422, "has keys ['words'], which there are not: its keys are ['text'"),
+    ({"words": "red"}, 422, "has keys ['words'], which are unknown: valid keys are ['text'"),
     ({}, 422, "nothing to search by: pass an image, a text or both"),
     ([], 422, "the request is a list: pass an object"),
     ({"text": " "}, 422, "text is empty"),
@@ -268,7 +268,7 @@ WRONG = [
     ({"ids": 5}, 422, "ids is 5: pass a list of ids"),
     ({"ids": [["red.png"]]}, 422, "pass a list of ids"),
     ({"text": "red", "exclude": [{}]}, 422, "exclude is [{}]: pass a list of ids"),
-    ({"text": "red", "filter": "prise < 5"}, 422, "names 'prise', which is no column: the columns are ['price'"),
+    ({"text": "red", "filter": "prise < 5"}, 422, "names 'prise', which is not a column: the columns are ['price'"),
     ({"text": "red", "filter": "price <"}, 422, "cannot be read"),
     ({"text": "red", "k": 10**6}, 422, "k=1000000: pass at most 1000"),
     ({"text": "red", "k": "ten"}, 422, "k='ten': pass a whole number"),
@@ -347,7 +347,7 @@ def test_bad_requests_are_refused_with_a_sentence(url, figure):
 @pytest.mark.reliability(
     5,
     "The images of one request to `pvlf-hf serve` are not decoded if they have more than 64 million pixels together",
-    broken=("src/pvlf_hf/search/requests.py", "if asked.pixels > MOST_PIXELS:", "if False:"),
+    broken=("src/pvlf_hf/search/requests.py", "if parsed.pixels > MOST_PIXELS:", "if False:"),
 )
 def test_huge_images_are_not_decoded(url, figure):
     flat = png(Image.new("L", (6000, 6000)))
@@ -720,7 +720,7 @@ def test_a_server_that_cannot_start_says_why(files, tmp_path):
         done = call(*wanted, taken.getsockname()[1])
         assert done.exit_code == 1 and "choose another port" in done.stderr
     done = call("serve", tmp_path, "--model", files / "model")
-    assert done.exit_code == 1 and "is no index: make it with `pvlf-hf index" in done.stderr
+    assert done.exit_code == 1 and "is not an index: build it with `pvlf-hf index" in done.stderr
     assert call(*wanted, 70_000).exit_code == 2
 
 

@@ -275,7 +275,7 @@ NOT_OURS = [
 @pytest.mark.reliability(
     5,
     "Only image files that the demo itself has written are served, by any of Gradio's routes",
-    broken=("src/pvlf_hf/search/middleware.py", "if asked and not self._is_ours(asked[1]):", "if False:"),
+    broken=("src/pvlf_hf/search/middleware.py", "if named and not self._is_ours(named[1]):", "if False:"),
 )
 def test_only_gallery_images_are_served(url, gallery, figure):
     for file in NOT_OURS:

@@ -1,4 +1,4 @@
-"""The interface of a dual encoder, to which `backbones_pvlf.py` fits each family. Travels with checkpoints."""
+"""The interface of a dual encoder, to which `backbones_pvlf.py` fits each family. Saved with checkpoints."""
 
 import torch
 from torch import Tensor, nn

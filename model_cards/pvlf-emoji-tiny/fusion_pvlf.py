@@ -1,4 +1,4 @@
-"""The fusion Transformer and the adaptive aggregation: equations 8 to 13 of the paper. Travels with checkpoints.
+"""The fusion Transformer and the adaptive aggregation: equations 8 to 13 of the paper. Saved with checkpoints.
 
 Shapes: `batch` queries, `n` text tokens, `p` prompts, `m` image patches, `d` the joint width.
 """
@@ -52,7 +52,7 @@ class PVLFFusionAttention(nn.Module):
         self.head_dim = width // config.fusion_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = config.dropout
-        self.is_causal = False  # the library's SDPA is causal unless told otherwise
+        self.is_causal = False  # the library's SDPA is causal by default
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

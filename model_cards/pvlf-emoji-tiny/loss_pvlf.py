@@ -1,4 +1,4 @@
-"""Similarities and the focal InfoNCE loss as pure functions of embeddings. Travels with checkpoints."""
+"""Similarities and the focal InfoNCE loss as pure functions of embeddings. Saved with checkpoints."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""`pipeline("composed-image-retrieval")`: searches a gallery by composed queries. Travels with checkpoints.
+"""`pipeline("composed-image-retrieval")`: searches a gallery by composed queries. Saved with checkpoints.
 
 `import pvlf_hf` registers the task; without the package `trust_remote_code=True` finds this file beside the weights.
 """

@@ -103,7 +103,7 @@ def read_denoiser(file: File) -> dict[str, Tensor]:
     """Read a state dict without running anything in the file; names lose their prefix.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or holds objects.
+        ValueError: if the file does not exist, it is damaged, or holds objects.
     """
     if not Path(file).is_file():
         raise ValueError("no such file; pass the weights that the authors released, model.safetensors or a .bin")

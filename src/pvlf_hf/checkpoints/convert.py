@@ -130,7 +130,7 @@ def read_checkpoint(file: File) -> dict[str, Tensor]:
             other entries are ignored.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it holds anything but tensors.
+        ValueError: if the file does not exist, it is damaged, or it holds anything but tensors.
     """
     file = Path(file)
     if not file.is_file():

@@ -125,7 +125,7 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
         the state dicts of network and CLIP; the second is empty where the file has none.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, holds objects, or is another method's.
+        ValueError: if the file does not exist, it is damaged, holds objects, or is another method's.
     """
     if not Path(file).is_file():
         raise ValueError("no such file; pass the mapping network that the method's authors released")

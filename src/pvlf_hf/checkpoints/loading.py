@@ -31,8 +31,8 @@ def load_model(
         dtype: one of `DTYPES`.
 
     Raises:
-        ValueError: if there is no such model, it composes no queries, its tokenizer is missing, or the composition is
-            unknown or not for this model.
+        ValueError: if the model does not exist, it composes no queries, its tokenizer is missing, or the composition
+            is unknown or not for this model.
     """
     if composition is not None and composition not in COMPOSITIONS:
         raise ValueError(f"composition={composition!r}: choose one of {sorted(COMPOSITIONS)}")

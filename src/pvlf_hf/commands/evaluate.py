@@ -93,7 +93,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
         The evaluations, and the files written for test servers.
 
     Raises:
-        ValueError: if there is no such model, protocol or data, or the model does not support a method.
+        ValueError: if the model, the protocol or the data do not exist, or the model does not support a method.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     methods = list(dict.fromkeys(map(method_named, args.methods)))

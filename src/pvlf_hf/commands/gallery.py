@@ -66,7 +66,7 @@ def index(
 def search(
     path: Path,
     model: str,
-    asked: dict[str, Any],
+    terms: dict[str, Any],
     settings: dict[str, Any],
     k: int,
     weights: tuple[float, ...],
@@ -77,8 +77,8 @@ def search(
 ) -> None:
     """Search an index, and print or draw the results."""
     gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
-    warn_of([word for text in asked["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
-    images, texts, ids = (asked[name] or None for name in ("images", "texts", "ids"))
+    warn_of([word for text in terms["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
+    images, texts, ids = (terms[name] or None for name in ("images", "texts", "ids"))
     options: dict[str, Any] = {"weights": weights, "explain": explain} | settings
     result = gallery.search(images, k=k, texts=texts, ids=ids, **options)
     if as_json:

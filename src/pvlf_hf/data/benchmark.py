@@ -77,7 +77,7 @@ class CIRBenchmark:
 
     @property
     def has_targets(self) -> bool:
-        """Whether targets are known; where a server keeps them (CIRR test1, CIRCO test) queries cannot be scored."""
+        """Whether targets are known; where only a server has them (CIRR test1, CIRCO test) queries have no score."""
         return "target_id" in self.queries.column_names
 
     def __post_init__(self) -> None:

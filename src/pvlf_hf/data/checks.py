@@ -36,7 +36,7 @@ def as_path(argument: str, value: object) -> Path:
     """Return a path.
 
     Raises:
-        TypeError: if the value is no path; names the argument.
+        TypeError: if the value is not a path; names the argument.
     """
     if not isinstance(value, str | PathLike):
         raise TypeError(f"{argument} is {value!r:.80} ({type(value).__name__}), but it takes a path: str or Path")
@@ -135,7 +135,7 @@ def caption_problem(caption: object) -> str | None:
 def surrogate_problem(text: str) -> str | None:
     """Return what is wrong with text that contains a lone surrogate, which no encoding can hold; else None."""
     half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
-    return half and f"contains {half!r}, a lone surrogate, which is no valid character: fix the text's encoding"
+    return half and f"contains {half!r}, a lone surrogate, which is not a valid character: fix the text's encoding"
 
 
 def check_rows(dataset: Dataset, what: str, first_row: int = 0) -> None:

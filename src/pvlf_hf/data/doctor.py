@@ -207,7 +207,7 @@ def examine(
         check_counts: see [`examine_cirr`].
 
     Raises:
-        ValueError: if there is no such data set or split, or no tokenizer of this name.
+        ValueError: if the data set, the split or the tokenizer does not exist.
     """
     if subject not in (*_EXAMINERS, "triplets"):
         raise ValueError(f"unknown data set {subject!r}; choose from {[*_EXAMINERS, 'triplets']}")

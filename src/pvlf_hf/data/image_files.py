@@ -72,7 +72,7 @@ def find_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         it, so that it can be its id. Names that lead out of the folder or have no file are left out.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; pass the one that image names are relative to")

@@ -237,7 +237,7 @@ def find_shards(shards: str | Path | list[str]) -> list[str]:
 
 
 def _ending(name: str) -> str:
-    return os.path.splitext(urlparse(name).path)[1]  # noqa: PTH122  # a URL is no path
+    return os.path.splitext(urlparse(name).path)[1]  # noqa: PTH122  # a URL is not a path
 
 
 def _rows_of(shards: list[str]) -> Iterator[dict[str, Any]]:

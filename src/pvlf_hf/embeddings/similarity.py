@@ -168,8 +168,8 @@ def check_embeds(query_embeds: Tensor, gallery_embeds: Tensor) -> None:
     if query_embeds.shape[1] == 2 * gallery_embeds.shape[1]:
         raise ValueError(
             f"query_embeds are {query_embeds.shape[1]} wide and gallery_embeds {gallery_embeds.shape[1]}: these are "
-            "queries of a composition that is no inner product ('product'), whose scores the model computes; pass the "
-            "model, or wrap them in pvlf_hf.embeddings.combined.CombinedQueries with its `combine`"
+            "queries of a composition other than an inner product ('product'), whose scores the model computes; pass "
+            "the model, or wrap them in pvlf_hf.embeddings.combined.CombinedQueries with its `combine`"
         )
     if query_embeds.shape[1] != gallery_embeds.shape[1]:
         raise ValueError(

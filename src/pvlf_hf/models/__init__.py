@@ -1,6 +1,6 @@
 """Models: dual encoders, PVLF, CASE, CompoDiff, training-free compositions, textual inversion, processors, pipeline.
 
-The files travel with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
+The files are saved with checkpoints (`trust_remote_code`), so the folder is flat, and each file imports only its
 neighbours, as `from .name import x`. This folder imports no other of the package.
 """
 

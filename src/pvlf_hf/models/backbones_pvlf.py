@@ -1,4 +1,4 @@
-"""The pretrained dual encoders behind one small interface. Travels with checkpoints.
+"""The pretrained dual encoders behind one small interface. Saved with checkpoints.
 
 A further dual encoder takes one subclass of [`DualEncoder`] here, its entry in `DUAL_ENCODERS`, and its
 [`BackboneSpec`] in the configuration.

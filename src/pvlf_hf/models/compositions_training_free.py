@@ -1,4 +1,4 @@
-"""Training-free compositions: how an image feature and a text feature become a query. Travels with checkpoints.
+"""Training-free compositions: how an image feature and a text feature become a query. Saved with checkpoints.
 
 Notation: `v` image feature, `t` text feature, both unit vectors of the joint space; `a` the weight of the text; `x` a
 gallery image.
@@ -36,7 +36,7 @@ def slerp(image: Tensor, text: Tensor, weight: float) -> Tensor:
 
 
 def side_by_side(image: Tensor, text: Tensor, weight: float) -> Tensor:
-    """Compute (v, t) / sqrt(2), `(batch, 2d)`: the query of a composition that is no inner product."""
+    """Compute (v, t) / sqrt(2), `(batch, 2d)`: the query of a composition other than an inner product."""
     return torch.cat([image, text], dim=-1) * 0.5**0.5
 
 

@@ -1,4 +1,4 @@
-"""Configuration of CASE. Travels with checkpoints."""
+"""Configuration of CASE. Saved with checkpoints."""
 
 from typing import Any
 
@@ -100,7 +100,7 @@ class CASEConfig(DualEncoderConfig):
                 f"{usual} is unknown: pass {name}, a token that captions do not have, or {other}"
             )
         if token is not None and not 0 <= token < vocab_size:
-            raise ValueError(f"{name}={token} is no token of vl_config, whose vocabulary has {vocab_size}")
+            raise ValueError(f"{name}={token} is not a token of vl_config, whose vocabulary has {vocab_size}")
 
 
 CASEConfig.register_for_auto_class()

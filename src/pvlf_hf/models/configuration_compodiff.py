@@ -1,4 +1,4 @@
-"""Configuration of CompoDiff. Travels with checkpoints."""
+"""Configuration of CompoDiff. Saved with checkpoints."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Configuration of textual inversion models, and the table of their methods. Travels with checkpoints."""
+"""Configuration of textual inversion models, and the table of their methods. Saved with checkpoints."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -213,8 +213,8 @@ class InversionConfig(PreTrainedConfig):
         vocab_size = self.vl_config.text_config.vocab_size
         if not 0 <= (self.placeholder_id or 0) < vocab_size:
             raise ValueError(
-                f"placeholder_id={self.placeholder_id} is no token of vl_config, whose vocabulary has {vocab_size}: "
-                "pass the id that its tokenizer gives the placeholder"
+                f"placeholder_id={self.placeholder_id} is not a token of vl_config, whose vocabulary has {vocab_size}"
+                ": pass the id that its tokenizer gives the placeholder"
             )
         sizes = ("mapping_width", "mapping_layers", "latents", "extractor_layers", "extractor_heads")
         for name in (*sizes, "extractor_head_width"):
@@ -237,7 +237,7 @@ class InversionConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        """Return the configuration as a dictionary, always with the pipeline that is saved with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
 

@@ -1,4 +1,4 @@
-"""Configuration of PVLF. Travels with checkpoints, so it imports nothing that does not travel."""
+"""Configuration of PVLF. Saved with checkpoints, so it imports only files that are saved too."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ class DualEncoderConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as a dictionary, always with the pipeline that travels with a checkpoint."""
+        """Return the configuration as a dictionary, always with the pipeline that is saved with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
 
 

@@ -1,4 +1,4 @@
-"""Configuration of training-free models. Travels with checkpoints."""
+"""Configuration of training-free models. Saved with checkpoints."""
 
 from typing import Any
 

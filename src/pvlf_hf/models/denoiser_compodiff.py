@@ -1,4 +1,4 @@
-"""The denoiser of CompoDiff: from a noised image embedding to a clean one. Travels with checkpoints.
+"""The denoiser of CompoDiff: from a noised image embedding to a clean one. Saved with checkpoints.
 
 A Transformer over two tokens, the noised embedding and the time, that attends to the conditions: all text tokens, the
 reference image's embedding and a mask. The conditions do not change from step to step, so their keys and values are

@@ -1,4 +1,4 @@
-"""Base class of composed retrieval models built on a pretrained dual encoder. Travels with checkpoints.
+"""Base class of composed retrieval models built on a pretrained dual encoder. Saved with checkpoints.
 
 It embeds images and captions; a subclass says how the two become a query.
 """

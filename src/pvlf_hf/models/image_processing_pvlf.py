@@ -178,7 +178,7 @@ class PVLFImageProcessor(PilBackend):
         top, left = round((height - size.height) / 2), round((width - size.width) / 2)
         return image[:, top : top + size.height, left : left + size.width]
 
-    def _preprocess(  # type: ignore[override]  # names what this class adds and hands on the rest
+    def _preprocess(  # type: ignore[override]  # names what this class adds and passes the rest on
         self, images: list[np.ndarray], do_target_pad: bool, target_ratio: float, **kwargs: Any
     ) -> BatchFeature:
         if do_target_pad:
@@ -199,7 +199,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         source: a file, an `http(s):` or `data:` URL, or the content of a file.
 
     Raises:
-        OSError: if there is no such file, or it is in none of `FORMATS`; says what decodes it, if anything does.
+        OSError: if the file does not exist, or it is in none of `FORMATS`; says what decodes it, if anything does.
         ValueError: if it is no regular file or too large. Pillow's decoders raise many other kinds.
     """
     stream: Any = source
@@ -217,7 +217,7 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     try:
         image = Image.open(stream, formats=formats)
     except UnidentifiedImageError as error:
-        why = "it is no image, or a damaged one" if kind is None or decodes(kind) else refusal(kind)
+        why = "it is not an image, or it is damaged" if kind is None or decodes(kind) else refusal(kind)
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
     check_pixels(*image.size)
     if image.format == "JXL" and not getattr(image, "jpeg", False):
@@ -249,7 +249,7 @@ def opened(data: Any) -> Any:
     Raises:
         ValueError: if a column holds images inside lists or structures.
     """
-    # Recognised by attributes: files that travel with checkpoints do not import `datasets`.
+    # Recognised by attributes: files that are saved with checkpoints do not import `datasets`.
     if hasattr(data, "column_name") and hasattr(data, "source"):  # a Column
         return opened(data.source)[data.column_name]
     if not hasattr(data, "cast_column") or not getattr(data, "features", None):
@@ -319,7 +319,7 @@ def check_file(file: str | Path) -> None:
     """Raise a `ValueError` for a file that is too large or not a regular one: reading a pipe may never end."""
     status = Path(file).stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no file, but a folder, a pipe or a device")
+        raise ValueError("it is not a regular file, but a folder, a pipe or a device")
     check_bytes(status.st_size)
 
 

@@ -1,6 +1,6 @@
 """The interface of a composed retrieval model: all that training, evaluation and search need.
 
-Travels with checkpoints. A model implements three embedding methods and a loss, and names the modules of its image
+Saved with checkpoints. A model implements three embedding methods and a loss, and names the modules of its image
 side and its text side; [`ComposedRetrievalModel`] derives `forward` and the choice of what trains from them.
 
 Shapes: `batch` queries, `n` text tokens, `d` the width of embeddings.
@@ -68,7 +68,7 @@ class ComposedRetrievalModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]
     ranks_queries = False  # whether `loss` also takes `all_query_embeds`, the queries of all processes
-    explains = False  # whether queries come with `aggregation_weights` and `attentions` where they are asked for
+    explains = False  # whether queries come with `aggregation_weights` and `attentions` on request
     accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer divides under accumulation
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -152,7 +152,7 @@ class ComposedRetrievalModel(PreTrainedModel):
     def combine(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Function of two similarities that scores an image, None where the score is the cosine of embeddings.
 
-        A composition that is no inner product has no query embedding of width `d`. Its `get_query_features` returns
+        A composition other than an inner product has no query embedding of width `d`. Its `get_query_features` returns
         the embeddings of image and text side by side, `(batch, 2d)`, and this function takes the similarities of a
         gallery image with the two, centred by the gallery's mean ([`halves`]), and returns its score. It works
         element by element and must not decrease in either similarity: exact search rests on that.
@@ -238,7 +238,7 @@ class ComposedRetrievalModel(PreTrainedModel):
             **kwargs: options of [`~ComposedRetrievalModel.get_query_features`], and `return_dict=False` for a tuple.
 
         Raises:
-            ValueError: if there is nothing to embed, half a query, or a loss is asked for without queries or targets.
+            ValueError: if there is nothing to embed, half a query, or a loss is requested without queries or targets.
         """
         if (pixel_values is None) != (input_ids is None):
             raise ValueError(
@@ -256,7 +256,7 @@ class ComposedRetrievalModel(PreTrainedModel):
         return self.compare(output, target_ids, return_loss)
 
     def start_output(self, query: QueryOutput | None) -> ComposedRetrievalOutput:
-        """Start the output of `forward` from that of `get_query_features`; a subclass hands on more of it."""
+        """Start the output of `forward` from that of `get_query_features`; a subclass adds further fields."""
         return ComposedRetrievalOutput(query_embeds=None if query is None else query.pooler_output)
 
     def compare(

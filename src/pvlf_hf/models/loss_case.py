@@ -1,4 +1,4 @@
-"""Contrastive loss with weighted negatives, as a pure function in float32. Travels with checkpoints."""
+"""Contrastive loss with weighted negatives, as a pure function in float32. Saved with checkpoints."""
 
 from math import log
 

@@ -1,4 +1,4 @@
-"""Losses of textual inversion as pure functions, in float32. Travels with checkpoints."""
+"""Losses of textual inversion as pure functions, in float32. Saved with checkpoints."""
 
 import torch
 from torch import Tensor

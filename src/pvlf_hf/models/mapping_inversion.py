@@ -1,4 +1,4 @@
-"""Mapping networks of textual inversion: image features to pseudo words. Travels with checkpoints.
+"""Mapping networks of textual inversion: image features to pseudo words. Saved with checkpoints.
 
 Shapes: `batch` images, `d` the joint width, `w` the width of token embeddings, `v` the width of the image encoder,
 `m` image patches.

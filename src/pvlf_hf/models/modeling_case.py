@@ -1,4 +1,4 @@
-"""CASE: the caption reads the reference image by cross-attention, layer by layer. Travels with checkpoints.
+"""CASE: the caption reads the reference image by cross-attention, layer by layer. Saved with checkpoints.
 
 A query is BLIP's image-grounded text encoder on the reference image's tokens and the relative caption; its first
 token, projected, is the embedding. Gallery images are embedded by the image encoder alone, as in any other model on
@@ -109,10 +109,10 @@ class CASEModel(DualEncoderModel):
             `pooler_output` and `image_embeds`: float32 `(batch, d)`, L2-normalised.
 
         Raises:
-            ValueError: if the numbers of images and captions differ, or attentions are asked for.
+            ValueError: if the numbers of images and captions differ, or attentions are requested.
         """
-        if asked := sorted(name for name, value in kwargs.items() if value):
-            raise ValueError(f"{asked}: CASE returns the embeddings of queries alone")
+        if unknown := sorted(name for name, value in kwargs.items() if value):
+            raise ValueError(f"{unknown}: CASE returns the embeddings of queries alone")
         tokens = self._image_tokens(pixel_values)
         return QueryOutput(
             pooler_output=self.compose(tokens, input_ids, attention_mask), image_embeds=self.project_images(tokens)

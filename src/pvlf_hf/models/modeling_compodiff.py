@@ -1,4 +1,4 @@
-"""CompoDiff: a query is the image embedding that is generated for it. Travels with checkpoints.
+"""CompoDiff: a query is the image embedding that is generated for it. Saved with checkpoints.
 
 A denoiser (`denoiser_compodiff.py`) turns noise into an embedding of CLIP's image space, step by step
 (`sampler_compodiff.py`). The mean of a few samples, with a share of the reference image's embedding, is the query. The
@@ -239,8 +239,8 @@ class CompoDiffModel(DualEncoderModel):
             ValueError: if numbers of images, captions and masks differ, a mask has another size, captions are not
                 padded to the full length, or an option is out of range or unknown.
         """
-        if asked := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
-            raise ValueError(f"{asked}: CompoDiff has no such option of a query")
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"{unknown}: CompoDiff has no such option of a query")
         if pixel_values is not None and len(pixel_values) != len(input_ids):
             raise ValueError(f"{len(pixel_values)} reference images but {len(input_ids)} captions: a query has both")
         text = self.encode_text(input_ids, attention_mask)

@@ -1,4 +1,4 @@
-"""Textual inversion: the reference image becomes a word of the query. Travels with checkpoints.
+"""Textual inversion: the reference image becomes a word of the query. Saved with checkpoints.
 
 A query is one sentence for the text encoder in which the embedding of one token, the placeholder, is made from the
 reference image: `q = normalize(text(template with s))` with `s = mapping(image feature)`. The dual encoder, CLIP in
@@ -274,8 +274,8 @@ class InversionModel(DualEncoderModel):
         Raises:
             ValueError: as [`~InversionModel.encode_text`], and for options that the model does not have.
         """
-        if asked := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
-            raise ValueError(f"{asked}: an inversion model has no such option of a query")
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+            raise ValueError(f"{unknown}: an inversion model has no such option of a query")
         tokens, features = self.encode_images(pixel_values)
         context = (input_ids, attention_mask) if context_ids is None else (context_ids, context_attention_mask)
         if METHODS[self.config.method].steps:

@@ -1,4 +1,4 @@
-"""PVLF: prompting vision-language fusion for composed image retrieval. Travels with checkpoints.
+"""PVLF: prompting vision-language fusion for composed image retrieval. Saved with checkpoints.
 
 The story of a query (section 3 of the paper): the reference image and the relative caption pass the dual encoder;
 text tokens, learnable prompts and image tokens meet in a small fusion Transformer (`PVLFFusion`); the aggregation
@@ -214,7 +214,7 @@ class PVLFModel(PVLFPreTrainedModel):
             output_hidden_states: return hidden states, likewise.
 
         Raises:
-            ValueError: as [`~PVLFModel.get_query_features`]; if a plain sum is asked for attentions.
+            ValueError: as [`~PVLFModel.get_query_features`]; if attentions of a plain sum are requested.
         """
         if image_tokens.shape[0] != text_tokens.shape[0]:
             raise ValueError(f"{image_tokens.shape[0]} reference images but {text_tokens.shape[0]} relative captions")

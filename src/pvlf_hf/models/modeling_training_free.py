@@ -1,4 +1,4 @@
-"""Composed image retrieval by a pretrained dual encoder alone, without training. Travels with checkpoints.
+"""Composed image retrieval by a pretrained dual encoder alone, without training. Saved with checkpoints.
 
 The reference image and the relative caption are embedded by the dual encoder, and a formula makes one query of the two
 (`compositions_training_free.py`). It has no weights of its own: a gallery that it indexed is that of PVLF on the same
@@ -53,12 +53,12 @@ class TrainingFreeModel(DualEncoderModel):
             composition `"product"` `(batch, 2d)`.
 
         Raises:
-            ValueError: if the numbers of images and captions differ, or attentions are asked for.
+            ValueError: if the numbers of images and captions differ, or attentions are requested.
         """
         if len(pixel_values) != len(input_ids):
             raise ValueError(f"{len(pixel_values)} reference images but {len(input_ids)} relative captions")
-        if asked := sorted(name for name, value in kwargs.items() if value):
-            raise ValueError(f"{asked}: the composition {self.config.composition!r} is a formula and has none")
+        if unknown := sorted(name for name, value in kwargs.items() if value):
+            raise ValueError(f"{unknown}: the composition {self.config.composition!r} is a formula and has none")
         image = self.get_image_features(pixel_values).pooler_output
         text = self.get_text_features(input_ids, attention_mask).pooler_output
         return QueryOutput(pooler_output=self.compose_embeds(image, text), image_embeds=image, text_embeds=text)

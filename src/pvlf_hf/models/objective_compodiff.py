@@ -1,4 +1,4 @@
-"""Training objective of CompoDiff: predict the target's embedding from a noised one. Travels with checkpoints.
+"""Training objective of CompoDiff: predict the target's embedding from a noised one. Saved with checkpoints.
 
 Shapes: `batch` triplets, `n` text tokens, `w` the text width, `d` the joint width.
 """
@@ -41,8 +41,8 @@ def predict_targets(
     Raises:
         ValueError: if numbers of images, captions and targets differ, or an option is unknown.
     """
-    if asked := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
-        raise ValueError(f"{asked}: the denoising loss has no such option")
+    if unknown := sorted(name for name, value in kwargs.items() if value is not None and value is not False):
+        raise ValueError(f"{unknown}: the denoising loss has no such option")
     if len(image) != len(target) or len(image) != len(input_ids):
         raise ValueError(
             f"{len(image)} reference images, {len(input_ids)} captions and {len(target)} target images: one of each "

@@ -1,4 +1,4 @@
-"""Objectives by which mapping networks of textual inversion train, without triplets. Travels with checkpoints.
+"""Objectives by which mapping networks of textual inversion train, without triplets. Saved with checkpoints.
 
 Each takes the model and a batch, and returns the loss; shapes as in `modeling_inversion.py`. `input_ids` hold
 placeholders, other ids do not. The dual encoder is frozen in all methods: `model.set_finetuning("frozen")`.

@@ -1,4 +1,4 @@
-"""Optimisation of a token for an image: SEARLE-OTI, and PALAVRA's second stage. Travels with checkpoints.
+"""Optimisation of a token for an image: SEARLE-OTI, and PALAVRA's second stage. Saved with checkpoints.
 
 Shapes: `batch` images, `steps` optimisation steps, `n` text tokens, `d` the joint width, `w` the width of token
 embeddings.

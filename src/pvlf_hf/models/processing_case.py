@@ -1,4 +1,4 @@
-"""Processor of CASE. Travels with checkpoints."""
+"""Processor of CASE. Saved with checkpoints."""
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor

@@ -1,4 +1,4 @@
-"""Processor of CompoDiff: captions padded to the full length, and the negative text. Travels with checkpoints."""
+"""Processor of CompoDiff: captions padded to the full length, and the negative text. Saved with checkpoints."""
 
 from collections.abc import Iterable
 from typing import Any

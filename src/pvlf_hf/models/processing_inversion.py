@@ -1,4 +1,4 @@
-"""Processor of textual inversion: puts relative captions into the method's template. Travels with checkpoints."""
+"""Processor of textual inversion: puts relative captions into the method's template. Saved with checkpoints."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +24,8 @@ class InversionProcessor(PVLFProcessor):
         method: a name in `METHODS`, which gives the next two.
         template: sentence with `{caption}` and the placeholder in it, by default the method's.
         placeholder: word of one token that stands for the reference image, by default the method's.
+        truncation: cut captions that are too long for the template, instead of refusing them. On other families than
+            CLIP (ours) they are cut, as other models on that family do.
 
     Attributes:
         placeholder_id (`int`): id of that token, which [`InversionConfig`] must have, too.
@@ -41,11 +43,12 @@ class InversionProcessor(PVLFProcessor):
         method: str = "pic2word",
         template: str | None = None,
         placeholder: str | None = None,
+        truncation: bool = False,
     ) -> None:
         super().__init__(image_processor, tokenizer, max_text_length, padding)
         if method not in METHODS:
             raise ValueError(f"method={method!r}: choose one of {sorted(METHODS)}")
-        self.method = method
+        self.method, self.truncation = method, truncation
         facts = METHODS[method]
         self.placeholder = facts.placeholder if placeholder is None else placeholder
         own_template = facts.template.replace(facts.placeholder, self.placeholder)
@@ -98,6 +101,7 @@ class InversionProcessor(PVLFProcessor):
         )
         plain = PVLFProcessor.for_backbone(vl_config, tokenizer)
         plain.image_processor.do_target_pad = METHODS[method].target_pad
+        settings = {"truncation": vl_config.model_type != "clip", **settings}
         return cls(plain.image_processor, tokenizer, plain.max_text_length, plain.padding, method, **settings)  # type: ignore[arg-type]
 
     def __call__(
@@ -171,12 +175,14 @@ class InversionProcessor(PVLFProcessor):
         """
         captions = [text] if isinstance(text, str) else list(text)
         self._tokenize(captions, "np")  # raises if an item is not a caption
+        if self.truncation:
+            captions = [self._cut(caption) for caption in captions]
         sentences = [self.template.replace("{caption}", caption) for caption in captions]
         for row, ids in enumerate(self._ids_of(sentences)):
             if excess := max(0, len(ids) - self.max_text_length):
                 raise ValueError(
                     f"caption {row} has {len(ids)} tokens in the template {self.template!r}, {excess} more than the "
-                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template"
+                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template or truncation=True"
                 )
             if ids.count(self.placeholder_id) != self._placeholders:
                 raise ValueError(
@@ -184,6 +190,13 @@ class InversionProcessor(PVLFProcessor):
                     "image: write it in other words, or pass a template with another placeholder"
                 )
         return sentences
+
+    def _cut(self, caption: str) -> str:
+        """Cut a caption to the tokens that the template leaves."""
+        spent = len(self._ids_of([self.template.replace("{caption}", "")])[0])
+        ends = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        left = self.max_text_length - spent
+        return caption if len(ends) <= left else caption[: ends[left - 1][1]]
 
     def _ids_of(self, sentences: list[str]) -> list[list[int]]:
         return self.tokenizer(sentences, truncation=False, padding=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Learnable prompts inside the encoders: CoOp, VPT, IVLP and MaPLe for composed retrieval. Travels with checkpoints.
+"""Learnable prompts inside the encoders: CoOp, VPT, IVLP and MaPLe for composed retrieval. Saved with checkpoints.
 
 PVLF's own prompts are part of its fusion (`fusion_pvlf.py`). These stand in the text encoder, behind its first token,
 or in the image encoder, behind all patches. Each of the first layers has prompts of its own, which replace the outputs

@@ -1,4 +1,4 @@
-"""Noise schedule and sampler of CompoDiff. Travels with checkpoints.
+"""Noise schedule and sampler of CompoDiff. Saved with checkpoints.
 
 With abar the cumulative product of the cosine schedule, x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, and the
 denoiser predicts x0. A step from t to u is DDIM's with eta = 1, except that it takes abar of the time *before* t and u

@@ -1,4 +1,4 @@
-"""Builds a gallery: embeds the images of a dataset, keeps the work in a folder, and puts it in place at the end."""
+"""Builds a gallery: embeds images, keeps the work in a folder, and moves it to its final path at the end."""
 
 from collections import Counter
 from contextlib import ExitStack, nullcontext

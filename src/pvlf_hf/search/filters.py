@@ -145,7 +145,8 @@ class _Reader:
         else:
             return None
         if name not in self.schema.names:
-            raise ValueError(f"filter {self.text!r:.200} names {name!r}, which is no column: {_columns(self.schema)}")
+            columns = _columns(self.schema)
+            raise ValueError(f"filter {self.text!r:.200} names {name!r}, which is not a column: {columns}")
         return name
 
     def constant(self, node: ast.AST) -> Any:

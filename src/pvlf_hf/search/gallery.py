@@ -89,10 +89,10 @@ class Gallery(IndexedImages):
             **options: `batch_size` (64); `progress` (True), show progress bars; `draft` (False), decode JPEGs that are
                 much larger than the model sees at reduced size: faster, for nearly the same embeddings; `replace`
                 (False), where `path` holds a gallery of another image encoder, build the new one beside it, in
-                `path + ".being-built"`, and put it in its place at the end: until then that one serves, and a kill
+                `path + ".being-built"`, and move it to `path` at the end: until then that one serves, and a kill
                 leaves it and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`,
                 whose column `file_name` holds ids, to be filtered by (a repeated call without it keeps it); `exif`
-                (False), read date, size and place from the images' headers, too (`exif_date`, ...); `index`,
+                (False), read date, size and location from the images' headers, too (`exif_date`, ...); `index`,
                 `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
                 .db, or a cluster's URL), see `pvlf_hf.search.vector_index`.
 
@@ -298,11 +298,11 @@ class Gallery(IndexedImages):
             raise ValueError("a query is encoded already: pass it without image, text and explain")
         if query.made_by != self.made_by:
             raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
-        asked = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
+        scored = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
         left_out = torch.tensor([*excluded, *self._rows_of("ids", query.ids)], dtype=torch.int64)
 
         def ranked(number: int) -> tuple[Tensor, Tensor]:
-            scores, rows = nearest(self.index, self.embeds, asked, number + len(left_out), passing)
+            scores, rows = nearest(self.index, self.embeds, scored, number + len(left_out), passing)
             kept = (~torch.isin(rows, left_out)).nonzero()[:number, 0]
             return scores[kept], rows[kept]
 

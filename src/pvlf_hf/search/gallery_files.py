@@ -70,7 +70,7 @@ def check_encoder(
         f"{folder} holds embeddings of another model or processor{same}, which must not be mixed: its image encoder, "
         "projection or preprocessing is another, and what composes the queries makes no difference. Index the images "
         f"again by `pvlf-hf index PHOTOS --model NEW --path {folder}`, which builds the new index beside this one "
-        "while it serves and then puts it in its place (replace=True in Python), or choose another folder"
+        "while it serves and then replaces it (replace=True in Python), or choose another folder"
         f"{'' if 'covers' in others[0] else early}"
     )
 

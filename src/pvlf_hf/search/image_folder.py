@@ -49,7 +49,7 @@ def find_images(folder: Path, allow_links: bool = False, include_hidden: bool = 
         include_hidden: list images in hidden and system folders too.
 
     Raises:
-        ValueError: if there is no such folder, it holds no images, or a link leads out of it.
+        ValueError: if the folder does not exist, it holds no images, or a link leads out of it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; pass the one that holds the images")
@@ -94,7 +94,7 @@ def image_endings() -> tuple[set[str], dict[str, ImageFormat]]:
 
 
 def _recognise(file: Path) -> ImageFormat | None:
-    """Return the format of a file whose ending does not tell, None if it is no image or cannot be read."""
+    """Return the format of a file whose ending does not tell, None if it is not an image or cannot be read."""
     if ENDINGS.get(file.suffix.lower()) is RAW:  # most of it would be read as TIFF: a thumbnail
         return RAW
     try:

@@ -33,7 +33,7 @@ class IndexedImages:
         digests: digests of the files; for a URL, of its string only: it is not fetched again to detect changes.
         embeds: float32 `(images, d)`, L2-normalised, in the order of ids.
         skipped: id of every image that could not be read or is in a format that is not decoded, and why.
-        left_out: names of images in hidden and system folders, which were not asked for.
+        left_out: names of images in hidden and system folders, which were not requested.
         metadata: columns that came with the images, a row an image, or None; what filters refer to.
         made_by: provenance of the embeddings ([`images_made_by`]): the image side of the model alone, so that every
             model on the same image encoder, projection and preprocessing searches the gallery.
@@ -128,7 +128,7 @@ class IndexedImages:
 
     @cached_property
     def _mean(self) -> Tensor:
-        """Float64 mean of the embeddings, which centres the similarities of a composition that is no embedding."""
+        """Float64 mean of the embeddings, which centres the similarities of a composition without an embedding."""
         return gallery_mean(self.embeds)
 
     @property

@@ -173,7 +173,7 @@ def source_of(cell: dict[str, Any] | None) -> bytes | str:
     """Return the content of a cell's image file, or its URL, which is not fetched.
 
     Raises:
-        OSError: if there is no such file.
+        OSError: if the file does not exist.
         ValueError: if the cell is empty, or the file is too large or not a regular file.
     """
     if not cell or cell["bytes"] is cell["path"] is None:
@@ -196,7 +196,7 @@ def decode(source: bytes | str, options: DecodeOptions) -> PILImage.Image:
     """Decode the content of a file, or a URL's, to RGB; with `draft` a large JPEG at 1/2, 1/4 or 1/8 of its size.
 
     Raises:
-        OSError: if it is no image, or of a format that is not decoded. Pillow's decoders raise many other errors.
+        OSError: if it is not an image, or of a format that is not decoded. Pillow's decoders raise many other errors.
     """
     with open_image(source) as image:
         if options.draft and image.format in ("JPEG", "MPO"):  # of others it might be an embedded thumbnail

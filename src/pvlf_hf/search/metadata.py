@@ -53,7 +53,7 @@ def read_metadata(source: str | Path | pa.Table) -> pa.Table:
     """Read a table of metadata.
 
     Raises:
-        ValueError: if there is no such file, it cannot be read, lacks `file_name`, or repeats one of its names.
+        ValueError: if the file does not exist, cannot be read, lacks `file_name`, or repeats one of its names.
     """
     if isinstance(source, pa.Table):
         return _checked(source)
@@ -152,7 +152,7 @@ def read_exif(cells: Sequence[dict[str, Any]], digests: Sequence[str], kept: pa.
 
 
 def exif_of(cell: dict[str, Any]) -> dict[str, Any]:
-    """Read date, size and place of an image from its header; null where it does not say."""
+    """Read date, size and location of an image from its header; null where it does not say."""
     row: dict[str, Any] = dict.fromkeys(EXIF.names)
     with suppress(Exception), open_image(cell["path"] if cell["bytes"] is None else cell["bytes"]) as image:
         exif = image.getexif()

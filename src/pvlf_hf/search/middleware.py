@@ -85,8 +85,8 @@ class Guard:
         return path in self.api or path.endswith("/upload")
 
     def _refuse(self, scope: MutableMapping[str, Any]) -> tuple[int, str] | None:
-        asked = re.search("/(?:file|proxy)[=/](.*)", scope["path"], re.DOTALL)
-        if asked and not self._is_ours(asked[1]):
+        named = re.search("/(?:file|proxy)[=/](.*)", scope["path"], re.DOTALL)
+        if named and not self._is_ours(named[1]):
             return 403, "only images of this gallery are served"
         if scope["method"] != "POST":
             return None

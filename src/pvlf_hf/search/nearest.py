@@ -1,7 +1,7 @@
 """Ranks a gallery for one query: candidates of the index, scored again by the embeddings themselves.
 
 By the exact index the results are the best k of the rows that may be found, whatever the query and the filter. FAISS
-and Milvus propose candidates among all images; where a filter leaves some out they are not asked, and every row that
+and Milvus propose candidates among all images; where a filter leaves some out they are not used, and every row that
 passes is scored.
 """
 
@@ -13,7 +13,7 @@ from ..embeddings.similarity import top_k
 from .vector_index import ExactIndex, VectorIndex
 
 FIRST_WIDTH = 256
-"""Candidates first asked of an approximate index for each half of a combined query (our choice)."""
+"""Number of candidates first requested from an approximate index, for each half of a combined query (our choice)."""
 
 
 def nearest(
@@ -59,8 +59,8 @@ def from_both_sides(index: VectorIndex, size: int, scores: CombinedScores, k: in
     """Return the images nearest to either half of a query, as many as settle the best k (Fagin's threshold).
 
     An image that neither half has among its candidates is no more similar to them than the last of these, so its score
-    is at most theirs combined. Candidates are asked for until the k-th best score is above that, or the index has no
-    more: the result is as exact as the index.
+    is at most theirs combined. More candidates are requested until the k-th best score is above that, or the index has
+    no more: the result is as exact as the index.
     """
     width, before = max(FIRST_WIDTH, 4 * k), 0
     while True:

@@ -1,4 +1,4 @@
-"""Draws what is shown in place of an image that cannot be opened."""
+"""Draws placeholders for images that cannot be opened."""
 
 import textwrap
 

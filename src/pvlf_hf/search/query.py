@@ -41,7 +41,7 @@ class Explanation(NamedTuple):
 
     @property
     def places(self) -> dict[str, slice]:
-        """Returns the positions of `"text"`, `"prompts"` and `"image"`."""
+        """Return the slices of `"text"`, `"prompts"` and `"image"`."""
         text, prompts = len(self.tokens), len(self.tokens) + self.num_prompts
         return {"text": slice(0, text), "prompts": slice(text, prompts), "image": slice(prompts, None)}
 
@@ -98,15 +98,15 @@ class Query:
             mean: of them, where it is known.
 
         Raises:
-            ValueError: as [`~Query.embed`], and if a composition that is no embedding is to be mixed with one.
+            ValueError: as [`~Query.embed`], and if a composition without an embedding is to be mixed with one.
         """
         image, fused, text = check_weights(weights)
         if self.combine is None or fused == 0:
             return self.embed(weights)
         if image or text:
             raise ValueError(
-                f"weights {weights}: this composition scores by two similarities and is no embedding to mix: weigh it "
-                "(0, 1, 0), or leave it out; the model's composition_weight balances image and text"
+                f"weights {weights}: this composition scores by two similarities and has no embedding to mix: weight "
+                "it (0, 1, 0), or leave it out; the model's composition_weight balances image and text"
             )
         halves = self.fused if self.away is None else self.fused + torch.cat(self.away) * 0.5**0.5
         return CombinedQueries(halves[None], self.combine).against(embeds, mean)

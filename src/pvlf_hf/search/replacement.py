@@ -1,4 +1,4 @@
-"""Replaces a gallery by that of another image encoder: built beside it while it serves, then renamed into its place.
+"""Replaces a gallery by that of another image encoder: built beside it while it serves, then renamed to replace it.
 
 Where a rename of a folder is one step, a reader sees the old gallery or the new one. A kill between the two renames
 leaves the old one under another name and the new one complete: whoever opens the gallery next finishes the exchange.
@@ -84,7 +84,7 @@ def place_to_build(
 
 
 def put_in_place(folder: Path) -> None:
-    """Put the finished folder that [`beside`] names in the place of a gallery, which is deleted.
+    """Replace a gallery by the finished folder that [`beside`] names, and delete the old one.
 
     Raises:
         OSError: if a folder cannot be renamed; the gallery is unchanged.

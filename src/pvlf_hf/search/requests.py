@@ -43,7 +43,7 @@ MOST_PIXELS = 64 * 10**6
 """Most pixels of the images of a request together (our choice): 192 MB once they are decoded."""
 
 
-class Asked(NamedTuple):
+class ParsedRequest(NamedTuple):
     """A request that was checked; its images are opened, but not decoded.
 
     Args:
@@ -81,18 +81,18 @@ def answer(gallery: Any, request: Mapping[str, Any], uploads: Sequence[PILImage.
     Raises:
         ValueError: as [`Gallery.search`], and if the request has other keys or values, or its images are too large.
     """
-    asked = read(gallery.processor, request, uploads)
-    return answer_of(asked, gallery.search(query=query_of(gallery, asked), **asked.settings))
+    parsed = read(gallery.processor, request, uploads)
+    return answer_of(parsed, gallery.search(query=query_of(gallery, parsed), **parsed.settings))
 
 
 def read(
     processor: ComposedRetrievalProcessor, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()
-) -> Asked:
+) -> ParsedRequest:
     """Check a request and open its images, see [`answer`]."""
     if not isinstance(request, Mapping):
         raise ValueError(f"the request is a {type(request).__name__}: pass an object with keys such as {[*REQUEST]}")
     if others := sorted({*request} - {*REQUEST}):
-        raise ValueError(f"the request has keys {others}, which there are not: its keys are {[*REQUEST]}")
+        raise ValueError(f"the request has keys {others}, which are unknown: valid keys are {[*REQUEST]}")
     given: dict[str, Any] = {key: value for key, value in request.items() if value is not None}
     if isinstance(k := given.get("k"), int) and k > MOST_RESULTS:
         raise ValueError(f"k={k}: pass at most {MOST_RESULTS}, and an offset for those after them")
@@ -109,24 +109,24 @@ def read(
     terms: dict[str, Any] = {name: given.pop(name) for name in ("text", "texts", "ids") if name in given}
     images = [*((upload, 1.0, None) for upload in uploads), *map(_image, listed)]
     unknown = [word for text in _texts(terms) for word in unknown_words(processor.tokenizer, text)]
-    asked = Asked(images, terms, {"weights": FUSION, **given}, unknown)
-    if asked.pixels > MOST_PIXELS:
+    parsed = ParsedRequest(images, terms, {"weights": FUSION, **given}, unknown)
+    if parsed.pixels > MOST_PIXELS:
         raise ValueError(
-            f"the images have {asked.pixels:,} pixels, more than {MOST_PIXELS:,}: make them smaller first"
+            f"the images have {parsed.pixels:,} pixels, more than {MOST_PIXELS:,}: make them smaller first"
         )
-    return asked
+    return parsed
 
 
-def query_of(gallery: Any, asked: Asked) -> Query:
+def query_of(gallery: Any, parsed: ParsedRequest) -> Query:
     """Decode the images of a request and encode its query."""
-    images = [(open_reference(gallery.processor, image, box), weight) for image, weight, box in asked.images]
-    return gallery.query(images or None, **asked.terms)
+    images = [(open_reference(gallery.processor, image, box), weight) for image, weight, box in parsed.images]
+    return gallery.query(images or None, **parsed.terms)
 
 
-def answer_of(asked: Asked, result: SearchResult) -> dict[str, Any]:
+def answer_of(parsed: ParsedRequest, result: SearchResult) -> dict[str, Any]:
     """Return what [`answer`] does, of a search that was made."""
-    found = {"results": as_plain(result), "offset": asked.settings.get("offset", 0)}
-    return found | ({"unknown_words": asked.unknown_words} if asked.unknown_words else {})
+    found = {"results": as_plain(result), "offset": parsed.settings.get("offset", 0)}
+    return found | ({"unknown_words": parsed.unknown_words} if parsed.unknown_words else {})
 
 
 def as_plain(result: SearchResult) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ __all__ = [
     "MOST_PIXELS",
     "MOST_RESULTS",
     "REQUEST",
-    "Asked",
+    "ParsedRequest",
     "answer",
     "answer_of",
     "as_plain",

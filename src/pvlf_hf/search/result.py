@@ -14,7 +14,7 @@ class SearchResult:
 
     Args:
         ids: ids of the images.
-        scores: cosines with the query, or what a composition that is no embedding makes of two similarities.
+        scores: cosines with the query, or what a composition without an embedding makes of two similarities.
         paths: files or URLs of the images, None where the gallery has none.
         query: the encoded query; reuse it with other weights: `gallery.search(query=result.query, weights=...)`.
         gallery: the [`Gallery`] that was searched.
@@ -62,7 +62,7 @@ class SearchResult:
             explain: see [`Gallery.search`].
 
         Raises:
-            ValueError: if there is no such result, its image cannot be opened, and as [`Gallery.search`].
+            ValueError: if the result does not exist, its image cannot be opened, and as [`Gallery.search`].
         """
         if not isinstance(pick, int) or not 0 <= pick < len(self.ids):
             raise ValueError(f"pick={pick!r}: there are {len(self.ids)} results, choose 0 to {len(self.ids) - 1}")

@@ -32,7 +32,7 @@ from .batching import Abandoned, BatchedModel, Budget, ComputeThread, LockedToke
 from .gallery import Gallery
 from .middleware import MAX_REQUEST, guards
 from .query import Query
-from .requests import MOST_PIXELS, REQUEST, Asked, answer_of, open_content, query_of, read
+from .requests import MOST_PIXELS, REQUEST, ParsedRequest, answer_of, open_content, query_of, read
 from .terms import MOST_TERMS
 
 try:
@@ -114,8 +114,8 @@ class Service:
         the ids of near-duplicates, where there are some; and "unknown_words" of the texts, which count for nothing.
         """
         with self._admitted(request):
-            asked, uploads = await self._read(request)
-            (found,) = await self._run(request, partial(self._answer, asked, uploads))
+            body, uploads = await self._read(request)
+            (found,) = await self._run(request, partial(self._answer, body, uploads))
         return Answer(found)
 
     async def batch(self, request: Request) -> Answer:
@@ -124,8 +124,8 @@ class Service:
         Answers {"answers": [...]} in their order, each as POST /search does, or {"error"} for one that is refused.
         """
         with self._admitted(request):
-            asked, _ = await self._read(request, forms=False)
-            queries = asked.get("queries") if isinstance(asked, dict) and len(asked) == 1 else None
+            body, _ = await self._read(request, forms=False)
+            queries = body.get("queries") if isinstance(body, dict) and len(body) == 1 else None
             if not isinstance(queries, list) or not 1 <= len(queries) <= MOST_QUERIES:
                 raise ValueError(f'pass {{"queries": [...]}}, a list of 1 to {MOST_QUERIES} searches')
             with self._admitted(request, len(queries) - 1):
@@ -143,8 +143,8 @@ class Service:
         Embeddings have length 1; usage counts the tokens of texts.
         """
         with self._admitted(request):
-            asked, _ = await self._read(request, forms=False)
-            inputs, as_base64 = self._inputs(asked)
+            body, _ = await self._read(request, forms=False)
+            inputs, as_base64 = self._inputs(body)
             with self._admitted(request, len(inputs) - 1):
                 embedded = await self._run(request, *(partial(self._embed, one, as_base64) for one in inputs))
         data = [{"object": "embedding", "index": row, "embedding": one} for row, (one, _) in enumerate(embedded)]
@@ -203,9 +203,9 @@ class Service:
             return work()
 
     def _answer(self, request: Any, uploads: list[bytes]) -> dict[str, Any]:
-        asked = read(self.gallery.processor, request, [open_content(content) for content in uploads])
-        query = self._query(asked)
-        return answer_of(asked, self.thread.run(partial(self.gallery.search, query=query, **asked.settings)))
+        parsed = read(self.gallery.processor, request, [open_content(content) for content in uploads])
+        query = self._query(parsed)
+        return answer_of(parsed, self.thread.run(partial(self.gallery.search, query=query, **parsed.settings)))
 
     def _answer_or_error(self, request: Any) -> dict[str, Any]:
         try:
@@ -213,15 +213,15 @@ class Service:
         except ValueError as error:
             return {"error": str(error)}
 
-    def _query(self, asked: Asked) -> Query:
+    def _query(self, parsed: ParsedRequest) -> Query:
         """Encode a query; its decoded images are gone afterwards."""
-        with self.pixels.taking(asked.pixels):
-            return replace(query_of(self.gallery, asked), images=())
+        with self.pixels.taking(parsed.pixels):
+            return replace(query_of(self.gallery, parsed), images=())
 
-    def _inputs(self, asked: Any) -> tuple[list[dict[str, Any]], bool]:
+    def _inputs(self, body: Any) -> tuple[list[dict[str, Any]], bool]:
         """Return the inputs to embed as searches, and whether embeddings are wanted in base64."""
         known = {"input", "model", "encoding_format", "dimensions", "user"}
-        if not isinstance(asked, dict) or not {"input"} <= {*asked} <= known:
+        if not isinstance(body, dict) or not {"input"} <= {*body} <= known:
             raise ValueError(f"pass an object with input, and at most the keys {sorted(known)}")
         expected = {
             "model": (None, self.name),
@@ -229,23 +229,23 @@ class Service:
             "dimensions": (None, self.gallery.embeds.shape[1]),
         }
         for key, values in expected.items():
-            if asked.get(key) not in values:
-                raise ValueError(f"{key}={asked[key]!r:.80}: pass {values[-1]!r}, or leave it out")
-        given = asked["input"]
+            if body.get(key) not in values:
+                raise ValueError(f"{key}={body[key]!r:.80}: pass {values[-1]!r}, or leave it out")
+        given = body["input"]
         inputs = given if isinstance(given, list) else [given]
         if not 1 <= len(inputs) <= MOST_QUERIES:
             raise ValueError(f"input has {len(inputs):,} parts: pass 1 to {MOST_QUERIES}")
-        return list(map(_as_search, inputs)), asked.get("encoding_format") == "base64"
+        return list(map(_as_search, inputs)), body.get("encoding_format") == "base64"
 
     def _embed(self, request: dict[str, Any], as_base64: bool) -> tuple[list[float] | str, int]:
         """Embed one input: its embedding, and the number of tokens of its texts."""
         processor = self.gallery.processor
-        asked = read(processor, request)
-        query = self._query(asked)
+        parsed = read(processor, request)
+        query = self._query(parsed)
         if query.combine is not None:
             raise ValueError("this model's composition scores by two similarities: embed image and text separately")
         embedding = query.embed().numpy().astype("<f4")
-        texts = [text for text in (asked.terms.get("text"), *asked.terms.get("texts", ())) if text]
+        texts = [text for text in (parsed.terms.get("text"), *parsed.terms.get("texts", ())) if text]
         limits = {"truncation": True, "max_length": processor.max_text_length}
         tokens = sum(len(processor.tokenizer(text, **limits)["input_ids"]) for text in texts)
         return base64.b64encode(embedding.tobytes()).decode() if as_base64 else embedding.tolist(), tokens

@@ -234,7 +234,7 @@ def connect(uri: str, fingerprint: str) -> Any:
     try:
         client = MilvusClient(uri=uri)
         collections = client.list_collections()
-    except Exception as error:  # the client hands on errors of gRPC and of Milvus Lite
+    except Exception as error:  # the client raises errors of gRPC and of Milvus Lite
         raise ValueError(f"the Milvus database {name} cannot be opened ({error}): {remedy}") from error
     if other := [c for c in collections if c.startswith(COLLECTION) and not c.startswith(COLLECTION + fingerprint)]:
         client.close()

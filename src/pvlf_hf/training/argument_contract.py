@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, tuple[Status, str]] = {
     "seed": (HONOURED, "seed of everything random"),
     "data_seed": (HONOURED, "seed of the order of rows"),
     "full_determinism": (HONOURED, "bitwise reproducible on the same device"),
-    "use_cpu": (HONOURED, "set where there is no accelerator"),
+    "use_cpu": (HONOURED, "set on machines without an accelerator"),
     "do_train": (MEANINGLESS, _FOR_SCRIPTS),
     "do_eval": (MEANINGLESS, _FOR_SCRIPTS),
     "do_predict": (MEANINGLESS, _FOR_SCRIPTS),
@@ -105,7 +105,7 @@ ARGUMENTS: dict[str, tuple[Status, str]] = {
     "torch_empty_cache_steps": (HONOURED, "steps between calls that empty the device's cache"),
     "use_liger_kernel": (REFUSED, "has no kernels for this model: leave it out"),
     "liger_kernel_config": (REFUSED, "has no kernels for this model: leave it out"),
-    "use_cache": (MEANINGLESS, "there is no generation"),
+    "use_cache": (MEANINGLESS, "the model does not generate"),
     # Logs
     "logging_strategy": (HONOURED, "when to log"),
     "logging_steps": (HONOURED, "when to log"),

@@ -127,7 +127,7 @@ def describe_nonfinite_loss(
         return f"{loss.item()}: resume the last checkpoint with a lower learning rate"
     bad = ~torch.stack([rows.isfinite().all(dim=1) for rows in embeds]).all(dim=0)
     names: dict[int, str] = {}
-    if isinstance(dataset, Dataset):  # a stream cannot be asked for its ids again
+    if isinstance(dataset, Dataset):  # a stream cannot be read a second time for its ids
         names = {id_number(str(name)): str(name) for name in dataset["target_id"][:]}
     numbers = [] if target_ids is None else target_ids[bad].tolist()
     ids = [names.get(number, number) for number in numbers]

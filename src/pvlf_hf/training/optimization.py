@@ -148,7 +148,7 @@ def check_optimizers(model: Any, args: Any, optimizer: Any, schedule: Any, class
     given: Any = class_and_kwargs or (torch.optim.Optimizer, {})
     kind, settings = given
     if is_optimizer_factory(kind):
-        raise ValueError(f"optimizer_cls_and_kwargs: {kind} is no torch.optim.Optimizer class, pass one")
+        raise ValueError(f"optimizer_cls_and_kwargs: {kind} is not a subclass of torch.optim.Optimizer, pass one")
     for name, wanted in (("lr", args.learning_rate), ("weight_decay", args.weight_decay)):
         if settings.get(name, wanted) != wanted:
             raise ValueError(

@@ -381,7 +381,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             in queries; several benchmarks give `{prefix}_{name}_recall@1`.
 
         Raises:
-            ValueError: if there is no such benchmark, or it has no targets.
+            ValueError: if the benchmark does not exist, or it has no targets.
         """
         if ignore_keys is not None:
             raise ValueError("ignore_keys names outputs of a prediction loop, and evaluate() has none: leave it out")
