@@ -247,6 +247,24 @@ def test_a_composition_that_is_no_embedding_is_searched_by_and_not_embedded(file
         assert ask(url, {"input": TEXT}, "/v1/embeddings").status_code == 200
 
 
+def test_a_server_answers_from_the_index_that_it_loaded(files, made, tmp_path):
+    shutil.copytree(files / "photos", tmp_path / "photos")
+    where = {"path": tmp_path / "index", "progress": False}
+    Gallery.from_folder(tmp_path / "photos", *made, **where)
+    loaded = Gallery.load(tmp_path / "index", *made)
+    before = loaded.search(draw(0), TEXT, k=9)
+    with served(loaded) as (url, _, _):
+        (tmp_path / "photos" / "red.png").unlink()
+        draw(1).rotate(90).save(tmp_path / "photos" / "zebra.png")
+        assert len(Gallery.from_folder(tmp_path / "photos", *made, **where)) == 9
+        answer = ask(url, {"images": [data_url(draw(0))], "text": TEXT, "k": 9}).json()["results"]
+        assert sorted(one["id"] for one in answer) == sorted(before.ids)
+        assert (
+            "cannot be opened" in ask(url, {"ids": ["red.png"], "text": TEXT}).json()["error"]
+        )  # PVLF reads its file
+        assert ask(url, {"ids": ["red.png"]}).status_code == 200
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 WRONG = [
@@ -703,7 +721,7 @@ def test_workers_are_replaced_without_a_gap(files, made, tmp_path):
                 draw(0).rotate(90).save(tmp_path / "photos" / "zebra.png")
                 Gallery.from_folder(tmp_path / "photos", *made, path=tmp_path / "index", progress=False)
                 wait_until(lambda: len(counts) > 20)
-                assert {*counts} == {9}  # what was loaded
+                assert 9 in counts  # of a worker that was ready before
                 process.send_signal(signal.SIGHUP)
                 wait_until(lambda: {*counts[-40:]} == {10}, seconds=200)
             finally:

@@ -1,6 +1,6 @@
 """Latency and throughput of `pvlf-hf serve`, side by side with plain Gradio calls.
 
-    python train_scripts/benchmark_server.py                          # six minutes on two idle cores
+    python train_scripts/benchmark_server.py                          # seven minutes on two idle cores
     python train_scripts/benchmark_server.py --seconds 2 --rounds 1   # to check that it runs
 
 Two servers on this machine search the same gallery of emoji with the tiny model: `pvlf-hf serve`, and a `gr.Interface`
