@@ -182,7 +182,8 @@ class InversionProcessor(PVLFProcessor):
             if excess := max(0, len(ids) - self.max_text_length):
                 raise ValueError(
                     f"caption {row} has {len(ids)} tokens in the template {self.template!r}, {excess} more than the "
-                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template or truncation=True"
+                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template, or "
+                    "truncation=True to cut it off"
                 )
             if ids.count(self.placeholder_id) != self._placeholders:
                 raise ValueError(
