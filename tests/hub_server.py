@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -345,6 +346,12 @@ class Hub(ThreadingHTTPServer):
         self.repositories, self.large_files, self.requests = {}, {}, []
         self.lock = threading.Lock()
         self.url, self.storage = (f"http://{host}:{self.server_address[1]}" for host in ("127.0.0.1", "localhost"))
+
+    def publish(self, name, folder):
+        """Add a public repository with the files of a folder."""
+        files = {path.name: File(path.read_bytes(), lfs=False) for path in Path(folder).iterdir() if path.is_file()}
+        self.repositories[name] = Repository(name, private=False)
+        self.repositories[name].add("main", Commit("", "publish", files))
 
     def is_lfs(self, name, path):
         return any(fnmatch(f"{name}/{path}", pattern) for pattern in self.lfs_patterns)

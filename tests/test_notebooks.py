@@ -8,15 +8,24 @@ import base64
 import io
 import os
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import pytest
+from dual_encoders import save_dual_encoder
+from hub_server import serving
 from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+STAND_IN = "someone/blip-emoji-tiny"
+"""Name on the Hub of the tests of the encoder that stands in for one of photographs."""
+
 DECIMAL = re.compile(r"[-+]?\d+\.\d+")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -25,11 +34,21 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def execute(path):
     """Return a copy with new outputs, executed in the notebook's folder by its own kernel: one thread, no network."""
     notebook = nbformat.read(path, as_version=4)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}, record_timing=False)
     client.resources["metadata"] = {"path": str(path.parent)}
-    client.execute(env=env)
+    with hub_environment({STAND_IN: FOLDER.parent / "model_cards" / "blip-emoji-tiny"}) as hub:
+        own = {**hub, "PVLF_ENCODER": STAND_IN} if path.stem == "5_your_photos" else {"HF_HUB_OFFLINE": "1"}
+        client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", **own})
     return notebook
+
+
+@contextmanager
+def hub_environment(checkpoints):
+    """Yield the variables by which a process downloads checkpoints, folders by name, from a Hub on this machine."""
+    with serving({}) as hub, TemporaryDirectory() as cache:
+        for name, folder in checkpoints.items():
+            hub.publish(name, folder)
+        yield {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0"}
 
 
 def printed(cell):
@@ -83,6 +102,51 @@ def test_committed_outputs_are_one_run_in_order(path):
         machine = re.search(r"(?<![\w.])/(?:\w+/)+|\bat 0x|it/s\]", "".join(shown.values()))
         assert not machine, f"{machine.group()!r} is of one machine or run"
     assert path.stat().st_size < 500_000
+
+
+ENCODERS = {
+    "openai/clip-vit-base-patch32": "clip",
+    "Salesforce/blip-itm-base-coco": "blip",
+    "google/siglip2-base-patch16-256": "siglip",
+    "facebook/metaclip-2-worldwide-b32": "metaclip_2",
+    "BAAI/AltCLIP": "altclip",
+}
+"""Names of encoders on the Hub, and their families; the first is the one that the notebook names."""
+
+TEN_MINUTES = """
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+
+cells = [cell.source for cell in nbformat.read(sys.argv[1], as_version=4).cells if cell.cell_type == "code"]
+for encoder in (None, *sys.argv[2:]):
+    if encoder:
+        os.environ["PVLF_ENCODER"] = encoder
+    names = {}
+    for cell in cells:
+        exec(cell, names)
+    print("searched", names["ENCODER"], len(names["first"].ids), names["same_index"].embeds.equal(names["anew"].embeds))
+"""
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_a_newcomer_with_each_family_from_the_hub(tmp_path):
+    """Execute the notebook with a random encoder of each family, under the name of a published one.
+
+    The first run sets no name, so that the encoder is the one that a person gets.
+    """
+    for name, family in ENCODERS.items():
+        save_dual_encoder(family, tmp_path / family)
+    with hub_environment({name: tmp_path / family for name, family in ENCODERS.items()}) as hub:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PVLF_STEPS": "3", **hub}
+        env.pop("PVLF_ENCODER", None)
+        command = [sys.executable, "-W", "ignore", "-c", TEN_MINUTES, FOLDER / "5_your_photos.ipynb", *[*ENCODERS][1:]]
+        done = subprocess.run(command, env=env, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.findall(r"^searched (\S+) (\d+) (\w+)$", done.stdout, re.MULTILINE)
+    assert found == [(name, "6", "True") for name in ENCODERS]
 
 
 METADATA = {
