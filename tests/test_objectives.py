@@ -90,6 +90,7 @@ def test_keywords_are_runs_of_content_words(caption, keywords):
         ("a cat in the category of cats", ["cat"], "a $ in the category of cats"),
         ("the red car and the car", ["car", "red car"], "the $ and the $"),
         ("costs $20 or 5$", ["costs"], "$ 20 or 5"),
+        ("a photo of key $ pressed", ["key $"], "a photo of $ pressed"),  # as the emoji "keycap *" with "*"
         ("what (is) this?", ["(is)"], "what $ this?"),
         ("no such word", ["dog", " "], "no such word"),
         ("a brown dog", None, "$"),

@@ -64,7 +64,7 @@ def replace_keywords(caption: str, placeholder: str, keywords: Sequence[str] | N
     Args:
         caption: the caption; a placeholder in it is removed.
         placeholder: word that stands for each keyword.
-        keywords: what to replace; by default what [`find_keywords`] finds.
+        keywords: what to replace, from which it is removed, too; by default what [`find_keywords`] finds.
 
     Returns:
         The caption with blanks around each placeholder. Without any keyword in it, the caption as it is.
@@ -73,8 +73,9 @@ def replace_keywords(caption: str, placeholder: str, keywords: Sequence[str] | N
         >>> replace_keywords("a brown dog sleeps on the old sofa", "$")
         '$ on $'
     """
-    caption = caption.replace(placeholder, " ")
+    caption = " ".join(caption.replace(placeholder, " ").split())
     keywords = find_keywords(caption) if keywords is None else keywords
+    keywords = [" ".join(keyword.replace(placeholder, " ").split()) for keyword in keywords]
     for keyword in sorted(filter(str.strip, keywords), key=len, reverse=True):  # "red car" before "car"
         caption = re.sub(rf"(?<!\w){re.escape(keyword)}(?!\w)", lambda _: f" {placeholder} ", caption)
     return " ".join(caption.split())
