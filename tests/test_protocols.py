@@ -88,17 +88,22 @@ def test_protocol_card_states_how_results_were_measured(data_root):
     ("method", "protocol", "template", "caption"),
     [
         ("pic2word", "fashioniq-and-reversed-as-written", "a photo of * , {caption}", "Has a HAT, and is red."),
-        ("searle", "fashioniq-both-mean", "a photo of $ that {caption}", ["Is red and Has a HAT", "Has a hat and is red"]),
+        (
+            "searle",
+            "fashioniq-both-mean",
+            "a photo of $ that {caption}",
+            ["Is red and Has a HAT", "Has a hat and is red"],
+        ),
     ],
 )
 def test_protocol_card_states_template_and_join_of_a_method(method, protocol, template, caption, data_root):
-    """Compare with the table of protocols in the specification: Pic2Word strips nothing, SEARLE averages two orders."""
+    """Compare with the protocols of the specification: Pic2Word strips nothing, SEARLE averages both orders."""
     model, processor = make_inversion(method), make_inversion_processor(method)
     (benchmark, *_) = load_protocol(protocol, data_root, check_counts=False)
     joined = compose_captions(["is red.", "Has a HAT,"], benchmark.protocol.captions.partition(":")[0])
     assert joined == caption
     short = [["red"] * len(joined) if isinstance(joined, list) else "red"] * len(benchmark.queries)
-    queries = benchmark.queries.remove_columns("caption").add_column("caption", short)  # the tiny model reads 20 tokens
+    queries = benchmark.queries.remove_columns("caption").add_column("caption", short)  # 20 tokens at most
     benchmark = replace(benchmark, queries=queries)
     composed, text = (evaluate(model, processor, benchmark, name, progress=False) for name in ("composed", "text"))
     card = protocol_cards([composed, text])
