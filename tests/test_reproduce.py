@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from error_bounds import MEAN_ERROR
 from inverted import make_tokenizer, tiny_clip
 from miniatures import make_all
 from transformers import AutoConfig, CLIPModel
+from typer.testing import CliRunner
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -31,6 +33,7 @@ from pvlf_hf.evaluation.results import read_results  # noqa: E402
 from pvlf_hf.evaluation.submission import lint_submission  # noqa: E402
 from pvlf_hf.training.methods import METHODS  # noqa: E402
 from pvlf_hf.training.objectives import SAMPLES  # noqa: E402
+from pvlf_hf_cli import app  # noqa: E402
 
 TABLES = paper_tables.load_tables()
 RECIPES = {file.stem: file for file in sorted(reproduce.RECIPES.glob("*.yaml"))}
@@ -394,6 +397,9 @@ def test_quoted_rows_have_recipe_data_and_protocols(name, tmp_path):
     row = next(row for table in TABLES.values() for row in table.rows if row.name == name)
     published = row.published
     assert set(map(row.protocol, ("cirr-val", "fashioniq"))) <= set(PROTOCOLS) and published.differs
+    if published.weights:
+        done = CliRunner().invoke(app, shlex.split(published.weights)[1:])
+        assert done.output.startswith("error: FILE: no such file"), done.output  # all but the file is right
     if row.recipe_file is None:
         assert published.model == "openai/clip-vit-large-patch14" and published.data is None
         return

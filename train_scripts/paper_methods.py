@@ -51,7 +51,7 @@ PUBLISHED = {
         data="cc3m/train.csv",
         needs="the images of CC3M, column image",
         protocols=AS_WRITTEN,
-        weights=CONVERT.format("inversion --method pic2word --backbone openai/clip-vit-large-patch14"),
+        weights=CONVERT.format("inversion --method pic2word"),
         differs="trained on the images of CC3M that are at hand",
     ),
     "PALAVRA": Published(
@@ -70,10 +70,7 @@ PUBLISHED = {
         recipe="compodiff",
         data="synthtriplets18m",
         needs="shards of SynthTriplets18M, columns reference, caption and target",
-        weights=CONVERT.format(
-            "compodiff --image-encoder openai/clip-vit-large-patch14 "
-            "--text-encoder laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
-        ),
+        weights=CONVERT.format("compodiff"),
         differs="text encoder CLIP bigG, as released, not T5-XL; one stage of training on triplets, not two",
     ),
     "Context-I2W": Published(
@@ -81,7 +78,7 @@ PUBLISHED = {
         data="cc3m/train.csv",
         needs="the images of CC3M, columns image and caption",
         protocols=AS_WRITTEN,
-        weights=CONVERT.format("inversion --method context_i2w --backbone openai/clip-vit-large-patch14"),
+        weights=CONVERT.format("inversion --method context_i2w"),
         differs="objects in captions are found by our rule, as the authors' is not in their repository",
     ),
     "CASE Pre-LaSCo.Ca.": Published(
