@@ -39,7 +39,7 @@ def lint(
     raise typer.Exit(int(any(map(is_error, (one for listed in problems.values() for one in listed)))))
 
 
-Checkpoint = Annotated[Path, typer.Argument(help=".pth, .pt or .safetensors.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Argument(help=".pth, .pt, .ckpt, .bin or .safetensors.", show_default=False)]
 OutputDir = Annotated[Path, typer.Option(help="A new or empty folder.", show_default=False)]
 Tokenizer = Annotated[str | None, typer.Option(help="Hub name, folder, or BERT's vocab.txt; writes a processor too.")]
 VisionHeads = Annotated[int | None, typer.Option(help="Image encoder's attention heads, if its size is unusual.")]
@@ -87,6 +87,73 @@ def transagg(
     from pvlf_hf.commands import convert
 
     convert.transagg(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
+
+
+@convert.command(no_args_is_help=True)
+def case(
+    checkpoint: Checkpoint,
+    output_dir: OutputDir,
+    tokenizer: Tokenizer = None,
+    vision_heads: VisionHeads = None,
+    text_heads: TextHeads = None,
+) -> None:
+    """Convert CoVR's BLIP, whose query encoder is CASE's.
+
+    \b
+    pvlf-hf convert case ckpt_5.ckpt --tokenizer bert-base-uncased --output-dir outputs/case
+
+    Runs no code of the file. A checkpoint that is not exactly of this kind is refused.
+    """
+    from pvlf_hf.commands import convert
+
+    convert.case(checkpoint, output_dir, tokenizer, vision_heads, text_heads)
+
+
+@convert.command(no_args_is_help=True)
+def inversion(
+    checkpoint: Checkpoint,
+    output_dir: OutputDir,
+    method: Annotated[str, typer.Option(help="pic2word, searle, lincir or context_i2w.", show_default=False)],
+    backbone: Annotated[
+        str, typer.Option(help="The CLIP it was trained on, tokenizer included: Hub name or folder.")
+    ] = "openai/clip-vit-large-patch14",
+    extractor_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of Context-I2W's extractor, if its size is unusual.")
+    ] = None,
+) -> None:
+    """Convert a mapping network of textual inversion.
+
+    \b
+    pvlf-hf convert inversion lincir_large.pt --method lincir --output-dir outputs/lincir
+
+    Runs no code of the file. A file that is not exactly of this method is refused.
+    """
+    from pvlf_hf.commands import convert
+
+    convert.inversion(checkpoint, output_dir, method, backbone, extractor_heads)
+
+
+@convert.command(no_args_is_help=True)
+def compodiff(
+    checkpoint: Checkpoint,
+    output_dir: OutputDir,
+    image_encoder: Annotated[
+        str, typer.Option(help="The CLIP whose images it generates: Hub name or folder.")
+    ] = "openai/clip-vit-large-patch14",
+    text_encoder: Annotated[
+        str, typer.Option(help="The CLIP whose text encoder it reads, tokenizer included: Hub name or folder.")
+    ] = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+) -> None:
+    """Convert CompoDiff's denoiser.
+
+    \b
+    pvlf-hf convert compodiff model.safetensors --output-dir outputs/compodiff
+
+    Runs no code of the file. A file that is not exactly of this kind is refused.
+    """
+    from pvlf_hf.commands import convert
+
+    convert.compodiff(checkpoint, output_dir, image_encoder, text_encoder)
 
 
 def parse_numbers(given: str, count: int, option: str, expected: str) -> tuple[float, ...]:

@@ -206,6 +206,7 @@ def test_captions_are_joined_as_the_reference_does(case):
     [
         ("and", "Is red and has A Hat"),
         ("and-reversed", "Has a hat and is RED"),
+        ("and-reversed-as-written", " has A Hat?, and is RED."),
         ("both-mean", ["Is red and has A Hat", "Has a hat and is RED"]),
         ("first", "is RED."),
         ("separate", ["is RED.", " has A Hat?,"]),

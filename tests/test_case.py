@@ -16,7 +16,7 @@ from processes import run_in_processes
 from reference import CONFIGS
 from safetensors.torch import load_file, save_file
 from squares import save_squares, square_triplets
-from test_convert import meta_tensors, write_tokenizer
+from test_convert import load_as_printed, meta_tensors, write_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForImageTextRetrieval
 from transformers.activations import ACT2FN
@@ -603,6 +603,14 @@ def test_a_whole_file_is_converted(tmp_path, caplog):
     assert type(model) is CASEModel and type(processor) is CASEProcessor
     assert (model.config.objective, model.config.reverse_weight) == ("hn_nce", 0.0)
     within(model.get_query_features(**case_inputs(targets=False)).pooler_output, io_of("case_blip")["query"])
+
+
+def test_convert_command_writes_a_model_that_loads_as_printed(tmp_path):
+    torch.save({"model": tensors_of("case_blip")}, tmp_path / "ckpt_5.ckpt")
+    vocabulary = write_tokenizer("blip", tmp_path, missing=9)
+    command = ["case", tmp_path / "ckpt_5.ckpt", "--output-dir", tmp_path / "case", "--tokenizer", vocabulary]
+    model, processor = load_as_printed(*command, "--vision-heads", 4, "--text-heads", 4)
+    assert type(model) is CASEModel and type(processor) is CASEProcessor
 
 
 def test_unknown_missing_and_unsafe_files_are_refused(tmp_path):

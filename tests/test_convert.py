@@ -313,6 +313,15 @@ def test_other_vocabularies_and_full_folders_raise(backbone, tmp_path):
         convert_transagg(tmp_path / "model.pth", tmp_path, **HEADS[backbone])
 
 
+def load_as_printed(*command):
+    """Run `pvlf-hf convert` and what it prints; return model and processor."""
+    done = CliRunner().invoke(app, ["convert", *map(str, command)])
+    assert done.exit_code == 0, done.output
+    names = {}
+    exec("\n".join(line.strip() for line in done.stdout.partition("Load it with:")[2].splitlines()), names)
+    return names["model"], names["processor"]
+
+
 def test_convert_command_prints_how_to_load_the_result(tmp_path):
     def convert(*arguments):
         done = CliRunner().invoke(app, ["convert", *map(str, arguments)])

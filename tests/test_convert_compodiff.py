@@ -9,9 +9,10 @@ import torch
 from diffused import FIXTURES, TOLERANCES, conditions, denoiser_tensors, io, reference_config, within
 from dual_encoders import tokenizer_of
 from safetensors.torch import load_file, save_file
+from test_convert import load_as_printed
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 
-from pvlf_hf import CompoDiffConfig, convert_compodiff
+from pvlf_hf import CompoDiffConfig, CompoDiffModel, CompoDiffProcessor, convert_compodiff
 from pvlf_hf.checkpoints.compodiff_weights import LICENCE, PREFIX, read_denoiser, settings_of, translate_denoiser
 from pvlf_hf.models.denoiser_compodiff import Denoiser
 
@@ -113,6 +114,12 @@ def test_a_file_becomes_a_folder_that_samples_as_the_reference(towers, tmp_path,
     assert query.pooler_output.isfinite().all()
     with pytest.raises(ValueError, match="is not an empty folder"):
         convert_compodiff(FIXTURES / "compodiff_tiny.safetensors", *towers, folder)
+
+
+def test_convert_command_writes_a_model_that_loads_as_printed(towers, tmp_path):
+    command = ["compodiff", FIXTURES / "compodiff_tiny.safetensors", "--image-encoder", towers[0]]
+    model, processor = load_as_printed(*command, "--text-encoder", towers[1], "--output-dir", tmp_path / "ours")
+    assert type(model) is CompoDiffModel and type(processor) is CompoDiffProcessor
 
 
 def test_towers_of_another_width_are_refused_with_the_file_named(towers, tmp_path):

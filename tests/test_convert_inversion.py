@@ -8,8 +8,11 @@ import pytest
 import torch
 from inverted import FIXTURES, clip_tensors, io_of, make_tokenizer, mapping_tensors, query_of, tiny_clip, within
 from safetensors.torch import save_file
+from test_convert import load_as_printed
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
+from typer.testing import CliRunner
 
+from pvlf_hf import InversionModel
 from pvlf_hf.checkpoints.inversion_weights import (
     LICENCES,
     WRAPPERS,
@@ -18,6 +21,7 @@ from pvlf_hf.checkpoints.inversion_weights import (
     read_mapping,
     translate_mapping,
 )
+from pvlf_hf_cli import app
 
 KEYS = json.loads((FIXTURES / "checkpoint_keys.json").read_text())
 TOWERS = {
@@ -139,6 +143,15 @@ def test_converted_checkpoint_gives_the_references_queries(method, clips, tmp_pa
         assert model.config.temperature == tiny_clip(method)[2]
     with pytest.raises(ValueError, match="is not an empty folder"):
         convert_inversion(file, method, clips(method), tmp_path / "ours", heads)
+
+
+def test_convert_command_writes_a_model_that_loads_as_printed(clips, tmp_path):
+    file = save(mapping_tensors("lincir"), tmp_path / "lincir_large.pt", "lincir")
+    command = ["inversion", str(file), "--backbone", clips("lincir"), "--output-dir"]
+    model, processor = load_as_printed(*command, tmp_path / "ours", "--method", "lincir")
+    assert type(model) is InversionModel and processor.method == "lincir"
+    done = CliRunner().invoke(app, ["convert", *command, str(tmp_path / "other"), "--method", "pic2word"])
+    assert "holds 'Phi', so it is a file of lincir or searle, not of pic2word" in done.output
 
 
 def test_a_bare_state_dict_is_converted(clips, tmp_path):

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from inverted import make_model as make_inversion
+from inverted import make_processor as make_inversion_processor
 from miniatures import make_all
 from tiny import make_model
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf.checkpoints.model_card import protocol_card
+from pvlf_hf.checkpoints.model_card import protocol_card, protocol_cards, render_card
 from pvlf_hf.commands.evaluate import main
 from pvlf_hf.data.emoji_cir.captions import TIERS
+from pvlf_hf.data.fashioniq import compose_captions
 from pvlf_hf.data.protocols import PROTOCOLS, describe_protocols, load_protocol
 from pvlf_hf.evaluation.results import read_results
 from pvlf_hf.evaluation.scoring import average, evaluate, score
@@ -78,6 +82,36 @@ def test_protocol_card_states_how_results_were_measured(data_root):
 | versions | python 3.11, torch 2.13 |"""
     )
     assert "| code | commit " in protocol_card(evaluation)
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol", "template", "caption"),
+    [
+        ("pic2word", "fashioniq-and-reversed-as-written", "a photo of * , {caption}", "Has a HAT, and is red."),
+        (
+            "searle",
+            "fashioniq-both-mean",
+            "a photo of $ that {caption}",
+            ["Is red and Has a HAT", "Has a hat and is red"],
+        ),
+    ],
+)
+def test_protocol_card_states_template_and_join_of_a_method(method, protocol, template, caption, data_root):
+    """Compare with the protocols of the specification: Pic2Word strips nothing, SEARLE averages both orders."""
+    model, processor = make_inversion(method), make_inversion_processor(method)
+    (benchmark, *_) = load_protocol(protocol, data_root, check_counts=False)
+    joined = compose_captions(["is red.", "Has a HAT,"], benchmark.protocol.captions.partition(":")[0])
+    assert joined == caption
+    short = [["red"] * len(joined) if isinstance(joined, list) else "red"] * len(benchmark.queries)
+    queries = benchmark.queries.remove_columns("caption").add_column("caption", short)  # 20 tokens at most
+    benchmark = replace(benchmark, queries=queries)
+    composed, text = (evaluate(model, processor, benchmark, name, progress=False) for name in ("composed", "text"))
+    card = protocol_cards([composed, text])
+    assert card == protocol_cards([text, composed]) == protocol_card(composed)
+    assert f"| captions | {benchmark.protocol.captions} |\n| template | {template} |" in card
+    assert "template" not in text.protocol  # a baseline reads the caption alone
+    results = {"evaluations": [json.loads(json.dumps(asdict(e))) for e in (composed, text)]}
+    assert f"| template | {template} |" in render_card(results, "you/mine")
 
 
 # ---- train_scripts/evaluate_pvlf.py ----

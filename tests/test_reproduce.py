@@ -3,19 +3,22 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from error_bounds import MEAN_ERROR
+from inverted import make_tokenizer, tiny_clip
 from miniatures import make_all
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPModel
+from typer.testing import CliRunner
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -25,9 +28,12 @@ import paper_tables  # noqa: E402
 import reproduce  # noqa: E402
 
 from pvlf_hf.commands.train import DataArguments, last_checkpoint, parse_arguments  # noqa: E402
-from pvlf_hf.data.protocols import load_protocol  # noqa: E402
+from pvlf_hf.data.protocols import PROTOCOLS, load_protocol  # noqa: E402
 from pvlf_hf.evaluation.results import read_results  # noqa: E402
 from pvlf_hf.evaluation.submission import lint_submission  # noqa: E402
+from pvlf_hf.training.methods import METHODS  # noqa: E402
+from pvlf_hf.training.objectives import SAMPLES  # noqa: E402
+from pvlf_hf_cli import app  # noqa: E402
 
 TABLES = paper_tables.load_tables()
 RECIPES = {file.stem: file for file in sorted(reproduce.RECIPES.glob("*.yaml"))}
@@ -258,7 +264,10 @@ def test_dry_run_prints_commands_and_gpu_hours(blip_checkpoint, tmp_path, capsys
             ["--table", "5", "--rows", "J=9", "--dry_run"],
             "Table 5 has no row 'J=9'; its rows are\n  TransAgg\n  PVLF J=1",
         ),
-        (["--table", "2", "--rows", "Pic2Word", "--dry_run"], "'Pic2Word' is quoted from another paper"),
+        (
+            ["--table", "2", "--rows", "Pic2Word", "CASE Pre-LaSCo.Ca.", "--data_root", "/nowhere"],
+            "submission files\n  cc3m/train.csv: the images of CC3M, column image\n  lasco/train.csv: triplets",
+        ),
         (["--table", "6"], "invalid choice: 6"),
         (
             ["--table", "1"],
@@ -359,6 +368,112 @@ def test_incomplete_checkpoints_are_ignored(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-120")
     (tmp_path / "checkpoint-120" / "trainer_state.json").unlink()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+
+
+QUOTED = sorted({row.name for table in TABLES.values() for row in table.rows if row.quoted})
+
+
+def test_dry_run_says_what_a_quoted_row_needs(tmp_path, capsys):
+    """Check that a plan names the missing data, the protocol, and what differs from the authors' run."""
+    reproduce.print_plan(TABLES[1], [row for row in TABLES[1].rows if row.quoted], [], None)  # as without --rows
+    plan = capsys.readouterr().out
+    assert "Pic2Word: quoted, not run; --rows Pic2Word runs it\n  lacks cc3m/train.csv: the images of CC3M" in plan
+    assert "evaluated on fashioniq-and-reversed-as-written in place of fashioniq\n  trained on the images of" in plan
+    assert "or: pvlf-hf convert inversion --method pic2word" in plan and "configs/methods" not in plan
+    (tmp_path / "cc3m").mkdir()
+    (tmp_path / "cc3m" / "train.csv").touch()
+    reproduce.main(["--table", "2", "--rows", "Pic2Word", "--data_root", str(tmp_path), "--dry_run"])
+    plan = capsys.readouterr().out
+    assert "Pic2Word: 0 of 1 trained, GPU hours not estimated" in plan
+    assert "lacks" not in plan and "fashioniq" not in plan  # Table 2 is CIRR's
+    assert f"methods/pic2word.yaml --train_file={tmp_path}/cc3m/train.csv --image_folder={tmp_path}/cc3m --" in plan
+    reproduce.main(["--table", "1", "--rows", "SEARLE-XL-OTI", "--dry_run"])
+    assert "SEARLE-XL-OTI: no training, openai/clip-vit-large-patch14 measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_quoted_rows_have_recipe_data_and_protocols(name, tmp_path):
+    """Check that every recipe of a quoted row trains what the row is about, with a source for every line."""
+    row = next(row for table in TABLES.values() for row in table.rows if row.name == name)
+    published = row.published
+    assert set(map(row.protocol, ("cirr-val", "fashioniq"))) <= set(PROTOCOLS) and published.differs
+    if published.weights:
+        done = CliRunner().invoke(app, shlex.split(published.weights)[1:])
+        assert done.output.startswith("error: FILE: no such file"), done.output  # all but the file is right
+    if row.recipe_file is None:
+        assert published.model == "openai/clip-vit-large-patch14" and published.data is None
+        return
+    flags = [str(row.recipe_file), *published.data_flags(tmp_path), f"--output_dir={tmp_path}"]
+    model_args, data_args, _ = parse_arguments(flags)
+    assert model_args.method == published.recipe.partition("-")[0] and published.needs
+    assert {"CLIP-B/32": "openai/clip-vit-base-patch32", "BLIP": "Salesforce/blip-itm-base-coco"}.get(
+        row.labels[1], "openai/clip-vit-large-patch14"
+    ) == model_args.model
+    assert data_args.train_file or data_args.train_shards
+    assert model_args.given().keys() <= {*METHODS[model_args.method].settings}
+    if model_args.method in SAMPLES:
+        assert all(column in published.needs for column in SAMPLES[model_args.method].columns)
+    settings = [line for line in row.recipe_file.read_text().splitlines() if not line.startswith("#")]
+    unsourced = {line.partition(":")[0] for line in settings if "  # " not in line}
+    assert unsourced <= {
+        "method",
+        "settings",
+        "output_dir",
+        "save_steps",
+        "save_total_limit",
+        "decay_norms_and_biases",
+    }
+
+
+@pytest.mark.slow
+def test_quoted_rows_run_on_data_of_their_own(blip_checkpoint, data, tmp_path):
+    """Check that a mapping network, an optimised token and CASE run to a table, each under its authors' protocol."""
+    clip = tmp_path / "clip"
+    vl_config = tiny_clip("pic2word")[0]
+    vl_config.text_config.max_position_embeddings = 77
+    CLIPModel(vl_config).save_pretrained(clip)
+    make_tokenizer().save_pretrained(clip)
+    root = tmp_path / "data"
+    root.mkdir()
+    for name in ("cirr", "fashioniq"):
+        (root / name).symlink_to(data / name)
+    files = sorted((data / "laion-cir").glob("*.png"))[:8]
+    for name, rows in (
+        ("cc3m", ["image", *(file.name for file in files)]),
+        ("lasco", ["reference,caption,target", *(f"{a.name},red,{b.name}" for a, b in pairwise(files))]),
+    ):
+        (root / name).mkdir()
+        (root / name / "train.csv").write_text("\n".join(rows))
+        for file in files:
+            (root / name / file.name).symlink_to(file)
+
+    def run(table, name, model, *settings):
+        small = ["--max_steps=2", "--per_device_train_batch_size=4", "--dataloader_num_workers=0", "--use_cpu=true"]
+        where = ["--data_root", str(root), "--output_dir", str(tmp_path / "out")]
+        small += ["--allow_links=true", "--check_counts=false", f"--feature_cache={tmp_path / 'features'}"]
+        kept = small if name.startswith("CASE") else small[:-1]
+        reproduce.main(["--table", table, "--rows", name, *where, "--", f"--model={model}", *kept, *settings])
+        return next(row for row in table_of(tmp_path / "out", int(table)) if row["name"] == name)
+
+    mapped = run("1", "Pic2Word", clip)
+    found = tmp_path / "out" / "methods" / "pic2word" / "seed0" / "last" / "fashioniq-and-reversed-as-written"
+    assert "| template | a photo of * , {caption} |" in (found / "results.md").read_text()
+    assert mapped["ours"]["last"].keys() == TABLES[1].columns.keys() and mapped["paper"]["shirt R@10"] == 26.2
+    assert "fashioniq-and-reversed-as-written in place of fashioniq" in mapped["caveats"]
+    assert AutoConfig.from_pretrained(found.parents[1]).method == "pic2word"
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "| Pic2Word | CLIP-L/14 |  | paper | 26.20 |" in text and text.count("quoted, not run") == 4
+
+    optimised = run("1", "SEARLE-XL-OTI", clip, "--settings", "inversion_steps=2")
+    assert optimised["ours"].keys() == {"untrained"} and "without the phrases" in " ".join(optimised["caveats"])
+    home = tmp_path / "out" / "methods" / "searle-xl-oti"
+    assert AutoConfig.from_pretrained(home / "model").inversion_steps == 2
+    assert (home / "untrained" / "fashioniq-both-mean" / "results.json").exists()
+
+    tokens = ["--settings", "first_token=cls", "reverse_token_id=4"]
+    case = run("2", "CASE Pre-LaSCo.Ca.", blip_checkpoint, *tokens)
+    assert case["difference"]["last"]["R@1"] == round(case["ours"]["last"]["R@1"]["mean"] - 35.4, 2)
+    assert list((tmp_path / "out" / "methods" / "case-lasco").rglob("cirr_test1_recall.json"))
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from paper_methods import PUBLISHED, Published
+
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.embeddings.encoding import QueryMethod
 from pvlf_hf.evaluation.results import environment
 
 PAPER = Path(__file__).with_name("paper_tables.json")
+RECIPES = Path(__file__).with_name("configs")
 WEIGHTS = {"last": "last epoch", "best": "best epoch by validation", "untrained": "no training"}
 """Weights of a run that are evaluated: name of their folder, and description."""
 
@@ -27,7 +30,7 @@ class Row:
         recipe: name of a file in `configs/paper`.
         baseline: query method of an untrained baseline.
         model: dual encoder of the baseline.
-        quoted: from another paper; never run.
+        quoted: from another paper; run by `PUBLISHED`, and only if it is named.
     """
 
     name: str
@@ -38,11 +41,30 @@ class Row:
     model: str | None = None
     quoted: bool = False
 
+    @property
+    def published(self) -> Published | None:
+        """How a quoted row is run here."""
+        return PUBLISHED[self.name] if self.quoted else None
+
+    @property
+    def recipe_file(self) -> Path | None:
+        """The recipe that it is trained by; None if nothing is trained."""
+        if self.published is None:
+            return RECIPES / "paper" / f"{self.recipe}.yaml" if self.recipe else None
+        return RECIPES / "methods" / f"{self.published.recipe}.yaml" if self.published.recipe else None
+
     def folders(self, output_dir: Path, seeds: Sequence[int]) -> list[Path]:
-        """Return the folders of its runs: one a seed, one for a baseline, or none; rows of one recipe share them."""
-        if self.recipe:
-            return [output_dir / self.recipe / f"seed{seed}" for seed in seeds]
-        return [output_dir / "baselines" / self.baseline] if self.baseline else []
+        """Return the folders of its runs: one a seed, or one if nothing is trained; rows of one recipe share them."""
+        if self.recipe_file:
+            home = output_dir / "methods" if self.quoted else output_dir
+            return [home / self.recipe_file.stem / f"seed{seed}" for seed in seeds]
+        if self.baseline:
+            return [output_dir / "baselines" / self.baseline]
+        return [output_dir / "methods" / self.name.casefold()]
+
+    def protocol(self, name: str) -> str:
+        """Return the protocol that it is evaluated under where its table has one of this name."""
+        return self.published.protocols.get(name, name) if self.published else name
 
 
 def _row(labels: list[str], paper: list[float | None], **rest: Any) -> Row:
@@ -116,7 +138,7 @@ def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dic
     paper = dict(zip(table.columns, row.paper, strict=True))
     ours, caveats, folders = {}, set(), row.folders(output_dir, seeds)
     for name in WEIGHTS:
-        measured = [dict(measurements(table, folder / name)) for folder in folders]
+        measured = [dict(measurements(table, row, folder / name)) for folder in folders]
         by_seed = [figures(table, its) for its in measured if its]
         if by_seed:
             ours[name] = {c: spread([its[c] for its in by_seed if c in its]) for c in table.columns}
@@ -124,6 +146,8 @@ def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dic
             caveats |= {
                 text for folder, its in zip(folders, measured, strict=True) for text in caveats_of(folder, its)
             }
+    if ours and row.published:
+        caveats |= {row.published.differs, *joins(table, row.published)}
     return {
         "name": row.name,
         "labels": row.labels,
@@ -138,10 +162,15 @@ def entry(table: Table, row: Row, output_dir: Path, seeds: Sequence[int]) -> dic
     }
 
 
-def measurements(table: Table, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each protocol of the table that the folder has results of, with its evaluations."""
+def joins(table: Table, published: Published) -> list[str]:
+    """Return which protocols of the table a quoted method replaces, with those of its authors."""
+    return [f"{new} in place of {old}" for old, new in published.protocols.items() if old in table.protocols]
+
+
+def measurements(table: Table, row: Row, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each protocol of the table that the folder has a row's results of, with its evaluations."""
     for protocol in dict.fromkeys(protocol for protocol, _, _ in table.columns.values()):
-        file = folder / protocol / "results.json"
+        file = folder / row.protocol(protocol) / "results.json"
         if file.exists():
             yield protocol, json.loads(file.read_text(encoding="utf-8"))["evaluations"]
 
@@ -195,7 +224,7 @@ def lines_of(table: Table, row: dict[str, Any]) -> Iterator[str]:
     paper, ours, difference = "paper", "ours", "difference"
     if "cirr-val" in table.protocols:
         paper, ours, difference = "paper (CIRR: test)", "ours (CIRR: val)", "difference (CIRR: val - test)"
-    status = "; quoted, not run" if row.get("quoted") else "" if row["ours"] else "; ours not run yet"
+    status = "" if row["ours"] else "; quoted, not run" if row.get("quoted") else "; ours not run yet"
     first, *others = row["labels"]
     printed = [number(row["paper"][column]) + table.marks(row["name"], column) for column in table.columns]
     yield line([first + table.marks(row["name"]), *others, paper + status, *printed])

@@ -5,9 +5,12 @@
     python train_scripts/reproduce.py --table 5 --data_root data \
         --accelerate_config train_scripts/accelerate/multi_gpu.yaml
 
+    python train_scripts/reproduce.py --table 2 --data_root data --rows Pic2Word
+
 Writes `table2.md` and `table2.json` after every row. Tables share their trainings, and the same command resumes after
-an interruption. Rows quoted from other papers are shown and never run. CIRR's test labels are on a server: our figures
-are of the validation split, and the two submission files for the server are written beside them.
+an interruption. Rows quoted from other papers run only if `--rows` names them, on training data of their own
+(`paper_methods.py`; `--dry_run` lists what is missing). CIRR's test labels are on a server: our figures are of the
+validation split, and the two submission files for the server are written beside them.
 Flags after `--` are passed to train_pvlf.py, for instance `-- --num_train_epochs 20`; the tables report them.
 """
 
@@ -25,14 +28,17 @@ from typing import Any
 import yaml
 from accelerate.utils.memory import clear_device_cache
 from gpu_hours import ASSUMPTIONS, gpu_hours
-from paper_tables import WEIGHTS, Row, Table, load_tables, write_table
+from paper_methods import Published
+from paper_tables import RECIPES as ALL_RECIPES
+from paper_tables import WEIGHTS, Row, Table, joins, load_tables, write_table
 
+from pvlf_hf import InversionModel, InversionProcessor
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands import evaluate as measurement
-from pvlf_hf.commands.train import parse_arguments
+from pvlf_hf.commands.train import ModelArguments, parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
-RECIPES = SCRIPTS / "configs" / "paper"
+RECIPES = ALL_RECIPES / "paper"
 FOLDERS = {
     "laion-cir": "the training triplets",
     "cirr": "validation while training, the CIRR columns and the submission files",
@@ -72,7 +78,8 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Return the settings that identify the run: a run with others must not continue in its folder."""
         model_args, data_args, args = parse_arguments(list(self.arguments))
-        data = {name: getattr(data_args, name) for name in ("dataset", "validation", "allow_missing")}
+        names = ("dataset", "train_file", "train_shards", "validation", "allow_missing")
+        data = {name: getattr(data_args, name) for name in names}
         training = {**args.settings(), "processes": self.processes}
         return json.loads(json.dumps({"model": vars(model_args), "data": data, "training": training}))
 
@@ -85,7 +92,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     tables = load_tables()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, required=True, choices=list(tables), help="table of the paper")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to run (default: all)")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to run (default: all but the quoted)")
     parser.add_argument("--data_root", type=Path, help="folder with laion-cir/, cirr/ and fashioniq/")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"), help="folder of runs and tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds, each a training of every recipe")
@@ -104,11 +111,11 @@ def main(command_line: Sequence[str] | None = None) -> None:
     output_dir = args.output_dir.resolve()
     runs = [run for row in rows for run in runs_of(row, args, overrides, output_dir)]
     if args.dry_run:
-        print_plan(table, rows, runs)
+        print_plan(table, rows if args.rows else table.rows, runs, args.data_root)
         return
     for run in runs:
         claim(run)
-        if run.row.recipe:
+        if run.row.recipe_file:
             train(run)
         measure(run, table.protocols)
         write_table(table, output_dir, args.seeds)
@@ -117,14 +124,11 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 def chosen_rows(table: Table, names: Sequence[str] | None) -> list[Row]:
-    """Return the named rows, or all; a `ValueError` lists the names of the table."""
+    """Return the named rows, or all that are not quoted; a `ValueError` lists the names of the table."""
     if unknown := sorted(set(names or ()) - {row.name for row in table.rows}):
-        known = "\n  ".join(row.name + " (quoted, cannot be run)" * row.quoted for row in table.rows)
+        known = "\n  ".join(row.name + " (quoted)" * row.quoted for row in table.rows)
         raise ValueError(f"Table {table.number} has no row {unknown[0]!r}; its rows are\n  {known}")
-    rows = [row for row in table.rows if names is None or row.name in names]
-    if names and (quoted := [row.name for row in rows if row.quoted]):
-        raise ValueError(f"{quoted[0]!r} is quoted from another paper and cannot be run: choose another row")
-    return rows
+    return [row for row in table.rows if (not row.quoted if names is None else row.name in names)]
 
 
 def check_data_root(table: Table, rows: Sequence[Row], data_root: Path | None) -> None:
@@ -133,21 +137,31 @@ def check_data_root(table: Table, rows: Sequence[Row], data_root: Path | None) -
     if any(row.recipe for row in rows):
         needed |= {"laion-cir", "cirr"}
     missing = [name for name in FOLDERS if name in needed and not (data_root and (data_root / name).is_dir())]
-    if missing:
-        lines = "".join(f"\n  {name}/: {FOLDERS[name]}" for name in missing)
+    lines = "".join(f"\n  {name}/: {FOLDERS[name]}" for name in missing)
+    lines += "".join(f"\n  {its.data}: {its.needs}" for its in lacking(rows, data_root))
+    if lines:
         where = f"{data_root} lacks" if data_root else "pass --data_root, a folder with"
         raise ValueError(f"{where}{lines}\nLink or move the data sets there; --dry_run needs none.")
 
 
+def lacking(rows: Sequence[Row], data_root: Path | None) -> list[Published]:
+    """Return the quoted methods among the rows whose training data the data root lacks."""
+    methods = [row.published for row in rows if row.published and row.published.data]
+    return [its for its in methods if not (data_root and (data_root / str(its.data)).exists())]
+
+
 def runs_of(row: Row, args: argparse.Namespace, overrides: Sequence[str], output_dir: Path) -> Iterator[Run]:
-    """Yield a training of the row's recipe for each seed, or its baseline, or nothing for a quoted row."""
-    common = (*overrides, *([f"--data_root={args.data_root.resolve()}"] if args.data_root else []))
+    """Yield a training of the row's recipe for each seed, or what it evaluates without training."""
+    root = args.data_root.resolve() if args.data_root else None
+    own_data = row.published.data_flags(root or Path("DATA_ROOT")) if row.published else []
+    common = (*own_data, *overrides, *([f"--data_root={root}"] if root else []))
     folders = row.folders(output_dir, args.seeds)
-    if row.baseline:
-        yield Run(row, folders[0], (f"--model={row.model}", *common), tuple(overrides))
+    if not row.recipe_file:
+        model = row.published.model if row.published else row.model
+        yield Run(row, folders[0], (f"--model={model}", *common), tuple(overrides))
         return
-    for seed, folder in zip(args.seeds, folders, strict=bool(folders)):
-        flags = (str(RECIPES / f"{row.recipe}.yaml"), *common, f"--seed={seed}", f"--output_dir={folder}")
+    for seed, folder in zip(args.seeds, folders, strict=True):
+        flags = (str(row.recipe_file), *common, f"--seed={seed}", f"--output_dir={folder}")
         if not args.accelerate_config:
             yield Run(row, folder, flags, tuple(overrides))
             continue
@@ -199,8 +213,11 @@ def train(run: Run) -> None:
 def measure(run: Run, protocols: Sequence[str]) -> None:
     """Evaluate a run in float32, unless it is evaluated; write the submission files for CIRR's test split."""
     model_args, data_args, _ = parse_arguments(list(run.arguments))
-    weights = {"untrained": Path(model_args.model)} if run.row.baseline else trained_weights(run.folder)
-    for (name, source), protocol in product(weights.items(), protocols):
+    if run.row.recipe_file:
+        weights = trained_weights(run.folder)
+    else:
+        weights = {"untrained": Path(model_args.model) if run.row.baseline else inversion(run, model_args)}
+    for (name, source), protocol in product(weights.items(), map(run.row.protocol, protocols)):
         folder = run.folder / name / protocol
         if (folder / "results.json").exists():  # written last
             continue
@@ -219,23 +236,36 @@ def measure(run: Run, protocols: Sequence[str]) -> None:
         clear_device_cache(garbage_collection=True)  # the next training may need all memory
 
 
+def inversion(run: Run, model_args: ModelArguments) -> Path:
+    """Save a model of SEARLE-OTI, the only quoted method that trains nothing, and return its folder."""
+    settings = model_args.given()
+    own = {name: settings.pop(name) for name in ("template", "placeholder") if name in settings}
+    processor = InversionProcessor.from_vl_pretrained(model_args.model, "searle_oti", **own)
+    settings = {"placeholder_id": processor.placeholder_id, **settings}
+    folder = run.folder / "model"
+    for part in (InversionModel.from_vl_pretrained(model_args.model, "searle_oti", **settings), processor):
+        part.save_pretrained(folder)
+    return folder
+
+
 def trained_weights(folder: Path) -> dict[str, Path]:
     """Return the weights to evaluate, by key of `WEIGHTS`; the best epoch only if the training chose one."""
     best = json.loads((folder / "results.json").read_text(encoding="utf-8")).get("best")
     return {"last": folder} | ({"best": folder / best["checkpoint"]} if best else {})
 
 
-def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run]) -> None:
-    """Print what a run of the table does, and the GPU hours it is expected to take."""
+def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run], data_root: Path | None) -> None:
+    """Print what a run of the table does, what it lacks, and the GPU hours it is expected to take."""
     hours, plan = 0.0, [f"Table {table.number}: {table.title}; measured on {', '.join(table.protocols)}"]
     for row in rows:
         runs_of_row = [run for run in runs if run.row == row]
+        if row.published:
+            plan += ["", *plan_of_quoted(table, row, row.published, runs_of_row, data_root)]
+            continue
         left = [run for run in runs_of_row if row.recipe and not run.is_trained]
         cost = sum(gpu_hours(*parse_arguments(list(run.arguments)), run.processes) for run in left)
         hours += cost
-        if row.quoted:
-            plan.append(f"\n{row.name}: quoted, not run")
-        elif row.baseline:
+        if row.baseline:
             plan.append(f"\n{row.name}: no training, {row.model} measured")
         else:
             trained = f"{len(runs_of_row) - len(left)} of {len(runs_of_row)} trained"
@@ -243,6 +273,23 @@ def print_plan(table: Table, rows: Sequence[Row], runs: Sequence[Run]) -> None:
             plan += ["  " + shlex.join(run.command()) for run in left]
     plan.append(f"\n{hours:.1f} GPU hours of training expected.\n{ASSUMPTIONS}")
     print("\n".join(plan))
+
+
+def plan_of_quoted(
+    table: Table, row: Row, published: Published, runs: Sequence[Run], data_root: Path | None
+) -> list[str]:
+    """Return what a run of a quoted row does, or would do if it were named."""
+    left = [run for run in runs if row.recipe_file and not run.is_trained]
+    if not runs:
+        plan = [f"{row.name}: quoted, not run; --rows {shlex.quote(row.name)} runs it"]
+    elif row.recipe_file:
+        plan = [f"{row.name}: {len(runs) - len(left)} of {len(runs)} trained, GPU hours not estimated"]
+    else:
+        plan = [f"{row.name}: no training, {published.model} measured"]
+    plan += [f"  lacks {published.data}: {published.needs}"] if lacking([row], data_root) else []
+    plan += [f"  evaluated on {join}" for join in joins(table, published)]
+    plan += [f"  {published.differs}"] + [f"  or: {published.weights}"] * bool(published.weights)
+    return plan + ["  " + shlex.join(run.command()) for run in left]
 
 
 if __name__ == "__main__":

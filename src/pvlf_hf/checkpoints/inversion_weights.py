@@ -90,11 +90,13 @@ def convert_inversion(
             weights, does not fit the backbone, or the folder is not empty.
     """
     check_empty(output_dir)
-    processor = InversionProcessor.from_vl_pretrained(backbone, check_method(method))
+    check_method(method)
+    with naming(checkpoint):  # first: an error in the file is raised before a CLIP is downloaded
+        weights, clip = read_mapping(checkpoint, method)
+    processor = InversionProcessor.from_vl_pretrained(backbone, method)
     word = {"placeholder_id": processor.placeholder_id}
     plain = InversionModel.from_vl_pretrained(backbone, "searle_oti", **word)  # the encoders alone
     with naming(checkpoint):
-        weights, clip = read_mapping(checkpoint, method)
         settings, weights = translate_mapping(weights, plain.config.vl_config, method, extractor_heads)
         if clip:
             settings["temperature"] = compare_clip(clip, plain)

@@ -191,13 +191,13 @@ def _about(results: Mapping[str, Any], picture: str | None) -> str:
 def _protocols(results: Mapping[str, Any]) -> str:
     facts = results.get("environment", {"versions": "not recorded", "commit": None})
     unknown = {field.name: "not recorded" for field in fields(Protocol)}
-    cards = {}
+    evaluations = []
     for e in results.get("evaluations", []):
-        protocol = {**unknown, **{name: value for name, value in e["protocol"].items() if name in unknown}}
+        known = {name: value for name, value in e["protocol"].items() if name in (*unknown, "template")}
+        protocol = {**unknown, **known}
         dtype = recorded_dtype(e)
-        evaluation = Evaluation(e["benchmark"], e["method"], e["metrics"], e["counts"], protocol, dtype, {})
-        cards[e["benchmark"], protocol["name"]] = protocol_card(evaluation, facts)
-    return "\n\n".join(cards.values()) or "Nothing was measured."
+        evaluations.append(Evaluation(e["benchmark"], e["method"], e["metrics"], e["counts"], protocol, dtype, {}))
+    return protocol_cards(evaluations, facts) or "Nothing was measured."
 
 
 def _training(results: Mapping[str, Any]) -> str:
@@ -302,6 +302,16 @@ def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
     return opening + front + closing + body
 
 
+def protocol_cards(evaluations: Sequence[Evaluation], facts: dict[str, str | None] | None = None) -> str:
+    """Render the protocols of evaluations, each benchmark's once; arguments as [`protocol_card`]."""
+    cards: dict[tuple[str, str], str] = {}
+    for evaluation in evaluations:
+        key = evaluation.benchmark, evaluation.protocol["name"]
+        if key not in cards or "template" in evaluation.protocol:  # a baseline beside it has none
+            cards[key] = protocol_card(evaluation, facts)
+    return "\n\n".join(cards.values())
+
+
 def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = None) -> str:
     """Render the protocol of an evaluation as a Markdown table.
 
@@ -317,6 +327,7 @@ def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = 
         "queries": f"{evaluation.counts['queries']:,}",
         "reference image": f"{protocol['reference']}",
         "captions": protocol["captions"],
+        **({"template": protocol["template"]} if "template" in protocol else {}),
         "metrics": protocol["metrics"],
         "order of equal scores": protocol["ties"],
         "left out": protocol["missing"],

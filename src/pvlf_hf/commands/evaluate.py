@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 
 from ..atomic_files import whole
 from ..checkpoints.loading import load_model
-from ..checkpoints.model_card import protocol_card, results_tables
+from ..checkpoints.model_card import protocol_cards, results_tables
 from ..data.benchmark import CIRBenchmark
 from ..data.protocols import describe_protocols, load_protocol
 from ..dtypes import DTYPES
@@ -136,8 +136,8 @@ def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
     write_results(folder / "results.json", evaluations, arguments=arguments)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    cards = {e.benchmark + e.protocol["name"]: protocol_card(e, results["environment"]) for e in evaluations}
-    parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", *cards.values()]
+    cards = protocol_cards(evaluations, results["environment"])
+    parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", cards]
     with whole(folder / "results.md") as partial:
         partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -34,6 +34,7 @@ CAPTION_STYLES = {
     "and": "the two joined as TransAgg does, 'First and second'",
     "and-reversed": "the two joined as TransAgg does, the second first",
     "both-mean": "the two joined in both orders, embeddings averaged",
+    "and-reversed-as-written": "the two joined as Pic2Word does, 'second and first', punctuation and capitals kept",
     "first": "the first of the two",
     "separate": "each of the two by itself, embeddings averaged",
 }
@@ -136,7 +137,7 @@ def load_fashioniq_train(
     Raises:
         ValueError: as [`load_fashioniq`], or if the captions are not a single text.
     """
-    check_choice("captions of training", captions, ("and", "and-reversed", "first"))
+    check_choice("captions of training", captions, ("and", "and-reversed", "and-reversed-as-written", "first"))
     check_list("categories", categories)
     root = as_path("root", root)
     folders = [root / folder for folder in IMAGE_FOLDERS]
@@ -155,6 +156,7 @@ def compose_captions(captions: Sequence[str], style: str = "and") -> str | list[
     texts: dict[str, str | list[str]] = {
         "and": forward,
         "and-reversed": backward,
+        "and-reversed-as-written": f"{second} and {first}",
         "both-mean": [forward, backward],
         "first": with_text[0],
         "separate": with_text,

@@ -64,7 +64,12 @@ PROTOCOLS = {
         partial(_fashioniq, captions="both-mean"),
     ),
     "fashioniq-and-reversed": NamedProtocol(
-        "... second caption first, as Pic2Word", "fashioniq", partial(_fashioniq, captions="and-reversed")
+        "... second caption first", "fashioniq", partial(_fashioniq, captions="and-reversed")
+    ),
+    "fashioniq-and-reversed-as-written": NamedProtocol(
+        "... second caption first, nothing stripped, as Pic2Word and Context-I2W",
+        "fashioniq",
+        partial(_fashioniq, captions="and-reversed-as-written"),
     ),
     "fashioniq-first": NamedProtocol("... first caption alone", "fashioniq", partial(_fashioniq, captions="first")),
     "fashioniq-separate": NamedProtocol(

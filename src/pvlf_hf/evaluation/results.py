@@ -31,7 +31,8 @@ class Evaluation:
         metrics: fractions in [0, 1] by name, e.g. `recall@k`, `recall_subset@k`, `map@k`, `map@10/{semantic aspect}`,
             `mean`, `mean_of_seven`; defined in `pvlf_hf.evaluation.metrics.METRICS`.
         counts: number of queries and of gallery images.
-        protocol: how the metrics were measured, see [`~pvlf_hf.data.benchmark.Protocol`].
+        protocol: how the metrics were measured, see [`~pvlf_hf.data.benchmark.Protocol`]; with `template` where the
+            model puts captions into a sentence.
         dtype: dtypes in which embeddings and cosines were computed.
         per_query: columns of one value per query, in the order of the queries: `query_id`, `rank` (0-based, of the
             target), and, if the benchmark has them, `subset_rank`, `average_precision@k`, `semantic_aspects`; an

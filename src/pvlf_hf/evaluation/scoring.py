@@ -50,7 +50,10 @@ def evaluate(
     _check_targets(benchmark)
     embeds = embed(model, processor, benchmark, method, batch_size, gallery_embeds, progress, store)
     dtype = dtype_of(model) if model is not None else store.model["dtype"]  # type: ignore[union-attr,index]
-    return score(benchmark, *embeds, method, f"embeddings {dtype}, cosines float64 rounded to float32")
+    measured = score(benchmark, *embeds, method, f"embeddings {dtype}, cosines float64 rounded to float32")
+    if method != "composed" or (template := getattr(processor, "template", None)) is None:
+        return measured
+    return replace(measured, protocol={**measured.protocol, "template": template})
 
 
 def evaluate_all(
