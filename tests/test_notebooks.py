@@ -127,7 +127,8 @@ for encoder in (None, *sys.argv[2:]):
     names = {}
     for cell in cells:
         exec(cell, names)
-    print("searched", names["ENCODER"], len(names["first"].ids), names["same_index"].embeds.equal(names["anew"].embeds))
+    same = names["same_index"].embeds.equal(names["anew"].embeds)
+    print("searched", names["ENCODER"], len(names["first"].ids), same)
 """
 
 
@@ -137,7 +138,7 @@ def test_ten_minutes_of_a_newcomer_with_each_family_from_the_hub(tmp_path):
 
     The first run sets no name, so that the encoder is the one that a person gets.
     """
-    for name, family in ENCODERS.items():
+    for family in ENCODERS.values():
         save_dual_encoder(family, tmp_path / family)
     with hub_environment({name: tmp_path / family for name, family in ENCODERS.items()}) as hub:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PVLF_STEPS": "3", **hub}
