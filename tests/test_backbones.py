@@ -101,6 +101,7 @@ def test_embeddings_equal_those_of_transformers(published, kind):
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_padding_changes_an_embedding_only_where_the_family_was_trained_with_it(published):
     folder, original = published
@@ -267,6 +268,7 @@ def test_siglip_2_reads_lower_case_and_all_its_positions(siglip, tmp_path):
         assert [*images.image_mean, *images.image_std] == [0.5] * 6
 
 
+@pytest.mark.slow
 def test_cached_features_give_the_same_queries(pretrained, tmp_path):
     _, folder, _ = pretrained
     model = PVLFModel.from_vl_pretrained(folder, fusion_heads=4, num_prompts=3)

@@ -642,6 +642,7 @@ def squares(tmp_path_factory):
     return square_triplets(tmp_path_factory.mktemp("squares"), COLOURS[:4], lambda _, target: f"but {target}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"feature_cache": "features"}, {"gradient_cache_chunk_size": 2}, {"finetuning": "text"}]
 )

@@ -55,6 +55,7 @@ def train(model, processor, squares, folder, **settings):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetuning", ["frozen", "text", "both"])
 def test_foreign_model_is_trained_and_evaluated(squares, benchmark, tmp_path, finetuning):
     model, processor = make_foreign()

@@ -75,6 +75,7 @@ def train(checkpoint, folder, finetuning):
     return load_model(str(folder / "run" / "checkpoint-3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pvlf_trained_in_mode_text_searches_the_old_index(family, photos, tmp_path):
     save_dual_encoder(family, tmp_path / "pretrained")

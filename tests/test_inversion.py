@@ -305,6 +305,7 @@ def test_image_and_text_embeddings_equal_those_of_clip(tmp_path):
         assert len(model.image_side) == 2 and gallery
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", [*METHODS])
 def test_inversion_on_blip_reads_its_reference_and_its_index(method):

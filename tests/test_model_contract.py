@@ -123,6 +123,7 @@ def test_model_loads_without_missing_or_unexpected_weights(saved):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_model_saved_in_shards_computes_the_same(saved, tmp_path):
     case, folder = saved
     once = AutoModel.from_pretrained(folder)
@@ -258,6 +259,7 @@ def test_hidden_states_and_attentions_keep_their_gradients(case):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_trains_as_without(case):
     if case.kind in INVERSIONS:
         names = ["input_ids", "pixel_values", "target_pixel_values", "attention_mask"]

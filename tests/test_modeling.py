@@ -107,6 +107,7 @@ def plain_query(model, image, text, text_position):
     return f_q / f_q.norm(), torch.stack([w_image, w_fused, w_text]), u
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("residual", "aggregation", "depth"), list(product(RESIDUALS, AGGREGATIONS, (1, 2, 3))))
 @torch.no_grad()
 def test_query_equals_the_equations(backbone, residual, aggregation, depth):
@@ -510,6 +511,7 @@ def test_sdpa_equals_eager(backbone, text_padding, tmp_path):
     assert PVLFModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"  # the default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("text_padding", ["masked", "transagg"])
 def test_attention_masks_are_kept_under_dropout(backbone, text_padding, attention):

@@ -183,6 +183,7 @@ def test_truncated_placeholder_becomes_the_prompt():
     assert torch.equal(batch["input_ids"], processor(text=["a photo of $"])["input_ids"])
 
 
+@pytest.mark.slow
 def test_unusable_rows_raise_with_their_number(tmp_path):
     processor = make_processor("lincir")
     with pytest.raises(ValueError, match="row 1 of a batch: caption is None, not text"):
@@ -195,6 +196,7 @@ def test_unusable_rows_raise_with_their_number(tmp_path):
 # Training.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pic2word", "lincir", "context_i2w", "palavra"])
 def test_an_objective_trains_the_mapping_network_alone(method, tmp_path):
     model = make_model(method)
@@ -245,6 +247,7 @@ def test_cached_features_give_the_loss_of_the_images(tmp_path):
     assert trainer.data_collator([*trainer.train_dataset])["image_features"].shape == exact.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pic2word", "lincir"])
 def test_resumed_training_equals_the_uninterrupted_one(method, tmp_path):
     rows = squares(tmp_path)
@@ -329,6 +332,7 @@ def test_settings_of_another_method_raise():
         read_settings(["mapping_width 8"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*SAMPLES])
 def test_train_command_trains_on_a_table(method, tmp_path):
     squares(tmp_path, copies=5)

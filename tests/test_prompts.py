@@ -704,6 +704,7 @@ def test_checkpoints_of_pvlf_have_the_names_they_had():
     assert make_model().prompts is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["blip", "clip"])
 @pytest.mark.parametrize("composition", ["sum", "transagg"])

@@ -90,6 +90,7 @@ def test_parameter_groups_have_learning_rates_and_decay(tiny_model, tiny_process
             assert factor * group["initial_lr"] == pytest.approx(wanted, rel=MEAN_ERROR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_by", [None, "half"])
 def test_resumed_run_equals_the_uninterrupted_run(tiny_model, tiny_processor, squares, tmp_path, batch_by):
     squares = squares.add_column("half", ["first"] * 28 + ["second"] * 28)

@@ -252,6 +252,7 @@ def test_combinations_without_effect_raise(settings, message, tmp_path):
 # ---- the run and its batches ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "sizes", "steps"),
     [
@@ -626,6 +627,7 @@ def test_memory_metrics_and_overflow_debugging_are_reported(tmp_path):
 # ---- evaluation ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -753,6 +755,7 @@ def test_hyperparameter_search_needs_objective_and_direction(tmp_path):
         make_searcher(tmp_path).hyperparameter_search(compute_objective=lambda metrics: 1.0)
 
 
+@pytest.mark.slow
 def test_hyperparameter_search_trains_each_trial_from_its_own_start(tmp_path):
     """Search hyperparameters: every trial has its own model, arguments, weights and folder; recall is maximised."""
     optuna = pytest.importorskip("optuna")

@@ -227,6 +227,7 @@ def test_half_an_encoder_and_naflex_are_refused_with_a_remedy(kind, sentence, tm
     assert refused.exit_code == 1 and re.search(sentence, refused.stderr) and ": pass " in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_is_indexed_and_searched_by_a_plain_encoder(pretrained, tmp_path):
     (tmp_path / "photos").mkdir()
     images = random_images(4)
