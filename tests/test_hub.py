@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from error_bounds import squares_error
 from hub_server import serving
 from huggingface_hub import ModelCard
@@ -222,6 +223,69 @@ def test_downloaded_model_gives_the_same_outputs(published, stranger, folder):
     versions["you/secret@hf_owner"] = "first"
     assert not ours["first"].equal(ours["second"])
     assert {name: version for name in theirs for version in ours if theirs[name].equal(ours[version])} == versions
+
+
+PUBLISH_METHODS = """
+import sys
+from pathlib import Path
+
+import torch
+from dual_encoders import save_dual_encoder
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+from pvlf_hf.training.methods import METHODS
+
+folder = Path(sys.argv[1])
+image, outputs = Image.open(folder / "image.png"), {}
+settings = {
+    "pic2word": {"placeholder": "b"},
+    "case": {"first_token": "cls", "reverse_token_id": 4},
+    "compodiff": {"denoiser_layers": 1, "denoiser_heads": 2, "head_width": 32},
+}
+for method, own in settings.items():
+    torch.manual_seed(0)
+    save_dual_encoder("blip" if method == "case" else "clip", folder / method)
+    model, processor = METHODS[method].make(method, str(folder / method), own)
+    model.push_to_hub(f"you/{method}")
+    processor.push_to_hub(f"you/{method}")
+    inputs = processor.process_queries(image, "is red")
+    outputs[f"{method}, built"] = model.eval().get_query_features(**inputs).pooler_output.detach().contiguous()
+    loaded = AutoModel.from_pretrained(f"you/{method}")
+    assert type(loaded) is type(model) and type(AutoProcessor.from_pretrained(f"you/{method}")) is type(processor)
+    outputs[f"{method}, loaded"] = loaded.get_query_features(**inputs).pooler_output.detach().contiguous()
+save_file(outputs, folder / "methods.safetensors")
+"""
+
+LOAD_METHODS = """
+import sys
+sys.modules["pvlf_hf"] = None  # importing it fails, as where it is not installed
+
+from pathlib import Path
+
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+folder, outputs = Path(sys.argv[1]), {}
+for method in ("pic2word", "case", "compodiff"):
+    model = AutoModel.from_pretrained(f"you/{method}", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(f"you/{method}", trust_remote_code=True)
+    inputs = processor.process_queries(Image.open(folder / "image.png"), "is red")
+    outputs[method] = model.get_query_features(**inputs).pooler_output.detach().contiguous()
+save_file(outputs, folder / "without.safetensors")
+"""
+
+
+def test_methods_are_loaded_from_the_hub_with_and_without_the_package(hub, folder, tmp_path):
+    run(PUBLISH_METHODS, hub, tmp_path, folder, HF_TOKEN="hf_owner")
+    (tmp_path / "stranger").mkdir()
+    run(LOAD_METHODS, hub, tmp_path / "stranger", folder)
+    ours, theirs = load_file(folder / "methods.safetensors"), load_file(folder / "without.safetensors")
+    for name, query in ours.items():  # loaded weights lie elsewhere in memory, which moves the last bit of a product
+        torch.testing.assert_close(theirs[name.partition(",")[0]], query, atol=1e-6, rtol=0)
+    assert {name.partition(",")[0] for name in ours} == {*theirs} and len(theirs) == 3
 
 
 def test_cached_model_loads_offline(hub, stranger, folder):
