@@ -1,10 +1,10 @@
 """Cost of a query by methods of other papers: text passes, optimised tokens, sampling (others: benchmark.py).
 
-    python train_scripts/benchmark_methods.py              # text encoder of CLIP ViT-L/14: a minute on two cores
+    python train_scripts/benchmark_methods.py              # text encoder of CLIP ViT-L/14: some minutes
     python train_scripts/benchmark_methods.py --size tiny  # to check that it runs
 
 Alternatives are timed in turn. Weights, images and captions are random: speed does not depend on them. Image encoders
-have one layer, because images are encoded before anything here is timed. PERFORMANCE.md has results.
+have one layer, because images are encoded before a text pass is timed.
 """
 
 from collections.abc import Callable
