@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import WITHOUT_PACKAGE
 from safetensors.torch import load_file
 from tiny import BACKBONES, make_model, make_processor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
@@ -21,15 +22,9 @@ TRAVELLING = sorted(path.name for path in (Path(pvlf_hf.__file__).parent / "mode
 CAPTION = "the same face but with a red hat"
 
 # Runs without the package, as on a machine that has only Transformers: the finder blocks its import.
-STRANGER = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 try:
     import pvlf_hf
 except ImportError:
@@ -61,6 +56,7 @@ for backbone in ("blip", "clip"):
     processor.save_pretrained(root / "again" / backbone)
 save_file(outputs, root / "outputs.safetensors")
 """
+)
 
 
 @pytest.fixture(scope="module")

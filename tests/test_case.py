@@ -12,7 +12,7 @@ from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import rounding
 from fused import FIXTURES, case_inputs, case_model, io_of, relative, tensors_of, within
 from PIL import Image
-from processes import run_in_processes
+from processes import WITHOUT_PACKAGE, run_in_processes
 from reference import CONFIGS
 from safetensors.torch import load_file, save_file
 from squares import save_squares, square_triplets
@@ -518,15 +518,9 @@ def test_recipe_builds_case_on_the_emoji_blip(tmp_path, caplog):
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-STRANGER = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
@@ -537,6 +531,7 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor.process_queries(Image.open(folder + "/picture.png"), "is red")
 save_file({"query": model.get_query_features(**inputs).pooler_output.detach()}, folder + "/outputs.safetensors")
 """
+)
 
 
 @pytest.mark.slow

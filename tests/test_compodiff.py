@@ -25,7 +25,7 @@ from diffused import (
 from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import dot_error, rounding, roundoff
 from PIL import Image
-from processes import run_in_processes
+from processes import WITHOUT_PACKAGE, run_in_processes
 from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark, square_triplets
 from torch.nn import functional as F
@@ -773,15 +773,9 @@ def test_the_recipe_is_one_command(tmp_path):
         wrong.build()
 
 
-STRANGER = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 from pathlib import Path
 
 import torch
@@ -796,6 +790,7 @@ assert "pvlf_hf" not in sys.modules
 query = model.get_query_features(**processor.process_queries(Image.open(root / "picture.png"), "is red"))
 save_file({"query": query.pooler_output.contiguous()}, root / "outputs.safetensors")
 """
+)
 
 TRAVELLING = {
     f"{name}_compodiff.py" for name in "configuration denoiser modeling objective processing sampler".split()

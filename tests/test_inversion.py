@@ -28,6 +28,7 @@ from inverted import (
     within,
 )
 from PIL import Image
+from processes import WITHOUT_PACKAGE
 from reference import CONFIGS
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -724,15 +725,9 @@ def test_an_image_alone_trains_pic2word():
 # Checkpoints.
 
 
-STRANGER = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 from pathlib import Path
 
 import torch
@@ -751,6 +746,7 @@ for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir
     outputs[folder.name] = query.pooler_output.contiguous()
 save_file(outputs, Path(sys.argv[1]) / "outputs.safetensors")
 """
+)
 
 TRAVELLING = {
     "configuration_inversion.py",

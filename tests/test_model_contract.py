@@ -21,7 +21,17 @@ from safetensors.torch import load_file, save_file
 from test_backbones import random_images
 from transformers import AutoConfig, AutoModel
 
-from pvlf_hf import CASEConfig, CASEModel, PVLFConfig, PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeModel
+from pvlf_hf import (
+    CASEConfig,
+    CASEModel,
+    CompoDiffModel,
+    InversionModel,
+    PVLFConfig,
+    PVLFModel,
+    PVLFProcessor,
+    TrainingFreeConfig,
+    TrainingFreeModel,
+)
 
 INVERSIONS = ("pic2word", "context_i2w")
 DIFFUSED = ("compodiff-clip", "compodiff-blip")
@@ -343,3 +353,12 @@ def test_model_is_created_on_the_meta_device(saved):
     assert {name: tensor.shape for name, tensor in empty.named_parameters()} == {
         name: tensor.shape for name, tensor in model.named_parameters()
     }
+
+
+@pytest.mark.parametrize("family", [PVLFModel, TrainingFreeModel, InversionModel, CASEModel, CompoDiffModel])
+def test_checkpoint_of_another_family_raises_instead_of_loading_fresh_weights(family, tmp_path):
+    kind = "blip" if family is PVLFModel else "pvlf"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    message = rf"is of model_type '{kind}', not '{family.config_class.model_type}': load it by AutoModel"
+    with pytest.raises(ValueError, match=message):
+        family.from_pretrained(tmp_path)

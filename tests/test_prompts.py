@@ -22,6 +22,7 @@ from fused import (
     within,
 )
 from PIL import Image
+from processes import WITHOUT_PACKAGE
 from reference import CONFIGS
 from safetensors.torch import load_file
 from squares import save_squares, square_triplets
@@ -724,15 +725,9 @@ def test_saved_and_loaded_embeds_the_same(tmp_path, backbone, composition):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=error)
 
 
-STRANGER = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -741,6 +736,7 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 output = model(**load_file(folder + "/inputs.st"))
 save_file({n: output[n].detach() for n in ("query_embeds", "target_embeds")}, folder + "/outputs.st")
 """
+)
 
 
 @pytest.mark.slow

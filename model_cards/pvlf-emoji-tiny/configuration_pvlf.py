@@ -144,6 +144,16 @@ class DualEncoderConfig(PreTrainedConfig):
                 f"{[*BACKBONES]}. Pass a BlipConfig or a CLIPConfig."
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration from a dictionary, see the library.
+
+        Raises:
+            ValueError: if it is that of another family, whose weights would not be found and be made anew.
+        """
+        refuse_other_family(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, always with the pipeline that is saved with a checkpoint."""
         return {**super().to_dict(), "custom_pipelines": deepcopy(CUSTOM_PIPELINES)}
@@ -370,6 +380,15 @@ class PVLFConfig(DualEncoderConfig):
             kwargs: any argument of [`PVLFConfig`], `vl_config` for instance.
         """
         return cls(**{**TRANSAGG, **kwargs})
+
+
+def refuse_other_family(kind: type[PreTrainedConfig], config_dict: dict[str, Any]) -> None:
+    """Raise a `ValueError` if a saved configuration is of another `model_type` than a class of configurations."""
+    if (saved := config_dict.get("model_type", kind.model_type)) != kind.model_type:
+        raise ValueError(
+            f"this checkpoint is of model_type {saved!r}, not {kind.model_type!r}: load it by "
+            "AutoModel.from_pretrained, or, if it is a pretrained dual encoder, build on it with from_vl_pretrained"
+        )
 
 
 def joint_width(vl_config: PreTrainedConfig) -> int:

@@ -12,14 +12,9 @@ Example:
 """
 
 import re
-from collections.abc import Mapping
 from math import isqrt
-from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -29,12 +24,10 @@ from ..models.denoiser_compodiff import Denoiser, rotary_frequencies
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.processing_compodiff import CompoDiffProcessor
 from ..models.sampler_compodiff import cumulative_alphas
-from .convert import check_empty, count_layers, naming, write
+from .convert import File, check_empty, count_layers, load_plainly, naming, write
+from .weight_names import Tensors
 
 logger = logging.get_logger(__name__)
-
-File = str | PathLike[str]
-Tensors = Mapping[str, Tensor]
 
 LICENCE = "Apache-2.0 (navervision/CompoDiff)"
 """Licence of the repository, which is taken to be that of its weights."""
@@ -105,19 +98,7 @@ def read_denoiser(file: File) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file does not exist, it is damaged, or holds objects.
     """
-    if not Path(file).is_file():
-        raise ValueError("no such file; pass the weights that the authors released, model.safetensors or a .bin")
-    try:
-        if Path(file).suffix == ".safetensors":
-            loaded: Any = load_file(file)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise ValueError(
-            f"cannot be read as tensors alone ({type(error).__name__}); nothing else in it was run. If it is damaged, "
-            "download it again. If it holds objects and you trust it, load it with the code it came from and store "
-            "its state dict with safetensors.torch.save_file."
-        ) from error
+    loaded = load_plainly(file)
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not a state dict (names and tensors)")
     if odd := [name for name, tensor in loaded.items() if not isinstance(tensor, Tensor)]:

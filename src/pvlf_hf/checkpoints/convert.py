@@ -122,6 +122,28 @@ def convert_transagg(
     write(output_dir, model, processor)
 
 
+def load_plainly(file: File) -> Any:
+    """Load what a file of tensors holds, without running anything in it.
+
+    Args:
+        file: `.safetensors`, or a file of `torch.save`.
+
+    Raises:
+        ValueError: if the file does not exist, it is damaged, or it holds objects.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError("no such file; pass the weights that the authors released: .safetensors, .pth, .pt or .bin")
+    try:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        raise ValueError(
+            f"cannot be read as tensors alone ({type(error).__name__}); nothing else in it was run. If it is damaged, "
+            "download it again. If it holds objects and you trust it, load it with the code it came from and store "
+            "its state dict with safetensors.torch.save_file."
+        ) from error
+
+
 def read_checkpoint(file: File) -> dict[str, Tensor]:
     """Read a state dict without running anything in the file.
 
@@ -132,20 +154,8 @@ def read_checkpoint(file: File) -> dict[str, Tensor]:
     Raises:
         ValueError: if the file does not exist, it is damaged, or it holds anything but tensors.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; pass a .pth, .pt or .safetensors checkpoint")
-    try:
-        if file.suffix == ".safetensors":
-            loaded = load_file(file)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise ValueError(
-            f"{file}: cannot be read as tensors alone ({type(error).__name__}); nothing else in it was run. If it is "
-            "damaged, download it again. If it holds objects and you trust it, load it with the code it came from and "
-            "store its state dict with safetensors.torch.save_file."
-        ) from error
+    with naming(file):
+        loaded = load_plainly(file)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file}: holds a {type(state).__name__}, not a state dict (names and tensors)")

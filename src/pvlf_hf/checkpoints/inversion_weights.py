@@ -11,14 +11,10 @@ Example:
 """
 
 import re
-from collections.abc import Mapping
 from math import exp
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -27,13 +23,10 @@ from ..models.configuration_inversion import METHODS, InversionConfig
 from ..models.mapping_inversion import build_mapping
 from ..models.modeling_inversion import InversionModel
 from ..models.processing_inversion import InversionProcessor
-from .convert import check_empty, naming, write
-from .weight_names import CLIP_NAMES, rename, translate
+from .convert import File, check_empty, load_plainly, naming, write
+from .weight_names import CLIP_NAMES, Tensors, rename, translate
 
 logger = logging.get_logger(__name__)
-
-File = str | PathLike[str]
-Tensors = Mapping[str, Tensor]
 
 WRAPPERS = {"pic2word": "state_dict_img2text", "context_i2w": "state_dict_img2text", "searle": "Phi", "lincir": "Phi"}
 """Key under which the files of each method hold the mapping network."""
@@ -129,19 +122,7 @@ def read_mapping(file: File, method: str) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         ValueError: if the file does not exist, it is damaged, holds objects, or is another method's.
     """
-    if not Path(file).is_file():
-        raise ValueError("no such file; pass the mapping network that the method's authors released")
-    try:
-        if Path(file).suffix == ".safetensors":
-            loaded: Any = load_file(file)
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the readers raise almost anything
-        raise ValueError(
-            f"cannot be read as tensors alone ({type(error).__name__}); nothing else in it was run. If it is damaged, "
-            "download it again. If it holds objects and you trust it, load it with the code it came from and store "
-            "the state dict of its mapping network with safetensors.torch.save_file."
-        ) from error
+    loaded = load_plainly(file)
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not a state dict (names and tensors)")
     wrapper = WRAPPERS[method]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_pvlf import joint_width
+from .configuration_pvlf import joint_width, refuse_other_family
 from .pipeline_pvlf import CUSTOM_PIPELINES
 
 INVERTIBLE = ("clip", "blip")
@@ -235,6 +235,12 @@ class InversionConfig(PreTrainedConfig):
                 f"Context-I2W needs a joint width that equals the text width, not {self.joint_width} and "
                 f"{self.word_width}: use ViT-B/32 or ViT-L/14, or another method"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration from a dictionary, see [`DualEncoderConfig.from_dict`]."""
+        refuse_other_family(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dictionary, always with the pipeline that is saved with a checkpoint."""

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_compodiff import CompoDiffConfig
 
 EPS = 1e-5
-"""Of every LayerNorm. The released code takes 1e-3 outside of float32, which moves queries by 5e-3."""
+"""Epsilon of every LayerNorm. The released code takes 1e-3 outside of float32, which moves queries by 5e-3."""
 
 COSINE_SCALE = 16.0
 """Factor of cosines in self-attention."""
