@@ -259,9 +259,8 @@ def test_a_server_answers_from_the_index_that_it_loaded(files, made, tmp_path):
         assert len(Gallery.from_folder(tmp_path / "photos", *made, **where)) == 9
         answer = ask(url, {"images": [data_url(draw(0))], "text": TEXT, "k": 9}).json()["results"]
         assert sorted(one["id"] for one in answer) == sorted(before.ids)
-        assert (
-            "cannot be opened" in ask(url, {"ids": ["red.png"], "text": TEXT}).json()["error"]
-        )  # PVLF reads its file
+        error = ask(url, {"ids": ["red.png"], "text": TEXT}).json()["error"]  # PVLF reads its file
+        assert "cannot be opened" in error and str(tmp_path) not in error
         assert ask(url, {"ids": ["red.png"]}).status_code == 200
 
 

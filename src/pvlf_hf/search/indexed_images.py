@@ -88,14 +88,16 @@ class IndexedImages:
         """
         if image_id not in self._row_of:
             raise ValueError(f"{image_id!r} is not in the gallery; pass one of its ids")
+        row, sources = self._row_of[image_id], self._sources
         try:
-            row, sources = self._row_of[image_id], self._sources
             if sources is None:
                 return open_cell({"bytes": None, "path": self.paths[row]}, DecodeOptions(None))
             return open_cell(sources[row]["image"], DecodeOptions(sources.features["image"].mode))
         except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            # The id names the file; its path would tell clients of a server where this machine keeps it.
+            reason = str(error).replace(str(self.paths[row]), image_id)
             raise ValueError(
-                f"the image {image_id!r} cannot be opened ({error}): build the gallery again from the folder that "
+                f"the image {image_id!r} cannot be opened ({reason}): build the gallery again from the folder that "
                 "holds its images now, with the same path; images that are embedded are not encoded again"
             ) from error
 
