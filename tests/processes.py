@@ -16,19 +16,6 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-WITHOUT_PACKAGE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pvlf_hf":
-            raise ImportError("pvlf_hf is hidden")
-
-sys.meta_path.insert(0, Hidden())
-"""
-"""Start of a program that runs as if `pvlf_hf` were not installed."""
-
-
 def run_in_processes(number, function, *arguments, timeout=200, grace=60):
     """Return what a function returned in each process, by rank, or the text of its error, or how it was killed.
 

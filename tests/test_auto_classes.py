@@ -1,16 +1,13 @@
 """The `Auto*` classes: with the package imported, and from a checkpoint folder alone where it is not installed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run_without_package
 from PIL import Image
-from processes import WITHOUT_PACKAGE
 from safetensors.torch import load_file
 from tiny import BACKBONES, make_model, make_processor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
@@ -22,9 +19,8 @@ TRAVELLING = sorted(path.name for path in (Path(pvlf_hf.__file__).parent / "mode
 CAPTION = "the same face but with a red hat"
 
 # Runs without the package, as on a machine that has only Transformers: the finder blocks its import.
-STRANGER = (
-    WITHOUT_PACKAGE
-    + """
+STRANGER = """
+import sys
 try:
     import pvlf_hf
 except ImportError:
@@ -56,7 +52,6 @@ for backbone in ("blip", "clip"):
     processor.save_pretrained(root / "again" / backbone)
 save_file(outputs, root / "outputs.safetensors")
 """
-)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +107,7 @@ def test_checkpoint_contains_its_code(checkpoints, backbone):
 
 @pytest.mark.slow
 def test_checkpoint_loads_without_the_package(checkpoints, tmp_path):
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(checkpoints), CAPTION]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, checkpoints, CAPTION)
     theirs = load_file(checkpoints / "outputs.safetensors")
     image = Image.open(checkpoints / "image.png")
     for backbone in BACKBONES:

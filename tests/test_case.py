@@ -3,16 +3,15 @@
 import copy
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import rounding
+from forked import run_without_package
 from fused import FIXTURES, case_inputs, case_model, io_of, relative, tensors_of, within
 from PIL import Image
-from processes import WITHOUT_PACKAGE, run_in_processes
+from processes import run_in_processes
 from reference import CONFIGS
 from safetensors.torch import load_file, save_file
 from squares import save_squares, square_triplets
@@ -518,9 +517,8 @@ def test_recipe_builds_case_on_the_emoji_blip(tmp_path, caplog):
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
-STRANGER = (
-    WITHOUT_PACKAGE
-    + """
+STRANGER = """
+import sys
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
@@ -531,7 +529,6 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor.process_queries(Image.open(folder + "/picture.png"), "is red")
 save_file({"query": model.get_query_features(**inputs).pooler_output.detach()}, folder + "/outputs.safetensors")
 """
-)
 
 
 @pytest.mark.slow
@@ -546,11 +543,7 @@ def test_loads_with_and_without_the_package(tmp_path):
     assert (type(model), type(again)) == (CASEModel, CASEProcessor)
     assert (model.config.objective, model.config.reverse_weight, again.train_text_length) == ("hn_nce", 0.5, 35)
     query = model.get_query_features(**again.process_queries(picture, "is red")).pooler_output
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(folder)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, folder)
     assert torch.equal(load_file(folder / "outputs.safetensors")["query"], query)
 
 

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from error_bounds import squares_error
+from forked import run_python
 from miniatures import make_cirr
 from PIL import Image
 from squares import COLOURS, draw
@@ -35,8 +36,10 @@ def call(*arguments):
 
 
 def process(*arguments, python=(), **environment):
-    command = [sys.executable, *python, "-m", "pvlf_hf_cli", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    if not python and "PYTHONIOENCODING" not in environment:  # which Python reads at its start
+        return run_python(["-m", "pvlf_hf_cli", *arguments], env=env)
+    command = [sys.executable, *python, "-m", "pvlf_hf_cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)
 
 

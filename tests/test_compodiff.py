@@ -1,9 +1,6 @@
 """CompoDiff: numbers of the reference implementation, bad input, training, and what a saved model carries."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +21,9 @@ from diffused import (
 )
 from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import dot_error, rounding, roundoff
+from forked import run_without_package
 from PIL import Image
-from processes import WITHOUT_PACKAGE, run_in_processes
+from processes import run_in_processes
 from safetensors.torch import load_file
 from squares import COLOURS, draw, make_benchmark, square_triplets
 from torch.nn import functional as F
@@ -773,9 +771,8 @@ def test_the_recipe_is_one_command(tmp_path):
         wrong.build()
 
 
-STRANGER = (
-    WITHOUT_PACKAGE
-    + """
+STRANGER = """
+import sys
 from pathlib import Path
 
 import torch
@@ -790,7 +787,6 @@ assert "pvlf_hf" not in sys.modules
 query = model.get_query_features(**processor.process_queries(Image.open(root / "picture.png"), "is red"))
 save_file({"query": query.pooler_output.contiguous()}, root / "outputs.safetensors")
 """
-)
 
 TRAVELLING = {
     f"{name}_compodiff.py" for name in "configuration denoiser modeling objective processing sampler".split()
@@ -811,11 +807,7 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
     assert type(loaded) is CompoDiffModel and type(again) is CompoDiffProcessor
     expected = embeds(loaded, again.process_queries(PICTURE, "is red"))
     PICTURE.save(root / "picture.png")
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(root)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, root)
     error = rounding(query_of, loaded, dict(again.process_queries(PICTURE, "is red")))["query"]
     within(load_file(root / "outputs.safetensors")["query"], expected, error)
 

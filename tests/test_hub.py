@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from error_bounds import squares_error
+from forked import WITHOUT_PACKAGE, run_python
 from hub_server import serving
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -68,10 +67,10 @@ except HfHubHTTPError as error:
     (folder / "refusal.txt").write_text(str(error))
 """
 
-STRANGER = """
+STRANGER = (
+    WITHOUT_PACKAGE
+    + """
 import sys
-sys.modules["pvlf_hf"] = None  # importing it fails, as where it is not installed
-
 from pathlib import Path
 
 import torch
@@ -116,6 +115,7 @@ if not offline:
     assert names["best"].shape == (1, 2)
 save_file(outputs, folder / f"{sys.argv[2]}.safetensors")
 """
+)
 
 TRAIN = """
 import json
@@ -197,9 +197,7 @@ def run(script, hub, home, *arguments, **environment):
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    env = {**known, **settings, **environment}
-    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=300)
+    done = run_python(["-c", script, *arguments], env={**known, **settings, **environment}, cwd=home)
     assert done.returncode == 0, done.stderr
 
 
@@ -258,10 +256,10 @@ for method, own in settings.items():
 save_file(outputs, folder / "methods.safetensors")
 """
 
-LOAD_METHODS = """
+LOAD_METHODS = (
+    WITHOUT_PACKAGE
+    + """
 import sys
-sys.modules["pvlf_hf"] = None  # importing it fails, as where it is not installed
-
 from pathlib import Path
 
 from PIL import Image
@@ -276,6 +274,7 @@ for method in ("pic2word", "case", "compodiff"):
     outputs[method] = model.get_query_features(**inputs).pooler_output.detach().contiguous()
 save_file(outputs, folder / "without.safetensors")
 """
+)
 
 
 def test_methods_are_loaded_from_the_hub_with_and_without_the_package(hub, folder, tmp_path):

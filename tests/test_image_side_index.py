@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
+from forked import run_python
 from safetensors.torch import load_file, save_file
 from squares import COLOURS, draw, save_squares, square_triplets
 from test_gallery import counting
@@ -260,13 +261,12 @@ main(["index", *sys.argv[2:], "--batch-size", "1", "--json"])
 
 @pytest.mark.slow
 def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, other_clip, photos, tmp_path):
-    def start(pause):
-        arguments = [pause, photos, "--model", other_clip, "--path", index]
-        command = [sys.executable, "-c", BUILD, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def command(pause):
+        return ["-c", BUILD, str(pause), str(photos), "--model", str(other_clip), "--path", str(index)]
 
     new, before = tmp_path / "index.being-built", Gallery.load(index, *load_model(str(clip))).search(text="red")
-    process, end = start(60), time.monotonic() + 120
+    process = subprocess.Popen([sys.executable, *command(60)])
+    end = time.monotonic() + 120
     while not [*new.glob("*.part.safetensors")] and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -275,8 +275,8 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
     after = Gallery.load(index, *load_model(str(clip))).search(text="red")
     assert (after.ids, after.scores) == (before.ids, before.scores)
     shutil.copytree(new, tmp_path / "copy")
-    output, errors = start(0).communicate(timeout=120)
-    assert json.loads(output)["pictures"] == 9, errors
+    done = run_python(command(0))
+    assert json.loads(done.stdout)["pictures"] == 9, done.stderr
     model, processor = load_model(str(other_clip))
     # resumed in this process: images that the killed one had encoded are not encoded again
     with counting(model) as counts:

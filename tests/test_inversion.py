@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as DatasetImage
 from error_bounds import exact_loss, rounding
+from forked import run_without_package
 from inverted import (
     FIXTURES,
     PALAVRA_NAMES,
@@ -28,7 +26,6 @@ from inverted import (
     within,
 )
 from PIL import Image
-from processes import WITHOUT_PACKAGE
 from reference import CONFIGS
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -725,9 +722,8 @@ def test_an_image_alone_trains_pic2word():
 # Checkpoints.
 
 
-STRANGER = (
-    WITHOUT_PACKAGE
-    + """
+STRANGER = """
+import sys
 from pathlib import Path
 
 import torch
@@ -746,7 +742,6 @@ for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir
     outputs[folder.name] = query.pooler_output.contiguous()
 save_file(outputs, Path(sys.argv[1]) / "outputs.safetensors")
 """
-)
 
 TRAVELLING = {
     "configuration_inversion.py",
@@ -789,11 +784,7 @@ def test_a_saved_model_loads_with_and_without_the_package(tmp_path):
         assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
         expected[method] = query.pooler_output  # weights whose memory layout is that of loaded ones
     IMAGE.save(root / "image.png")
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(root)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, root)
     theirs = load_file(root / "outputs.safetensors")
     assert theirs.keys() == expected.keys()
     for method, embeds in expected.items():

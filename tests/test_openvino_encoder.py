@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from error_bounds import embedding_error
+from forked import run_python
 from tiny import make_inputs, make_model, make_processor
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -102,7 +102,8 @@ def test_openvino_sends_no_telemetry(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if name != "CI"}
     environment |= {"PYTHONPATH": path, "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", QUIET], env=environment, check=True)
+    done = run_python(["-c", QUIET], env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 SIGNALLED = """
@@ -138,6 +139,6 @@ assert seen
 def test_a_model_collected_by_another_thread_leaves_signals_alone(figure):
     """Collect a model in another thread: OpenVINO then frees the signal stack of the thread that created it."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", SIGNALLED], env={**os.environ, "PYTHONPATH": path})
+    done = run_python(["-c", SIGNALLED], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, "killed by SIGSEGV" if done.returncode == -11 else done.returncode
     figure("SIGINT reaches its handler")

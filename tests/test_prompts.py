@@ -1,14 +1,12 @@
 """Prompts inside the encoders: numbers of the reference implementations, where they sit, what trains, bad input."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
 from error_bounds import rounding
+from forked import run_without_package
 from fused import (
     ARMS,
     FIXTURES,
@@ -22,7 +20,6 @@ from fused import (
     within,
 )
 from PIL import Image
-from processes import WITHOUT_PACKAGE
 from reference import CONFIGS
 from safetensors.torch import load_file
 from squares import save_squares, square_triplets
@@ -725,9 +722,8 @@ def test_saved_and_loaded_embeds_the_same(tmp_path, backbone, composition):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=error)
 
 
-STRANGER = (
-    WITHOUT_PACKAGE
-    + """
+STRANGER = """
+import sys
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
@@ -736,7 +732,6 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 output = model(**load_file(folder + "/inputs.st"))
 save_file({n: output[n].detach() for n in ("query_embeds", "target_embeds")}, folder + "/outputs.st")
 """
-)
 
 
 @pytest.mark.slow
@@ -748,11 +743,7 @@ def test_loads_without_the_package(tmp_path):
     arm_model("both", prompt_coupling="linear", prompt_gallery=True, prompt_init_std=1.0).save_pretrained(folder)
     save_file(make_inputs(), folder / "inputs.st")
     expected = AutoModel.from_pretrained(folder)(**make_inputs())
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    command = [sys.executable, "-c", STRANGER, str(folder)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, folder)
     theirs = load_file(folder / "outputs.st")
     assert all(torch.equal(theirs[name], expected[name]) for name in theirs)
 

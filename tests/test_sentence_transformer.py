@@ -1,13 +1,12 @@
 """PVLF in `sentence-transformers`: one `encode` for queries, images and texts, equal to the model's outputs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from error_bounds import dot_error, squares_error, unit_error
+from forked import run_python
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from squares import draw
@@ -93,7 +92,8 @@ encoder = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
 query = {"image": f"{folder}/image.png", "text": "the same but red with glasses"}
 np.save(f"{folder}/found.npy", encoder.encode([query]))
 """
-    subprocess.run([sys.executable, "-c", fresh, str(tmp_path)], check=True)
+    done = run_python(["-c", fresh, tmp_path])
+    assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "found.npy")[0], expected[1], rtol=0, atol=error["query_embeds"])
 
 

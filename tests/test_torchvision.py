@@ -3,10 +3,8 @@
 torchvision is not installed here; a separate process makes Transformers' checks for it succeed.
 """
 
-import subprocess
-import sys
-
 import pytest
+from forked import run_python
 
 SCRIPT = """
 import sys
@@ -30,7 +28,7 @@ def test_processor_is_unchanged_by_torchvision(tiny_processor, tmp_path):
     from PIL import Image
 
     tiny_processor.save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = run_python(["-c", SCRIPT, tmp_path])
     assert done.returncode == 0, done.stderr[-2000:]
     image = Image.fromarray(np.arange(32 * 40 * 3, dtype=np.uint8).reshape(32, 40, 3))
     here = tiny_processor(images=image)["pixel_values"].double().sum()

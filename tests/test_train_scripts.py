@@ -5,12 +5,12 @@ import io
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_python
 from hub_server import serving
 from PIL import Image
 from processes import run_in_processes
@@ -32,8 +32,7 @@ COMMAND = "pvlf-hf train"
 def run(script, *arguments, fails=False, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     program = ["-m", "pvlf_hf_cli", "train"] if script == COMMAND else [SCRIPTS / script]
-    command = [sys.executable, *map(str, (*program, *arguments))]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=240, check=False)
+    done = run_python([*program, *arguments], env=env, cwd=ROOT)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
 from error_bounds import dot_error, embedding_error, exact_loss, roundoff, unit_error
 from foreign import make_foreign
+from forked import run_without_package
 from miniatures import make_cirr
 from safetensors.torch import load_file, save_file
 from test_backbones import CAPTIONS, close, random_images
@@ -275,8 +273,6 @@ def test_a_plain_encoder_is_evaluated_by_its_composition(pretrained, tmp_path):
 STRANGER = """
 import json
 import sys
-
-sys.modules["pvlf_hf"] = None
 from pathlib import Path
 
 import torch
@@ -334,12 +330,7 @@ def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
         pipe = pipeline("composed-image-retrieval", model=str(folder), gallery=[image], device="cpu")
         assert abs(pipe(image, text="red")[0]["score"] - ours[family].item()) <= errors[family]
     save_file(ours, tmp_path / "ours.safetensors")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_MODULES_CACHE", None)
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", STRANGER, str(tmp_path), json.dumps(errors)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_without_package(STRANGER, tmp_path, tmp_path, json.dumps(errors))
     theirs = load_file(tmp_path / "outputs.safetensors")
     assert all(torch.equal(theirs[family], ours[family]) for family in FAMILIES)
     names = sorted(path.name for path in (tmp_path / "clip").glob("*.py"))
