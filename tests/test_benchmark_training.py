@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 import benchmark_training as benchmark
 from error_bounds import rounding
 from measuring import Table, Timing, markdown, peak_memory
+from tiny import make_model
 
 
 @pytest.fixture
 def model():
-    model = benchmark.make_model("tiny", "both")
+    model = make_model("blip", dropout=0.0).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -14,7 +14,7 @@ from accelerate import cpu_offload, disk_offload
 from diffused import make_model as make_compodiff
 from diffused import make_processor as make_compodiff_processor
 from dual_encoders import FAMILIES, tokenizer_of
-from error_bounds import rounding
+from error_bounds import assert_within, rounding
 from inverted import make_model as make_inversion
 from inverted import make_processor as make_inversion_processor
 from safetensors.torch import load_file, save_file
@@ -98,7 +98,10 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def close(ours, theirs, error):
+def close(ours, theirs, case):
+    if same(ours, theirs):  # needs no bound, which takes nine runs in float64
+        return
+    error = case.error
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=error[name], msg=name)
 
@@ -140,7 +143,7 @@ def test_model_saved_in_shards_computes_the_same(saved, tmp_path):
     once.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     again = AutoModel.from_pretrained(tmp_path)
-    close(found(again, case.inputs), found(once, case.inputs), case.error)
+    close(found(again, case.inputs), found(once, case.inputs), case)
 
 
 def test_torch_saves_and_loads_the_whole_model(case, tmp_path):
@@ -237,18 +240,18 @@ def test_tuple_outputs_equal_the_named_outputs(saved):
 
 def test_a_row_does_not_depend_on_its_batch(saved):
     case, _ = saved
-    whole, error = found(case.model, case.inputs), case.error
+    whole = found(case.model, case.inputs)
     for row in range(3):
         alone = found(case.model, {name: tensor[row : row + 1] for name, tensor in case.inputs.items()})
-        close(alone, {name: tensor[row : row + 1] for name, tensor in whole.items()}, error)
+        close(alone, {name: tensor[row : row + 1] for name, tensor in whole.items()}, case)
 
 
 def test_eager_and_sdpa_agree(case):
-    plain, error = found(case.model, case.inputs), case.error
+    plain, _ = found(case.model, case.inputs), case.error  # the bound of the attention that it was built with
     for name in ("eager", "sdpa"):
         case.model.set_attn_implementation(name)
         assert case.model.config._attn_implementation == name
-        close(found(case.model, case.inputs), plain, error)
+        close(found(case.model, case.inputs), plain, case)
     with pytest.raises(ValueError, match="flash|attn_implementation"):
         case.model.set_attn_implementation("quick")
 
@@ -292,10 +295,8 @@ def test_activation_checkpointing_trains_as_without(case):
     assert case.model.is_activation_checkpointing
     again = gradients(case.model, case.inputs)
     case.model.activation_checkpointing_disable()
-    assert not case.model.is_activation_checkpointing and plain.keys() == again.keys() and plain
-    error = rounding(gradients, case.model, case.inputs, draws=4)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=0, atol=error[name], msg=name)
+    assert not case.model.is_activation_checkpointing and plain
+    assert_within(again, plain, lambda: rounding(gradients, case.model, case.inputs, draws=4))
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
@@ -304,12 +305,12 @@ def test_activation_checkpointing_trains_as_without(case):
 def test_input_embeddings_are_replaced_and_resized(case):
     old = copy.deepcopy(case.model.get_input_embeddings())
     count = old.num_embeddings
-    plain, error = found(case.model, case.query), case.error
+    plain = found(case.model, case.query)
     case.model.resize_token_embeddings(count + 10)
     new = case.model.get_input_embeddings()
     assert new.num_embeddings == case.model.config.get_text_config().vocab_size == count + 10
     assert torch.equal(new.weight[:count], old.weight)
-    close(found(case.model, case.query), plain, error)
+    close(found(case.model, case.query), plain, case)
     case.model.set_input_embeddings(old)
     assert case.model.get_input_embeddings() is old
 

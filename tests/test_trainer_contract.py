@@ -4,8 +4,6 @@ import ast
 import json
 import logging
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import fields
 from inspect import signature
@@ -17,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
 from error_bounds import MEAN_ERROR, roundoff
+from forked import run_python
 from hub_server import serving
 from processes import run_in_processes
 from squares import make_benchmark, square_triplets
@@ -769,8 +768,8 @@ def test_hyperparameter_search_trains_each_trial_from_its_own_start(tmp_path):
         def on_evaluate(self, args, state, control, metrics, **_):
             recalls.append(metrics["eval_recall@1"])
 
-    def search(space, **given):
-        trainer = make_searcher(tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1)
+    def search(space, settings, **given):
+        trainer = make_searcher(tmp_path, **settings)
         trainer.add_callback(Trains)
         choices = {name: list(values) for name, values in space.items()}
         given = {"sampler": optuna.samplers.GridSampler(choices, seed=0), "n_trials": 2, **given}
@@ -780,16 +779,18 @@ def test_hyperparameter_search_trains_each_trial_from_its_own_start(tmp_path):
 
         return trainer.hyperparameter_search(hp_space, **given)
 
-    best = search({"learning_rate": [0.1], "finetuning": ["text", "frozen"]})  # two steps, an evaluation after each
+    kept = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    best = search({"learning_rate": [0.1], "finetuning": ["text", "frozen"]}, kept)  # two steps, each evaluated
     assert sorted(seen) == [("frozen", False, 0.1, 0.1), ("text", True, 0.1, 0.1)]
     assert best.objective == max(recalls[1::2]) and best.hyperparameters["finetuning"] in ("text", "frozen")
     assert all((tmp_path / f"run-{n}" / "checkpoint-2" / "trainer_state.json").exists() for n in (0, 1))
     rates = {"learning_rate": [0.1, 0.2]}
     for direction, expected in (("minimize", 0.1), ("maximize", 0.2)):
-        found = search(rates, compute_objective=lambda metrics: seen[-1][2], direction=direction)
+        once = {"max_steps": 1}
+        found = search(rates, once, compute_objective=lambda metrics: seen[-1][2], direction=direction)
         assert found.objective == expected
     with pytest.raises(ValueError, match="learning_rate=-1.0"):
-        search({"learning_rate": [-1.0]}, n_trials=1)
+        search({"learning_rate": [-1.0]}, {}, n_trials=1)
 
 
 # ---- training data ----
@@ -909,8 +910,7 @@ def test_hub_arguments_choose_what_is_pushed(tmp_path):
     with serving({"hf_owner": ("you", True)}) as hub:
         known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         env = {**known, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", PUSH, str(TESTS), json.dumps(kinds)]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = run_python(["-c", PUSH, TESTS, json.dumps(kinds)], env=env, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         end, each, last = (hub.repositories[f"you/{name}"] for name in kinds)
     assert (end.private, each.private) == (True, False)
