@@ -21,10 +21,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Order files by length, longest first, so that both processes end together; a slow test counts as a hundred."""
+    """Order files by length, longest first, so that both processes end together.
+
+    A slow test counts as a hundred others, a notebook as a thousand.
+    """
     weight = Counter()
     for item in items:
-        weight[item.path] += 100 if item.get_closest_marker("slow") else 1
+        slow = 1000 if "notebook" in item.name else 100
+        weight[item.path] += slow if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: (-weight[item.path], item.path))
 
 

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import mteb
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
@@ -39,7 +38,6 @@ from pvlf_hf.data.streaming import triplet_batches
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.retrieval_sheet import SheetRow
 from pvlf_hf.models import image_processing_pvlf as image_processing
-from pvlf_hf.mteb_model import PVLFEncoder
 from pvlf_hf.search import demo_session
 from pvlf_hf.sentence_transformer import PVLFSentenceModule
 from pvlf_hf.training.batches import PVLFCollator
@@ -160,6 +158,10 @@ def error_of_the_doctor(scene):
 
 
 def error_of_mteb(scene):
+    import mteb
+
+    from pvlf_hf.mteb_model import PVLFEncoder
+
     task = miniature("NIGHTSI2IRetrieval")
     task.load_data()
     task.load_data = lambda **kwargs: None

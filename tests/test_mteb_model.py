@@ -1,15 +1,16 @@
-"""PVLF in `mteb`: MTEB's task classes on nine squares, against this package's evaluation and manual figures."""
+"""PVLF in `mteb`: MTEB's task classes on nine squares, against this package's evaluation and manual figures.
+
+`mteb` is imported where it is used: it takes two seconds, in each process that collects the tests.
+"""
 
 from math import log2
 from statistics import fmean
 
-import mteb
 import pytest
 from squares import make_benchmark
 from tiny import make_model, make_processor
 
 from pvlf_hf import evaluate
-from pvlf_hf.mteb_model import PVLFEncoder
 
 BENCHMARK = make_benchmark(subsets=False, reference="kept")
 
@@ -24,6 +25,7 @@ TASKS = {
 
 def miniature(name):
     """Return the task with the squares as its data, in the columns of the data set on the Hub."""
+    import mteb
 
     class Miniature(type(mteb.get_task(name))):
         def load_data(self, **kwargs):
@@ -51,6 +53,10 @@ def checkpoints(tiny_checkpoint, tmp_path_factory):
 
 
 def run(folder, name, cache=None):
+    import mteb
+
+    from pvlf_hf.mteb_model import PVLFEncoder
+
     encoder = PVLFEncoder(folder, device="cpu")
     results = mteb.evaluate(encoder, miniature(name), encode_kwargs={"batch_size": 2}, cache=cache)
     (scores,) = results.task_results[0].scores["test"]
@@ -70,6 +76,10 @@ def test_mteb_scores_equal_evaluate(checkpoints, name):
 
 
 def test_cached_results_of_other_weights_are_not_used(checkpoints, tmp_path):
+    import mteb
+
+    from pvlf_hf.mteb_model import PVLFEncoder
+
     cache, name = mteb.ResultCache(tmp_path), "CIRRIT2IRetrieval"
     first, second, again = (run(folder, name, cache)["ndcg_at_10"] for folder in (*checkpoints, checkpoints[0]))
     assert first == again != second

@@ -1,12 +1,9 @@
-"""Shards of triplets, streams in one process, in workers and in two real processes, and triplets from the Hub.
+"""Shards of triplets, streams in one process, in workers and in two real processes, and triplets from the Hub."""
 
-Run by torchrun, this file is one of the two processes.
-"""
-
+import io
 import json
+import logging
 import os
-import subprocess
-import sys
 import tarfile
 import threading
 from functools import partial
@@ -20,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from processes import run_in_processes
 from squares import square_triplets
 from tiny import make_model, make_processor
 
@@ -234,25 +232,23 @@ def test_stream_without_max_steps_or_with_batch_by_raises(triplets, tmp_path):
 def test_two_processes_share_the_rows(triplets, tmp_path):
     for shards in (4, 3, 1):
         write_shards(triplets, tmp_path / f"{shards}", -(-ROWS // shards), "tar" if shards == 3 else "parquet")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([*command, tmp_path], env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome = json.loads((tmp_path / "outcome.json").read_text())
-    assert len(outcome["shares"]) == 4
-    for first, second in outcome["shares"]:
+    (shares, trained, logged), (_, _, also_logged) = run_in_processes(2, train_in_this_process, tmp_path)
+    assert len(shares) == 4
+    for first, second in shares:
         assert sorted(first + second) == list(range(ROWS))
         assert abs(len(first) - len(second)) <= 2
-    for share, trained in zip(outcome["shares"][0], outcome["trained"], strict=True):
-        assert trained[: len(share)] == share and len(trained) == 20  # five steps of four: more than a pass
+    for share, rows in zip(shares[0], trained, strict=True):
+        assert rows[: len(share)] == share and len(rows) == 20  # five steps of four: more than a pass
     for shards in (3, 1):
-        assert f"{shards} shards for 2 processes: every process reads all of them" in done.stderr
-    assert "4 shards for" not in done.stderr
+        assert f"{shards} shards for 2 processes: every process reads all of them" in logged + also_logged
+    assert "4 shards for" not in logged + also_logged
 
 
 def train_in_this_process(folder):
-    """Record the rows of this process's shares, and those of the first that the model sees."""
-    torch.set_num_threads(1)
+    """Return the rows of all processes' shares, those of the first that the models see, and what this one logged."""
+    logged = io.StringIO()
+    logging.getLogger("pvlf_hf").addHandler(logging.StreamHandler(logged))
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     streams = [stream_triplets(folder / str(n), buffer) for n, buffer in ((4, 10), (4, 0), (3, 10), (1, 0))]
     args = arguments(folder, max_steps=5, per_device_train_batch_size=4, ddp_find_unused_parameters=False)
     processor = make_processor()
@@ -260,10 +256,9 @@ def train_in_this_process(folder):
     trainer = Recorder(make_model(), args, streams[0], processing_class=processor, data_collator=collator)
     trainer.train()
     shares = zip(*gather_object([[ids(stream) for stream in streams]]), strict=True)
-    outcome = {"shares": list(shares), "trained": gather_object([trainer.rows])}
-    if trainer.is_world_process_zero():
-        (folder / "outcome.json").write_text(json.dumps(outcome))
+    outcome = list(shares), gather_object([trainer.rows]), logged.getvalue()
     leave()
+    return outcome
 
 
 class Numbered(PVLFCollator):
@@ -364,7 +359,3 @@ def test_hub_triplets_load(hub_folder, triplets, streaming):
 def test_wrong_hub_columns_raise(hub_folder, columns, message):
     with pytest.raises(ValueError, match=message):
         load_hub_triplets(str(hub_folder), columns=columns)
-
-
-if __name__ == "__main__":
-    train_in_this_process(Path(sys.argv[1]))
