@@ -55,7 +55,11 @@ def fresh_accelerate():
 @pytest.fixture
 def pillow_alone(monkeypatch):
     """Pillow as it is without the packages that add decoders to it."""
-    for kind, module in (("HEIF", "pillow_heif.HeifImagePlugin"), ("JXL", "pillow_jxl.JpegXLImagePlugin")):
+    for kind, module in (
+        ("HEIF", "pillow_heif.HeifImagePlugin"),
+        ("JXL", "pillow_jxl.JpegXLImagePlugin"),
+        ("RAW", "rawpy"),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.delitem(Image.OPEN, kind, raising=False)
 

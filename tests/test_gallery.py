@@ -516,7 +516,7 @@ def test_unindexed_image_formats_are_reported_with_a_remedy(build, photos, caplo
         "IMG_0001.HEIC": heif,
         "from_phone.jpg": f"cannot identify image file: {heif}",
         "new.jxl": f"it is a JPEG XL {convert}, or pip install pillow-jxl-plugin",
-        "raw.DNG": f"it is a camera raw {convert}",
+        "raw.DNG": f'it is a camera raw {convert}, or pip install "pvlf-hf[raw]"',
     }
     assert "skipped 4 of 15 images, which cannot be read, first: ['IMG_0001.HEIC (it is a HEIC" in caplog.text
 

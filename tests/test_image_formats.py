@@ -251,7 +251,7 @@ def test_every_brand_of_heic_is_recognised(brand):
     assert formats.format_of(avif[:8] + brand + avif[12:]) is formats.AVIF  # its brand stands among the others
 
 
-def test_what_looks_like_an_image_is_counted_and_named(tmp_path):
+def test_what_looks_like_an_image_is_counted_and_named(tmp_path, pillow_alone):
     files = {
         "a.psd": b"8BPS",
         "layers": b"8BPS",
@@ -274,7 +274,8 @@ def test_what_looks_like_an_image_is_counted_and_named(tmp_path):
     kinds = {"a.psd": "a Photoshop", "layers": "a Photoshop", "b.ico": "an ICO", "e.svg": "a SVG"}
     for name, reason in found.skipped.items():
         kind = kinds.get(name, "a camera raw")
-        assert reason == f"it is {kind} image, which is not decoded: convert it to JPEG or PNG"
+        remedy = ', or pip install "pvlf-hf[raw]"' if kind == "a camera raw" else ""
+        assert reason == f"it is {kind} image, which is not decoded: convert it to JPEG or PNG{remedy}"
 
 
 def test_metadata_of_macos_is_left_out(tmp_path, tiny_model, tiny_processor):

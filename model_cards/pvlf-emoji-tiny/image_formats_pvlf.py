@@ -1,11 +1,14 @@
-"""Recognises image formats by their first bytes, and readies the decoders that other packages add to Pillow."""
+"""Recognises image formats by their first bytes, and readies the decoders that other packages bring."""
 
+import io
 import re
 from contextlib import suppress
 from importlib import import_module
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 HEAD_BYTES = 64
 """Bytes of a file by which its format is recognised."""
@@ -19,11 +22,11 @@ class ImageFormat(NamedTuple):
     head: bytes
     """Regular expression of its first bytes."""
     pillow: str = ""
-    """Name of it in Pillow, empty for a format that is never decoded."""
+    """Name of it in Pillow or in `FORMATS`, empty for a format that is never decoded."""
     needs: str = ""
     """Command that installs the decoder, where Pillow may lack it."""
     plugin: str = ""
-    """Module of another package that registers the decoder with Pillow when it is imported."""
+    """Module of another package that is the decoder, or registers it with Pillow when it is imported."""
 
 
 AVIF = ImageFormat("AVIF", rb".{4}ftyp(?:.{4})*?avi[fs]", "AVIF", 'pip install "pillow>=11.3"')
@@ -37,7 +40,14 @@ HEIC = ImageFormat(
 JPEG_XL = ImageFormat(
     "JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL ", "JXL", "pip install pillow-jxl-plugin", "pillow_jxl.JpegXLImagePlugin"
 )
-RAW = ImageFormat("camera raw", rb"II\*\0.{4}CR|IIR[OS]|MMOR|IIU\0|FUJIFILMCCD-RAW|FOVb|.{4}ftypcrx ")
+RAW = ImageFormat(
+    "camera raw",
+    rb"II\*\0.{4}CR|IIR[OS]|MMOR|IIU\0|II\x1a\0{3}HEAPCCDR|\0MRM|FUJIFILMCCD-RAW|FOVb|.{4}ftypcrx ",
+    "RAW",
+    'pip install "pvlf-hf[raw]"',
+    "rawpy",
+)
+TIFF = ImageFormat("TIFF", rb"II[*+]\0|MM\0[*+]", "TIFF")
 SVG, GIMP = ImageFormat("SVG", rb"<svg"), ImageFormat("GIMP", rb"gimp xcf")
 OPEN_EXR = ImageFormat("OpenEXR", rb"v/1\x01")
 
@@ -52,7 +62,7 @@ IMAGE_FORMATS = (
     HEIC,
     JPEG_XL,
     RAW,  # before TIFF, which most of it is built on
-    ImageFormat("TIFF", rb"II[*+]\0|MM\0[*+]", "TIFF"),
+    TIFF,
     ImageFormat("Photoshop", rb"8BPS"),
     ImageFormat("PostScript", rb"%!PS-Adobe"),
     SVG,
@@ -82,12 +92,50 @@ def format_of(head: bytes) -> ImageFormat | None:
     return next((kind for kind in IMAGE_FORMATS if re.match(kind.head, head, re.DOTALL)), None)
 
 
-def make_ready(kind: ImageFormat | None) -> None:
-    """Import the decoder of a format, if it is one that another package brings and that is installed."""
+def recognise(source: str | Path | io.BytesIO) -> ImageFormat | None:
+    """Return the format of an image by its content, None if it is of no known one.
+
+    Most camera raw is built on TIFF, of which Pillow would open the thumbnail; some of it is known by its ending only.
+    """
+    kind = format_of(beginning(source))
+    by_ending = None if isinstance(source, io.BytesIO) else ENDINGS.get(Path(source).suffix.lower())
+    if kind in (None, TIFF) and by_ending is RAW:
+        return RAW
+    return RAW if kind is TIFF and _is_of_a_camera(source) else kind
+
+
+def _is_of_a_camera(tiff: str | Path | io.BytesIO) -> bool:
+    """Return whether a TIFF is a DNG, or a camera's whose first image is raw or the small version of another."""
+    with suppress(Exception), _stream(tiff) as file:
+        tags = ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        dng_version, make, subfile_type, photometric = 50706, 271, 254, 262
+        other = tags.get(subfile_type, 0) & 1 or tags.get(photometric) == 32803  # CFA
+        return dng_version in tags or (make in tags and bool(other))
+    return False  # damaged, which Pillow reports
+
+
+def _stream(source: str | Path | io.BytesIO) -> BinaryIO:
+    """Open a file, or what is in memory, which stays as it is."""
+    return io.BytesIO(source.getbuffer()) if isinstance(source, io.BytesIO) else Path(source).open("rb")
+
+
+def beginning(source: str | Path | io.BytesIO, size: int = HEAD_BYTES) -> bytes:
+    """Return the first bytes of a file or of what is in memory."""
+    with _stream(source) as file:
+        return file.read(size)
+
+
+def make_ready(kind: ImageFormat | None) -> bool:
+    """Import the decoder of a format, if another package brings it; return whether there is one."""
     Image.init()
-    if kind and kind.plugin and kind.pillow not in Image.OPEN:
-        with suppress(ImportError):
-            import_module(kind.plugin)
+    if kind is None or kind.pillow in Image.OPEN or not kind.plugin:
+        return kind is not None and kind.pillow in Image.OPEN
+    with suppress(ImportError):
+        import_module(kind.plugin)
+        return kind is RAW or kind.pillow in Image.OPEN
+    return False
 
 
 def refusal(kind: ImageFormat) -> str:

@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from tokenizers import Tokenizer
 
-FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "RAW", "TIFF", "WEBP")
 """Formats that are decoded, those of `PVLFImageProcessor`; Pillow would run Ghostscript for EPS."""
 
 BATCH = 32
@@ -118,7 +119,11 @@ def to_rgb(image: ImageInput) -> Image.Image:
         Image.init()
         with suppress(ImportError):
             import_module("pillow_heif.HeifImagePlugin")  # HEIC, where it is installed
-        image = Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])  # AVIF is not in all
+        image = Image.open(
+            image, formats=[name for name in FORMATS if name in Image.OPEN]
+        )  # AVIF is not in all, RAW in none
+    if isinstance(image, TiffImageFile) and 271 in image.tag_v2 and image.tag_v2.get(254, 0) & 1:  # of a camera
+        raise ValueError("it is a camera raw image, which is not decoded: convert it to JPEG or PNG")
     if image.format == "EPS" and getattr(image, "tile", None):  # opened by the caller
         raise ValueError("it is PostScript, which Pillow would hand to Ghostscript: load() it first if you trust it")
     image = ImageOps.exif_transpose(image)

@@ -100,8 +100,8 @@ class Gallery(IndexedImages):
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
                 embeddings of another model; or the index is unknown or cannot be opened. An image that cannot be read
                 is skipped, counted in a warning and listed in `skipped`, and so is what looks like an image by its
-                ending or first bytes but is in a format that is not decoded: camera raw, and without `pvlf-hf[heif]`
-                or `pillow-jxl-plugin` HEIC or JPEG XL.
+                ending or first bytes but is in a format that is not decoded: HEIC without `pvlf-hf[heif]`, camera
+                raw without `pvlf-hf[raw]`, JPEG XL without `pillow-jxl-plugin`.
         """
         folder = Path(folder)
         images = find_images(folder, allow_links, include_hidden)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from PIL import Image as PILImage
 
 from ..data.image_files import files_below
-from ..models.image_formats_pvlf import ENDINGS, RAW, ImageFormat, format_of, refusal
-from ..models.image_processing_pvlf import beginning, decodes
+from ..models.image_formats_pvlf import ENDINGS, ImageFormat, recognise, refusal
+from ..models.image_processing_pvlf import decodes
 
 SYSTEM_FOLDERS = {
     "#recycle",
@@ -95,10 +95,8 @@ def image_endings() -> tuple[set[str], dict[str, ImageFormat]]:
 
 def _recognise(file: Path) -> ImageFormat | None:
     """Return the format of a file whose ending does not tell, None if it is not an image or cannot be read."""
-    if ENDINGS.get(file.suffix.lower()) is RAW:  # most of it would be read as TIFF: a thumbnail
-        return RAW
     try:
-        return format_of(beginning(file)) if stat.S_ISREG(file.stat().st_mode) else None
+        return recognise(file) if stat.S_ISREG(file.stat().st_mode) else None
     except OSError:
         return None
 
