@@ -21,12 +21,15 @@ from typer.testing import CliRunner
 
 from pvlf_hf import Gallery, TrainingFreeConfig, TrainingFreeModel
 from pvlf_hf.embeddings.similarity import top_k
+from pvlf_hf.search import demo_session
 from pvlf_hf.search import metadata as metadata_module
-from pvlf_hf.search.demo_session import Searcher, Session
+from pvlf_hf.search.demo_session import SHOWN, Asked, Searcher, Session
 from pvlf_hf.search.filters import passing_rows
 from pvlf_hf.search.requests import answer
 from pvlf_hf.search.results_page import search_page
+from pvlf_hf.search.terms import read_labelled
 from pvlf_hf_cli import app
+from pvlf_hf_cli_files import weighted
 
 TEXT = "the same but green"
 
@@ -509,13 +512,80 @@ def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
         gallery.image("red.png"), TEXT, 12, texts={"dog": -1}, exclude=["red.png"], filter="price > 15"
     )
     assert session.shown == tuple(expected.ids) and "black.png" not in session.shown
-    assert searcher.weigh(session, 0.5).shown != () and session.steps[0].without == "dog"
+    assert searcher.weigh(session, 0.5).shown != () and session.steps[0].asked.without == "dog"
     page = Page(searcher, [])
     shown = page.search(session, "red", 0, "", "price < 0")
     assert "No image passes" in shown[page.heading]
     assert page.filter.visible and "unit price" in page.filter.info
     with pytest.raises(Exception, match="not a column"):
         page.searcher.search(session, "red", 0, "", "prise < 0")
+
+
+def test_web_page_supports_every_option_of_search(gallery, tmp_path):
+    searcher = Searcher(gallery, tmp_path)
+
+    def shown(session, text="", **asked):
+        session = searcher.search(session, text, 0, *Asked(**asked))
+        return list(session.shown), pytest.approx(session.scores, abs=1e-6), list(session.folded)
+
+    def found(*args, **options):
+        result = gallery.search(*args, k=SHOWN, **options)
+        return result.ids, tuple(result.scores), [len(result.folded.get(one, [])) for one in result.ids]
+
+    red = gallery.image("red.png")
+    assert shown(Session(), also="2:red\n-0.5:dog\n") == found(texts={"red": 2, "dog": -0.5})
+    like = "red.png\n\n0.5:black.png\n-blue.png"
+    assert shown(Session(), like=like) == found(ids={"red.png": 1, "black.png": 0.5, "blue.png": -1})
+    assert shown(Session(), TEXT, like="red.png") == found(text=TEXT, ids=["red.png"])
+    width, height = red.size
+    box = (width // 4, 0, width * 3 // 4, height // 2)
+    part = shown(Session(reference="red.png"), TEXT, part="25, 0, 75 50")
+    assert part == found(red, TEXT, box=box, exclude=["red.png"]) != shown(Session(reference="red.png"), TEXT)
+    some = found(text=TEXT)[1][2] - 1e-6
+    assert shown(Session(), TEXT, least=str(some)) == found(text=TEXT, min_score=some) and len(part[0]) > 3
+    assert shown(Session(), TEXT, fold="-1")[2] == [len(gallery) - 1]
+    session, like = searcher.like(Session(reference="red.png"), "-red.png\nblue.png", 1.0)
+    assert (session.reference, like) == (None, "blue.png\nred.png")
+    assert searcher.like(Session(reference="2:x.png"), "", -1.0)[1] == "-1:2:x.png"  # not twice x.png
+    refusals = {
+        "there is no image to search a part of": (Session(), "red", {"part": "0 0 50 50"}),
+        "is not within the image: enter left": (Session(reference="red.png"), "", {"part": "0 0 50 150"}),
+        "part 'left' is not": (Session(reference="red.png"), "", {"part": "left"}),
+        "the least score is 'high': enter a number": (Session(), "red", {"least": "high"}),
+        "near-duplicates is 'nan'": (Session(), "red", {"fold": "nan"}),
+        "only says what to avoid": (Session(), "", {"like": "-red.png"}),
+        "write a weight other than 0": (Session(), "", {"also": "0:red"}),
+        "'none.png'": (Session(), "", {"like": "none.png"}),
+    }
+    for reason, (session, text, asked) in refusals.items():
+        with pytest.raises(ValueError, match=reason):
+            shown(session, text, **asked)
+    with pytest.raises(ValueError, match="click one of the results"):
+        searcher.like(Session(), "", 1.0)
+
+
+def test_pages_of_the_web_page_follow_each_other(gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_session, "SHOWN", 4)
+    searcher = Searcher(gallery, tmp_path)
+    first = searcher.search(Session(), TEXT, 0)
+    second, third = searcher.turn(first, 0, 1), searcher.turn(searcher.turn(first, 0, 1), 0, 1)
+    ranking = gallery.search(text=TEXT, k=len(gallery))
+    assert [*first.shown, *second.shown, *third.shown] == ranking.ids and second.offset == 4
+    assert searcher.turn(second, 0, -1) == first and searcher.weigh(third, 0) == first
+    for session, pages, reason in (
+        (third, 1, "no further"),
+        (first, -1, "no earlier"),
+        (Session(), 1, "search first"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            searcher.turn(session, 0, pages)
+
+
+@pytest.mark.parametrize(
+    "given", ["red", "-red", "2:red", "-0.5:red", "1:-red", "-", "a:b", "2", ".5:x", "+2:x", "a\nb"]
+)
+def test_weights_are_written_alike_on_the_page_and_the_command_line(given):
+    assert read_labelled(given) == weighted(given, "--text")
 
 
 def test_all_search_options_together_equal_brute_force(gallery):

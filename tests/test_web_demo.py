@@ -203,6 +203,46 @@ def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery
     assert page.locator("#trail button").all_inner_texts() == ["a flag"]
 
 
+def test_a_part_of_an_image_and_images_of_the_gallery_are_searched_by(browse, other_gallery):
+    page, truth = browse(), other_gallery
+    mine = truth.image(truth.ids[7])
+    page.locator("#reference input[type=file]").set_input_files(
+        {"name": "mine.png", "mimeType": "image/png", "buffer": png(mine)}
+    )
+    page.locator("#reference img").wait_for()
+    page.get_by_text("More ways to ask").click()
+    page.get_by_label("Only this part of the image").fill("0, 0, 50, 50")
+    submit(page, "as a woman")
+    corner = mine.crop((0, 0, round(mine.width / 2), round(mine.height / 2)))
+    wait_for(page, expected(truth, corner, "as a woman"))
+    page.get_by_label("Only this part of the image").fill("0, 0, 50, 500")
+    page.get_by_role("button", name="Search").click()
+    page.get_by_text("is not within the image").wait_for()
+
+    page.get_by_role("button", name="Start over").click()
+    page.get_by_text("pick an image to start from").wait_for()
+    assert page.get_by_label("Only this part of the image").input_value() == ""
+    chosen = {truth.ids[grid(page)[row][0]]: weight for row, weight in ((0, 1.0), (1, 1.0), (2, -1.0))}
+    for row, button in enumerate(("More like this image", "More like this image", "Less like it")):
+        page.locator("#grid button").nth(row).click()
+        page.locator("#reference img").wait_for()
+        page.get_by_role("button", name=button).click()
+        page.locator("#reference img").wait_for(state="detached")
+    written = page.get_by_label("Like these images").input_value()
+    assert written.splitlines() == [("-" if weight < 0 else "") + one for one, weight in chosen.items()]
+    page.get_by_role("button", name="Search").click()
+    found = truth.search(ids=chosen, k=2 * demo_session.SHOWN)
+    rows = [
+        (truth.ids.index(one), f"{rank} · {score:.2f}")
+        for rank, (one, score) in enumerate(zip(found.ids, found.scores, strict=True), 1)
+    ]
+    wait_for(page, rows[: demo_session.SHOWN])
+    page.get_by_role("button", name="Later").click()
+    wait_for(page, rows[demo_session.SHOWN :])
+    page.get_by_role("button", name="Earlier").click()
+    wait_for(page, rows[: demo_session.SHOWN])
+
+
 def test_visitors_see_messages_for_invalid_input(browse):
     page = browse()
     page.get_by_role("button", name="Search").click()

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .demo_session import Searcher, Session, has_both, open_upload
+from .demo_session import Asked, Searcher, Session, has_both, open_upload
 
 try:
     import gradio as gr
@@ -96,6 +96,8 @@ class Page:
                     visible=bool(columns),
                     elem_id="filter",
                 )
+                with gr.Accordion("More ways to ask", open=False, elem_id="more"):
+                    self._lay_out_more()
                 with gr.Row():
                     self.button = gr.Button("Search", variant="primary", min_width=100, elem_id="search")
                     self.over = gr.Button("Start over", min_width=100, elem_id="over")
@@ -117,16 +119,44 @@ class Page:
                 self.trail = gr.Gallery(show_label=False, visible=False, elem_id="trail", **strip)
                 self.heading = gr.Markdown(elem_id="heading")
                 self.grid = gr.Gallery(show_label=False, elem_id="grid", **strip)
+                with gr.Row(visible=False, elem_id="pages") as self.pages:
+                    self.earlier, self.later = (gr.Button(one, size="sm") for one in ("Earlier", "Later"))
                 with gr.Accordion("Why these?", open=False, visible=False, elem_id="why") as self.panel, gr.Row():
                     self.shares = gr.Label(label="What the query is made of", show_heading=False, min_width=200)
                     self.attention = gr.Image(label="Where the model looked", height=230, min_width=200, **still)
 
+    def _lay_out_more(self) -> None:
+        """Lay out the fields that most visitors leave empty."""
+        with gr.Row():
+            self.more = gr.Button("More like this image", size="sm", min_width=100)
+            self.less = gr.Button("Less like it", size="sm", min_width=100)
+        lines: dict[str, Any] = {"lines": 1, "max_lines": 6}
+        self.like = gr.Textbox(
+            label="Like these images",
+            info="images of this gallery, one a line: a.jpg, 2:b.jpg, -c.jpg",
+            max_length=10_000,
+            elem_id="like",
+            **lines,
+        )
+        self.also = gr.Textbox(
+            label="Further texts", info="one a line: red, 2:red, -stripes", max_length=2000, elem_id="also", **lines
+        )
+        self.part = gr.Textbox(
+            label="Only this part of the image",
+            info="left, top, right, bottom in percent: 25, 0, 75, 50",
+            max_length=100,
+            elem_id="part",
+        )
+        with gr.Row():
+            self.least = gr.Textbox(label="Least score", placeholder="0.3", max_length=20, min_width=100)
+            self.fold = gr.Textbox(label="Fold duplicates from", placeholder="0.98", max_length=20, min_width=100)
+
     def _connect(self) -> None:
         session, balance, reference = self.session, self.balance, self.reference
         why = [self.panel, self.shares, self.attention]
-        results = [session, self.grid, self.heading, self.trail, balance, *why]
-        everything = [*results, reference, self.text, self.without, self.filter]
-        fields = [self.text, self.without, self.filter]
+        results = [session, self.grid, self.heading, self.trail, self.pages, balance, *why]
+        fields = [self.text, *(getattr(self, name) for name in Asked._fields)]
+        everything = [*results, reference, *fields]
         begin, go = [self.blocks.load, self.over.click], [self.button.click, *(one.submit for one in fields)]
         _listen("start", begin, self.start, [], everything)
         # Unprocessed, so that a file that is not an image gets our own message.
@@ -136,6 +166,12 @@ class Page:
         picked.then(None, js=ASK_ON)
         searched = _listen("search", go, self.search, [session, self.text, balance, *fields[1:]], results)
         searched.success(None, js=LOOK)
+        for name, button, weight in (("more", self.more, 1.0), ("less", self.less, -1.0)):
+            act = partial(self.add, weight)
+            _listen(name, [button.click], act, [session, self.like], [session, reference, self.like])
+        for name, button, pages in (("earlier", self.earlier, -1), ("later", self.later, 1)):
+            turned = _listen(name, [button.click], partial(self.turn, pages), [session, balance], results)
+            turned.success(None, js=LOOK)
         _listen("weigh", [balance.input], self.weigh, [session, balance], results, show_progress="hidden")
         _listen("back", [self.trail.select], self.back, [session, balance], everything)
         for number, button in enumerate(self.buttons):
@@ -144,14 +180,14 @@ class Page:
 
     def start(self) -> dict[Any, Any]:
         """Show images to start from."""
-        return self._show(self.searcher.browse(), reference=None, text="", without="", filter="", balance=0)
+        return self._show(self.searcher.browse(), reference=None, text="", balance=0, **Asked()._asdict())
 
     def example(self, number: int) -> dict[Any, Any]:
         """Search for an example."""
         reference, text = self.examples[number]
         session = self.searcher.search(Session(reference=reference), text, 0)
-        shown = {"reference": self.searcher.file(reference), "text": text, "without": "", "filter": "", "balance": 0}
-        return self._show(session, **shown)
+        shown = {"reference": self.searcher.file(reference), "text": text, "balance": 0}
+        return self._show(session, **shown, **Asked()._asdict())
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
         """Take the visitor's own image."""
@@ -167,9 +203,18 @@ class Page:
         session = self.searcher.pick(session, event.index)
         return {self.session: session, self.reference: self.searcher.file(session.reference), self.text: ""}
 
-    def search(self, session: Session, text: str, balance: float, without: str, filter: str) -> dict[Any, Any]:
-        """Search by the reference, the texts and the filter that the visitor entered."""
-        return self._show(self.searcher.search(session, text, balance, without, filter))
+    def add(self, weight: float, session: Session, like: str) -> dict[Any, Any]:
+        """Move the reference to the images to search by, or away from."""
+        session, like = self.searcher.like(session, like, weight)
+        return {self.session: session, self.reference: None, self.like: like}
+
+    def search(self, session: Session, text: str, balance: float, *asked: str) -> dict[Any, Any]:
+        """Search by the reference, the text and the fields of [`Asked`] that the visitor entered."""
+        return self._show(self.searcher.search(session, text, balance, *asked))
+
+    def turn(self, pages: int, session: Session, balance: float) -> dict[Any, Any]:
+        """Show earlier or later results."""
+        return self._show(self.searcher.turn(session, balance, pages))
 
     def weigh(self, session: Session, balance: float) -> dict[Any, Any]:
         """Weigh the last query as the slider says."""
@@ -179,13 +224,14 @@ class Page:
         """Return to the step that was clicked."""
         session = self.searcher.back(session, event.index, balance)
         step = session.steps[-1]
-        entered = {"text": step.text, "without": step.without, "filter": step.filter or ""}
-        return self._show(session, reference=self.searcher.file(step.reference), **entered)
+        reference = self.searcher.file(step.reference)
+        return self._show(session, reference=reference, text=step.text, **step.asked._asdict())
 
     def _show(self, session: Session, **values: Any) -> dict[Any, Any]:
         """Return the value of every component that follows from a session, and the values given by name."""
         file, steps = self.searcher.file, session.steps
-        captions = [f"{rank} · {score:.2f}" for rank, score in enumerate(session.scores, 1)]
+        found = enumerate(zip(session.scores, session.folded, strict=True), session.offset + 1)
+        captions = [f"{rank} · {score:.2f}" + f" +{alike}" * bool(alike) for rank, (score, alike) in found]
         files: list[Any] = [file(image_id) for image_id in session.shown]
         self.grid.keep_in_cache.update(files)  # each image of the gallery is made once
         why = steps[-1].why if steps else None
@@ -196,14 +242,15 @@ class Page:
             self.grid: gr.Gallery(list(zip(files, captions, strict=True)) if captions else files, selected_index=None),
             self.heading: "Nearest first. Click one to go on from it."
             if captions
-            else "No image passes the filter."
-            if steps and steps[-1].filter and not session.shown
+            else "No image passes the filter and reaches the least score."
+            if steps and not session.shown
             else "Try one of the searches above, or pick an image to start from.",
             self.trail: gr.Gallery(
-                [(file(step.reference or blank), step.query.text or "more like it") for step in steps],
+                [(file(step.seen or blank), step.query.text or "more like it") for step in steps],
                 visible=len(steps) > 0,
                 selected_index=None,
             ),
+            self.pages: gr.Row(visible=bool(captions)),
             self.balance: gr.Slider(interactive=not steps or has_both(steps[-1].query), **slider),
             self.panel: gr.Accordion(visible=why is not None),
             self.shares: why.shares if why else None,

@@ -1,9 +1,10 @@
 """State of the web demo: what a visitor has done, and every step from one state to the next."""
 
+import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image as PILImage
@@ -14,6 +15,7 @@ from ..digests import sequence_digest
 from ..models.image_processing_pvlf import open_image, to_rgb
 from .gallery import Gallery
 from .query import FUSION, Explanation, Query, Weights
+from .terms import labelled, read_labelled
 
 SHOWN = 12
 """Images in the grid (our choice)."""
@@ -33,15 +35,55 @@ class Why(NamedTuple):
     attention: PILImage.Image
 
 
+class Asked(NamedTuple):
+    """What a visitor entered beside the reference and the text, as it was entered.
+
+    Args:
+        without: text to lead away from.
+        filter: condition on columns of the gallery's metadata.
+        also: further texts, one a line, weighed as on the command line: `2:red`, `-stripes`.
+        like: ids of images in the gallery, one a line, weighed alike.
+        part: left, top, right and bottom of the part of the reference to search by, in percent of it.
+        least: least score of a result.
+        fold: cosine from which near-duplicates are folded.
+    """
+
+    without: str = ""
+    filter: str = ""
+    also: str = ""
+    like: str = ""
+    part: str = ""
+    least: str = ""
+    fold: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the ranking, see [`Gallery.search`]."""
+        return {
+            "filter": self.filter or None,
+            "min_score": _number(self.least, "the least score"),
+            "fold": _number(self.fold, "the cosine of near-duplicates"),
+        }
+
+
 @dataclass(frozen=True)
 class Step:
-    """One search of a session. Its query can be searched again with other weights, without running an encoder."""
+    """One search of a session. Its query can be searched again with other weights, without running an encoder.
+
+    Args:
+        reference: the reference as a whole.
+        seen: the part of it that was searched by.
+        query: the encoded query.
+        text: what should be different.
+        asked: what else was entered.
+        why: explanation, where the model gives one.
+    """
 
     reference: Reference
+    seen: Reference
     query: Query = field(repr=False)
     text: str = ""
-    without: str = ""
-    filter: str | None = None
+    asked: Asked = Asked()
     why: Why | None = field(default=None, repr=False)
 
 
@@ -54,12 +96,16 @@ class Session:
         reference: the reference of the next search.
         shown: ids of the images in the grid.
         scores: cosines of the images in the grid; empty while they are random images to start from.
+        folded: number of near-duplicates folded into each.
+        offset: results that earlier pages have shown.
     """
 
     steps: tuple[Step, ...] = ()
     reference: Reference = None
     shown: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    folded: tuple[int, ...] = ()
+    offset: int = 0
 
 
 class Searcher:
@@ -84,7 +130,17 @@ class Searcher:
             raise ValueError("this image is no longer shown: search again, or start over")
         return replace(session, reference=session.shown[position])
 
-    def search(self, session: Session, text: str, balance: float, without: str = "", filter: str = "") -> Session:
+    def like(self, session: Session, like: str, weight: float) -> tuple[Session, str]:
+        """Move the reference to the images to search by, weight 1, or away from, -1; return them one a line."""
+        if not isinstance(session.reference, str):
+            raise ValueError("pick an image of the gallery first: click one of the results")
+        lines = [line for line in _lines(like) if read_labelled(line)[0] != session.reference]
+        added = labelled(session.reference, weight)
+        if read_labelled(added) != (session.reference, weight):  # its id begins as a weight does
+            added = f"{weight:g}:{session.reference}"
+        return replace(session, reference=None), "\n".join([*lines, added])
+
+    def search(self, session: Session, text: str, balance: float, *asked: str) -> Session:
         """Search by the reference and the text.
 
         A search from the reference of the last step replaces that step; one from a result of it continues the chain.
@@ -93,31 +149,49 @@ class Searcher:
             session: the visitor's session.
             text: what should be different, or what to look for.
             balance: see [`weights_of`].
-            without: text to lead away from.
-            filter: condition on columns of the gallery's metadata.
+            *asked: fields of [`Asked`].
         """
-        reference, text, without = session.reference, text.strip(), without.strip()
-        if reference is None and not text:
+        reference, text, entered = session.reference, text.strip(), Asked(*(one.strip() for one in asked))
+        texts, ids = (dict(map(read_labelled, _lines(field))) for field in (entered.also, entered.like))
+        if reference is None and not text and not texts and not ids:
             raise ValueError("nothing to search by: drop or pick an image, say what to look for, or both")
         image = self.gallery.image(reference) if isinstance(reference, str) else reference
-        explain = self.gallery.model.explains and image is not None and bool(text)
-        query = self.gallery.query(image, text or None, explain, texts={without: -1} if without else None)
+        seen = reference
+        if entered.part:
+            image = part_of(image, entered.part)
+            seen = clean(image, LONGEST)
+        more = texts | ({entered.without: -1.0} if entered.without else {})
+        alone = not any(weight > 0 for weight in (*more.values(), *ids.values()))
+        explain = self.gallery.model.explains and image is not None and bool(text) and alone
+        query = self.gallery.query(image, text or None, explain, texts=more or None, ids=ids or None)
         why = self._why(query, query.why[0]) if query.why else None
         query = replace(query, images=(), why=())  # without megabytes of pixels and attention
-        step = Step(reference, query, text, without, filter.strip() or None, why)
+        step = Step(reference, seen, query, text, entered, why)
         again = session.steps and session.steps[-1].reference == reference
         steps = (*(session.steps[:-1] if again else session.steps), step)
         return self.weigh(replace(session, steps=steps), balance)
 
     def weigh(self, session: Session, balance: float) -> Session:
         """Search the last query with other weights; no encoder runs."""
-        if not session.steps:
-            return session
+        return self._rank(session, balance, 0) if session.steps else session
+
+    def turn(self, session: Session, balance: float, pages: int) -> Session:
+        """Turn to a later page of the results, or to an earlier one."""
+        if not session.steps or (offset := session.offset + pages * SHOWN) < 0:
+            raise ValueError("there are no earlier results" if session.steps else "search first")
+        turned = self._rank(session, balance, offset)
+        if not turned.shown:
+            raise ValueError("there are no further results")
+        return turned
+
+    def _rank(self, session: Session, balance: float, offset: int) -> Session:
         step = session.steps[-1]
         weights = weights_of(balance) if has_both(step.query) else FUSION
         itself = [step.reference] if isinstance(step.reference, str) and len(self.gallery) > 1 else []
-        result = self.gallery.search(query=step.query, k=SHOWN, weights=weights, exclude=itself, filter=step.filter)
-        return replace(session, shown=tuple(result.ids), scores=tuple(result.scores))
+        settings = {"k": SHOWN, "offset": offset, "weights": weights, "exclude": itself, **step.asked.settings}
+        result = self.gallery.search(query=step.query, **settings)
+        folded = tuple(len(result.folded.get(image_id, [])) for image_id in result.ids)
+        return replace(session, shown=tuple(result.ids), scores=tuple(result.scores), folded=folded, offset=offset)
 
     def back(self, session: Session, position: int, balance: float) -> Session:
         """Return to a step of the chain and drop the later ones."""
@@ -166,6 +240,43 @@ def has_both(query: Query) -> bool:
     return query.image_embeds is not None and query.text_embeds is not None and query.combine is None
 
 
+def part_of(image: PILImage.Image | None, part: str) -> PILImage.Image:
+    """Crop an image to a part in percent, `left, top, right, bottom`.
+
+    Raises:
+        ValueError: if there is no image, or the part is none or not within it.
+    """
+    if image is None:
+        raise ValueError("there is no image to search a part of: drop or pick one, or clear the part")
+    try:
+        left, top, right, bottom = (float(one) / 100 for one in part.replace(",", " ").split())
+    except ValueError:
+        left = top = right = bottom = 0.0
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(
+            f"the part {part!r:.80} is not within the image: enter left, top, right and bottom in percent, 0 to 100, "
+            "such as 25, 0, 75, 50"
+        )
+    width, height = image.size
+    x, y = min(round(left * width), width - 1), min(round(top * height), height - 1)
+    return image.crop((x, y, max(round(right * width), x + 1), max(round(bottom * height), y + 1)))
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _number(entered: str, what: str) -> float | None:
+    """Return a number that was entered, None where none was."""
+    try:
+        number = float(entered) if entered else None
+    except ValueError:
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{what} is {entered!r:.80}: enter a number, such as 0.3, or clear it")
+    return number
+
+
 def open_upload(path: str | Path | None) -> PILImage.Image:
     """Open an uploaded image: RGB, upright, without metadata, at most `LONGEST` pixels wide and high.
 
@@ -192,4 +303,4 @@ def clean(image: PILImage.Image, longest: int) -> PILImage.Image:
     return PILImage.fromarray(np.asarray(rgb))
 
 
-__all__ = ["SHOWN", "Searcher", "Session", "open_upload", "weights_of"]
+__all__ = ["SHOWN", "Asked", "Searcher", "Session", "open_upload", "weights_of"]

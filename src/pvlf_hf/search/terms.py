@@ -1,6 +1,7 @@
 """Terms of a query: weighted images, texts and indexed images; those of negative weight lead away."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -136,4 +137,18 @@ def labelled(text: str, weight: float) -> str:
     return f"{weight:g}:{text}"
 
 
-__all__ = ["Box", "Terms", "collect_terms", "open_reference", "unknown_words"]
+def read_labelled(given: str) -> tuple[str, float]:
+    """Split a weight off a text or an id, as the command line does: `red`, `-red`, `2:red`, `-0.5:red`.
+
+    Raises:
+        ValueError: if the weight is 0 or nothing follows it.
+    """
+    number, text = re.fullmatch(r"(?:([+-]?(?:\d+\.?\d*|\.\d+)):)?(.*)", given, re.DOTALL).groups()  # type: ignore[union-attr]
+    if number is None:
+        return (given[1:], -1.0) if given.startswith("-") and len(given) > 1 else (given, 1.0)
+    if float(number) == 0 or not text.strip():
+        raise ValueError(f"{given!r:.80}: write a weight other than 0 and what it weighs, such as 2:red")
+    return text, float(number)
+
+
+__all__ = ["Box", "Terms", "collect_terms", "open_reference", "read_labelled", "unknown_words"]
