@@ -1,14 +1,18 @@
 """`PVLFProcessor` with tiny tokenizers made in memory."""
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import inverted
 import pytest
 import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPTokenizer
 
+from pvlf_hf import CompoDiffProcessor
 from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
-from pvlf_hf.models.processing_pvlf import PVLFProcessor
+from pvlf_hf.models.processing_pvlf import PVLFProcessor, all_tokens
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "same", "dress", "but", "red", "with", "sleeves"]
 IMAGE = Image.new("RGB", (40, 30), "navy")
@@ -178,3 +182,39 @@ def test_processor_accepts_settings_by_the_librarys_names():
 def test_settings_without_their_input_raise(inputs, message):
     with pytest.raises(TypeError, match=message):
         make_processor()(**inputs)
+
+
+@pytest.mark.parametrize("name", ["pic2word", "pic2word, cut", "compodiff"])
+def test_threads_share_a_processor(name):
+    """Truncation and padding are a state of the tokenizer: two settings in turn would mix up the threads' captions."""
+    if name == "compodiff":
+        plain = inverted.make_processor("pic2word")
+        processor = CompoDiffProcessor(plain.image_processor, plain.tokenizer)
+    else:
+        processor = inverted.make_processor("pic2word", truncation="cut" in name)
+    texts = [["this is a" + " photo" * number, "a photo"] for number in range(1, 90, 13)]
+
+    def prepare(number):
+        try:
+            return processor.process_captions(texts[number % len(texts)])["input_ids"].tolist()
+        except ValueError as error:  # where the caption is too long
+            return str(error)
+
+    expected = [prepare(number) for number in range(len(texts))]
+    assert ("tokens" in expected[-1]) == ("cut" not in name) and isinstance(expected[0], list)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(prepare, range(350)))
+    finally:
+        sys.setswitchinterval(switching)
+    assert found == expected * 50
+
+
+def test_all_tokens_of_a_caption_are_known_though_it_was_cut_off():
+    tokenizer = inverted.make_tokenizer()
+    for text in ("a photo", "a" * 5, "a b " * 60, "x " * 75, "x " * 76, "x " * 300, "<|endoftext|> x"):
+        encoded = tokenizer([text, "x"], truncation=True, max_length=77, padding="longest").encodings[0]
+        whole = tokenizer(text, truncation=False, padding=False)["input_ids"]
+        assert all_tokens(encoded) == whole[1:-1]

@@ -87,7 +87,7 @@ def convert_inversion(
     with naming(checkpoint):  # first: an error in the file is raised before a CLIP is downloaded
         weights, clip = read_mapping(checkpoint, method)
     processor = InversionProcessor.from_vl_pretrained(backbone, method)
-    word = {"placeholder_id": processor.placeholder_id}
+    word: dict[str, Any] = {"placeholder_id": processor.placeholder_id}
     plain = InversionModel.from_vl_pretrained(backbone, "searle_oti", **word)  # the encoders alone
     with naming(checkpoint):
         settings, weights = translate_mapping(weights, plain.config.vl_config, method, extractor_heads)

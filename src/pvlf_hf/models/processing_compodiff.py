@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, BatchEncoding, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_compodiff import CompoDiffConfig
-from .processing_pvlf import Padding, PVLFProcessor
+from .processing_pvlf import Padding, PVLFProcessor, all_tokens
 
 
 class CompoDiffProcessor(PVLFProcessor):
@@ -80,15 +80,13 @@ class CompoDiffProcessor(PVLFProcessor):
         """
         return BatchFeature({f"negative_{k}": v for k, v in self._tokenize(text, return_tensors).items()})
 
-    def _tokenize(
-        self, text: str | Iterable[str], return_tensors: str, settings: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        text = list(text) if not isinstance(text, str) and isinstance(text, Iterable) else text
-        tokens = super()._tokenize(text, return_tensors, settings)
-        longest = (settings or {}).get("max_length", self.max_text_length)
-        if not (settings or {}).get("truncation", self.truncation):
-            lengths = map(len, self.tokenizer([text] if isinstance(text, str) else text, padding=False)["input_ids"])
-            for row, length in enumerate(lengths):
+    def _encode(self, captions: list[str], settings: dict[str, Any] | None = None) -> BatchEncoding:
+        settings = settings or {}
+        tokens = super()._encode(captions, {**settings, "truncation": True})
+        longest = settings.get("max_length", self.max_text_length)
+        if not settings.get("truncation", self.truncation):
+            for row, encoding in enumerate(tokens.encodings or ()):
+                length = len(all_tokens(encoding)) + self.tokenizer.num_special_tokens_to_add()
                 if length > longest:
                     raise ValueError(
                         f"caption {row} has {length} tokens, {length - longest} more than the text encoder reads "

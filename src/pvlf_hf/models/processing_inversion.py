@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConf
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_inversion import METHODS, InversionConfig
-from .processing_pvlf import Padding, PVLFProcessor
+from .processing_pvlf import Padding, PVLFProcessor, all_tokens
 
 
 class InversionProcessor(PVLFProcessor):
@@ -53,14 +53,14 @@ class InversionProcessor(PVLFProcessor):
         self.placeholder = facts.placeholder if placeholder is None else placeholder
         own_template = facts.template.replace(facts.placeholder, self.placeholder)
         self.template = own_template if template is None else template
-        ids = tokenizer(self.placeholder, add_special_tokens=False)["input_ids"]
+        ids = self._tokens_of([self.placeholder])[0]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ValueError(
                 f"placeholder {self.placeholder!r} must be one token of the vocabulary, but it is {ids}: choose a "
                 "rare word of the tokenizer, such as '*' or '$' of CLIP's"
             )
         self.placeholder_id = ids[0]
-        self._placeholders = self._ids_of([self.template.replace("{caption}", "")])[0].count(ids[0])
+        self._placeholders = self._tokens_of([self.template.replace("{caption}", "")])[0].count(ids[0])
         if self.template.count("{caption}") != 1 or not self._placeholders:
             raise ValueError(
                 f"template {self.template!r} must hold {{caption}} once, and {self.placeholder!r} with a blank or "
@@ -178,10 +178,12 @@ class InversionProcessor(PVLFProcessor):
         if self.truncation:
             captions = [self._cut(caption) for caption in captions]
         sentences = [self.template.replace("{caption}", caption) for caption in captions]
-        for row, ids in enumerate(self._ids_of(sentences)):
-            if excess := max(0, len(ids) - self.max_text_length):
+        special = self.tokenizer.num_special_tokens_to_add()
+        for row, ids in enumerate(self._tokens_of(sentences)):
+            length = len(ids) + special
+            if excess := max(0, length - self.max_text_length):
                 raise ValueError(
-                    f"caption {row} has {len(ids)} tokens in the template {self.template!r}, {excess} more than the "
+                    f"caption {row} has {length} tokens in the template {self.template!r}, {excess} more than the "
                     f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template, or "
                     "truncation=True to cut it off"
                 )
@@ -194,13 +196,16 @@ class InversionProcessor(PVLFProcessor):
 
     def _cut(self, caption: str) -> str:
         """Cut a caption to the tokens that the template leaves."""
-        spent = len(self._ids_of([self.template.replace("{caption}", "")])[0])
-        ends = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        left = self.max_text_length - spent
-        return caption if len(ends) <= left else caption[: ends[left - 1][1]]
+        template, first = (self._encodings([one])[0] for one in (self.template.replace("{caption}", ""), caption))
+        left = self.max_text_length - sum(template.attention_mask)
+        ends = [end for (_, end), special in zip(first.offsets, first.special_tokens_mask, strict=True) if not special]
+        return caption if len(ends) <= left else caption[: ends[left - 1]]
 
-    def _ids_of(self, sentences: list[str]) -> list[list[int]]:
-        return self.tokenizer(sentences, truncation=False, padding=False)["input_ids"]
+    def _tokens_of(self, sentences: list[str]) -> list[list[int]]:
+        return list(map(all_tokens, self._encodings(sentences)))
+
+    def _encodings(self, sentences: list[str]) -> list[Any]:
+        return self._encode(sentences).encodings or []
 
     @property
     def model_input_names(self) -> list[str]:

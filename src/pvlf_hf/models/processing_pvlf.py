@@ -5,7 +5,14 @@ from os import PathLike
 from typing import Any, Literal
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchEncoding,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -234,16 +241,37 @@ class PVLFProcessor(ComposedRetrievalProcessor):
                     f"caption {index} is empty: say what changes, or search by the image alone with "
                     "processor(images=...) and the model's get_image_features"
                 )
+        tokens = self._encode(captions, {"return_tensors": return_tensors, **(settings or {})})
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _encode(self, captions: list[str], settings: dict[str, Any] | None = None) -> BatchEncoding:
+        """Tokenize captions.
+
+        Truncation and padding are a state of the tokenizer, which threads share: what is not by a caller's own
+        settings is tokenized by those below alone, and [`all_tokens`] tells what was cut off.
+        """
         defaults = {
             "padding": self.padding,
             "truncation": True,
             "max_length": self.max_text_length,
             "return_attention_mask": True,  # the fusion needs one also where the text encoder does not
-            "return_tensors": return_tensors,
         }
         # On the right whatever the tokenizer says: BLIP's text embedding is the token at position 0.
-        tokens = self.tokenizer(captions, **{**defaults, **(settings or {})}, padding_side="right")
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return self.tokenizer(captions, **{**defaults, **(settings or {})}, padding_side="right")
+
+
+def all_tokens(caption: Any) -> list[int]:
+    """Return the ids of a caption's tokens, cut off or not, without padding and special tokens.
+
+    Args:
+        caption: one of a `BatchEncoding`'s encodings.
+    """
+    return [
+        token
+        for part in (caption, *caption.overflowing)
+        for token, real, special in zip(part.ids, part.attention_mask, part.special_tokens_mask, strict=True)
+        if real and not special
+    ]
 
 
 def _load_tokenizer(name_or_path: str, replacements: dict[str, str], **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -269,4 +297,4 @@ def _check_counts(data: dict[str, Any]) -> None:
 
 PVLFProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PVLFProcessor"]
+__all__ = ["PVLFProcessor", "all_tokens"]
