@@ -28,7 +28,8 @@ from pvlf_hf import (
 )
 from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.embeddings.embedding_store import images_made_by, made_by, read_provenance
-from pvlf_hf.search import replacement
+from pvlf_hf.models.configuration_inversion import METHODS
+from pvlf_hf.search import gallery_files, replacement
 from pvlf_hf.search.indexing import EMBEDDINGS
 from pvlf_hf_cli import app
 
@@ -132,6 +133,51 @@ def test_other_compositions_towers_and_inversions_search_the_same_index(index, c
         change(*changed)
         with pytest.raises(ValueError, match="index holds embeddings of another model or processor, which must not"):
             Gallery.load(index, *changed)
+
+
+@pytest.fixture(scope="module")
+def even_clip(tmp_path_factory):
+    """Return a CLIP whose joint space is as wide as its text encoder, which Context-I2W needs."""
+    folder = tmp_path_factory.mktemp("even")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES["clip"], "projection_dim", FAMILIES["clip"]["text_config"]["hidden_size"])
+        save_dual_encoder("clip", folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_inversion_searches_the_index_of_its_plain_clip(
+    method, even_clip, photos, tmp_path, caplog, monkeypatch
+):
+    clip, index = even_clip, tmp_path / "index"
+    Gallery.from_folder(photos, *load_model(str(clip)), path=index, progress=False)
+    torch.manual_seed(0)
+    model = InversionModel.from_vl_pretrained(
+        clip, method, placeholder_id=3, mapping_width=8, extractor_heads=2
+    ).eval()
+    processor = InversionProcessor.from_vl_pretrained(clip, method, placeholder="b", template="a b {caption}")
+    model.config.placeholder_id, model.config.inversion_steps = (
+        processor.placeholder_id,
+        2 * bool(METHODS[method].steps),
+    )
+    monkeypatch.setattr(gallery_files.logger, "propagate", True)
+    own = processor.image_processor.do_target_pad
+    with counting(model) as counts:
+        built = Gallery.from_folder(photos, model, processor, path=index, progress=False, replace=True)
+    opened = Gallery.load(index, model, processor)
+    assert counts == [0] and opened.embeds.equal(built.embeds) and own == METHODS[method].target_pad
+    assert ("does not pad them: its queries are prepared as the images of the index" in caplog.text) != own
+    wide = draw(0).resize((90, 30))
+    padded = PVLFProcessor.from_vl_pretrained(clip).process_targets(wide)["pixel_values"]
+    for gallery in (built, opened):
+        assert gallery.processor.process_targets(wide)["pixel_values"].equal(padded)
+        assert len(gallery.search(wide, "c").ids) == 9
+    unpadded = processor.process_targets(wide)["pixel_values"]
+    assert unpadded.equal(padded) == own and processor.image_processor.do_target_pad == own  # the caller's own stays
+    processor.image_processor.do_target_pad = False  # with another difference beside it, the index stays shut
+    processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+    with pytest.raises(ValueError, match="holds embeddings of another model or processor"):
+        Gallery.load(index, model, processor)
 
 
 def test_model_trained_in_mode_both_is_refused_with_a_remedy(index, clip, tmp_path):

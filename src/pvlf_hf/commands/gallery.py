@@ -16,7 +16,7 @@ from ..embeddings.embedding_store import images_made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
-from ..search.gallery_files import TABLE, check_encoder, is_gallery, kept_provenance
+from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance
 from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
@@ -153,7 +153,7 @@ def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: Compos
     if not is_gallery(path):
         return set()
     try:
-        check_encoder(path, model, processor)
+        check_encoder(path, model, *as_indexed(path, model, processor))
     except ValueError:
         return set()
     return set(pq.read_table(path / TABLE, columns=["digest"])["digest"].to_pylist())

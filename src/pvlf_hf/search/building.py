@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..embeddings.embedding_store import images_made_by
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .gallery_files import GalleryTable, gallery_id_of, new_gallery_id, read_columns, write_gallery
+from .gallery_files import GalleryTable, as_indexed, gallery_id_of, new_gallery_id, read_columns, write_gallery
 from .indexing import PART, DecodeOptions, IncrementalIndexer, least_side, report
 from .metadata import gather_metadata, read_metadata
 from .query import check_positive
@@ -26,11 +26,12 @@ _FIRST_STATE = Lock()
 
 
 class BuiltGallery(NamedTuple):
-    """All that a [`Gallery`] is made of beside model and processor."""
+    """All that a [`Gallery`] is made of beside the model."""
 
     table: GalleryTable
     embeds: Tensor
     made_by: dict[str, str]
+    processor: ComposedRetrievalProcessor
     sources: "Dataset"
     skipped: dict[str, str]
     gallery_id: str | None
@@ -77,7 +78,10 @@ def build_gallery(
     # Waits for another process that writes to the same folder, and then reuses its embeddings.
     with ExitStack() as on_error, locked_gallery(home) if home and state.is_main_process else nullcontext():
         state.wait_for_everyone()
-        provenance = images_made_by(model, processor)
+        if home:
+            processor, provenance = as_indexed(home, model, processor)
+        else:
+            provenance = images_made_by(model, processor)
         place = home and place_to_build(home, model, processor, provenance, replace)
         client = open_database(index, uri, provenance)  # fails before any image is encoded
         on_error.callback(_close, client)
@@ -102,7 +106,7 @@ def build_gallery(
             state.wait_for_everyone()
             gallery_id = gallery_id_of(home)
         on_error.pop_all()
-    return BuiltGallery(table, embeds, provenance, sources, skipped, gallery_id, client, columns)
+    return BuiltGallery(table, embeds, provenance, processor, sources, skipped, gallery_id, client, columns)
 
 
 def checked_dataset(dataset: Any, image_column: str, id_column: str) -> "Dataset":

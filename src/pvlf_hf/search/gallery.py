@@ -28,6 +28,7 @@ from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalPro
 from .building import build_gallery, checked_dataset, open_database, save_gallery
 from .filters import Filter, passing_rows
 from .gallery_files import (
+    as_indexed,
     check_encoder,
     download_gallery,
     gallery_id_of,
@@ -78,7 +79,8 @@ class Gallery(IndexedImages):
         Args:
             folder: folder of the images; the id of an image is its path relative to it (`"2024/dress.jpg"`).
             model: embeds images and queries.
-            processor: the model's processor.
+            processor: the model's processor. Where `path` holds images that were padded otherwise, and nothing else
+                differs, the gallery's `processor` pads as they were, with a warning.
             path: folder that keeps the embeddings. A repeated call, also after an interruption, encodes only new and
                 changed images and drops deleted ones; it waits for another process that is writing to the folder.
                 None keeps the embeddings in memory, see [`~Gallery.save`].
@@ -170,10 +172,9 @@ class Gallery(IndexedImages):
     @classmethod
     def _build(cls, dataset: "Dataset", *arguments: Any, **options: Any) -> "Gallery":
         """Embed `image` of a dataset, named by `image_id`; arguments as [`build_gallery`]."""
-        model, processor = arguments[:2]
         index, uri = options.get("index", "exact"), options.get("uri")
         made = build_gallery(dataset, *arguments, **options)
-        return cls(made.table, made.embeds, made.made_by, model, processor, index, uri, *made[3:])
+        return cls(made.table, made.embeds, made.made_by, arguments[0], made.processor, index, uri, *made[4:])
 
     @classmethod
     def load(
@@ -194,7 +195,8 @@ class Gallery(IndexedImages):
         check_index(index, uri)
         finish_replacement(path)
         table, embeds = read_gallery(path)
-        provenance = check_encoder(path, model, processor)
+        processor, provenance = as_indexed(path, model, processor)
+        check_encoder(path, model, processor, provenance)
         client = open_database(index, uri, provenance)
         columns = metadata_of(path)
         known: dict[str, Any] = {"gallery_id": gallery_id_of(path), "client": client, "metadata": columns}

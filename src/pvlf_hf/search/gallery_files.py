@@ -1,5 +1,6 @@
 """Files of a gallery, in a folder and on the Hub: embeddings, and a table that says what each row embeds."""
 
+from copy import copy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -9,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from torch import Tensor
+from transformers.utils import logging
 
 from ..atomic_files import whole
 from ..embeddings.embedding_store import images_made_by, made_by, read_provenance, read_rows, write_rows
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .indexing import EMBEDDINGS
+
+logger = logging.get_logger(__name__)
 
 TABLE = "gallery.parquet"
 
@@ -34,6 +38,36 @@ class GalleryTable(NamedTuple):
 def is_gallery(folder: Path) -> bool:
     """Return whether a folder holds the files of a gallery."""
     return (folder / TABLE).is_file()
+
+
+def as_indexed(
+    folder: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor
+) -> tuple[ComposedRetrievalProcessor, dict[str, str]]:
+    """Return a processor that pads images as those that a folder holds were padded, and the provenance by it.
+
+    Methods pad images, or do not, as their authors did. One index of their image encoder serves all of them, so its
+    padding is that of their queries, too: an image finds itself, by its file as by its id.
+
+    Args:
+        folder: of a gallery, or of one that is to be.
+        model: the model.
+        processor: of the model; returned as it is where the padding is the same, or more than that differs.
+    """
+    provenance, kept, images = images_made_by(model, processor), kept_provenance(folder), processor.image_processor
+    if kept in (None, provenance) or not hasattr(images, "do_target_pad"):
+        return processor, provenance
+    other = copy(processor)
+    other.image_processor = copy(images)
+    other.image_processor.do_target_pad = not images.do_target_pad
+    if kept != (by_other := images_made_by(model, other)):
+        return processor, provenance
+    padded = other.image_processor.do_target_pad
+    logger.warning(
+        f"the images of {folder} were {'' if padded else 'not '}padded towards a square, and this model "
+        f"{'does not pad' if padded else 'pads'} them: its queries are prepared as the images of the index were. To "
+        "search images prepared by the model's own processor, index them into another folder"
+    )
+    return other, by_other
 
 
 def check_encoder(
