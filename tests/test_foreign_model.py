@@ -228,3 +228,32 @@ def test_fingerprint_of_the_published_checkpoint_is_unchanged():
     folder = "model_cards/pvlf-emoji-tiny"
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert made_by(model, processor)["fingerprint"] == "9d35cf90cab62a242ff160bf434af581"
+
+
+def missing(name):
+    def raising(self):
+        raise AttributeError(name)
+
+    return property(raising)
+
+
+def test_model_whose_code_is_older_than_compositions_by_scores_ranks_by_cosine(benchmark):
+    """The code that came with a checkpoint of version 0.1 knows neither `combine` nor `gallery_prompts`."""
+
+    class Older(ColourModel):
+        combine, gallery_prompts, score = map(missing, ("combine", "gallery_prompts", "score"))
+
+    model, processor = make_foreign()
+    older = Older(model.config).eval()
+    older.load_state_dict(model.state_dict())
+    assert not hasattr(older, "combine") and not hasattr(older, "gallery_prompts")
+    image = PILImage.new("RGB", (16, 16), "red")
+    found = []
+    for one in (model, older):
+        gallery = Gallery.from_dataset(benchmark.gallery, one, processor, progress=False)
+        result = gallery.search(image, "a cat")
+        pipe = pipeline("composed-image-retrieval", model=one, processor=processor, gallery=benchmark.gallery["image"])
+        answers = [(answer["index"], answer["score"]) for answer in pipe({"image": image, "text": "a cat"})]
+        report = evaluate(one, processor, benchmark, progress=False)
+        found.append((result.ids, result.scores, answers, report.metrics, gallery.made_by))
+    assert found[0] == found[1]

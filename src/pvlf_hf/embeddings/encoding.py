@@ -106,7 +106,7 @@ def embed(
 
 
 def _as_scored(queries: Tensor, model: ComposedRetrievalModel | None, method: QueryMethod) -> Tensor | CombinedQueries:
-    combine = unwrap(model).combine if model is not None and method == "composed" else None
+    combine = getattr(unwrap(model), "combine", None) if model is not None and method == "composed" else None
     return queries if combine is None else CombinedQueries(queries, combine)
 
 

@@ -68,8 +68,9 @@ def image_fingerprint(model: ComposedRetrievalModel, processor: ComposedRetrieva
         ValueError: if a module's state holds an object of an unknown type.
     """
     parts: list[bytes | str] = [_settings_of(model.image_config, model), _autocast(model), image_settings(processor)]
-    prompts = {"prompts": model.gallery_prompts} if model.gallery_prompts is not None else {}
-    for name, module in sorted({**model.image_side, **prompts}.items()):
+    prompts = getattr(model, "gallery_prompts", None)  # code that came with an older checkpoint knows of none
+    modules = {**model.image_side, **({} if prompts is None else {"prompts": prompts})}
+    for name, module in sorted(modules.items()):
         for key, value in module.state_dict().items():
             parts += _state_parts(f"{name}.{key}", value)
     return sequence_digest(*parts)

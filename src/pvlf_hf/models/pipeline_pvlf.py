@@ -178,7 +178,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         tokens = self.processor.process_captions(model_inputs["text"]).to(self.device)
         query = self._embed(pixel_values=model_inputs["pixel_values"], **tokens).query_embeds
         model, query = cast(Any, self.model), query.to(gallery_embeds.device)
-        if model.combine is None:
+        if getattr(model, "combine", None) is None:  # code that came with an older checkpoint does not know it
             scores = _scores(exact_unit_rows(query), gallery_embeds)  # (batch, n)
         else:
             scores = model.score(query.double(), gallery_embeds).float()

@@ -101,7 +101,7 @@ class QueryEncoder:
         return partial(self._query(*parts), why=tuple(why))
 
     def _query(self, fused: Tensor, image_embeds: Tensor, text_embeds: Tensor) -> Callable[..., Query]:
-        combine = self.model.combine
+        combine = getattr(self.model, "combine", None)
         return partial(Query, fused=fused, image_embeds=image_embeds, text_embeds=text_embeds, combine=combine)
 
     def _embed_images(self, terms: Terms) -> tuple[Tensor, Tensor]:
