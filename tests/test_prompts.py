@@ -500,8 +500,8 @@ def test_captions_that_leave_no_position_for_prompts_are_refused():
     "Prompted galleries have another fingerprint, and those without prompts are the plain encoder's",
     broken=(
         "src/pvlf_hf/embeddings/fingerprints.py",
-        "if model.gallery_prompts is not None else {}",
-        "if False else {}",
+        "({} if prompts is None else",
+        "({} if True else",
     ),
 )
 def test_the_gallery_is_prompted_if_asked(location, tmp_path, figure):
