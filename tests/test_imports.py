@@ -29,6 +29,7 @@ FOLDERS = {
         "configuration_training_free",
         "modeling_training_free",
         "processing_pvlf",
+        "pipeline_training_free",
         "configuration_case",
         "loss_case",
         "modeling_case",

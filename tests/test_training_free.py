@@ -13,6 +13,7 @@ from foreign import make_foreign
 from forked import run_without_package
 from miniatures import make_cirr
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from test_backbones import CAPTIONS, close, random_images
 from tiny import make_model, make_processor
 from torch.nn import functional as F
@@ -33,6 +34,8 @@ from pvlf_hf import PVLFModel, PVLFProcessor, TrainingFreeConfig, TrainingFreeMo
 from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.commands.evaluate import main as evaluate_command
 from pvlf_hf.models.compositions_training_free import COMPOSITIONS
+from pvlf_hf.models.pipeline_pvlf import TASK
+from pvlf_hf.sentence_transformer import PVLFSentenceModule
 from pvlf_hf_cli import app
 
 
@@ -300,6 +303,24 @@ save_file(outputs, root / "outputs.safetensors")
 
 
 @pytest.mark.slow
+def test_every_family_is_a_pipeline_and_a_sentence_transformer_by_name(pretrained):
+    folder = pretrained
+    queries = [{"image": image, "text": text} for image, text in zip(random_images(3), CAPTIONS, strict=False)]
+    images = [query["image"] for query in queries]
+    for settings in ({}, {"composition": "sum", "composition_weight": 0.3}):
+        model = TrainingFreeModel.from_vl_pretrained(folder, **settings)
+        processor = PVLFProcessor.from_vl_pretrained(folder)
+        by_name = pipeline(TASK, model=str(folder), gallery=images, model_kwargs=settings, device="cpu")
+        made = pipeline(TASK, model=model, processor=processor, gallery=images, device="cpu")
+        assert [by_name(query) for query in queries] == [made(query) for query in queries]
+        module = PVLFSentenceModule.load(str(folder), model_kwargs=settings)
+        encoded = SentenceTransformer(modules=[module], device="cpu").encode(queries, convert_to_tensor=True)
+        expected = SentenceTransformer(modules=[PVLFSentenceModule(model, processor)], device="cpu")
+        assert encoded.equal(expected.encode(queries, convert_to_tensor=True))
+    with pytest.raises(ValueError, match=r"plain dual encoder: set \['max_text_length'\] on the processor"):
+        PVLFSentenceModule.load(str(folder), processor_kwargs={"max_text_length": 9})
+
+
 def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
     (image,) = random_images(1)
     image.save(tmp_path / "image.png")

@@ -22,9 +22,12 @@ import torch
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
+from .models.configuration_pvlf import BACKBONES
 from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .models.pipeline_training_free import AutoComposedRetrievalModel
+from .models.processing_pvlf import PVLFProcessor
 
 IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp")
 """File extensions that are recognised as images."""
@@ -78,11 +81,12 @@ class PVLFSentenceModule(InputModule):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "PVLFSentenceModule":
-        """Load any PVLF checkpoint.
+        """Load any PVLF checkpoint, or a plain dual encoder, which composes queries by Slerp.
 
         Args:
             model_name_or_path: Hub name or local folder.
-            model_kwargs: passed to `AutoModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
+            model_kwargs: passed to `AutoModel.from_pretrained` (`dtype`, `attn_implementation`, ...); of a plain dual
+                encoder also `composition`.
             processor_kwargs: settings of [`PVLFProcessor`].
             **kwargs: `subfolder`, `token`, `revision`, `cache_folder` and `local_files_only` say where to look; what
                 the library passes besides is for modules of other kinds.
@@ -90,8 +94,16 @@ class PVLFSentenceModule(InputModule):
         names = ("subfolder", "token", "revision", "local_files_only")
         where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
         where["cache_dir"] = kwargs.get("cache_folder")
-        model = AutoModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
-        processor = AutoProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
+        model = AutoComposedRetrievalModel.from_pretrained(model_name_or_path, **where, **(model_kwargs or {}))
+        processor: Any
+        if AutoConfig.from_pretrained(model_name_or_path, **where).model_type not in BACKBONES:
+            processor = AutoProcessor.from_pretrained(model_name_or_path, **where, **(processor_kwargs or {}))
+        elif processor_kwargs:
+            raise ValueError(
+                f"{model_name_or_path} is a plain dual encoder: set {[*processor_kwargs]} on the processor"
+            )
+        else:
+            processor = PVLFProcessor.from_vl_pretrained(model_name_or_path, **where)
         return cls(model, processor)
 
     def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:

@@ -28,6 +28,7 @@ from .modeling_inversion import InversionModel, InversionQueryOutput
 from .modeling_pvlf import PVLFModel, PVLFOutput, PVLFQueryOutput
 from .modeling_training_free import TrainingFreeModel
 from .pipeline_pvlf import TASK, ComposedImageRetrievalPipeline
+from .pipeline_training_free import AutoComposedRetrievalModel, DualEncoderPipeline
 from .processing_case import CASEProcessor
 from .processing_compodiff import CompoDiffProcessor
 from .processing_inversion import InversionProcessor
@@ -57,7 +58,7 @@ for family in FAMILIES:
     AutoImageProcessor.register(family.config, image_processor_classes={"pil": PVLFImageProcessor}, exist_ok=True)
     AutoProcessor.register(family.config, family.processor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
-    TASK, pipeline_class=ComposedImageRetrievalPipeline, pt_model=AutoModel, type="multimodal"
+    TASK, pipeline_class=DualEncoderPipeline, pt_model=AutoComposedRetrievalModel, type="multimodal"
 )
 
 __all__ = [

@@ -59,7 +59,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def __init__(self, **kwargs: Any) -> None:
         model = kwargs["model"]
         if not hasattr(model, "get_query_features"):
-            raise ValueError(f"{TASK} needs a PVLF model, not {type(model).__name__}: pass a checkpoint of one")
+            raise ValueError(
+                f"{TASK} needs a PVLF model, not {type(model).__name__}: pass a checkpoint of one, or what "
+                "pvlf_hf.load_model(name) returns, model and processor"
+            )
         super().__init__(**kwargs)
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -8,7 +8,7 @@
     main()
     ```
 
-which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, a Hub name or folder;
+which, like `python -m pvlf_hf.search.web_demo`, reads the environment: `PVLF_MODEL`, as `--model`;
 `PVLF_GALLERY`, a folder of images, EmojiCIR without it; Gradio's own `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`.
 
 The server listens on this machine only, unless configured otherwise. One request at a time reaches the model, and a
@@ -28,8 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from transformers import AutoModel, AutoProcessor
-
+from ..checkpoints.loading import load_model
 from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from .demo_page import CSS, Page
 from .demo_session import Searcher
@@ -182,7 +181,7 @@ def _named_gallery() -> Gallery:
     name, images = os.environ.get("PVLF_MODEL"), os.environ.get("PVLF_GALLERY")
     if not name:
         raise ValueError("PVLF_MODEL is not set: name a PVLF model, a folder or one on the Hub")
-    model, processor = AutoModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+    model, processor = load_model(name)
     if images:
         return Gallery.from_folder(images, model, processor)
     return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor)
