@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from error_bounds import embeds_of, rounding, training_error
 from PIL import Image as PILImage
 from processes import run_in_processes
@@ -100,6 +100,16 @@ def test_model_is_pickled_after_cached_training(tiny_model, squares, tmp_path):
     with torch.no_grad():
         again.aggregation.output.bias.add_(1)  # its own weights, not those of the first
         assert not torch.equal(again(**batch).query_embeds, tiny_model(**batch).query_embeds)
+
+
+def test_model_embeds_as_before_when_its_bfloat16_forward_is_unwrapped(tiny_model, squares, tmp_path):
+    image = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    accept_cached_features(tiny_model)
+    expected = tiny_model(target_pixel_values=image).target_embeds
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare_model(tiny_model, evaluation_mode=True)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(target_pixel_values=image).target_embeds, expected)
 
 
 def test_second_run_encodes_nothing(tiny_model, encoded_images, squares, tmp_path):

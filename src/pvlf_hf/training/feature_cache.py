@@ -233,6 +233,8 @@ def _forward_of_cached_features(
     self: Any, *args: Any, encoder_outputs: dict[str, Any] | None = None, **inputs: Any
 ) -> ComposedRetrievalOutput:
     """Compute what the model's `forward` does, with cached outputs of frozen encoders in place of their inputs."""
+    if args and args[0] is self:  # Accelerate's unwrap_model binds a forward to its model once more
+        args = args[1:]
     if encoder_outputs is None:
         return type(self).forward(self, *args, **inputs)
     facts: Any = _facts_of(self)
