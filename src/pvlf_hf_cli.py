@@ -371,6 +371,14 @@ class Subject(StrEnum):
     CIRR = "cirr"
     FASHIONIQ = "fashioniq"
     CIRCO = "circo"
+    ICIR = "icir"
+    PINPOINT = "pinpoint"
+    CIRCLED = "circled"
+    GENECIS = "genecis"
+    REFINED_CIRR = "refined-cirr"
+    REFINED_FASHIONIQ = "refined-fashioniq"
+    L_CIRR = "l-cirr"
+    EDIR = "edir"
     TRIPLETS = "triplets"
 
 
@@ -378,7 +386,9 @@ class Subject(StrEnum):
 def doctor(
     subject: Annotated[Subject, typer.Argument(help="Which dataset; triplets are your own.", show_default=False)],
     path: Annotated[Path, typer.Argument(help="Its folder; for triplets the table.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="Split; of laion-cir the subset (default: val, combined).")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split; of laion-cir and circled the subset (default: val, or all).")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Triplets: folder of the images (default: that of the table).")
     ] = None,

@@ -1,9 +1,14 @@
-"""Miniatures of Laion-CIR, CIRR, FashionIQ and CIRCO: formats and layouts of the released files, emoji as images."""
+"""Miniatures of the published data sets: formats and layouts of the released files, emoji as images."""
 
+import csv
+import io
 import json
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -117,10 +122,200 @@ def circo_row(split, number, ids):
     return {**row, "target_img_id": answers[0], "gt_img_ids": answers, "id": number, "semantic_aspects": aspects}
 
 
+def make_icir(root, packed=False):
+    """Write five queries for two instances, on galleries of six and five; as the archive, or as the Hub's shards."""
+    texts = {"big_ben": ["at night", "as a toy"], "white_cat": ["in a box"]}
+    queries, database = [], []
+    for instance, own in texts.items():
+        queries += [(f"icir/query/{instance}/{instance}_q{n}.jpg", text, instance) for n in (0, 1) for text in own]
+        listed = [own[0], *own, "by day", "negative", ""]  # the first text has two positives
+        database += [(f"icir/database/{instance}/{instance}_{n}.jpg", text, instance) for n, text in enumerate(listed)]
+    queries = queries[:5]
+    names = list(dict.fromkeys(row[0] for row in [*queries, *database]))
+    folder = root / "annotations" if packed else root
+    for name, rows in (("query", queries), ("database", database)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}_files.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows(rows)
+    draw([root / name.removeprefix("icir/") for name in names], 200)
+    if packed:
+        for name in ("query", "database"):
+            pack_shards(root, name, database if name == "database" else queries)
+    return root
+
+
+def pack_shards(root, name, rows):
+    """Move images into WebDataset shards of four samples, each an image and a JSON object."""
+    folder = root / "webdataset" / name
+    folder.mkdir(parents=True)
+    rows = list({row[0]: row for row in rows}.values())
+    for start in range(0, len(rows), 4):
+        with tarfile.open(folder / f"{name}-{start // 4:06d}.tar", "w") as archive:
+            for number, (path, text, instance) in enumerate(rows[start : start + 4], start):
+                file = root / path.removeprefix("icir/")
+                sample = json.dumps({"img_path": path, "instance": instance, "text": text}).encode()
+                for ending, content in (("jpg", file.read_bytes()), ("json", sample)):
+                    member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+                file.unlink()
+    for below in sorted((root / name).rglob("*"), reverse=True):
+        below.rmdir()
+    (root / name).rmdir()
+
+
+def make_pinpoint(root):
+    """Write six queries on an index of 16 images: two paraphrases of one, two images in two, no negatives in one."""
+    index = [f"{n:02x}{n + 160:02x}ab{'0' * 24}{n:02x}" for n in range(16)]
+    outside = [f"ff{n:02x}cd{'0' * 24}{n:02x}" for n in range(5)]
+    draw([root / f"images/{signature}.jpg" for signature in [*index, *outside]], 230)
+    (root / "index_signatures.txt").write_text("\n".join(index) + "\n")
+    rows = [pinpoint_row(n, index, outside) for n in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), root / "pinpoint_licensed.parquet")
+    return root
+
+
+def pinpoint_row(number, index, outside):
+    reference = max(number - 1, 0)  # the first two have the same
+    return {
+        "query_id": f"query_{number + 1:05d}",
+        "query_image_signature": index[3] if number == 5 else outside[reference],  # may be in the index
+        "query_image_signature2": outside[4] if number in (3, 4) else None,
+        "instruction": CAPTIONS[number % 4],
+        "positive_candidates": index[number : number + (1, 6, 3, 1, 2, 3)[number]],
+        "negative_candidates": [] if number == 2 else index[number + 6 : number + 10],
+        "token_count": 5,
+    }
+
+
+def make_circled(root):
+    """Write sessions over the other miniatures, which must be beside: two to three turns, one with two positives."""
+    subsets = {"circo_val": [42 + 29411 * number for number in range(18)]}
+    subsets["cirr_val"] = list(json.loads((root.parent / "cirr/cirr/image_splits/split.rc2.val.json").read_text()))
+    for category in FASHION_CATEGORIES:
+        listing = root.parent / f"fashioniq/image_splits/split.{category}.val.json"
+        subsets[f"fashioniq_{category}_val"] = json.loads(listing.read_text())
+    for subset, ids in subsets.items():
+        write_json(root / f"data/{subset}.json", [circled_session(subset, n, ids) for n in range(4)])
+    return root
+
+
+def circled_session(subset, number, ids):
+    turns = [
+        {
+            "turn": turn + 1,
+            "reference_image_id": ids[number + 3 * turn],
+            "relative_caption": CAPTIONS[(number + turn) % 4],
+        }
+        for turn in range(2 + number % 2)
+    ]
+    targets = ids[number + 1 : number + 2 + (number == 2)]
+    return {
+        "session_id": f"{subset}_{number:04d}",
+        "subset": subset,
+        "ground_truth_ids": targets,
+        "num_turns": len(turns),
+        "turns": turns,
+    }
+
+
+def make_genecis(root):
+    """Write five queries of each task with four candidates each; one candidate is given twice."""
+    coco, genome = [139 + 97 * n for n in range(9)], [1 + 501 * n for n in range(9)]
+    draw([root / f"val2017/{i:012d}.jpg" for i in coco], 260)
+    draw([root / f"VG_100K{'_2' * (n % 2)}/{i}.jpg" for n, i in enumerate(genome)], 270)
+    for task in ("focus_object", "change_object", "focus_attribute", "change_attribute"):
+        images = [{"val_image_id": i} for i in coco]
+        if task.endswith("attribute"):
+            boxes = [[4 * n, 10, 20 + 3 * n, 30] for n in range(9)]
+            images = [{"image_id": i, "instance_bbox": box} for i, box in zip(genome, boxes, strict=True)]
+        rows = [genecis_row(n, images) for n in range(5)]
+        write_json(root / f"genecis/{task}.json", rows)
+    return root
+
+
+def genecis_row(number, images):
+    gallery = [images[(number + step) % 9] for step in (2, 3, 4)]
+    if number == 4:
+        gallery[2] = gallery[0]
+    words = ("wall", "red", "two of them", "hat", "table")
+    return {
+        "condition": words[number],
+        "reference": images[number],
+        "target": images[(number + 6) % 9],
+        "gallery": gallery,
+    }
+
+
+def make_refined_cirr(root):
+    """Write rewritten captions of six of CIRR's pairs, which must be beside; one is not rewritten."""
+    rows = json.loads((root.parent / "cirr/cirr/captions/cap.rc2.val.json").read_text())[:6]
+    refined = [{**row, "caption": f"now {row['caption']}", "is_refined": n != 2} for n, row in enumerate(rows)]
+    write_json(root / "refined_cirr.val.json", refined)
+    return root
+
+
+def make_refined_fashioniq(root):
+    """Write a file for dress and one for the other categories; one pair of each keeps its two captions."""
+    kept = []
+    for category in FASHION_CATEGORIES:
+        rows = json.loads((root.parent / f"fashioniq/captions/cap.{category}.val.json").read_text())
+        refined = [
+            {**row, "captions": ["now in red"] if n else row["captions"], "is_refined": n > 0}
+            for n, row in enumerate(rows)
+        ]
+        if category == "dress":
+            write_json(root / "refined_fiq.dress.val.json", refined)
+        else:
+            kept += refined
+    write_json(root / "refined_fiq.val.json", kept)
+    return root
+
+
+def make_l_cirr(root):
+    """Write long texts for five of CIRR's pairs, which must be beside."""
+    rows = json.loads((root.parent / "cirr/cirr/captions/cap.rc2.val.json").read_text())[:5]
+    long = [
+        {"pairid": row["pairid"], "caption": f"two of them on a table {'and red ' * n}"} for n, row in enumerate(rows)
+    ]
+    write_json(root / "cap.rc2.val.json", long)
+    return root
+
+
+def make_edir(root):
+    """Write five queries in two subcategories on a corpus of eleven images."""
+    corpus = [f"{500 + n}_00{7464815 + n}_{n % 6 + 1}.png" for n in range(11)]
+    references = [f"{500 + n}_00{7464815 + n}.jpg" for n in range(5)]
+    draw([root / f"imgs_mc/{name}" for name in [*corpus, *references]], 300)
+    queries = [
+        {"id": f"q{n}", "image": name, "text": CAPTIONS[n % 4], "metadata": {"subcategory": ("color", "count")[n % 2]}}
+        for n, name in enumerate(references)
+    ]
+    instances = [{"qid": f"q{n}", "pos": [corpus[2 * n]], "neg": corpus[2 * n + 1 : 2 * n + 3]} for n in range(5)]
+    listed = [{"id": name, "image": name} for name in corpus]
+    for name, rows in (("queries", queries), ("corpus", listed), ("instances", instances)):
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return root
+
+
+MAKERS = {
+    "laion-cir": make_laion_cir,
+    "cirr": make_cirr,
+    "fashioniq": make_fashioniq,
+    "circo": make_circo,
+    "icir": make_icir,
+    "pinpoint": make_pinpoint,
+    "circled": make_circled,
+    "genecis": make_genecis,
+    "refined-cirr": make_refined_cirr,
+    "refined-fashioniq": make_refined_fashioniq,
+    "l-cirr": make_l_cirr,
+    "edir": make_edir,
+}
+
+
 def make_all(data_root):
-    """Write all four data sets in the folders that `load_protocol` expects."""
-    make_laion_cir(data_root / "laion-cir")
-    make_cirr(data_root / "cirr")
-    make_fashioniq(data_root / "fashioniq")
-    make_circo(data_root / "circo")
+    """Write all data sets in the folders that `load_protocol` expects."""
+    for name, make in MAKERS.items():
+        make(data_root / name)
     return data_root

@@ -179,7 +179,7 @@ def test_shell_completion_works(tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, timeout=60, check=True)
     registered, *completed = done.stdout.splitlines()
     assert registered.endswith("-F _pvlf_hf_completion pvlf-hf")
-    assert completed == ["search serve submit", "cirr circo"]
+    assert completed == ["search serve submit", "cirr circo circled"]
 
 
 # ---- index and search ----

@@ -1,11 +1,13 @@
 """The doctor finds every kind of damage planted in a healthy data set, and nothing else."""
 
 import json
+import os
 import shutil
 
 import datasets
 import pytest
-from miniatures import make_circo, make_cirr, make_fashioniq, make_laion_cir, write_json
+from miniatures import MAKERS as ALL_MAKERS
+from miniatures import make_all, make_circo, make_cirr, make_fashioniq, make_icir, make_laion_cir, write_json
 from tiny import make_processor
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from pvlf_hf.data.doctor import (
     examine_laion_cir,
     examine_triplets,
 )
+from pvlf_hf.data.protocols import DATA_SETS
 from pvlf_hf_cli import Subject, app
 
 MAKERS = {"laion-cir": make_laion_cir, "cirr": make_cirr, "fashioniq": make_fashioniq, "circo": make_circo}
@@ -292,7 +295,7 @@ def test_doctor_command_prints_text_and_json(table, tmp_path):
     ("options", "code", "message"),
     [
         (["cirr", "x", "--split", "test"], 1, "error: unknown split 'test': cirr has train, val, test1"),
-        (["cir", "x"], 2, "'cir' is not one of 'laion-cir', 'cirr', 'fashioniq', 'circo', 'triplets'"),
+        (["cir", "x"], 2, "'cir' is not one of 'laion-cir', 'cirr', 'fashioniq', 'circo', 'icir', "),
         (["cirr", "x", "--tokenizer", "/nowhere"], 1, "error: no tokenizer in /nowhere"),
     ],
 )
@@ -302,9 +305,54 @@ def test_invalid_arguments_end_the_command_with_an_error(options, code, message)
 
 
 def test_every_data_set_is_examined_by_name(tmp_path):
-    assert [subject.value for subject in Subject] == [*MAKERS, "triplets"]
+    assert [subject.value for subject in Subject] == [*ALL_MAKERS, "triplets"] == [*DATA_SETS, "triplets"]
     for name in ("laion-cir", "cirr"):  # the data sets have different splits
         root = MAKERS[name](tmp_path / name)
         assert examine(name, root, check_counts=False) == EXAMINERS[name](root, check_counts=False)
     with pytest.raises(ValueError, match="unknown data set 'cir'; choose from .*'laion-cir'"):
         examine("cir", tmp_path)
+
+
+# ---- the data sets of 2025 and 2026 ----
+
+# By name: an image of a gallery, and the annotation that an error is planted in.
+NEWER = {
+    "icir": ("database/big_ben/big_ben_3.jpg", "query_files.csv"),
+    "pinpoint": ("images/0ea*.jpg", "pinpoint_licensed.parquet"),
+    "circled": ("../circo/COCO2017_unlabeled/unlabeled2017/000000500029.jpg", "data/cirr_val.json"),
+    "genecis": ("val2017/000000000721.jpg", "genecis/focus_object.json"),
+    "refined-cirr": ("../cirr/dev/dev-1261-1-img1.png", "refined_cirr.val.json"),
+    "refined-fashioniq": ("../fashioniq/images/B00D1Y8X11.png", "refined_fiq.dress.val.json"),
+    "l-cirr": ("../cirr/dev/dev-1261-1-img1.png", "cap.rc2.val.json"),
+    "edir": ("imgs_mc/501_007464816_2.png", "corpus.jsonl"),
+}
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("newer"))
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_newer_data_sets_are_examined(newer, name, tmp_path):
+    def report(**options):
+        return examine(name, data / name, **options)
+
+    data = shutil.copytree(newer, tmp_path / "data", copy_function=os.link)
+    healthy = report(check_counts=False)
+    assert healthy.findings == () and all(counts["files"] == counts["images"] for counts in healthy.counts.values())
+    assert {finding.kind for finding in report().findings} == ({"counts"} if name != "circled" else set())
+    image, annotation = NEWER[name]
+    next((data / name).glob(image)).unlink()
+    findings = report(check_counts=False).findings
+    assert {finding.kind for finding in findings} == {"missing"} and "easier than published" in findings[0].effect
+    file = data / name / annotation
+    file.unlink()
+    file.write_bytes(b"{")
+    (finding,) = report().findings
+    assert finding.kind == "annotations" and file.name in finding.message
+
+
+def test_shards_that_are_not_unpacked_are_reported(tmp_path):
+    report = examine("icir", make_icir(tmp_path, packed=True), check_counts=False)
+    assert [finding.kind for finding in report.findings] == ["packed", "missing"]

@@ -32,15 +32,21 @@ from pvlf_hf.evaluation.significance import bootstrap_interval
 @torch.no_grad()
 def plain_rankings(model, processor, benchmark):
     """Yield each query's gallery ids, best first: one image, caption and query at a time, sorted in Python."""
-    gallery = [
-        (row["image_id"], model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0])
+    gallery = {
+        row["image_id"]: model.get_image_features(**processor.process_targets(row["image"])).pooler_output[0]
         for row in benchmark.gallery
-    ]
+    }
+    plain = benchmark.gallery.remove_columns("image")
+    groups_of = {row["image_id"]: row.get("group_ids", [None]) for row in plain}
     for row in benchmark.queries:
         texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        inputs = [processor.process_queries(row["reference"], text) for text in texts]
+        references = [row["reference"], row.get("reference_2")]
+        inputs = [
+            processor.process_queries(image, text) for image in references if image is not None for text in texts
+        ]
         query = sum(model.get_query_features(**i).pooler_output[0] for i in inputs)
-        cosines = {name: float(F.cosine_similarity(query, image, dim=0)) for name, image in gallery}
+        own = [name for name in gallery if row.get("group_id") in groups_of[name]]
+        cosines = {name: float(F.cosine_similarity(query, gallery[name], dim=0)) for name in own}
         if benchmark.protocol.reference == "removed":
             del cosines[row["reference_id"]]
         yield sorted(cosines, key=lambda name: -cosines[name])
@@ -50,6 +56,8 @@ def plain_metrics(benchmark, rankings):
     """Compute the metrics of a benchmark by their definitions, query by query."""
     targets = list(benchmark.queries["target_id"])
     hits = {k: fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 5, 10, 25, 50)}
+    if benchmark.protocol.metrics in PLAIN:
+        return PLAIN[benchmark.protocol.metrics](benchmark.queries, rankings)
     if benchmark.protocol.metrics == "fashioniq":
         return {"recall@10": hits[10], "recall@50": hits[50], "mean": (hits[10] + hits[50]) / 2}
     if benchmark.protocol.metrics == "circo":
@@ -76,6 +84,96 @@ def plain_metrics(benchmark, rankings):
 def plain_ap(ranking, positives, k):
     ranks = [rank for rank, image_id in enumerate(ranking[:k], 1) if image_id in positives]
     return sum(count / rank for count, rank in enumerate(ranks, 1)) / min(len(positives), k)
+
+
+def plain_icir(queries, rankings):
+    """Compute i-CIR's metrics as its scorer does: positions of positives, the trapezoidal rule, means by instance."""
+    precisions = {}
+    for row, ids in zip(queries, rankings, strict=True):
+        positions = [n for n, i in enumerate(ids) if i in row["target_ids"]]
+        area = 0.0
+        for j, position in enumerate(positions):
+            before = 1.0 if position == 0 else j / position
+            area += (before + (j + 1) / (position + 1)) / 2 / (len(positions) + 1e-5)
+        precisions.setdefault(row["group_id"], []).append(area)
+    return {"macro_map": fmean(map(fmean, precisions.values())), "map": fmean(sum(precisions.values(), []))}
+
+
+def plain_pinpoint(queries, rankings):
+    """Compute PinPoint's metrics as its scorer does, list by list."""
+    columns, groups = {}, {}
+    for row, ids in zip(queries, rankings, strict=True):
+        positives, negatives = row["target_ids"], row["negative_ids"]
+        without = [i for i in ids if i not in negatives]
+        for k in (1, 5, 10, 50):
+            hits = sum(i in positives for i in ids[:k])
+            marked = sum(i in negatives for i in ids[:k]) / min(len(negatives), k) if negatives else 0.0
+            values = {"map": plain_ap(ids, positives, k), "precision": hits / k, "recall": hits / len(positives)}
+            values |= {"negative_recall": marked, "map_without_negatives": plain_ap(without, positives, k)}
+            for name, value in values.items():
+                columns.setdefault(f"{name}@{k}", []).append(value)
+        pair = (row["reference_id"], row["reference_2_id"])
+        groups.setdefault(pair, []).append(columns["precision@10"][-1])
+    several = [values for values in groups.values() if len(values) > 1]
+    assert several and any(len(set(values)) > 1 for values in several)
+    metrics = {name: fmean(values) for name, values in columns.items()}
+    metrics["delta_map@10"] = metrics["map_without_negatives@10"] - metrics["map@10"]
+    metrics["paraphrase_range"] = fmean(max(values) - min(values) for values in several)
+    return metrics | {"paraphrase_std": fmean(np.std(values) for values in several)}
+
+
+def plain_sessions(queries, rankings):
+    sessions, turns = {}, {}
+    for row, ids in zip(queries, rankings, strict=True):
+        rank = min(ids.index(i) for i in row["target_ids"])
+        sessions.setdefault(row["session_id"], []).append(rank)
+        turns.setdefault(row["turn"], []).append(rank)
+    metrics = {f"recall@10/turn {turn}": fmean(r < 10 for r in ranks) for turn, ranks in turns.items()}
+    for k in (1, 5, 10, 50):
+        metrics[f"recall@{k}"] = fmean(r < k for ranks in turns.values() for r in ranks)
+        metrics[f"session_recall@{k}"] = fmean(any(r < k for r in ranks) for ranks in sessions.values())
+        metrics[f"final_recall@{k}"] = fmean(ranks[-1] < k for ranks in sessions.values())
+    return metrics
+
+
+def plain_genecis(queries, rankings):
+    assert {len(ids) for ids in rankings} == {4}
+    targets = list(queries["target_id"])
+    return {f"recall@{k}": fmean(t in ids[:k] for t, ids in zip(targets, rankings, strict=True)) for k in (1, 2, 3)}
+
+
+def plain_edir(queries, rankings):
+    ranks = [ids.index(t) for ids, t in zip(rankings, queries["target_id"], strict=True)]
+    metrics = {f"recall@{k}": fmean(r < k for r in ranks) for k in (1, 5, 10)}
+    for kind in ("color", "count"):
+        own = [rank < 1 for rank, category in zip(ranks, queries["category"], strict=True) if category == kind]
+        metrics[f"recall@1/{kind}"] = fmean(own)
+    return metrics
+
+
+def plain_graded(queries, rankings):
+    metrics = {}
+    for k in (5, 10, 50):
+        gains, marked = [], []
+        for row, ids in zip(queries, rankings, strict=True):
+            grade_of = dict(zip(row["target_ids"], row["target_grades"], strict=True))
+            gain = sum(grade_of.get(i, 0) / np.log2(n + 2) for n, i in enumerate(ids[:k]))
+            best = sum(g / np.log2(n + 2) for n, g in enumerate(sorted(grade_of.values(), reverse=True)[:k]))
+            negatives = row["negative_ids"]
+            gains.append(gain / best)
+            marked.append(len({*ids[:k]} & {*negatives}) / min(len(negatives), k) if negatives else 0.0)
+        metrics |= {f"ndcg@{k}": fmean(gains), f"negative_recall@{k}": fmean(marked)}
+    return metrics
+
+
+PLAIN = {
+    "icir": plain_icir,
+    "pinpoint": plain_pinpoint,
+    "sessions": plain_sessions,
+    "genecis": plain_genecis,
+    "edir": plain_edir,
+    "graded": plain_graded,
+}
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +458,7 @@ def test_new_metric_needs_one_entry(monkeypatch, tmp_path):
     assert outcome.values("macro_recall@1") == pytest.approx([2 / 3, 1], rel=MEAN_ERROR)
     write_results(tmp_path / "results.json", [outcome])
     assert read_results(tmp_path / "results.json") == [outcome]
-    with pytest.raises(ValueError, match=r"unknown metrics 'micro'; .*'circo', 'macro'\]"):
+    with pytest.raises(ValueError, match=r"unknown metrics 'micro'; .*'graded', 'macro'\]"):
         score(replace(benchmark, protocol=replace(benchmark.protocol, metrics="micro")), queries, gallery)
 
 

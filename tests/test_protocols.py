@@ -36,7 +36,7 @@ def data_root(tmp_path_factory):
 def test_protocol_keeps_the_name_it_is_loaded_by(data_root, name):
     benchmarks = load_protocol(name, data_root, check_counts=False)
     assert {b.protocol.name for b in benchmarks} == {name}
-    assert len(benchmarks) == (3 if name.startswith("fashioniq") else 1)
+    assert len(benchmarks) == (4 if name == "genecis" else 3 if name.removeprefix("refined-")[:4] == "fash" else 1)
     assert all(b.has_targets != ("test" in name) for b in benchmarks)
 
 

@@ -14,7 +14,7 @@ r"""Evaluates a model on named protocols: metrics with intervals, how each was m
 
 Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`. Embeddings are kept:
 with `--embeddings` of an earlier run, another protocol over the same images and captions takes seconds. The data
-root has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`.
+root has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`, `icir/`, ...
 """
 
 import json

@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import pyarrow as pa
 from datasets import Dataset, Image
 
-from .benchmark import CIRBenchmark, Protocol
+from .benchmark import LIST_COLUMNS, CIRBenchmark, Protocol
 from .image_files import escapes_folder
 from .tables import object_of
 
@@ -124,30 +125,42 @@ def make_benchmark(
     folders: Sequence[Path],
     protocol: Protocol,
     allow_missing: bool,
+    outside: Mapping[str, Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> CIRBenchmark:
     """Join annotated queries and the image files of a gallery.
 
     Args:
         name: name of the benchmark.
-        rows: the columns of the queries except `reference`.
+        rows: the columns of the queries except `reference` and `reference_2`.
         gallery: by image id, the file names it may have, relative to one of the folders.
         folders: folders that may hold the images; the one that has most of them is used.
         protocol: the benchmark's protocol; `missing` is filled in here.
         allow_missing: leave out images without a file, and the queries that name one anywhere: as reference, as a
-            target or as a member of the subset.
+            target or as a member of the subset. Negatives without a file are taken off their lists.
+        outside: reference images that are not in the gallery, as `gallery`.
+        groups: by image id, the groups that it is ranked in; where only some images are in a gallery.
 
     Raises:
         ValueError: if a query names an image that is not in the gallery, none of the images is found, or some are
             not and `allow_missing` is False.
     """
-    kept, paths = _with_files(name, rows, gallery, folders, allow_missing)
-    if len(paths) < len(gallery):
-        missing = f"{len(gallery) - len(paths)} gallery images, {len(rows) - len(kept)} queries"
+    kept, paths = _with_files(name, rows, {**(outside or {}), **gallery}, folders, allow_missing)
+    images = {i: paths[i] for i in gallery if i in paths}
+    if len(images) < len(gallery) or len(kept) < len(rows):
+        missing = f"{len(gallery) - len(images)} gallery images, {len(rows) - len(kept)} queries"
         logger.warning("%s: left out because files are missing: %s", name, missing)
         protocol = replace(protocol, missing=missing)
-    columns = {"reference": [paths[row["reference_id"]] for row in kept], **_columns(kept)}
-    images = {"image": list(paths.values()), "image_id": list(paths)}
-    return CIRBenchmark(name, _dataset(columns, "reference"), _dataset(images, "image"), protocol)
+    columns = _columns(kept)
+    if "negative_ids" in columns:
+        columns["negative_ids"] = [[i for i in ids if i in images] for ids in columns["negative_ids"]]
+    references: dict[str, list[Any]] = {"reference": [paths[i] for i in columns["reference_id"]]}
+    if "reference_2_id" in columns:
+        references["reference_2"] = [None if i is None else paths[i] for i in columns["reference_2_id"]]
+    cells: dict[str, list[Any]] = {"image": list(images.values()), "image_id": list(images)}
+    if groups is not None:
+        cells["group_ids"] = [list(groups[i]) for i in images]
+    return CIRBenchmark(name, _dataset({**references, **columns}, *references), _dataset(cells, "image"), protocol)
 
 
 def make_triplets(
@@ -189,7 +202,8 @@ def _with_files(
     allow_missing: bool,
 ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
     """Return the rows whose images all have a file, and by image id the paths of images that have one."""
-    if unknown := list(dict.fromkeys(i for row in rows for i in named_images(row) if i not in images)):
+    every = (i for row in rows for i in (*named_images(row), *row.get("negative_ids", ())))
+    if unknown := list(dict.fromkeys(i for i in every if i not in images)):
         raise ValueError(
             f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
             "Do the two annotation files belong together?"
@@ -235,8 +249,8 @@ def paths_in(folder: Path, images: Mapping[str, Sequence[str]]) -> dict[str, str
 
 
 def named_images(row: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the ids of all images that a query or triplet names, with repetitions."""
-    yield from (row[column] for column in ("reference_id", "target_id") if column in row)
+    """Yield the ids of all images that a query or triplet cannot do without, with repetitions: all but negatives."""
+    yield from (row[c] for c in ("reference_id", "reference_2_id", "target_id") if row.get(c) is not None)
     yield from (i for column in ("target_ids", "subset_ids") for i in row.get(column, ()))
 
 
@@ -245,7 +259,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _dataset(columns: Mapping[str, list[Any]], *images: str) -> Dataset:
-    dataset = Dataset.from_dict(columns)
+    lists = {c: pa.array(columns[c], pa.list_(pa.string())) for c in (*LIST_COLUMNS, "group_ids") if c in columns}
+    dataset = Dataset.from_dict({**columns, **lists})  # typed, because all lists of a column may be empty
     for column in images:
         dataset = dataset.cast_column(column, Image())
     return dataset

@@ -17,8 +17,9 @@ from .annotations import (
     read_json,
     read_records,
 )
-from .benchmark import CIRBenchmark, Protocol
+from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice
+from .examination import Tree
 
 EXPECTED_COUNTS = {"val": 220, "test": 800}
 """Queries of every split."""
@@ -116,3 +117,29 @@ def read_images(file: Path) -> dict[str, list[str]]:
     check_records(file, numbered(content["images"], "image"), {"id": int, "file_name": str})
     check_unique(file, "images", (image["id"] for image in content["images"]))
     return {str(image["id"]): [image["file_name"]] for image in content["images"]}
+
+
+def read_trees(root: Path, split: str) -> list[Tree]:
+    """Read what the doctor examines: a split and its gallery of 123,403 images."""
+    file = find_file(root, [f"annotations/{split}.json", f"{split}.json"])
+    return [
+        Tree(
+            f"circo/{split}",
+            read_queries(file, has_targets=split == "val"),
+            read_images(find_file(root, IMAGE_LISTS)),
+            [root / folder for folder in IMAGE_FOLDERS],
+            lambda: load_circo(root, split, allow_missing=True, check_counts=False),
+            {"queries": EXPECTED_COUNTS[split], "images": EXPECTED_IMAGES},
+        )
+    ]
+
+
+def _protocol(summary: str, **choices: Any) -> NamedProtocol:
+    return NamedProtocol(summary, "circo", lambda root, **settings: [load_circo(root, **choices, **settings)])
+
+
+PROTOCOLS = {
+    "circo-val": _protocol("CIRCO validation, reference kept, as its server"),
+    "circo-val-removed": _protocol("... reference removed, as CoVR and SEIZE", reference="removed"),
+    "circo-test": _protocol("CIRCO test, for its server", split="test"),
+}

@@ -4,7 +4,7 @@ Annotations: branch `cirr_dataset` of <https://github.com/Cuberick-Orion/CIRR>. 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -20,8 +20,9 @@ from .annotations import (
     read_json,
     read_records,
 )
-from .benchmark import CIRBenchmark, Protocol
+from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice
+from .examination import Tree
 
 EXPECTED_COUNTS = {"train": (28225, 16939), "val": (4181, 2297), "test1": (4148, 2315)}
 """Queries and gallery images of every split."""
@@ -32,7 +33,11 @@ IMAGE_FOLDERS = (".", "img_raw", "images", "NLVR2/images")
 
 
 def load_cirr(
-    root: str | Path, split: str = "val", allow_missing: bool = False, check_counts: bool = True
+    root: str | Path,
+    split: str = "val",
+    allow_missing: bool = False,
+    check_counts: bool = True,
+    labels: Literal["hard", "graded"] = "hard",
 ) -> CIRBenchmark:
     """Load a split for evaluation.
 
@@ -43,6 +48,8 @@ def load_cirr(
         allow_missing: leave out images without a file and the queries that name them as reference, target or member
             of the subset, with a warning and a note in the protocol, instead of raising.
         check_counts: raise unless the split has its published numbers of queries and images.
+        labels: `"hard"`, the one target as the field reports; or `"graded"`, all images that people judged
+            (`target_soft`): the target counts 1, others of a grade above 0 as much as that; those below are negatives.
 
     Returns:
         The benchmark. The gallery is every image of the split, whether a query names it or not. `target_id` is the
@@ -53,13 +60,17 @@ def load_cirr(
         ValueError: if the split is unknown, a file is absent or not as published, or images are absent.
     """
     check_choice("split", split, SPLITS)
+    check_choice("labels", labels, ("hard", "graded"))
     root = as_path("root", root)
     rows, images, revision = read_annotations(root, split, check_counts)
     _check_subsets(f"cirr/{split}", rows)
+    if labels == "graded":
+        rows = _graded(_captions_file(root, split), rows)
     protocol = Protocol(
-        name=f"cirr-{split}",
+        name=f"cirr-{split}" + ("-graded" if labels == "graded" else ""),
         gallery=f"every image of the {split} split",
         captions="as annotated, not lower-cased",
+        metrics="graded" if labels == "graded" else "cirr",
         revision=revision,
     )
     return make_benchmark(f"cirr/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
@@ -89,10 +100,8 @@ def read_annotations(
     root: Path, split: str, check_counts: bool
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]], str]:
     """Return queries, file names by image id, and the revision of a split."""
-    captions, gallery = (
-        find_file(root, [f"cirr/{name}", name])
-        for name in (f"captions/cap.rc2.{split}.json", f"image_splits/split.rc2.{split}.json")
-    )
+    captions = _captions_file(root, split)
+    gallery = find_file(root, [f"{folder}image_splits/split.rc2.{split}.json" for folder in ("cirr/", "")])
     rows = read_queries(captions, has_targets=split != "test1")
     files = read_json(gallery, dict)
     check_records(gallery, {"the object": files}, dict.fromkeys(files, str))
@@ -125,6 +134,25 @@ def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:
     ]
 
 
+def _captions_file(root: Path, split: str) -> Path:
+    return find_file(root, [f"{folder}captions/cap.rc2.{split}.json" for folder in ("cirr/", "")])
+
+
+def _graded(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add `target_ids`, `target_grades` and `negative_ids` to the queries of a file; the reference has no label."""
+    graded = []
+    for row, record in zip(rows, read_records(file, {"target_soft": dict, "target_hard": str}), strict=True):
+        check_records(
+            file, {row["query_id"]: record["target_soft"]}, dict.fromkeys(record["target_soft"], int | float)
+        )
+        grades = {**record["target_soft"], row["target_id"]: 1.0}  # 37 of the hard targets of val are not in it
+        grades.pop(row["reference_id"], None)
+        positives = {image_id: float(grade) for image_id, grade in grades.items() if grade > 0}
+        labels = {"target_ids": list(positives), "target_grades": list(positives.values())}
+        graded.append({**row, **labels, "negative_ids": [i for i, grade in grades.items() if grade <= 0]})
+    return graded
+
+
 def _check_subsets(name: str, rows: list[dict[str, Any]]) -> None:
     """Raise a `ValueError` unless subsets are six images, the reference among them.
 
@@ -137,3 +165,29 @@ def _check_subsets(name: str, rows: list[dict[str, Any]]) -> None:
             f"{name}: {len(bad)} queries whose img_set is not six different images, the reference among them; "
             f"first pairid: {bad[:3]}"
         )
+
+
+def read_trees(root: Path, split: str) -> list[Tree]:
+    """Read what the doctor examines."""
+    rows, images, _ = read_annotations(root, split, check_counts=False)
+    return [
+        Tree(
+            f"cirr/{split}",
+            rows,
+            images,
+            [root / folder for folder in IMAGE_FOLDERS],
+            lambda: load_cirr(root, split, allow_missing=True, check_counts=False),
+            dict(zip(("queries", "images"), EXPECTED_COUNTS[split], strict=True)),
+        )
+    ]
+
+
+def _protocol(summary: str, **choices: Any) -> NamedProtocol:
+    return NamedProtocol(summary, "cirr", lambda root, **settings: [load_cirr(root, **choices, **settings)])
+
+
+PROTOCOLS = {
+    "cirr-val": _protocol("CIRR validation, reference removed"),
+    "cirr-val-graded": _protocol("... labels graded by several people (nDCG)", labels="graded"),
+    "cirr-test1": _protocol("CIRR test, for its server", split="test1"),
+}

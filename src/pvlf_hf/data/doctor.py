@@ -4,138 +4,47 @@ pvlf-hf doctor cirr data/cirr --split val --tokenizer Salesforce/blip-itm-base-c
 pvlf-hf doctor triplets my/triplets.csv --images my/images --json
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from . import annotations, circo, cirr, fashioniq, laion_cir
 from .checks import as_path
 from .examination import Finding, Report, Tree, examine_trees, first_of
 from .image_files import RESPELLED, check_image_files, escapes_folder, find_files, is_respelled
+from .protocols import DATA_SETS
 from .triplets import read_triplet_table
 
 
-def examine_cirr(
-    root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
-) -> Report:
-    """Examine a split of CIRR.
-
-    Args:
-        root: see [`~pvlf_hf.data.cirr.load_cirr`].
-        split: see there.
-        tokenizer: the model's tokenizer, to count the tokens of captions; without it they are estimated.
-        check_counts: report numbers of queries and images that are not the published ones.
-    """
-    root = as_path("root", root)
-
-    def read() -> list[Tree]:
-        rows, images, _ = cirr.read_annotations(root, split, check_counts=False)
-        return [
-            Tree(
-                f"cirr/{split}",
-                rows,
-                images,
-                [root / folder for folder in cirr.IMAGE_FOLDERS],
-                lambda: cirr.load_cirr(root, split, allow_missing=True, check_counts=False),
-                dict(zip(("queries", "images"), cirr.EXPECTED_COUNTS[split], strict=True)),
-            )
-        ]
-
-    return examine_trees(f"cirr {root}", read, tokenizer, check_counts)
-
-
-def examine_fashioniq(
-    root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
-) -> Report:
-    """Examine a split of the three categories of FashionIQ; arguments as in [`examine_cirr`]."""
-    root = as_path("root", root)
-
-    def read_category(category: str) -> Tree:
-        rows, images, _ = fashioniq.read_annotations(root, category, split, "and", check_counts=False)
-        texts, _, _ = fashioniq.read_annotations(root, category, split, "separate", check_counts=False)
-        name = f"fashioniq/{split}/{category}"
-        blank = [number for number, row in enumerate(texts) if len(row["caption"]) < 2]
-        finding = Finding(
-            *("warning", "blank caption", name, f"{len(blank)} rows have one caption and not two"),
-            "their text says half of what others do, and begins or ends with 'and'",
-            first_of(f"row {number}" for number in blank),
-        )
-        return Tree(
-            name,
-            rows,
-            images,
-            [root / folder for folder in fashioniq.IMAGE_FOLDERS],
-            lambda: fashioniq.load_fashioniq(root, category, split, allow_missing=True, check_counts=False),
-            dict(zip(("queries", "images"), fashioniq.EXPECTED_COUNTS[split][category], strict=True)),
-            findings=(finding,) if blank else (),
-        )
-
-    return examine_trees(
-        f"fashioniq {root}", lambda: [read_category(c) for c in fashioniq.CATEGORIES], tokenizer, check_counts
-    )
-
-
-def examine_circo(
-    root: str | Path, split: str = "val", tokenizer: PreTrainedTokenizerBase | None = None, check_counts: bool = True
-) -> Report:
-    """Examine a split of CIRCO and its gallery of 123,403 images; arguments as in [`examine_cirr`]."""
-    root = as_path("root", root)
-
-    def read() -> list[Tree]:
-        file = annotations.find_file(root, [f"annotations/{split}.json", f"{split}.json"])
-        rows = circo.read_queries(file, has_targets=split == "val")
-        images = circo.read_images(annotations.find_file(root, circo.IMAGE_LISTS))
-        return [
-            Tree(
-                f"circo/{split}",
-                rows,
-                images,
-                [root / folder for folder in circo.IMAGE_FOLDERS],
-                lambda: circo.load_circo(root, split, allow_missing=True, check_counts=False),
-                {"queries": circo.EXPECTED_COUNTS[split], "images": circo.EXPECTED_IMAGES},
-            )
-        ]
-
-    return examine_trees(f"circo {root}", read, tokenizer, check_counts)
-
-
-def examine_laion_cir(
+def examine_data_set(
+    name: str,
     root: str | Path,
-    subset: str = "combined",
+    split: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     check_counts: bool = True,
 ) -> Report:
-    """Examine training triplets of Laion-CIR.
+    """Examine a split of a published data set.
 
     Args:
-        root: see [`~pvlf_hf.data.laion_cir.load_laion_cir`].
-        subset: see there.
-        tokenizer: see [`examine_cirr`].
-        check_counts: see [`examine_cirr`].
+        name: from `DATA_SETS`.
+        root: folder of the data set, see its loader.
+        split: the split, or the subset of laion-cir or circled; by default `"val"`, or else the last.
+        tokenizer: the model's tokenizer, to count the tokens of captions; without it they are estimated.
+        check_counts: report numbers of queries and images that are not the published ones.
+
+    Raises:
+        ValueError: if there is no such split.
     """
-    root = as_path("root", root)
+    data_set, root = DATA_SETS[name], as_path("root", root)
+    split = split or ("val" if "val" in data_set.SPLITS else data_set.SPLITS[-1])
+    if split not in data_set.SPLITS:
+        raise ValueError(f"unknown split {split!r}: {name} has {', '.join(data_set.SPLITS)}")
+    return examine_trees(f"{name} {root}", lambda: data_set.read_trees(root, split), tokenizer, check_counts)
 
-    def read_part(part: str) -> Tree:
-        paths = [path.format(f"laion_{part}_info.json") for path in laion_cir.FILE_PATHS]
-        rows = laion_cir.read_triplets(annotations.find_file(root, paths))
-        return Tree(
-            f"laion-cir/{part}",
-            rows,
-            {row[column]: [f"{row[column]}.png"] for row in rows for column in ("reference_id", "target_id")},
-            [root / folder.format(part) for folder in laion_cir.IMAGE_FOLDERS],
-            lambda: laion_cir.load_laion_cir(root, part, allow_missing=True, check_counts=False),
-            {"triplets": laion_cir.EXPECTED_COUNTS[part]} if part in laion_cir.EXPECTED_COUNTS else {},
-            is_training=True,
-        )
 
-    def read() -> list[Tree]:
-        # The loader, too, takes the two parts where the file of the combined set is absent.
-        combined = any((root / p.format("laion_combined_info.json")).is_file() for p in laion_cir.FILE_PATHS)
-        parts = ("template", "llm") if subset == "combined" and not combined else (subset,)
-        return [read_part(part) for part in parts]
-
-    return examine_trees(f"laion-cir {root}", read, tokenizer, check_counts)
+examine_laion_cir, examine_cirr, examine_fashioniq, examine_circo = (
+    partial(examine_data_set, name) for name in ("laion-cir", "cirr", "fashioniq", "circo")
+)
 
 
 def examine_triplets(
@@ -146,7 +55,7 @@ def examine_triplets(
     Args:
         file: see [`~pvlf_hf.data.triplets.load_triplets`].
         image_folder: see there.
-        tokenizer: see [`examine_cirr`].
+        tokenizer: see [`examine_data_set`].
     """
     file, folder = as_path("file", file), as_path("image_folder", image_folder).resolve()
 
@@ -180,14 +89,6 @@ def _examine_spelling(where: str, folder: Path, names: list[str]) -> tuple[Findi
     return (Finding("note", "misnamed", where, message, effect, first_of(map(repr, other))),)
 
 
-_EXAMINERS: dict[str, tuple[Callable[..., Report], tuple[str, ...]]] = {
-    "laion-cir": (examine_laion_cir, laion_cir.SUBSETS),
-    "cirr": (examine_cirr, cirr.SPLITS),
-    "fashioniq": (examine_fashioniq, fashioniq.SPLITS),
-    "circo": (examine_circo, circo.SPLITS),
-}
-
-
 def examine(
     subject: str,
     path: str | Path,
@@ -199,26 +100,22 @@ def examine(
     """Examine a data set by name.
 
     Args:
-        subject: `"laion-cir"`, `"cirr"`, `"fashioniq"`, `"circo"` or `"triplets"`.
+        subject: a name in `DATA_SETS`, or `"triplets"`.
         path: the data set's folder; the table of triplets.
-        split: the split, or the subset of laion-cir; by default `"val"` or `"combined"`.
+        split: see [`examine_data_set`].
         image_folder: folder of the images of triplets; by default that of the table.
-        tokenizer: folder or Hub name of a model, see [`examine_cirr`].
-        check_counts: see [`examine_cirr`].
+        tokenizer: folder or Hub name of a model, see [`examine_data_set`].
+        check_counts: see [`examine_data_set`].
 
     Raises:
         ValueError: if the data set, the split or the tokenizer does not exist.
     """
-    if subject not in (*_EXAMINERS, "triplets"):
-        raise ValueError(f"unknown data set {subject!r}; choose from {[*_EXAMINERS, 'triplets']}")
+    if subject not in (*DATA_SETS, "triplets"):
+        raise ValueError(f"unknown data set {subject!r}; choose from {[*DATA_SETS, 'triplets']}")
     try:
         counter = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else None
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer in {tokenizer}: {error}") from error
     if subject == "triplets":
         return examine_triplets(path, image_folder or as_path("path", path).parent, counter)
-    examiner, splits = _EXAMINERS[subject]
-    split = split or ("val" if "val" in splits else "combined")
-    if split not in splits:
-        raise ValueError(f"unknown split {split!r}: {subject} has {', '.join(splits)}")
-    return examiner(path, split, counter, check_counts=check_counts)
+    return examine_data_set(subject, path, split, counter, check_counts)

@@ -87,8 +87,9 @@ class Tree:
     Args:
         name: name of the part, e.g. `"cirr/val"`.
         rows: queries or triplets with `reference_id`, `caption` and, where known, `target_id`, `target_ids`,
-            `subset_ids`.
-        images: by image id, the file names it may have, relative to one of the folders.
+            `negative_ids`, `subset_ids`.
+        images: by image id, the file names it may have, relative to one of the folders; those of references that
+            are outside of the gallery, too.
         folders: folders that may hold the images.
         load: function that loads it as evaluation or training would, leaving out missing images.
         expected: published numbers of `"queries"` (or `"triplets"`) and `"images"`.
@@ -153,7 +154,8 @@ def _examine_counts(tree: Tree, counts: Mapping[str, int]) -> list[Finding]:
 
 
 def _examine_listing(tree: Tree) -> list[Finding]:
-    unlisted = dict.fromkeys(i for row in tree.rows for i in named_images(row) if i not in tree.images)
+    every = (i for row in tree.rows for i in (*named_images(row), *row.get("negative_ids", ())))
+    unlisted = dict.fromkeys(i for i in every if i not in tree.images)
     if not unlisted:
         return []
     message = f"{len(unlisted)} images that rows name are not in the gallery's list"

@@ -19,8 +19,9 @@ from .annotations import (
     read_json,
     read_records,
 )
-from .benchmark import CIRBenchmark, Protocol
+from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice, check_list
+from .examination import Finding, Tree, first_of
 
 CATEGORIES = ("dress", "shirt", "toptee")
 
@@ -202,3 +203,50 @@ def read_annotations(
     stems = {asin: (asin, f"{category}/{asin}") for asin in asins}
     names = {asin: [f"{stem}.{ending}" for stem in stems[asin] for ending in _ENDINGS] for asin in asins}
     return rows, names, annotations_digest(captions, listing)
+
+
+def read_trees(root: Path, split: str) -> list[Tree]:
+    """Read what the doctor examines: the three categories."""
+    return [_read_tree(root, category, split) for category in CATEGORIES]
+
+
+def _read_tree(root: Path, category: str, split: str) -> Tree:
+    rows, images, _ = read_annotations(root, category, split, "and", check_counts=False)
+    texts, _, _ = read_annotations(root, category, split, "separate", check_counts=False)
+    name = f"fashioniq/{split}/{category}"
+    blank = [number for number, row in enumerate(texts) if len(row["caption"]) < 2]
+    finding = Finding(
+        *("warning", "blank caption", name, f"{len(blank)} rows have one caption and not two"),
+        "their text says half of what others do, and begins or ends with 'and'",
+        first_of(f"row {number}" for number in blank),
+    )
+    return Tree(
+        name,
+        rows,
+        images,
+        [root / folder for folder in IMAGE_FOLDERS],
+        lambda: load_fashioniq(root, category, split, allow_missing=True, check_counts=False),
+        dict(zip(("queries", "images"), EXPECTED_COUNTS[split][category], strict=True)),
+        findings=(finding,) if blank else (),
+    )
+
+
+def _protocol(summary: str, **choices: Any) -> NamedProtocol:
+    def load(root: Path, **settings: Any) -> list[CIRBenchmark]:
+        return [load_fashioniq(root, category, **choices, **settings) for category in CATEGORIES]
+
+    return NamedProtocol(summary, "fashioniq", load)
+
+
+PROTOCOLS = {
+    "fashioniq": _protocol("FashionIQ validation as TransAgg and most papers"),
+    "fashioniq-union": _protocol("... gallery of the queries' images alone (VAL split)", gallery="union"),
+    "fashioniq-removed": _protocol("... reference removed, as CoVR", reference="removed"),
+    "fashioniq-both-mean": _protocol("... captions joined in both orders, averaged, as SEARLE", captions="both-mean"),
+    "fashioniq-and-reversed": _protocol("... second caption first", captions="and-reversed"),
+    "fashioniq-and-reversed-as-written": _protocol(
+        "... second caption first, nothing stripped, as Pic2Word and Context-I2W", captions="and-reversed-as-written"
+    ),
+    "fashioniq-first": _protocol("... first caption alone", captions="first"),
+    "fashioniq-separate": _protocol("... each caption by itself, averaged", captions="separate"),
+}

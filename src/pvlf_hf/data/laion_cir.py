@@ -9,9 +9,13 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from .annotations import check_counts_of, check_records, find_file, make_triplets, numbered, read_json
+from .benchmark import NamedProtocol
 from .checks import as_path, check_choice
+from .examination import Tree
 
 SUBSETS = ("template", "llm", "combined")
+
+SPLITS = SUBSETS
 
 EXPECTED_COUNTS = {"template": 16000, "llm": 16000}
 """Number of triplets; that of the published `combined` is not known exactly (about 32,000)."""
@@ -71,3 +75,28 @@ def read_triplets(file: Path) -> list[dict[str, str]]:
         }
         for record in content
     ]
+
+
+def read_trees(root: Path, split: str) -> list[Tree]:
+    """Read what the doctor examines: a subset, or the parts of the combined one, as the loader takes them."""
+    combined = any((root / path.format("laion_combined_info.json")).is_file() for path in FILE_PATHS)
+    return [
+        _read_tree(root, part) for part in (("template", "llm") if split == "combined" and not combined else (split,))
+    ]
+
+
+def _read_tree(root: Path, part: str) -> Tree:
+    rows = read_triplets(find_file(root, [path.format(f"laion_{part}_info.json") for path in FILE_PATHS]))
+    return Tree(
+        f"laion-cir/{part}",
+        rows,
+        {row[column]: [f"{row[column]}.png"] for row in rows for column in ("reference_id", "target_id")},
+        [root / folder.format(part) for folder in IMAGE_FOLDERS],
+        lambda: load_laion_cir(root, part, allow_missing=True, check_counts=False),
+        {"triplets": EXPECTED_COUNTS[part]} if part in EXPECTED_COUNTS else {},
+        is_training=True,
+    )
+
+
+PROTOCOLS: dict[str, NamedProtocol] = {}
+"""Nothing is evaluated on training triplets."""

@@ -23,6 +23,7 @@ from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalPro
 from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
 from .fingerprints import image_digests
+from .query_parts import mean_over_parts, query_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,14 +78,14 @@ def embed(
         return Embeddings(_as_scored(queries, model, method), gallery_embeds)
     if model is not None and processor is not None:
         store.claim(model, processor)
-    data_set, captions = benchmark.name.partition("/")[0], _captions(benchmark.queries)
+    data_set, parts = benchmark.name.partition("/")[0], query_parts(benchmark.queries)
 
     def encode_images(rows: list[int]) -> Tensor:
         return _encode_images(model, processor, benchmark.gallery, rows, batch_size, progress)  # type: ignore[arg-type]
 
     def encode_captions(positions: list[int]) -> Tensor:
-        chosen = [captions[position] for position in positions]
-        return _encode_captions(model, processor, benchmark.queries, chosen, method, batch_size, progress)  # type: ignore[arg-type]
+        chosen = [parts.texts[position] for position in positions]
+        return _encode_captions(model, processor, parts.references, chosen, method, batch_size, progress)  # type: ignore[arg-type]
 
     if gallery_embeds is None:
         images = [(image_id,) for image_id in benchmark.gallery["image_id"]]
@@ -92,17 +93,16 @@ def embed(
         gallery_embeds = store.fetch(
             f"{data_set} gallery", images, encode_images if model else None, contents=contents
         )
-    references = list(benchmark.queries["reference_id"])
     halves = {"image": lambda key: key[:1], "text": lambda key: key[1:]}  # the other half makes no difference
-    keys: list[Key] = [(references[row], caption) for row, caption in captions]
+    keys: list[Key] = [(parts.reference_ids[row], text) for row, text in parts.texts]
     keys = list(map(halves.get(method, tuple), keys))
     former_name = f"{data_set} {FORMER_NAME}" if method == "composed" else None
     contents = None
     if model and method != "text":
-        digests = image_digests(benchmark.queries, "reference")
-        contents = [digests[row] for row, _ in captions]
+        digests = image_digests(parts.references, "reference")
+        contents = [digests[row] for row, _ in parts.texts]
     embeds = store.fetch(f"{data_set} {method}", keys, encode_captions if model else None, former_name, contents)
-    return Embeddings(_as_scored(_mean_over_captions(embeds, captions), model, method), gallery_embeds)
+    return Embeddings(_as_scored(mean_over_parts(embeds, parts.owners), model, method), gallery_embeds)
 
 
 def _as_scored(queries: Tensor, model: ComposedRetrievalModel | None, method: QueryMethod) -> Tensor | CombinedQueries:
@@ -133,7 +133,7 @@ def encode_queries(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Embed queries by one of `QUERY_METHODS`; a query with several captions by their normalised mean.
+    """Embed queries by one of `QUERY_METHODS`; several captions or references by the normalised mean of all pairs.
 
     Returns:
         float32 `(queries, d)` on the CPU, L2-normalised, in the order of the rows.
@@ -142,9 +142,9 @@ def encode_queries(
         ValueError: for an unknown method.
     """
     method = method_named(method)
-    captions = _captions(queries)
-    embeds = _encode_captions(model, processor, queries, captions, method, batch_size, progress)
-    return _mean_over_captions(embeds, captions)
+    parts = query_parts(queries)
+    embeds = _encode_captions(model, processor, parts.references, parts.texts, method, batch_size, progress)
+    return mean_over_parts(embeds, parts.owners)
 
 
 def method_named(name: str) -> QueryMethod:
@@ -157,21 +157,6 @@ def method_named(name: str) -> QueryMethod:
     if method not in QUERY_METHODS:
         raise ValueError(f"method={name!r}: choose one of {QUERY_METHODS}")
     return method
-
-
-def _captions(queries: "Dataset") -> list[tuple[int, str]]:
-    """Return row and text of every caption; a query may have several."""
-    captions_of = [[c] if isinstance(c, str) else c for c in queries["caption"]]
-    return [(row, caption) for row, captions in enumerate(captions_of) for caption in captions]
-
-
-def _mean_over_captions(embeds: Tensor, captions: list[tuple[int, str]]) -> Tensor:
-    """Average `(captions, d)` over the captions of each query: `(queries, d)`."""
-    rows = torch.tensor([row for row, _ in captions])
-    if len(rows) == rows[-1] + 1:
-        return embeds
-    sums = torch.zeros(int(rows[-1]) + 1, embeds.shape[1]).index_add(0, rows, embeds)
-    return F.normalize(sums, dim=-1)  # a sum has the direction of the mean
 
 
 def _encode_images(
@@ -202,14 +187,14 @@ def image_encoder(model: ComposedRetrievalModel) -> Callable[[Tensor], Tensor]:
 def _encode_captions(
     model: ComposedRetrievalModel,
     processor: ComposedRetrievalProcessor,
-    queries: "Dataset",
+    references: "Dataset",
     captions: list[tuple[int, str]],
     method: QueryMethod,
     batch_size: int,
     progress: bool,
 ) -> Tensor:
-    """Embed queries with one caption each: float32 `(captions, d)`."""
-    references = opened(queries.select_columns("reference"))
+    """Embed captions, each with the reference image of a row: float32 `(captions, d)`."""
+    references = opened(references)
 
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
         texts = [text for _, text in batch]

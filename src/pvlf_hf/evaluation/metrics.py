@@ -1,25 +1,6 @@
-"""Definitions: the ranking of a gallery, recall, average precision, and the metrics of every benchmark.
+"""Metrics of every benchmark, by the name that its protocol gives: one table, `METRICS`.
 
-- A score is the cosine of a query with a gallery image; higher is better. Products are summed in float64 and rounded
-  to float32, whatever the input dtype, so that equal gallery rows tie and ranks do not depend on chunk size or
-  hardware.
-- A rank is 0-based: the number of gallery images before the target. Equal scores keep gallery order, as a stable
-  sort leaves them. Published evaluations sort with an unstable order; where scores tie, their numbers can differ
-  within the bounds that `target_ranks(..., ties="best")` and `ties="worst"` give.
-- A metric is a fraction in [0, 1]; percent is a matter of rendering. It is defined once, in `METRICS`.
-
-Shapes: Q queries, N gallery images, at most G positives per query, embedding width d.
-
-Example:
-    >>> queries, gallery, target = torch.eye(2), torch.eye(2), 0
-    >>> rankings = [rank_gallery(query, gallery).tolist() for query in queries]
-    >>> rankings
-    [[0, 1], [1, 0]]
-    >>> ranks = torch.tensor([ranking.index(target) for ranking in rankings])
-    >>> recall_at_k(ranks, [1, 2])
-    {1: 0.5, 2: 1.0}
-    >>> torch.equal(ranks, target_ranks(queries, gallery, torch.tensor([target, target])))
-    True
+What a rank, recall, average precision or gain is, `definitions.py` says; its functions are handed on here.
 """
 
 from abc import ABC, abstractmethod
@@ -29,116 +10,75 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows
+from ..data.benchmark import CIRBenchmark, excluded_rows, gallery_rows, groups_of
 from ..embeddings.combined import CombinedQueries
-from ..embeddings.similarity import check_embeds, check_finite, exact_unit_rows, first_true, pairwise_sum
-from .ranking import NOT_RETRIEVED, positive_ranks, subset_ranks, target_ranks
+from .definitions import (
+    average_precision_at_k,
+    gain_at_k,
+    hit_counts,
+    hits_at_k,
+    map_at_k,
+    rank_gallery,
+    ranks_without,
+    recall_at_k,
+    trapezoid_precision,
+)
+from .ranking import positive_ranks, subset_ranks, target_ranks
 
 CIRR_KS = (1, 5, 10, 50)
 CIRR_SUBSET_KS = (1, 2, 3)
 FASHIONIQ_KS = (10, 50)
 CIRCO_KS = (5, 10, 25, 50)
-
-
-def rank_gallery(query_embed: Tensor, gallery_embeds: Tensor, exclude: int | None = None) -> Tensor:
-    """Rank the gallery for one query in float64: the definition of every rank in this package.
-
-    `evaluation/ranking.py` and `top_k` compute the same, bit for bit, for many queries in a fraction of the time.
-
-    Args:
-        query_embed: (d,), any float dtype, need not be normalised.
-        gallery_embeds: (N, d), likewise.
-        exclude: gallery position to leave out, such as that of the reference image.
-
-    Returns:
-        (N,) int64, or (N - 1,) if one is left out: gallery positions, best first. The index of the target is its rank.
-
-    Raises:
-        ValueError: if shapes do not fit or an embedding is not finite.
-    """
-    check_embeds(query_embed[None], gallery_embeds)
-    check_finite("query", query_embed[None])
-    check_finite("gallery", gallery_embeds)
-    query, gallery = exact_unit_rows(query_embed[None]), exact_unit_rows(gallery_embeds)  # float64
-    scores = pairwise_sum(gallery * query).float()  # (N,)
-    positions = scores.sort(descending=True, stable=True).indices  # equal scores in gallery order
-    return positions if exclude is None else positions[positions != exclude]
-
-
-def hits_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor]:
-    """Mark the queries whose target is among the first k.
-
-    Args:
-        ranks: (Q,) int, 0-based, see `target_ranks`.
-        ks: cut-offs, each at least 1.
-
-    Returns:
-        `{k: (Q,) bool}` in the order of `ks`.
-
-    Raises:
-        ValueError: if there are no queries, a rank is negative or a k is below 1.
-    """
-    ks = _checked_ks(ks)
-    if len(ranks) == 0:
-        raise ValueError("ranks is empty: recall needs at least one query")
-    if ranks.ndim != 1 or (ranks < 0).any():
-        raise ValueError(f"ranks must have shape (queries,) and be 0 or more, got {tuple(ranks.shape)}: {ranks}")
-    return {k: ranks < k for k in ks}
-
-
-def recall_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
-    """Return the fraction of queries whose target is among the first k: `{k: fraction}`.
-
-    Arguments and errors are those of `hits_at_k`.
-    """
-    return {k: int(hits.sum()) / len(hits) for k, hits in hits_at_k(ranks, ks).items()}
-
-
-def average_precision_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, Tensor]:
-    """Return the average precision of each query over its first k images, as CIRCO defines it.
-
-    It is the sum of precision@j over the ranks j <= k that hold a positive, divided by min(positives, k).
-
-    Args:
-        ranks: (Q, G) int, ranks of the positives in any order, -1 where padded, see `positive_ranks`.
-        ks: cut-offs, each at least 1.
-
-    Returns:
-        `{k: (Q,) float64}` in the order of `ks`; the mean over queries is mAP@k, see `map_at_k`.
-
-    Raises:
-        ValueError: if there are no queries, a query has no positive or two of the same rank, or a k is below 1.
-    """
-    ks = _checked_ks(ks)
-    if ranks.ndim != 2 or ranks.numel() == 0:
-        raise ValueError(
-            f"ranks must have shape (queries, positives) and at least one query, got {tuple(ranks.shape)}"
-        )
-    count = (ranks >= 0).sum(dim=1)  # positives, retrieved or not
-    if (row := first_true(count == 0)) is not None:
-        raise ValueError(f"query {row} has no positive to rank; drop it")
-    ordered = ranks.long().where(ranks >= 0, NOT_RETRIEVED).sort(dim=1).values
-    shared = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < NOT_RETRIEVED)).any(dim=1)
-    if (row := first_true(shared)) is not None:
-        raise ValueError(f"ranks of query {row} are {ranks[row].tolist()}: two positives cannot share a rank")
-    retrieved = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)  # positives up to and including this one
-    precision = retrieved / (ordered.double() + 1)  # (Q, G)
-    return {k: (precision * (ordered < k)).sum(dim=1) / count.clamp(max=k) for k in ks}
-
-
-def map_at_k(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
-    """Return the mean average precision over queries: `{k: fraction}`.
-
-    Arguments and errors are those of `average_precision_at_k`.
-    """
-    return {k: float(values.mean()) for k, values in average_precision_at_k(ranks, ks).items()}
-
-
-# ---- metrics by benchmark ----
+GENECIS_KS = (1, 2, 3)
+EDIR_KS = (1, 5, 10)
+PINPOINT_KS = (1, 5, 10, 50)
+SESSION_KS = (1, 5, 10, 50)
+GRADED_KS = (5, 10, 50)
 
 PerQuery = Mapping[str, Sequence[Any]]
 """One value per query in each named column, as `Evaluation.per_query` and `results_per_query.json` hold them."""
+
+
+def label_ranks(
+    query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark, column: str
+) -> Tensor:
+    """Rank the images that a column names, each in its query's gallery.
+
+    The gallery of a query is that of its group, or else all images, without a reference that the protocol removes.
+
+    Args:
+        query_embeds: (Q, d), any float dtype, or [`CombinedQueries`], in the order of the benchmark's queries.
+        gallery_embeds: (N, d), in the order of its gallery.
+        benchmark: queries, gallery and protocol.
+        column: `target_id`, `target_ids` or `negative_ids`.
+
+    Returns:
+        int64 (Q,), or (Q, G) for lists, -1 where padded.
+
+    Raises:
+        ValueError: if the benchmark lacks the column, or embeddings do not fit.
+    """
+    labels, exclude = gallery_rows(benchmark, column), excluded_rows(benchmark)
+    if labels.ndim == 1 and "group_id" not in benchmark.queries.column_names:
+        return target_ranks(query_embeds, gallery_embeds, labels, exclude).cpu()
+    rows = labels[:, None] if labels.ndim == 1 else labels
+    ranks = torch.full_like(rows, -1)
+    for queries, images in groups_of(benchmark):
+        named = queries[(rows[queries] >= 0).any(dim=1)]  # a query may have no negatives
+        if len(named):
+            own = torch.searchsorted(images, rows[named].clamp(min=0)).where(rows[named] >= 0, -1)
+            gallery = gallery_embeds if len(images) == len(gallery_embeds) else gallery_embeds[images]
+            left_out = None if exclude is None else exclude[named]
+            ranks[named] = positive_ranks(_select(query_embeds, named), gallery, own, left_out).cpu()
+    return ranks[:, 0] if labels.ndim == 1 else ranks
+
+
+def _select(query_embeds: Tensor | CombinedQueries, rows: Tensor) -> Tensor | CombinedQueries:
+    if len(rows) == len(query_embeds):
+        return query_embeds
+    return query_embeds[rows] if isinstance(query_embeds, Tensor) else query_embeds.select(rows)
 
 
 class BenchmarkMetrics(ABC):
@@ -174,9 +114,7 @@ class BenchmarkMetrics(ABC):
         Raises:
             ValueError: if the benchmark lacks a column that the metrics need, or embeddings do not fit.
         """
-        target = gallery_rows(benchmark, "target_id")
-        ranks = target_ranks(query_embeds, gallery_embeds, target, excluded_rows(benchmark))
-        return {"rank": tuple(ranks.tolist())}
+        return {"rank": tuple(label_ranks(query_embeds, gallery_embeds, benchmark, "target_id").tolist())}
 
     @abstractmethod
     def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
@@ -294,10 +232,143 @@ class CircoMetrics(BenchmarkMetrics):
         return values | {f"map@10/{aspect}": by_aspect[aspect] for aspect in sorted(by_aspect)}
 
 
+class LabelMetrics(BenchmarkMetrics):
+    """Metrics of all labels of a query: `target_ranks` and `negative_ranks` hold the rank of each.
+
+    Attributes:
+        needed: columns of labels that the queries must have.
+        kept: further columns of the queries that the metrics group by, where the queries have them.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ("target_ids",)
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def measure(
+        self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
+    ) -> dict[str, tuple[Any, ...]]:
+        """Add the ranks of all labels, and the columns to group by."""
+        columns = super().measure(query_embeds, gallery_embeds, benchmark)
+        for column in self.needed:
+            rows = label_ranks(query_embeds, gallery_embeds, benchmark, column).tolist()
+            columns[column.replace("_ids", "_ranks")] = tuple(tuple(r for r in row if r >= 0) for row in rows)
+        present = [name for name in self.kept if name in benchmark.queries.column_names]
+        return columns | {name: _frozen(benchmark.queries[name][:]) for name in present}
+
+
+class ICirMetrics(LabelMetrics):
+    """i-CIR: average precision over the full ranking of the instance's images.
+
+    `macro_map` is the mean over instances of the mean over their queries, `map` the mean over all queries.
+    """
+
+    kept = ("group_id",)
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        precision = trapezoid_precision(_padded(per_query["target_ranks"])).tolist()
+        by_instance = _by(per_query["group_id"], precision)
+        return {"macro_map": [fmean(values) for values in by_instance.values()], "map": precision}
+
+
+class PinPointMetrics(LabelMetrics):
+    """PinPoint: the metrics of its scorer, at k = 1, 5, 10, 50.
+
+    `map@k`; `precision@k`; `recall@k`, the share of positives among the first k; `negative_recall@k`, that of
+    negatives, of at most k; `map_without_negatives@k` of the ranking without them, and `delta_map@10`, by which that
+    is higher; `paraphrase_range` and `paraphrase_std` of precision@10 within groups of paraphrases, one value a group.
+    """
+
+    needed = ("target_ids", "negative_ids")
+    kept = ("paraphrase_group",)
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        positives, negatives = _padded(per_query["target_ranks"]), _padded(per_query["negative_ranks"])
+        precisions = average_precision_at_k(positives, PINPOINT_KS)
+        without = average_precision_at_k(ranks_without(positives, negatives), PINPOINT_KS)
+        values: dict[str, Tensor] = {}
+        for k in PINPOINT_KS:
+            hits, count, marked = hit_counts(positives, k), (positives >= 0).sum(dim=1), (negatives >= 0).sum(dim=1)
+            values[f"map@{k}"] = precisions[k]
+            values[f"precision@{k}"], values[f"recall@{k}"] = hits / k, hits / count
+            values[f"negative_recall@{k}"] = hit_counts(negatives, k) / marked.clamp(min=1, max=k)
+            values[f"map_without_negatives@{k}"] = without[k]
+        values["delta_map@10"] = without[10] - precisions[10]
+        groups = _by(per_query.get("paraphrase_group", ()), values["precision@10"].tolist())
+        several = [torch.tensor(group, dtype=torch.float64) for group in groups.values() if len(group) > 1]
+        if several:
+            values["paraphrase_range"] = torch.stack([group.max() - group.min() for group in several])
+            values["paraphrase_std"] = torch.stack([group.std(correction=0) for group in several])
+        return {name: numbers.tolist() for name, numbers in values.items()}
+
+
+class SessionMetrics(LabelMetrics):
+    """Sessions of several turns (CIRCLED): recall of the best-ranked positive, at k = 1, 5, 10, 50.
+
+    `recall@k` over all turns, `recall@10/turn {t}` at one; over sessions, `session_recall@k` at any turn and
+    `final_recall@k` at the last.
+    """
+
+    kept = ("session_id", "turn")
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        best = [min(ranks) for ranks in per_query["target_ranks"]]
+        values = _hits("recall", best, SESSION_KS)
+        by_turn = _by(per_query["turn"], values["recall@10"])
+        values |= {f"recall@10/turn {turn}": by_turn[turn] for turn in sorted(by_turn)}
+        turns = _by(per_query["session_id"], list(zip(per_query["turn"], best, strict=True)))
+        values |= _hits("session_recall", [min(r for _, r in session) for session in turns.values()], SESSION_KS)
+        return values | _hits("final_recall", [max(session)[1] for session in turns.values()], SESSION_KS)
+
+
+class GeneCisMetrics(BenchmarkMetrics):
+    """GeneCIS: recall@{1,2,3} among a query's own images; averages are plain means over its four tasks."""
+
+    reports_average = True
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        return _hits("recall", per_query["rank"], GENECIS_KS)
+
+
+class EdirMetrics(BenchmarkMetrics):
+    """EDIR: recall@{1,5,10}, and `recall@1/{subcategory}` over the queries of each subcategory."""
+
+    def measure(
+        self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
+    ) -> dict[str, tuple[Any, ...]]:
+        """Add `category`."""
+        columns = super().measure(query_embeds, gallery_embeds, benchmark)
+        return columns | {"category": tuple(benchmark.queries["category"])}
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        values = _hits("recall", per_query["rank"], EDIR_KS)
+        by_category = _by(per_query["category"], values["recall@1"])
+        return values | {f"recall@1/{category}": by_category[category] for category in sorted(by_category)}
+
+
+class GradedMetrics(LabelMetrics):
+    """Graded labels (CIRR's `target_soft`): ndcg@{5,10,50}, and negative_recall@{5,10,50} as PinPoint's."""
+
+    needed = ("target_ids", "negative_ids")
+    kept = ("target_grades",)
+
+    def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
+        ranks, negatives = _padded(per_query["target_ranks"]), _padded(per_query["negative_ranks"])
+        marked = (negatives >= 0).sum(dim=1)
+        values = {f"ndcg@{k}": v for k, v in gain_at_k(ranks, _padded(per_query["target_grades"]), GRADED_KS).items()}
+        for k in GRADED_KS:
+            values[f"negative_recall@{k}"] = hit_counts(negatives, k) / marked.clamp(min=1, max=k)
+        return {name: numbers.tolist() for name, numbers in values.items()}
+
+
 METRICS: dict[str, BenchmarkMetrics] = {
     "cirr": CirrMetrics(),
     "fashioniq": FashionIQMetrics(),
     "circo": CircoMetrics(),
+    "icir": ICirMetrics(),
+    "pinpoint": PinPointMetrics(),
+    "sessions": SessionMetrics(),
+    "genecis": GeneCisMetrics(),
+    "edir": EdirMetrics(),
+    "graded": GradedMetrics(),
 }
 """Metrics by the name that a protocol gives them, `Protocol.metrics`."""
 
@@ -318,11 +389,21 @@ def _hits(metric: str, ranks: Sequence[int], ks: Iterable[int]) -> dict[str, lis
     return {f"{metric}@{k}": values.double().tolist() for k, values in hits.items()}
 
 
-def _checked_ks(ks: Iterable[int]) -> list[int]:
-    ks = list(ks)
-    if bad := [k for k in ks if k < 1]:
-        raise ValueError(f"cut-offs must be at least 1, got {bad}")
-    return ks
+def _by(keys: Sequence[Any], values: Sequence[Any]) -> dict[Any, list[Any]]:
+    """Return values in lists by key, in the order of first occurrence; none without keys."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in zip(keys, values, strict=bool(keys)):
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Return rows of different length as one tensor, padded with -1."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-1)
+
+
+def _frozen(column: list[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(value) if isinstance(value, list) else value for value in column)
 
 
 __all__ = [
@@ -330,6 +411,7 @@ __all__ = [
     "BenchmarkMetrics",
     "average_precision_at_k",
     "hits_at_k",
+    "label_ranks",
     "map_at_k",
     "metrics_named",
     "rank_gallery",

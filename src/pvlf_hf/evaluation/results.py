@@ -29,14 +29,15 @@ class Evaluation:
         benchmark: name of the benchmark and split, e.g. `"cirr/val"`.
         method: how queries were embedded, one of `QUERY_METHODS`.
         metrics: fractions in [0, 1] by name, e.g. `recall@k`, `recall_subset@k`, `map@k`, `map@10/{semantic aspect}`,
-            `mean`, `mean_of_seven`; defined in `pvlf_hf.evaluation.metrics.METRICS`.
+            `mean`, `mean_of_seven`, `macro_map`; defined in `pvlf_hf.evaluation.metrics.METRICS`.
         counts: number of queries and of gallery images.
         protocol: how the metrics were measured, see [`~pvlf_hf.data.benchmark.Protocol`]; with `template` where the
             model puts captions into a sentence.
         dtype: dtypes in which embeddings and cosines were computed.
         per_query: columns of one value per query, in the order of the queries: `query_id`, `rank` (0-based, of the
-            target), and, if the benchmark has them, `subset_rank`, `average_precision@k`, `semantic_aspects`; an
-            average over benchmarks also has `benchmark`.
+            target), and, if the metrics need them, `subset_rank`, `average_precision@k`, `semantic_aspects`,
+            `target_ranks` and `negative_ranks` of all labels, and columns to group by, such as `group_id`; an average
+            over benchmarks also has `benchmark`.
     """
 
     benchmark: str

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.benchmark import CIRBenchmark
 from ..embeddings.combined import CombinedQueries, top_k_of
 from ..models.image_processing_pvlf import opened, to_rgb
-from .metrics import target_ranks
+from .ranking import target_ranks
 
 # Sizes in pixels. A sheet of five results is about 900 pixels wide, the width of a README on GitHub.
 MARGIN = 20
