@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import pvlf_hf_client
-from pvlf_hf_cli_files import PLAIN, Json, convert, parse_numbers, submit, weighted
+from pvlf_hf_cli_files import PLAIN, Json, compare, convert, parse_numbers, submit, weighted
 
 INDEX = "gallery.parquet"
 """File that a folder made by `pvlf-hf index` holds, `pvlf_hf.search.gallery_files.TABLE`."""
@@ -65,6 +65,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambd
 HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(cls=Commands, context_settings=SETTINGS, pretty_exceptions_enable=False, **PLAIN)
+app.command(no_args_is_help=True)(compare)
 app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
 

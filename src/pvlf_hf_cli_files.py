@@ -1,4 +1,4 @@
-"""Commands of `pvlf-hf` on files of others: `submit lint` and `convert`; and what the others share with them."""
+"""Commands of `pvlf-hf` on files: `compare`, `submit lint` and `convert`; and what the others share with them."""
 
 from math import isfinite
 from pathlib import Path
@@ -37,6 +37,40 @@ def lint(
     else:
         typer.echo("\n".join(f"{file}: {one}" for file, listed in problems.items() for one in listed or ["fine"]))
     raise typer.Exit(int(any(map(is_error, (one for listed in problems.values() for one in listed)))))
+
+
+def compare(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Results of `pvlf-hf evaluate` or `train`, or submission files for CIRR or CIRCO; NAME=FILE names a "
+            "row, and files of one name are its runs.",
+            show_default=False,
+        ),
+    ],
+    against: Annotated[str | None, typer.Option(help="Row that the others are tested against, paired.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Metric to show, such as recall@5; repeat it (default: the usual ones).")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder of the data sets: the labels of submission files, validation split.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write comparison.md, .html (with plots) and .json here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods: one table with intervals, paired tests and costs.
+
+    \b
+    pvlf-hf compare PVLF=outputs/pvlf-*/results.json TransAgg=outputs/transagg/results.json --against TransAgg
+
+    All values of a column are measured under one protocol, or the command refuses. p-values are corrected for the
+    number of tests in the table (Holm).
+    """
+    from pvlf_hf.commands import compare
+
+    compare.run(files, against, metric, data_root, output_dir, as_json)
 
 
 Checkpoint = Annotated[Path, typer.Argument(help=".pth, .pt, .ckpt, .bin or .safetensors.", show_default=False)]
@@ -181,4 +215,4 @@ def weighted(given: str, option: str) -> tuple[str, float]:
     return rest, weight
 
 
-__all__ = ["PLAIN", "Json", "convert", "parse_numbers", "submit", "weighted"]
+__all__ = ["PLAIN", "Json", "compare", "convert", "parse_numbers", "submit", "weighted"]

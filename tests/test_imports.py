@@ -86,6 +86,9 @@ FOLDERS = {
         "results",
         "scoring",
         "submission",
+        "costs",
+        "comparison",
+        "comparison_page",
         "retrieval_sheet",
     ],
     "checkpoints": [
@@ -142,7 +145,7 @@ FOLDERS = {
         "hub",
         "trainer",
     ],
-    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert"],
+    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert", "compare"],
     " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
 }
 ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]

@@ -7,7 +7,8 @@ All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody pub
 what the methods do on these drawings, not what the published models do on photographs. A trained row is
 `train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time. After an
 interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`; tables and the
-plot of recall against cost into that folder. `--render_only` renders the committed numbers.
+plot of recall against cost into that folder. `--render_only` renders the committed numbers. The values of every query
+are in `outputs/method-tables/*/evaluation`: `pvlf-hf compare NAME=.../results.json ...` makes a table with tests.
 """
 
 import argparse
@@ -16,14 +17,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
-import torch
 from demo import first_queries
 from transformers import AutoModel, AutoProcessor
 
@@ -31,14 +30,14 @@ from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, TrainingF
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.fingerprints import image_fingerprint
+from pvlf_hf.evaluation.costs import query_milliseconds
+from pvlf_hf.evaluation.results import write_results
 from pvlf_hf.evaluation.scoring import evaluate
 from pvlf_hf.evaluation.significance import seed_interval
-from pvlf_hf.models.image_processing_pvlf import opened
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = ROOT / "model_cards" / "blip-emoji-tiny"
 CARD = ROOT / "model_cards" / "methods"
-TIMED_QUERIES = 20
 START, END = "<!-- methods on emoji-cir: written by train_scripts/method_tables.py -->", "<!-- end of methods -->"
 
 
@@ -174,22 +173,22 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
     benchmarks = [first_queries(load_emoji_cir("test", tier), queries) for tier in TIERS]
     entry: dict[str, Any] = {"row": name, "seed": seed, "queries": queries}
     if (baseline := ROWS[name].baseline) is not None:
-        found = {e.benchmark: e for e in baselines(str(BACKBONE), benchmarks) if e.method == baseline}
-        entry["metrics"] = {tier: found[b.name].metrics for tier, b in zip(TIERS, benchmarks, strict=True)}
+        found = [e for e in baselines(str(BACKBONE), benchmarks) if e.method == baseline]
         entry |= {"trained_weights": 0, "seconds_a_step": None, "query_ms": None, "own_gallery": False}
     else:
         model, processor = load_row(name, seed, folder)
         found = [evaluate(model, processor, benchmark) for benchmark in benchmarks]
-        entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
         plain = TrainingFreeModel.from_vl_pretrained(str(BACKBONE))
         index = image_fingerprint(plain, PVLFProcessor.from_vl_pretrained(str(BACKBONE)))
         entry |= {
             "trained_weights": trained_weights(home, model) if ROWS[name].recipe else 0,
             "seconds_a_step": seconds_a_step(home) if ROWS[name].recipe else None,
-            "query_ms": milliseconds_a_query(model, processor, benchmarks[0]),
+            "query_ms": query_milliseconds(model, processor, benchmarks[0].queries),
             "own_gallery": image_fingerprint(model, processor) != index,
         }
-    home.mkdir(parents=True, exist_ok=True)
+    entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
+    cost = {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
+    write_results(home / "evaluation" / "results.json", found, cost=cost)  # for `pvlf-hf compare`
     file.write_text(json.dumps(entry), encoding="utf-8")
     return entry
 
@@ -204,21 +203,6 @@ def seconds_a_step(home: Path) -> float:
     """Return the seconds of a training step, as the run's log says."""
     rates = re.findall(r"'train_steps_per_second': '?([0-9.e-]+)", (home / "log.txt").read_text())
     return 1 / float(rates[-1])
-
-
-@torch.inference_mode()
-def milliseconds_a_query(model: Any, processor: Any, benchmark: Any) -> float:
-    """Return the median time of one query, from pixels and token ids to its embedding."""
-    model.eval()
-    rows = opened(benchmark.queries.select(range(TIMED_QUERIES)))
-    times = []
-    for row in rows:
-        inputs = dict(processor.process_queries([row["reference"]], [row["caption"]]))
-        getattr(model, "inverted_words", {}).clear()  # of SEARLE-OTI and PALAVRA, whose cost is the optimisation
-        start = time.perf_counter()
-        model.get_query_features(**inputs)
-        times.append(time.perf_counter() - start)
-    return 1000 * median(times[1:])
 
 
 def rendered(entries: list[dict[str, Any]]) -> str:

@@ -12,7 +12,8 @@ r"""Evaluates a model on named protocols: metrics with intervals, how each was m
     # several GPUs, each a share of the images
     torchrun --nproc_per_node 4 -m pvlf_hf.commands.evaluate ...
 
-Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`. Embeddings are kept:
+Writes `results.json`, `results_per_query.json`, `results.md`, and for test splits `submissions/`; `pvlf-hf compare`
+makes a table of several such files. Embeddings are kept:
 with `--embeddings` of an earlier run, another protocol over the same images and captions takes seconds. The data
 root has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`, `icir/`, ...
 """
@@ -36,6 +37,7 @@ from ..data.protocols import describe_protocols, load_protocol
 from ..dtypes import DTYPES
 from ..embeddings.embedding_store import EmbeddingStore
 from ..embeddings.encoding import FORMER_NAME, QUERY_METHODS, embed, method_named
+from ..evaluation.costs import costs
 from ..evaluation.metrics import metrics_named
 from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import average, evaluate, evaluate_all
@@ -121,7 +123,7 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
             if len(measured) > 1 and metrics_named(measured[0].protocol["metrics"]).reports_average:
                 evaluations.append(average(measured))
     if state.is_main_process:  # also without evaluations: states how the servers' files were made
-        write(Path(args.output_dir), evaluations, args)
+        write(Path(args.output_dir), evaluations, args, costs(model, processor, protocols[0][0].queries))
     return evaluations, submissions
 
 
@@ -131,10 +133,10 @@ def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 
 
-def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments) -> None:
+def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments, cost: dict[str, Any]) -> None:
     """Write `results.json`, the values of every query beside it, and `results.md`."""
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
-    write_results(folder / "results.json", evaluations, arguments=arguments)
+    write_results(folder / "results.json", evaluations, arguments=arguments, cost=cost)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     cards = protocol_cards(evaluations, results["environment"])
     parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", cards]

@@ -92,11 +92,13 @@ class BenchmarkMetrics(ABC):
         server: the evaluation server that scores files of the test split, None if there is none
             (`evaluation/submission.py`).
         reports_average: whether the mean over the benchmark's categories is reported as well.
+        headline: metrics that a comparison of methods shows.
     """
 
     averages: ClassVar[dict[str, tuple[str, ...]]] = {}
     server: ClassVar[str | None] = None
     reports_average: ClassVar[bool] = False
+    headline: ClassVar[tuple[str, ...]] = ("recall@1", "recall@10")
 
     def measure(
         self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
@@ -189,6 +191,7 @@ class CirrMetrics(BenchmarkMetrics):
 class FashionIQMetrics(BenchmarkMetrics):
     """FashionIQ: recall@{10,50} and their `mean`, for a category; averages are plain means over three categories."""
 
+    headline = ("recall@10", "recall@50")
     averages: ClassVar = {"mean": ("recall@10", "recall@50")}
     reports_average = True
 
@@ -202,6 +205,7 @@ class CircoMetrics(BenchmarkMetrics):
     Where the queries have semantic aspects, `map@10/{aspect}` is map@10 over the queries of that aspect.
     """
 
+    headline = ("map@5", "map@10")
     server = "circo"
 
     def measure(
@@ -261,6 +265,7 @@ class ICirMetrics(LabelMetrics):
     `macro_map` is the mean over instances of the mean over their queries, `map` the mean over all queries.
     """
 
+    headline = ("macro_map",)
     kept = ("group_id",)
 
     def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
@@ -277,6 +282,7 @@ class PinPointMetrics(LabelMetrics):
     is higher; `paraphrase_range` and `paraphrase_std` of precision@10 within groups of paraphrases, one value a group.
     """
 
+    headline = ("map@10", "negative_recall@10")
     needed = ("target_ids", "negative_ids")
     kept = ("paraphrase_group",)
 
@@ -307,6 +313,7 @@ class SessionMetrics(LabelMetrics):
     `final_recall@k` at the last.
     """
 
+    headline = ("recall@10", "final_recall@10")
     kept = ("session_id", "turn")
 
     def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
@@ -322,6 +329,7 @@ class SessionMetrics(LabelMetrics):
 class GeneCisMetrics(BenchmarkMetrics):
     """GeneCIS: recall@{1,2,3} among a query's own images; averages are plain means over its four tasks."""
 
+    headline = ("recall@1",)
     reports_average = True
 
     def _values(self, per_query: PerQuery) -> dict[str, list[float]]:
@@ -330,6 +338,8 @@ class GeneCisMetrics(BenchmarkMetrics):
 
 class EdirMetrics(BenchmarkMetrics):
     """EDIR: recall@{1,5,10}, and `recall@1/{subcategory}` over the queries of each subcategory."""
+
+    headline = ("recall@1",)
 
     def measure(
         self, query_embeds: Tensor | CombinedQueries, gallery_embeds: Tensor, benchmark: CIRBenchmark
@@ -347,6 +357,7 @@ class EdirMetrics(BenchmarkMetrics):
 class GradedMetrics(LabelMetrics):
     """Graded labels (CIRR's `target_soft`): ndcg@{5,10,50}, and negative_recall@{5,10,50} as PinPoint's."""
 
+    headline = ("ndcg@10",)
     needed = ("target_ids", "negative_ids")
     kept = ("target_grades",)
 

@@ -67,7 +67,9 @@ class Evaluation:
         return values[metric]
 
 
-def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tuple[float, float]]:
+def intervals(
+    evaluation: Evaluation, confidence: float = 0.95, metrics: Iterable[str] | None = None
+) -> dict[str, tuple[float, float]]:
     """Return the bootstrap interval over queries of each metric.
 
     The intervals of an average over benchmarks combine those of each benchmark (MOVER: Zou and Donner, 2008), because
@@ -76,6 +78,7 @@ def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tup
     Args:
         evaluation: from [`evaluate`] or [`average`].
         confidence: probability that an interval covers the true mean.
+        metrics: metrics of the evaluation; by default all.
 
     Returns:
         Lower and upper end by metric, see [`~pvlf_hf.evaluation.significance.bootstrap_interval`].
@@ -93,7 +96,7 @@ def intervals(evaluation: Evaluation, confidence: float = 0.95) -> dict[str, tup
         above = sum((high - mean) ** 2 for mean, (_, high) in zip(means, ends, strict=True)) ** 0.5 / len(parts)
         return fmean(means) - below, fmean(means) + above
 
-    return {metric: interval(metric) for metric in evaluation.metrics}
+    return {metric: interval(metric) for metric in (evaluation.metrics if metrics is None else metrics)}
 
 
 def _of_benchmark(average: Evaluation, name: str) -> Evaluation:

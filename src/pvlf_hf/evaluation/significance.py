@@ -140,6 +140,28 @@ def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     return float(mean - half), float(mean + half)
 
 
+def holm(p_values: ArrayLike) -> list[float]:
+    """Adjust the p-values of several tests, so that each can be compared with the level of all (Holm, 1979).
+
+    The smallest is multiplied by the number of tests, the next by one less, and so on; none becomes smaller than the
+    one before, or greater than 1. A test whose adjusted p-value is at most 0.05 is one of a family in which a false
+    finding has at most that probability.
+
+    Args:
+        p_values: (tests,) one for each test.
+
+    Raises:
+        ValueError: if they are not numbers from 0 to 1.
+    """
+    values = _vector("p_values", p_values)
+    if (bad := (values < 0) | (values > 1)).any():
+        raise ValueError(f"p_values[{bad.argmax()}] is {values[bad.argmax()]}, which is no probability")
+    order = values.argsort(kind="stable")
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
+    return adjusted.tolist()
+
+
 def _student_quantile(confidence: float, degrees: int) -> float:
     """Return t with P(|T| <= t) = confidence, as `scipy.stats.t.ppf((1 + confidence) / 2, degrees)`.
 
@@ -186,4 +208,4 @@ def _check(confidence: float, resamples: int = 1) -> None:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
 
 
-__all__ = ["PairedTest", "bootstrap_interval", "paired_test", "seed_interval"]
+__all__ = ["PairedTest", "bootstrap_interval", "holm", "paired_test", "seed_interval"]

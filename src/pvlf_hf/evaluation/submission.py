@@ -11,7 +11,8 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..data.benchmark import CIRBenchmark, excluded_rows, query_ids
 from ..data.circo import EXPECTED_COUNTS as CIRCO_COUNTS
 from ..data.cirr import EXPECTED_COUNTS as CIRR_COUNTS
 from ..embeddings.combined import CombinedQueries, top_k_of
-from .metrics import METRICS, CircoMetrics, metrics_named
+from .metrics import CircoMetrics, metrics_named
 from .ranking import ranks_from_lists
+from .results import Evaluation
 
 LENGTHS = {"recall": 50, "recall_subset": 3, "circo": 50}
 """Ids in each list, by type of file."""
@@ -124,18 +126,50 @@ def score_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, flo
     Raises:
         ValueError: if the benchmark has no targets, or the file has problems, see [`lint_submission`].
     """
+    return metrics_named(benchmark.protocol.metrics).means(_ranks_of_submission(file, benchmark))
+
+
+def evaluate_submissions(files: Sequence[str | Path], benchmark: CIRBenchmark) -> Evaluation:
+    """Score submission files of one method, of this package or any other, as an evaluation to compare.
+
+    Args:
+        files: one, or CIRR's two: `recall` and `recall_subset`.
+        benchmark: with targets, such as `load_cirr(root, "val")`.
+
+    Raises:
+        ValueError: as [`score_submission`], and if two files are of one type.
+    """
+    columns: dict[str, tuple[Any, ...]] = {}
+    for file in files:
+        ranks = _ranks_of_submission(file, benchmark)
+        if both := columns.keys() & ranks.keys():
+            raise ValueError(f"{file} holds what another file of this method does ({sorted(both)}): pass one of them")
+        columns |= ranks
+    return Evaluation(
+        benchmark=benchmark.name,
+        method="composed",
+        metrics=metrics_named(benchmark.protocol.metrics).means(columns),
+        counts={"queries": len(benchmark.queries), "gallery": len(benchmark.gallery)},
+        protocol=asdict(benchmark.protocol),
+        dtype="not recorded",
+        per_query={"query_id": tuple(query_ids(benchmark)), **columns},
+    )
+
+
+def _ranks_of_submission(file: str | Path, benchmark: CIRBenchmark) -> dict[str, tuple[Any, ...]]:
+    """Return the per-query columns of a file, as the benchmark's metrics take them."""
     if not benchmark.has_targets:
         raise ValueError(f"{benchmark.name} has no targets; upload the file to the server to have it scored")
     if problems := list(filter(is_error, lint_submission(file, benchmark))):
         raise ValueError(f"{file} cannot be scored: " + "; ".join(problems))
     content = json.loads(Path(file).read_bytes())
     lists = [list(map(str, content[q])) for q in query_ids(benchmark)]
-    targets = ranks_from_lists(lists, [[i] for i in benchmark.queries["target_id"]])[:, 0]
+    targets = tuple(ranks_from_lists(lists, [[i] for i in benchmark.queries["target_id"]])[:, 0].tolist())
     file_type = _file_type(content, benchmark)
     if file_type == "circo":
         precisions = CircoMetrics.precisions(ranks_from_lists(lists, list(benchmark.queries["target_ids"])))
-        return METRICS["circo"].means({"rank": targets.tolist(), **precisions})
-    return METRICS["cirr"].means({"rank" if file_type == "recall" else "subset_rank": targets.tolist()})
+        return {"rank": targets, **precisions}
+    return {"rank" if file_type == "recall" else "subset_rank": targets}
 
 
 def lint_submission(file: str | Path, benchmark: CIRBenchmark | None = None) -> list[str]:
