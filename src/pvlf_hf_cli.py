@@ -351,8 +351,12 @@ def card(
     base_model: Annotated[
         str | None, typer.Option(help="Hub name of the base model, if the run loaded it from a folder.")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit on the Hub that the usage example loads.")] = None,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="Benchmark on the Hub, emoji-cir=you/emoji-cir; repeat it.")
+    ] = None,
 ) -> None:
-    """Write the model card of a checkpoint, from its results.
+    """Write the model card of a checkpoint, from its results, and .eval_results/ for the Hub's leaderboards.
 
     \b
     pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
@@ -361,8 +365,12 @@ def card(
     """
     from pvlf_hf import write_card
 
-    given = {"license": license, "base_model": base_model}
-    typer.echo(str(write_card(folder, name, results, **{key: value for key, value in given.items() if value})))
+    given = {"license": license, "base_model": base_model, "revision": revision}
+    ids = dict(one.split("=", 1) for one in benchmark or () if "=" in one)
+    if len(ids) != len(benchmark or ()):
+        raise typer.BadParameter("write NAME=OWNER/DATASET, each name once", param_hint="--benchmark")
+    file = write_card(folder, name, results, hub_ids=ids, **{key: value for key, value in given.items() if value})
+    typer.echo(str(file))
 
 
 class Subject(StrEnum):

@@ -192,7 +192,13 @@ class Request(BaseHTTPRequestHandler):
         repository = self.repository(name)
         commit = self.commit(repository, revision)
         facts = {"id": name, "sha": commit.oid, "private": repository.private, "createdAt": DATE, "lastModified": DATE}
-        return {**facts, "siblings": [{"rfilename": path} for path in commit.files]}
+        measured = [
+            {"filename": path, "data": entry}
+            for path, file in commit.files.items()
+            if fnmatch(path, ".eval_results/*.yaml")
+            for entry in yaml.safe_load(file.content)
+        ]
+        return {**facts, "siblings": [{"rfilename": path} for path in commit.files], "evalResults": measured}
 
     def refs(self, name):
         repository = self.repository(name)

@@ -67,6 +67,30 @@ except HfHubHTTPError as error:
     (folder / "refusal.txt").write_text(str(error))
 """
 
+MEASURED = """
+import json
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi, create_repo, upload_folder
+
+from pvlf_hf.checkpoints.model_card import write_card
+
+folder = Path(sys.argv[1]) / "measured"
+protocol = {"name": "emoji-cir", "gallery": "all", "reference": "removed", "metrics": "cirr", "revision": "v1"}
+metrics, counts = {"recall@1": 0.25, "recall@10": 0.5}, {"queries": 4, "gallery": 9}
+evaluation = {"benchmark": "emoji-cir/test/plain", "method": "composed", "metrics": metrics, "counts": counts}
+results = {"evaluations": [{**evaluation, "protocol": protocol}]}
+create_repo("you/measured")
+for revision in (None, "known"):  # the commit is known once the model is there
+    pin = revision and HfApi().model_info("you/measured").sha
+    write_card(folder, "you/measured", results, revision=pin, hub_ids={"emoji-cir": "you/emoji-cir"})
+    upload_folder(repo_id="you/measured", folder_path=folder)
+entries = HfApi().model_info("you/measured", expand=["evalResults"]).eval_results
+(folder / "read.json").write_text(json.dumps([[e.dataset_id, e.task_id, e.value, e.source_url] for e in entries]))
+(folder / "pin.txt").write_text(pin)
+"""
+
 STRANGER = (
     WITHOUT_PACKAGE
     + """
@@ -332,6 +356,20 @@ def test_pushed_card_states_the_results(published, name):
     assert "composed-image-retrieval" in card.data.tags
     assert "| cirr/val | cirr-val | pvlf | 25.00 | 50.00 |" in card.text
     assert f'from_pretrained("{name}", trust_remote_code=True)' in card.text
+
+
+def test_the_hub_reads_the_results(hub, folder, tmp_path):
+    (folder / "measured").mkdir()
+    run(MEASURED, hub, tmp_path, folder, HF_TOKEN="hf_owner")
+    source = "https://huggingface.co/you/measured/blob/main/results.json"
+    tasks = {"test-plain-recall_at_1": 25.0, "test-plain-recall_at_10": 50.0}
+    expected = [["you/emoji-cir", task, value, source] for task, value in tasks.items()]
+    assert json.loads((folder / "measured/read.json").read_text()) == expected
+    pin = (folder / "measured/pin.txt").read_text()
+    repository = hub.repositories["you/measured"]
+    assert pin in repository.commits and pin != repository.branches["main"]
+    card = repository.commits[repository.branches["main"]].files["README.md"].content.decode()
+    assert f'from_pretrained("you/measured", revision="{pin}", trust_remote_code=True)' in card
 
 
 def test_read_only_token_raises(published, folder):

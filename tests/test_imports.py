@@ -93,6 +93,7 @@ FOLDERS = {
     ],
     "checkpoints": [
         "loading",
+        "eval_results",
         "model_card",
         "golden",
         "weight_names",

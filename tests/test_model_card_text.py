@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
 from squares import make_benchmark
 from typer.testing import CliRunner
 
+from pvlf_hf.checkpoints.eval_results import eval_result_entries, task_id
 from pvlf_hf.checkpoints.model_card import render_card, results_tables, write_card
+from pvlf_hf.data.emoji_cir.captions import TIERS
+from pvlf_hf.evaluation.metrics import METRICS
 from pvlf_hf.evaluation.results import write_results
 from pvlf_hf.evaluation.scoring import score
 from pvlf_hf_cli import app
@@ -189,3 +193,81 @@ def test_checkpoint_folder_gets_a_card(results, results_file, tmp_path):
 
 def test_citation_equals_the_readme():
     assert section(render_card({}, "x"), "citation").strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# ---- results that the Hub reads ----
+
+
+def measured(benchmark, metrics, method="composed", name="emoji-cir"):
+    protocol = {"name": name, "reference": "removed", "metrics": "cirr", "revision": "v1"}
+    counts = {"queries": 1500, "gallery": 3633}
+    return {"benchmark": benchmark, "method": method, "metrics": metrics, "counts": counts, "protocol": protocol}
+
+
+EMOJI = [
+    measured("emoji-cir/test/plain", {"recall@1": 0.096, "recall@5": 0.2, "recall@10": 0.34666}),
+    measured("emoji-cir/test/brief", {"recall@1": 0.1, "recall@10": 0.3}),
+    measured("emoji-cir/test/plain", {"recall@1": 0.9, "recall@10": 0.9}, "text"),
+    measured("cirr/val", {"recall@1": 0.3}),
+]
+IDS = {"emoji-cir": "you/emoji-cir"}
+
+
+def test_eval_results_state_the_headline_of_each_benchmark(tmp_path):
+    """Read back by the library's own parser: percent, of the model and not of its baselines."""
+    results = {"evaluations": EMOJI}
+    write_card(tmp_path, "you/mine", results, hub_ids=IDS)
+    (file,) = (tmp_path / ".eval_results").iterdir()
+    entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
+    assert file.name == "emoji-cir.yaml" and {entry.dataset_id for entry in entries} == {"you/emoji-cir"}
+    assert {entry.task_id: entry.value for entry in entries} == {
+        "test-plain-recall_at_1": 9.6,
+        "test-plain-recall_at_10": 34.67,
+        "test-brief-recall_at_1": 10.0,
+        "test-brief-recall_at_10": 30.0,
+    }
+    assert entries[0].notes == "percent; protocol emoji-cir, reference removed, data v1"
+    assert entries[0].source_url == "https://huggingface.co/you/mine/blob/main/results.json"
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results  # beside the legacy model-index
+    assert eval_result_entries(results) == {}  # without an id on the Hub there is nowhere to state them
+    local = eval_result_entries(results, "mine", IDS)["emoji-cir"]
+    assert local[0].source_url is None and local[0].value == 9.6
+
+
+def test_eval_results_of_data_sets_on_the_hub_need_no_id():
+    e = measured("icir/test", {"macro_map": 0.2835, "map": 0.3}, name="icir")
+    (entry,) = eval_result_entries({"evaluations": [{**e, "protocol": {**e["protocol"], "metrics": "icir"}}]})["icir"]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("billpsomas/icir", "test-macro_map", 28.35)
+
+
+def test_tasks_of_emoji_cir_are_those_that_are_measured():
+    listed = yaml.safe_load((ROOT / "model_cards" / "emoji-cir" / "eval.yaml").read_text())
+    assert {"name", "description", "evaluation_framework", "tasks"} == listed.keys()
+    tasks = [task_id(f"emoji-cir/test/{tier}", metric) for tier in TIERS for metric in METRICS["cirr"].headline]
+    assert [task["id"] for task in listed["tasks"]] == tasks
+
+
+def test_new_cards_lead_with_what_the_hub_indexes(results):
+    card = render_card(results, "you/mine", license="mit")
+    assert list(yaml.safe_load(card.split("---")[1]))[:3] == ["library_name", "pipeline_tag", "base_model"]
+    for name in ("pvlf-emoji-tiny", "blip-emoji-tiny"):
+        shipped = (ROOT / "model_cards" / name / "README.md").read_text()
+        assert list(yaml.safe_load(shipped.split("---")[1]))[:2] == ["library_name", "pipeline_tag"]
+
+
+def test_usage_is_pinned_to_a_known_revision(results):
+    usage = section(render_card(results, "you/mine", revision="0123abc"), "usage")
+    assert usage.count('from_pretrained("you/mine", revision="0123abc", trust_remote_code=True)') == 2
+    assert "<commit>" not in usage
+    unpinned = section(render_card(results, "you/mine"), "usage")
+    assert 'Pass revision="<commit>"' in unpinned and 'from_pretrained("you/mine", trust_remote_code=True)' in unpinned
+
+
+def test_card_command_pins_and_names_benchmarks(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"evaluations": EMOJI}))
+    options = ["--name", "you/mine", "--revision", "0123abc", "--benchmark", "emoji-cir=you/emoji-cir"]
+    done = CliRunner().invoke(app, ["card", str(tmp_path), *options])
+    assert done.exit_code == 0 and (tmp_path / ".eval_results/emoji-cir.yaml").exists()
+    assert 'revision="0123abc"' in (tmp_path / "README.md").read_text()
+    done = CliRunner().invoke(app, ["card", str(tmp_path), "--benchmark", "emoji-cir"])
+    assert done.exit_code == 2 and "NAME=OWNER/DATASET" in done.stderr

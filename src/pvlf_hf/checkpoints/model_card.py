@@ -23,6 +23,7 @@ from ..atomic_files import whole
 from ..data.benchmark import Protocol
 from ..embeddings.encoding import FORMER_NAME
 from ..evaluation.results import Evaluation, environment, recorded_dtype
+from .eval_results import write_eval_results
 
 PICTURE = "retrievals.png"
 """File name of a sheet of queries and results ([`retrieval_sheet`]); shown if it is beside the card."""
@@ -32,6 +33,9 @@ _DEFAULTS = {
     "pipeline_tag": "image-feature-extraction",  # the Hub has no task for composed retrieval, see the tag below
     "tags": ["composed-image-retrieval", "pvlf"],
 }
+_LEADING = ("library_name", "pipeline_tag", "base_model")
+"""Metadata that the Hub indexes, which comes first in a new card."""
+
 _METHODS = {
     "pvlf": "PVLF",
     "transagg": "TransAgg",
@@ -53,14 +57,18 @@ _USAGE = """\
 ```python
 from transformers import AutoModel, AutoProcessor
 
-# The code comes with the checkpoint; with `import pvlf_hf` instead, trust_remote_code is not needed.
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+# The code comes with the checkpoint; with `import pvlf_hf` instead, trust_remote_code is not needed.{unpinned}
+model = AutoModel.from_pretrained("{name}", {pin}trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", {pin}trust_remote_code=True)
 
 gallery = model.get_image_features(**processor.process_targets(images)).pooler_output  # (n, d)
 query = model.get_query_features(**processor.process_queries(image, "the same but red")).pooler_output
 best = (query @ gallery.T).argsort(descending=True)  # embeddings are unit vectors: this is the cosine
 ```"""
+
+_UNPINNED = (
+    '\n# Pass revision="<commit>" to run the code and the weights of the commit that you have read, and no later ones.'
+)
 
 _CITATION = """\
 ```bibtex
@@ -74,15 +82,22 @@ _CITATION = """\
 
 
 def write_card(
-    folder: str | Path, name: str | None = None, results: str | Path | Mapping[str, Any] | None = None, **metadata: Any
+    folder: str | Path,
+    name: str | None = None,
+    results: str | Path | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    hub_ids: Mapping[str, str] | None = None,
+    **metadata: Any,
 ) -> Path:
-    """Render `README.md` in a checkpoint's folder; an existing card keeps its author's text.
+    """Render `README.md` in a checkpoint's folder, and `.eval_results/`; an existing card keeps its author's text.
 
     Args:
         folder: folder of the checkpoint, as the Trainer or `save_pretrained` wrote it.
         name: Hub name of the model, `you/pvlf-mine`; by default the folder's name.
         results: results and training settings, a file of [`write_results`] or its content; by default `results.json`
             in the folder. Without one the card states that nothing was measured.
+        revision: see [`render_card`].
+        hub_ids: benchmark data sets on the Hub, see [`~pvlf_hf.checkpoints.eval_results.eval_result_entries`].
         metadata: further fields of [`~huggingface_hub.ModelCardData`]: `license`, `language`, `base_model`, ...
 
     Raises:
@@ -95,14 +110,20 @@ def write_card(
     facts = results if isinstance(results, Mapping) else json.loads(Path(results).read_text(encoding="utf-8"))
     picture = PICTURE if (folder / PICTURE).exists() else None
     card = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
-    text = render_card(facts, name or folder.resolve().name, card, picture, **metadata)
+    text = render_card(facts, name or folder.resolve().name, card, picture, revision, **metadata)
+    write_eval_results(folder, facts, name, hub_ids)
     with whole(file) as partial:
         partial.write_bytes(text.encode())
     return file
 
 
 def render_card(
-    results: Mapping[str, Any], name: str, card: str = "", picture: str | None = None, **metadata: Any
+    results: Mapping[str, Any],
+    name: str,
+    card: str = "",
+    picture: str | None = None,
+    revision: str | None = None,
+    **metadata: Any,
 ) -> str:
     """Render a model card. Every figure comes from `results`; results that are absent are stated to be absent.
 
@@ -113,6 +134,7 @@ def render_card(
             gets all of them at its end. In its metadata, `model-index` and the fields of `results` and `metadata` are
             replaced. The rest is unchanged.
         picture: an example to show, a file beside the card.
+        revision: commit that the usage example loads; known once the checkpoint is on the Hub.
         metadata: further fields of [`~huggingface_hub.ModelCardData`].
 
     Returns:
@@ -123,7 +145,7 @@ def render_card(
     """
     sections = {
         "about": (f"# {name.rpartition('/')[2]}", _about(results, picture)),
-        "usage": ("## Usage", _USAGE.format(name=name)),
+        "usage": ("## Usage", _usage(name, revision)),
         "results": ("## Results", results_tables(results.get("evaluations", []))),
         "protocols": ("## How it was measured", _protocols(results)),
         "training": ("## Training", _training(results)),
@@ -138,6 +160,11 @@ def render_card(
         headed = [f"{heading}\n\n{_marked(section, text)}\n" for section, (heading, text) in sections.items()]
         card += (gap + "\n".join(headed)).replace("\n", line_end)
     return _with_metadata(card, _metadata(results, name, metadata), line_end)
+
+
+def _usage(name: str, revision: str | None) -> str:
+    pin = "" if revision is None else f'revision="{revision}", '
+    return _USAGE.format(name=name, pin=pin, unpinned="" if pin else _UNPINNED)
 
 
 def results_tables(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -286,20 +313,30 @@ def _span(card: str, section: str) -> tuple[int, int] | None:
 
 
 def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
-    """Return the card with keys of its YAML block replaced, removed (None) or added; defaults are only added."""
+    """Return the card with keys of its YAML block replaced, removed (None) or added; defaults are only added.
+
+    A leading key is added after the leading ones before it, any other at the end.
+    """
     opening, front, closing, body = f"---{line_end}", "", f"---{line_end}", card
     if block := REGEX_YAML_BLOCK.match(card):
         closing = block.group(3).lstrip("\r\n")
         opening, front = block.group(1), card[block.end(1) : block.end(3) - len(closing)]
         body = card[block.end() :]
-    for key, value in {**_DEFAULTS, **stated}.items():
-        match = re.search(rf"^{re.escape(key)}:[^\n]*\n(?:[ -][^\n]*\n)*", front, re.MULTILINE)
+    given = {**_DEFAULTS, **stated}
+    for key, value in {**{key: given[key] for key in _LEADING if key in given}, **given}.items():
+        match = _entry(front, key)
         if match and key not in stated:
             continue
         text = "" if value is None else yaml_dump({key: value}, sort_keys=False).replace("\n", line_end)
-        start, end = match.span() if match else (len(front), len(front))
+        before = [found.end() for lead in _LEADING if key in _LEADING and (found := _entry(front, lead))]
+        start, end = match.span() if match else (max(before, default=len(front)),) * 2
         front = front[:start] + text + front[end:]
     return opening + front + closing + body
+
+
+def _entry(front: str, key: str) -> re.Match[str] | None:
+    """Find a key with its value, which may have several lines."""
+    return re.search(rf"^{re.escape(key)}:[^\n]*\n(?:[ -][^\n]*\n)*", front, re.MULTILINE)
 
 
 def protocol_cards(evaluations: Sequence[Evaluation], facts: dict[str, str | None] | None = None) -> str:

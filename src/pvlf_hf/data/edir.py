@@ -15,6 +15,8 @@ from .checks import as_path
 from .examination import Tree
 from .tables import object_of
 
+HUB_ID = "EDIR-BENCH/EDIR"
+
 SPLITS = ("test",)
 
 EXPECTED_COUNTS = {"queries": 5000, "images": 28645}

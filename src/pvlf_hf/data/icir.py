@@ -18,6 +18,8 @@ from .checks import as_path
 from .examination import Finding, Tree
 from .image_files import escapes_folder
 
+HUB_ID = "billpsomas/icir"
+
 SPLITS = ("test",)
 
 EXPECTED_COUNTS = {"queries": 1883, "instances": 202}

@@ -13,6 +13,8 @@ from .checks import as_path
 from .examination import Tree
 from .refined_cirr import cirr_folder, rewrite
 
+HUB_ID = "JunYeong825/L-CIRR"
+
 SPLITS = ("val",)
 
 FILES = tuple(f"{folder}{name}" for folder in ("", "captions/", "data/") for name in ("cap.rc2.val.json", "val.json"))

@@ -40,7 +40,12 @@ DATA_SETS: dict[str, ModuleType] = {
     "edir": edir,
 }
 """Published data sets by name. Each module has `SPLITS`, `PROTOCOLS` ([`NamedProtocol`] by name), and `read_trees`,
-which reads a split for the doctor; the command line (`pvlf_hf_cli.Subject`) lists the same names."""
+which reads a split for the doctor, and `HUB_ID` if it is on the Hub; the command line (`pvlf_hf_cli.Subject`) lists
+the same names."""
+
+
+HUB_IDS: dict[str, str] = {name: module.HUB_ID for name, module in DATA_SETS.items() if hasattr(module, "HUB_ID")}
+"""Ids of the data sets that are on the Hub."""
 
 
 def _emoji(root: Path, allow_missing: bool, check_counts: bool) -> list[CIRBenchmark]:
@@ -85,6 +90,7 @@ def describe_protocols() -> str:
 
 __all__ = [
     "DATA_SETS",
+    "HUB_IDS",
     "PROTOCOLS",
     "NamedProtocol",
     "describe_protocols",

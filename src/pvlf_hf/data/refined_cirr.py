@@ -14,6 +14,8 @@ from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path
 from .examination import Tree
 
+HUB_ID = "chuonghm/Refined-CIRR"
+
 SPLITS = ("val",)
 
 FILES = ("refined_cirr.val.json", "data/refined_cirr.val.json")

@@ -14,6 +14,8 @@ from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice
 from .examination import Tree
 
+HUB_ID = "chuonghm/Refined-FashionIQ"
+
 SPLITS = ("val",)
 
 FILES = ("refined_fiq.{}val.json", "refined_fashioniq.{}val.json")
