@@ -3,6 +3,7 @@
 `mteb` is imported where it is used: it takes two seconds, in each process that collects the tests.
 """
 
+import json
 from math import log2
 from statistics import fmean
 
@@ -18,6 +19,7 @@ BENCHMARK = make_benchmark(subsets=False, reference="kept")
 TASKS = {
     "CIRRIT2IRetrieval": "composed",
     "FashionIQIT2IRetrieval": "composed",
+    "EDIRIT2IRetrieval": "composed",
     "Fashion200kT2IRetrieval": "text",
     "NIGHTSI2IRetrieval": "image",
 }
@@ -73,6 +75,30 @@ def test_mteb_scores_equal_evaluate(checkpoints, name):
     expected["mrr_at_10"] = fmean(1 / (rank + 1) for rank in ranks)
     # MTEB rounds to five digits.
     assert {metric: scores[metric] for metric in expected} == pytest.approx(expected, abs=0.500001e-5)
+
+
+def test_composed_tasks_run_by_sentence_transformers_alone(checkpoints, tmp_path):
+    """`mteb`'s own wrapper of a `SentenceTransformer` that was saved and loaded; it is told what the folder states."""
+    import mteb
+    from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+    from sentence_transformers import SentenceTransformer
+
+    from pvlf_hf.sentence_transformer import PVLFSentenceModule
+
+    SentenceTransformer(modules=[PVLFSentenceModule.load(checkpoints[0])]).save(str(tmp_path))
+    stated = json.loads((tmp_path / "sentence_bert_config.json").read_text())["modality_config"]
+    encoder = SentenceTransformerEncoderWrapper(
+        SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    )
+    encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update={"modalities": sorted(stated)})
+    assert ModelMeta._detect_modalities_from_sbert_config({"modality_config": stated}) == ["image", "text"]
+    for name in ("CIRRIT2IRetrieval", "EDIRIT2IRetrieval"):
+        results = mteb.evaluate(encoder, miniature(name), encode_kwargs={"batch_size": 2}, cache=None)
+        (scores,) = results.task_results[0].scores["test"]
+        expected = run(checkpoints[0], name)
+        assert {m: scores[m] for m in ("ndcg_at_10", "recall_at_1")} == {
+            m: expected[m] for m in ("ndcg_at_10", "recall_at_1")
+        }
 
 
 def test_cached_results_of_other_weights_are_not_used(checkpoints, tmp_path):

@@ -1,14 +1,17 @@
-"""PVLF for the benchmark library `mteb`, whose composed retrieval tasks come from M-BEIR.
+"""PVLF for the benchmark library `mteb`, whose composed retrieval tasks come from M-BEIR and EDIR.
 
 Their CIRR and FashionIQ have the galleries of M-BEIR, leave reference images in them and report nDCG@10. The numbers
 compare with mteb's leaderboard, not with the paper (for its protocols see `pvlf_hf.data.protocols`).
+
+All encoding is `SentenceTransformer.encode`. A folder that `SentenceTransformer.save` wrote states its modalities in
+`sentence_bert_config.json`, by which `mteb.get_model(name, trust_remote_code=True)` finds them on the Hub.
 
 Example:
     ```python
     import mteb
     from pvlf_hf.mteb_model import PVLFEncoder
 
-    tasks = mteb.get_tasks(["CIRRIT2IRetrieval", "FashionIQIT2IRetrieval"])
+    tasks = mteb.get_tasks(["CIRRIT2IRetrieval", "FashionIQIT2IRetrieval", "EDIRIT2IRetrieval"])
     results = mteb.evaluate(PVLFEncoder("you/mine"), tasks, encode_kwargs={"batch_size": 64})
     ```
 """

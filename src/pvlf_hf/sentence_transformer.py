@@ -14,8 +14,10 @@ Example:
     ```
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,12 @@ from .models.processing_pvlf import PVLFProcessor
 
 IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp")
 """File extensions that are recognised as images."""
+
+
+MODALITIES_FILE = "sentence_bert_config.json"
+
+MODALITIES = {"modality_config": {"text": {"method": "get_text_features"}, "image": {"method": "get_image_features"}}}
+"""Content of `MODALITIES_FILE`: inputs of each kind, and the method of the model that embeds them."""
 
 
 class PVLFSentenceModule(InputModule):
@@ -107,9 +115,13 @@ class PVLFSentenceModule(InputModule):
         return cls(model, processor)
 
     def save(self, output_path: str | PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write an ordinary PVLF checkpoint; other arguments of the library make no difference."""
+        """Write an ordinary PVLF checkpoint; other arguments of the library make no difference.
+
+        `sentence_bert_config.json` says what the model embeds, which `mteb` reads there.
+        """
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
+        Path(output_path, MODALITIES_FILE).write_text(json.dumps(MODALITIES, indent=2) + "\n", encoding="utf-8")
 
     def get_embedding_dimension(self) -> int:
         """Return the joint width `d`."""
