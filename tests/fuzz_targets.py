@@ -6,16 +6,18 @@
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from miniatures import circo_row, cirr_row
+from miniatures import circled_session, circo_row, cirr_row, genecis_row, pinpoint_row
 from PIL import Image
 
 from pvlf_hf import PVLFImageProcessor
-from pvlf_hf.data import circo, cirr, fashioniq, laion_cir
+from pvlf_hf.data import circled, circo, cirr, edir, fashioniq, genecis, icir, laion_cir, pinpoint, refined_cirr
 from pvlf_hf.data.triplets import read_triplet_table
 from pvlf_hf.evaluation.submission import lint_submission
 from pvlf_hf.models.image_processing_pvlf import FORMATS
@@ -31,11 +33,14 @@ def read_cirr(file):
 
 
 def read_cirr_gallery(file):
-    root = file.parent / "cirr"
+    read_cirr_gallery_of(file.parent / "cirr", file.read_bytes())
+
+
+def read_cirr_gallery_of(root, listing):
     (root / "captions").mkdir(parents=True, exist_ok=True)
     (root / "image_splits").mkdir(exist_ok=True)
     (root / "captions/cap.rc2.val.json").write_bytes(CIRR[0])
-    shutil.copy(file, root / "image_splits/split.rc2.val.json")
+    (root / "image_splits/split.rc2.val.json").write_bytes(listing)
     cirr.read_annotations(root, "val", check_counts=False)
 
 
@@ -52,6 +57,75 @@ def read_fashioniq(file):
 def read_circo(file):
     circo.read_queries(file, has_targets=True)
     circo.read_queries(file, has_targets=False)
+
+
+def read_icir(file):
+    for number in range(2):
+        names = ["query_files.csv", "database_files.csv"]
+        (file.parent / names[1 - number]).write_bytes(ICIR[1 - number])
+        shutil.copy(file, file.parent / names[number])
+        try:
+            icir.read_annotations(file.parent)
+        except ValueError:
+            continue
+
+
+def read_shard(file):
+    shard = file.parent / "shards/webdataset/query/query-000000.tar"
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, shard)
+    icir.unpack_shards(file.parent / "shards")
+
+
+def read_circled(file):
+    shutil.copy(file, file.parent / "circo_val.json")
+    listing = file.parent / "circo/image_info_unlabeled2017.json"
+    listing.parent.mkdir(exist_ok=True)
+    listing.write_bytes(text({"images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(18)]})[0])
+    circled.read_sessions(file.parent, "circo_val", listing.parent)
+
+
+def read_genecis(file):
+    for task in ("focus_object", "focus_attribute"):
+        shutil.copy(file, file.parent / f"{task}.json")
+        try:
+            genecis.read_annotations(file.parent, task)
+        except ValueError:
+            continue
+
+
+def read_edir(file):
+    files = [file.parent / name for name in edir.FILES]
+    for number in range(3):
+        for other, content in zip(files, EDIR, strict=True):
+            other.write_bytes(content)
+        shutil.copy(file, files[number])
+        try:
+            edir.read_queries(*files)
+        except ValueError:
+            continue
+
+
+def read_refined(file):
+    read_cirr_gallery_of(file.parent / "cirr", text({name: f"./dev/{name}.png" for name in NAMES})[0])
+    refined_cirr.rewrite(file, file.parent / "cirr", {"is_refined": bool}, check_counts=False, only_refined=True)
+
+
+def shard():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for ending, content in (("jpg", b"image"), ("json", b'{"img_path": "icir/query/a.jpg"}')):
+            member = tarfile.TarInfo(f"0.{ending}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return [stream.getvalue()]
+
+
+def pinpoint_table():
+    stream = io.BytesIO()
+    names = [f"{n:032x}" for n in range(20)]
+    pq.write_table(pa.Table.from_pylist([pinpoint_row(n, names, names) for n in range(6)]), stream)
+    return [stream.getvalue()]
 
 
 def read_table(ending):
@@ -111,6 +185,14 @@ FASHIONIQ_GALLERY = text(["B001", "B002", "B003"])
 LAION = {"ref_image_id": 42, "relative_cap": "the same but red", "tgt_image_id": "0000043"}
 SUBMISSION = ["test1-0-0-img0", "test1-1-0-img0", "test1-2-0-img0"]
 
+ICIR = [b"icir/query/a/0.jpg,at night,a\n", b"icir/database/a/1.jpg,at night,a\nicir/database/a/2.jpg,,a\n"]
+EDIR = [
+    b'{"id": "q", "image": "r.jpg", "text": "red", "metadata": {"subcategory": "color"}}\n',
+    b'{"id": "a.png", "image": "a.png"}\n{"id": "b.png", "image": "b.png"}\n',
+    b'{"qid": "q", "pos": ["a.png"], "neg": ["b.png"]}\n',
+]
+IMAGES = [[{"val_image_id": n} for n in range(9)], [{"image_id": n, "instance_bbox": [n, 1, 2, 3]} for n in range(9)]]
+
 TARGETS = {
     "image": (read_image, lambda: list(images())),
     "laion-cir": (laion_cir.read_triplets, lambda: text([LAION] * 2, {"42": LAION})),
@@ -122,6 +204,17 @@ TARGETS = {
     ),
     "circo": (read_circo, lambda: text(*([circo_row(s, n, list(range(18))) for n in range(2)] for s in ("val", "t")))),
     "circo-gallery": (circo.read_images, lambda: text({"images": [{"id": 1, "file_name": "000000000001.jpg"}]})),
+    "icir": (read_icir, lambda: ICIR),
+    "icir-shard": (read_shard, shard),
+    "pinpoint": (pinpoint.read_queries, pinpoint_table),
+    "pinpoint-index": (pinpoint.read_index, lambda: [b"0123456789abcdef\nfedcba9876543210\n"]),
+    "circled": (read_circled, lambda: text([circled_session("circo_val", n, list(range(18))) for n in range(2)])),
+    "genecis": (read_genecis, lambda: text(*([genecis_row(n, images) for n in range(2)] for images in IMAGES))),
+    "edir": (read_edir, lambda: EDIR),
+    "refined-cirr": (
+        read_refined,
+        lambda: text([{**cirr_row("val", n, NAMES), "is_refined": n > 0} for n in range(3)]),
+    ),
     "csv": (read_table(".csv"), lambda: table(".csv")),
     "jsonl": (read_table(".jsonl"), lambda: table(".jsonl")),
     "parquet": (read_table(".parquet"), lambda: table(".parquet")),

@@ -126,12 +126,22 @@ def test_icir_shards_are_unpacked_once(originals, tmp_path):
     assert plain(load_icir(root, check_counts=False).queries) == plain(expected.queries)
 
 
-def test_damaged_shards_raise(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:2000], ".*"),
+        (lambda content: content.replace(b'"icir/query/', b'"../../quer/'), "leaves the folder"),
+        (lambda content: content.replace(b'{"img_path"', b'{"imgXpath"'), "expected an object with its 'img_path'"),
+        (lambda content: content.replace(b"000000000.json", b"000000009.json"), "1 samples lack|2 samples lack"),
+    ],
+)
+def test_damaged_shards_raise(tmp_path, damage, message):
     root = make_icir(tmp_path / "icir", packed=True)
-    shard = next(root.glob("webdataset/database/*000000.tar"))
-    shard.write_bytes(shard.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=f"{shard}: .*; download it again"):
+    shard = next(root.glob("webdataset/query/*000000.tar"))
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(ValueError, match=f"{shard}: .*({message}).*; download it again"):
         load_icir(root, check_counts=False)
+    assert not list(tmp_path.glob("query*"))
 
 
 def test_pinpoint_loads_positives_negatives_and_pairs(originals):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,17 +15,20 @@ from forked import run_python
 from hub_server import serving
 from PIL import Image
 from processes import run_in_processes
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from typer.testing import CliRunner
 
 from pvlf_hf import load_triplets, write_shards
+from pvlf_hf.commands.evaluate import EvaluationArguments
 from pvlf_hf.commands.train import parse_arguments
+from pvlf_hf.data.protocols import PROTOCOLS
 from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import public_weights  # noqa: E402
 
 COMMAND = "pvlf-hf train"
 
@@ -155,3 +159,20 @@ def print_help(script):
 def test_help_shows_usage(script):
     ((code, printed),) = run_in_processes(1, print_help, script)
     assert not code and "usage" in printed
+
+
+@pytest.mark.parametrize("name", list(public_weights.ROWS))
+def test_recipes_of_public_weights_are_commands(name, tmp_path):
+    *convert, evaluation = public_weights.commands(name, str(tmp_path), str(tmp_path))
+    (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(shlex.split(evaluation)[2:])
+    assert set(args.protocols) <= PROTOCOLS.keys() and args.output_dir.startswith(str(tmp_path))
+    for command in convert:
+        done = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert done.exit_code == 1 and "error: " in done.stderr  # the arguments are right, the file is not here
+
+
+def test_hours_of_public_weights_follow_the_number_of_images():
+    hours = public_weights.hours(public_weights.BLIP_B)
+    assert hours["pinpoint"] is None and 0 < hours["cirr-val"] < hours["circo-val"] < hours["icir"] < 1
+    text = public_weights.rendered(["CLIP-L, sum", "SEARLE"], "data")
+    assert text.count("pvlf-hf evaluate") == 2 and "'SEARLE=outputs/public/searle/evaluation/results.json'" in text

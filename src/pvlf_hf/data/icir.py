@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..atomic_files import whole
 from ..digests import annotations_digest
+from ..models.image_processing_pvlf import check_bytes
 from .annotations import check_counts_of, find_file, make_benchmark
 from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path
@@ -150,7 +151,7 @@ def unpack_shards(root: Path) -> None:
                     raise ValueError(f"{path} leaves the folder")
                 with whole(root / path) as partial:
                     partial.write_bytes(content)
-        except (tarfile.TarError, ValueError, KeyError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             raise ValueError(f"{shard}: {error}; download it again") from error
 
 
@@ -163,15 +164,24 @@ def _samples(shard: Path) -> Iterator[tuple[str, bytes]]:
             stream = archive.extractfile(member) if dot else None
             if stream is None:
                 continue
+            check_bytes(member.size)
             sample = parts.setdefault(key, {})
             sample["json" if ending == "json" else "image"] = stream.read()
             if len(sample) == 2:
-                path = json.loads(parts.pop(key)["json"])["img_path"]
-                for folder in ("query", "database"):
-                    path = path[path.index(f"{folder}/") :] if f"/{folder}/" in f"/{path}" else path
-                yield path, sample["image"]
+                yield _own_path(parts.pop(key)["json"]), sample["image"]
     if parts:
         raise ValueError(f"{len(parts)} samples lack their image or their JSON, first: {next(iter(parts))}")
+
+
+def _own_path(sample: bytes) -> str:
+    """Return the path of a sample below `query/` or `database/`."""
+    content = json.loads(sample)
+    path = content.get("img_path") if isinstance(content, dict) else None
+    if not isinstance(path, str):
+        raise ValueError(f"a sample is {content!r:.80}, expected an object with its 'img_path'")
+    for folder in ("query/", "database/"):
+        path = path[path.index(folder) :] if f"/{folder}" in f"/{path}" else path
+    return path
 
 
 def read_trees(root: Path, split: str) -> list[Tree]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.utils import get_session
 
@@ -90,7 +89,7 @@ def read_queries(file: Path) -> list[dict[str, Any]]:
     columns = ["query_id", *_REFERENCES, "instruction", "positive_candidates", "negative_candidates"]
     try:
         records = pq.read_table(file, columns=columns).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:  # a damaged file makes the reader raise almost anything
         raise ValueError(f"{file}: cannot be read, or lacks one of {columns} ({error}); download it again") from error
     lists = {"positive_candidates": list[str], "negative_candidates": list[str]}
     for record in records:
@@ -102,6 +101,10 @@ def read_queries(file: Path) -> list[dict[str, Any]]:
         if not record["positive_candidates"]:
             raise ValueError(f"{file}: row {number}: positive_candidates is empty")
         first, second = (record[name] or None for name in _REFERENCES)
+        if not isinstance(second, str | None):
+            raise ValueError(
+                f"{file}: row {number}: query_image_signature2 is {second!r:.80}, expected text or nothing"
+            )
         rows.append(
             {
                 "query_id": str(record["query_id"]).removeprefix("query_").zfill(5),
