@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict, replace
 from statistics import fmean
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -174,6 +175,11 @@ PLAIN = {
     "edir": plain_edir,
     "graded": plain_graded,
 }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +32,7 @@ from pvlf_hf.data.refined_cirr import load_refined_cirr
 from pvlf_hf.data.refined_fashioniq import load_refined_fashioniq
 from pvlf_hf.embeddings.embedding_store import EmbeddingStore
 from pvlf_hf.evaluation.definitions import gain_at_k, trapezoid_precision
+from pvlf_hf.evaluation.retrieval_sheet import sheet_rows
 from pvlf_hf.evaluation.scoring import average, evaluate, score
 
 # By name: the folder of `make_all`, and the loader.
@@ -53,6 +55,11 @@ LOADERS = {
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     return make_all(tmp_path_factory.mktemp("originals"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 # By folder: the others that its loader reads.
@@ -256,6 +263,22 @@ def test_genecis_crops_as_the_official_code(originals):
         square = Image.new("RGB", (side, side))
         square.paste(part, ((side - part.width) // 2, (side - part.height) // 2))
         assert row["image"].size == (side, side) and row["image"].tobytes() == square.tobytes()
+
+
+def test_genecis_crops_once(originals, monkeypatch):
+    first = load("genecis/change_attribute", originals)
+    crops = [row["image"].tobytes() for row in first.gallery]
+
+    def crop_again(*args, **kwargs):
+        raise RuntimeError("cropped again")
+
+    monkeypatch.setattr("pvlf_hf.data.genecis._crop_row", crop_again)
+    again = load("genecis/change_attribute", originals)
+    assert [row["image"].tobytes() for row in again.gallery] == crops
+    file = next((originals / "genecis").glob("VG_100K*/502.jpg"))
+    os.utime(file, ns=(0, 1))  # another file of the same name
+    with pytest.raises(RuntimeError, match="cropped again"):
+        load("genecis/change_attribute", originals)
 
 
 def test_rewritten_captions_take_the_place_of_the_originals(originals):
@@ -606,3 +629,14 @@ def test_two_references_are_kept_in_a_store(originals, tmp_path):
     stored = [evaluate(model, processor, benchmark, progress=False, store=EmbeddingStore(tmp_path)) for _ in range(2)]
     rescored = evaluate(None, None, benchmark, progress=False, store=EmbeddingStore(tmp_path))
     assert direct == stored[0] == stored[1] == rescored
+
+
+def test_sheets_show_benchmarks_whose_references_are_outside(originals):
+    benchmark = load("pinpoint", originals)
+    generator = torch.Generator().manual_seed(0)
+    embeds = [torch.randn(len(d), 4, generator=generator) for d in (benchmark.queries, benchmark.gallery)]
+    ranks = score(benchmark, *embeds).per_query["rank"]
+    assert [row.rank for row in sheet_rows(benchmark, *embeds, [0, 3], k=2)] == [ranks[0], ranks[3]]
+    icir = load("icir", originals)
+    with pytest.raises(ValueError, match="the queries of icir/test are ranked in groups"):
+        sheet_rows(icir, torch.eye(5), torch.eye(11)[:, :5], [0])

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from inverted import make_model as make_inversion
@@ -25,6 +26,11 @@ from pvlf_hf.evaluation.scoring import average, evaluate, score
 from pvlf_hf.evaluation.submission import lint_submission
 
 SCRIPT = Path(__file__).parents[1] / "train_scripts" / "evaluate_pvlf.py"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(scope="module")

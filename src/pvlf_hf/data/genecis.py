@@ -3,6 +3,7 @@
 Annotations, CC-BY-NC-4.0: <https://github.com/facebookresearch/genecis>; images: COCO val2017 and Visual Genome 1.2.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import PIL.Image
-from datasets import Dataset, Image
+from datasets import Dataset, Image, concatenate_datasets
 
-from ..digests import annotations_digest
+from ..digests import annotations_digest, sequence_digest
 from .annotations import check_counts_of, check_records, find_file, make_benchmark, read_records
 from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice
@@ -171,17 +173,19 @@ def image_folders(root: Path, task: str) -> list[Path]:
 def crop(dataset: Dataset, column: str, boxes: Sequence[Sequence[float]]) -> Dataset:
     """Crop the images of a column, each to its box (left, top, width, height), widened and padded to a square.
 
-    The crops are kept in the cache of `datasets`, by the images' paths and dates.
+    The crops are kept in the cache of `datasets`, under a digest of the images' paths and dates, and of the boxes.
     """
-    plain = dataset.cast_column(column, Image(decode=False))
-    dates = [Path(cell["path"]).stat().st_mtime_ns for cell in plain[column][:]]
-    cut = partial(_crop_row, column=column, boxes=list(map(list, boxes)), dates=dates)
-    return plain.map(cut, with_indices=True).cast_column(column, Image())
+    plain = dataset.select_columns(column).cast_column(column, Image(decode=False))
+    paths = [cell["path"] for cell in plain[column][:]]
+    parts = [(path, Path(path).stat().st_mtime_ns, list(box)) for path, box in zip(paths, boxes, strict=True)]
+    file = Path(datasets.config.HF_DATASETS_CACHE, "pvlf_hf-genecis", f"{sequence_digest(json.dumps(parts))}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut = partial(_crop_row, column=column, boxes=list(map(list, boxes)))
+    crops = plain.map(cut, with_indices=True, cache_file_name=str(file)).cast_column(column, Image())
+    return concatenate_datasets([crops, dataset.remove_columns(column)], axis=1)
 
 
-def _crop_row(
-    row: dict[str, Any], number: int, column: str, boxes: list[list[float]], dates: list[int]
-) -> dict[str, Any]:
+def _crop_row(row: dict[str, Any], number: int, column: str, boxes: list[list[float]]) -> dict[str, Any]:
     with PIL.Image.open(row[column]["path"]) as image:
         left, top, width, height = boxes[number]
         left, top = max(0, left - DILATION * width), max(0, top - DILATION * height)

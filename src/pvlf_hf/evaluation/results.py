@@ -54,7 +54,8 @@ class Evaluation:
         The metric of an average over benchmarks is not the mean of these numbers, but of the means over each.
 
         Args:
-            metric: a key of `metrics`. For `map@10/{aspect}`, numbers cover the queries of that aspect only.
+            metric: a key of `metrics`. For `map@10/{aspect}`, numbers cover the queries of that aspect only; for
+                metrics of groups, such as `macro_map` and `session_recall@k`, there is one number per group.
 
         Raises:
             ValueError: if this evaluation has no such metric, or lacks the values of every query.

@@ -71,7 +71,7 @@ def sheet_rows(
     k: int = 5,
     method: str = "",
 ) -> list[SheetRow]:
-    """Rank the gallery, without the reference, for some queries of a benchmark.
+    """Rank the gallery, without the reference if it holds that, for some queries of a benchmark.
 
     Args:
         benchmark: queries and gallery.
@@ -83,9 +83,11 @@ def sheet_rows(
 
     Raises:
         ValueError: if the embeddings do not fit the benchmark, an index is out of range, or k is larger than the
-            gallery without the reference.
+            gallery without the reference, or queries have galleries of their own.
     """
     queries, gallery = benchmark.queries, benchmark.gallery
+    if "group_id" in queries.column_names:
+        raise ValueError(f"the queries of {benchmark.name} are ranked in groups, but a sheet ranks one gallery")
     for side, embeds, dataset in (("query", query_embeds, queries), ("gallery", gallery_embeds, gallery)):
         if len(embeds) != len(dataset):
             raise ValueError(
@@ -97,7 +99,8 @@ def sheet_rows(
         raise ValueError("query_rows is empty: name at least one query to show")
     chosen = queries.select(query_rows)
     row_of = {image_id: row for row, image_id in enumerate(gallery["image_id"])}
-    reference = torch.tensor([row_of[i] for i in chosen["reference_id"]])
+    is_outside = benchmark.protocol.reference == "outside"
+    reference = None if is_outside else torch.tensor([row_of[i] for i in chosen["reference_id"]])
     target = torch.tensor([row_of[i] for i in chosen["target_id"]])
     rows = torch.as_tensor(query_rows)
     embeds = query_embeds[rows] if isinstance(query_embeds, Tensor) else query_embeds.select(rows)
