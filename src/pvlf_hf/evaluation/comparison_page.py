@@ -1,5 +1,6 @@
 """Renders a comparison of methods: as Markdown, and as an HTML page with a plot of all intervals."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -46,8 +47,9 @@ def mark(cell: Cell) -> str:
 
 
 def is_highest(cell: Cell, column: Column, comparison: Comparison) -> bool:
-    """Return whether no row has a higher value in the column."""
-    return cell.value == max(cells[column].value for cells in comparison.rows.values() if column in cells)
+    """Return whether no row has a higher value in the column, and some row has a lower one."""
+    values = [cells[column].value for cells in comparison.rows.values() if column in cells]
+    return cell.value == max(values) > min(values)
 
 
 def head(column: Column) -> str:
@@ -111,7 +113,8 @@ def render_html(comparison: Comparison, title: str = "Comparison of methods") ->
         shown = [_html_cell(cells.get(column), column, comparison) for column in comparison.columns]
         costs = [f"<td>{escape(text)}</td>" for text in _costs(name, comparison)]
         rows.append(f"<tr><td>{escape(name)}</td>{''.join([*shown, *costs])}</tr>")
-    protocols = "".join(f"<li>{escape(line[2:])}</li>" for line in _protocol_lists(comparison)[0].split("\n"))
+    lines = [escape(line[2:]) for line in _protocol_lists(comparison)[0].split("\n")]
+    protocols = "".join(f"<li>{re.sub('`(.*?)`', r'<code>\1</code>', line)}</li>" for line in lines)
     plots = "".join(f"<h3>{escape(head(c))}</h3>{plot(comparison, c)}" for c in comparison.columns)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -146,7 +149,7 @@ def plot(comparison: Comparison, column: Column) -> str:
             f'<line x1="{rule}" x2="{rule}" y1="4" y2="{height - LINE}" stroke="#afb8c1" stroke-dasharray="4"/>'
         )
     parts += [line for number, (name, cell) in enumerate(cells.items()) for line in _interval(number, name, cell, x)]
-    for value, anchor in ((low, "start"), (high, "end")):
+    for value, anchor in dict([(low, "start"), (high, "end")]).items():  # one label where the two are equal
         parts.append(f'<text x="{x(value)}" y="{height - 6}" text-anchor="{anchor}">{100 * value:.1f}</text>')
     return "".join([*parts, "</svg>"])
 
