@@ -113,8 +113,8 @@ def render_html(comparison: Comparison, title: str = "Comparison of methods") ->
         shown = [_html_cell(cells.get(column), column, comparison) for column in comparison.columns]
         costs = [f"<td>{escape(text)}</td>" for text in _costs(name, comparison)]
         rows.append(f"<tr><td>{escape(name)}</td>{''.join([*shown, *costs])}</tr>")
-    lines = [escape(line[2:]) for line in _protocol_lists(comparison)[0].split("\n")]
-    protocols = "".join(f"<li>{re.sub('`(.*?)`', r'<code>\1</code>', line)}</li>" for line in lines)
+    items = [f"<li>{escape(line[2:])}</li>" for line in _protocol_lists(comparison)[0].split("\n")]
+    protocols = re.sub("`(.*?)`", r"<code>\1</code>", "".join(items))
     plots = "".join(f"<h3>{escape(head(c))}</h3>{plot(comparison, c)}" for c in comparison.columns)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
