@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import pvlf_hf_client
-from pvlf_hf_cli_files import PLAIN, Json, compare, convert, parse_numbers, submit, weighted
+from pvlf_hf_cli_files import PLAIN, Json, compare, convert, parse_numbers, report, submit, triplets, weighted
 
 INDEX = "gallery.parquet"
 """File that a folder made by `pvlf-hf index` holds, `pvlf_hf.search.gallery_files.TABLE`."""
@@ -68,6 +68,8 @@ app = typer.Typer(cls=Commands, context_settings=SETTINGS, pretty_exceptions_ena
 app.command(no_args_is_help=True)(compare)
 app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
+for command in (triplets, report):
+    app.command(no_args_is_help=True)(command)
 
 MODEL = typer.Option(
     envvar="PVLF_MODEL", help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.", show_default=False

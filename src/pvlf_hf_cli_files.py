@@ -1,4 +1,4 @@
-"""Commands of `pvlf-hf` on files: `compare`, `submit lint` and `convert`; and what the others share with them."""
+"""Commands of `pvlf-hf` on files: `compare`, `submit lint`, `convert`, `triplets`, `report`; and what others share."""
 
 from math import isfinite
 from pathlib import Path
@@ -190,6 +190,68 @@ def compodiff(
     convert.compodiff(checkpoint, output_dir, image_encoder, text_encoder)
 
 
+def triplets(
+    table: Annotated[Path, typer.Argument(help="Table with the columns image and caption.", show_default=False)],
+    images: Annotated[Path, typer.Option(help="Folder of the images.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="File to write, ending in .jsonl.", show_default=False)],
+    count: Annotated[int | None, typer.Option(min=1, help="Number of triplets (default: all that are found).")] = None,
+    language: Annotated[str, typer.Option(help="Language of the captions, en or de, or a word list of yours.")] = "en",
+    seed: Annotated[int, typer.Option(help="Decides which pairs and wordings are taken.")] = 0,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="Folder of benchmark images, copies of which are left out.")
+    ] = None,
+    rejected: Annotated[Path | None, typer.Option(help="File for the rows left out, with reasons.")] = None,
+    check_images: Annotated[bool, typer.Option(help="Open the images, to leave out copies and broken ones.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="Dual encoder that finds further pairs and verifies all: folder or Hub name.")
+    ] = None,
+    writer: Annotated[
+        str | None, typer.Option(help="Chat model that writes the relative captions anew: folder or Hub name.")
+    ] = None,
+    paraphrase: Annotated[
+        bool, typer.Option("--paraphrase", help="Let the writer only reword the captions, which is safer.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make training triplets of images and their captions.
+
+    \b
+    pvlf-hf triplets captions.csv --images photos/ --output triplets.jsonl
+    pvlf-hf train --train_file triplets.jsonl --image_folder photos/ --output_dir outputs/mine
+
+    Captions that differ in a phrase or two make pairs, and their difference the relative caption. The report lies
+    beside the output. An interrupted run resumes.
+    """
+    from pvlf_hf.commands import triplets as command
+
+    settings: dict[str, Any] = {"count": count, "language": language, "seed": seed, "check_images": check_images}
+    settings |= {"held_out": tuple(map(str, exclude or ()))}
+    command.make(table, images, output, settings, rejected, model, writer, paraphrase, as_json)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="Triplets: a table, or JSON as published.", show_default=False)],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, to show some.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Path of .md, .json and .html (default: beside the file).")
+    ] = None,
+    language: Annotated[str, typer.Option(help="Language of the captions, en or de, or a word list of yours.")] = "en",
+    model: Annotated[
+        str | None, typer.Option(help="Dual encoder that measures what image and text are needed for.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Report on training triplets, your own or published ones: repetition, grammar, overlap, false negatives.
+
+    \b
+    pvlf-hf report triplets.jsonl --images photos/
+    pvlf-hf report data/laion-cir/laion_llm_info.json
+    """
+    from pvlf_hf.commands import triplets as command
+
+    command.report(file, images, output, language, model, as_json)
+
+
 def parse_numbers(given: str, count: int, option: str, expected: str) -> tuple[float, ...]:
     """Parse numbers, separated by commas."""
     try:
@@ -215,4 +277,14 @@ def weighted(given: str, option: str) -> tuple[str, float]:
     return rest, weight
 
 
-__all__ = ["PLAIN", "Json", "compare", "convert", "parse_numbers", "submit", "weighted"]
+__all__ = [
+    "PLAIN",
+    "Json",
+    "compare",
+    "convert",
+    "parse_numbers",
+    "report",
+    "submit",
+    "triplets",
+    "weighted",
+]

@@ -69,6 +69,18 @@ FOLDERS = {
         "protocols",
         "doctor",
     ],
+    "data.making": [
+        "grammar",
+        "vocabulary",
+        "edits",
+        "pairs",
+        "image_signatures",
+        "screening",
+        "measures",
+        "triplet_report",
+        "pipeline",
+        "instruct",
+    ],
     "embeddings": [
         "similarity",
         "combined",
@@ -105,6 +117,7 @@ FOLDERS = {
     "search": [
         "vector_index",
         "nearest",
+        "mining",
         "pages",
         "filters",
         "query",
@@ -146,7 +159,7 @@ FOLDERS = {
         "hub",
         "trainer",
     ],
-    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert", "compare"],
+    "commands": ["arguments", "output", "evaluate", "train", "gallery", "convert", "compare", "triplets"],
     " ": ["onnx_encoder", "export", "sentence_transformer", "mteb_model"],
 }
 ORDER = [f"{folder.strip()}.{module}".lstrip(".") for folder, modules in FOLDERS.items() for module in modules]

@@ -21,10 +21,11 @@ _NAMES_OF = {
         TrainingFreeConfig TrainingFreeModel focal_info_nce
     """,
     "data": """
-        CIRBenchmark Protocol benchmark_from_triplets load_circled load_circo load_cirr load_cirr_train
-        load_edir load_genecis load_icir load_l_cirr load_pinpoint load_refined_cirr load_refined_fashioniq
+        CIRBenchmark InstructWriter Making Protocol benchmark_from_triplets load_circled load_circo
+        load_cirr load_cirr_train load_edir load_genecis load_icir load_l_cirr load_pinpoint load_refined_cirr load_refined_fashioniq
         load_emoji_cir load_emoji_cir_train load_emoji_pictures load_emoji_samples load_fashioniq load_fashioniq_train
-        load_hub_triplets load_laion_cir load_protocol load_samples load_triplets stream_triplets write_shards
+        load_hub_triplets load_laion_cir load_protocol load_samples load_triplets make_triplets stream_triplets
+        write_shards
     """,
     "embeddings": """
         EmbeddingStore encode_by_openvino
@@ -38,7 +39,7 @@ _NAMES_OF = {
         load_model render_card write_card write_golden
     """,
     "search": """
-        Explanation Gallery Query SearchResult
+        Explanation Gallery Query SearchResult TripletMiner
     """,
     "training": """
         FeatureCache PVLFCollator PVLFTrainer PVLFTrainingArguments cache_features

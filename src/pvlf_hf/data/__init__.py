@@ -19,6 +19,7 @@ __getattr__, __all__ = lazy_names(
         "icir": "load_icir",
         "l_cirr": "load_l_cirr",
         "laion_cir": "load_laion_cir",
+        "making": "InstructWriter Making make_triplets",
         "pinpoint": "load_pinpoint",
         "protocols": "load_protocol",
         "refined_cirr": "load_refined_cirr",

@@ -6,8 +6,9 @@ date stays as it is, and a cell that is neither text nor a number is refused.
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -56,29 +57,103 @@ def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()
         raise ValueError(f"{file}: {error}") from error
 
 
+def iterate_table(
+    file: Path, required: Sequence[str], optional: Sequence[str] = (), rows_at_once: int = 10_000
+) -> Iterator[dict[str, list[str]]]:
+    """Read a table block by block, in bounded memory (but `.json`, a list, which is read as a whole).
+
+    Args:
+        file: see [`read_table`].
+        required: names of columns that it must have.
+        optional: names of columns that it may have; missing ones are empty.
+        rows_at_once: rows of a block.
+
+    Yields:
+        The columns of a block, cells as text.
+
+    Raises:
+        ValueError: as [`read_table`]; rows before the faulty one have been read by then.
+    """
+    stream = _ROW_READERS.get(file.suffix.lower())
+    names, first = (*required, *optional), 0
+    if stream is None or not file.is_file():
+        columns = read_table(file, required, optional)
+        count = len(next(iter(columns.values())))
+        for start in range(0, count, rows_at_once):
+            part = {name: cells[start : start + rows_at_once] for name, cells in columns.items()}
+            yield {name: part.get(name) or [""] * len(part[required[0]]) for name in names}
+        return
+    try:
+        rows = stream(file, required, optional)
+        while block := list(islice(rows, rows_at_once)):
+            yield {name: [_as_text(name, first + at, row.get(name)) for at, row in enumerate(block)] for name in names}
+            first += len(block)
+        if not first:
+            raise ValueError("it has no rows")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: {_encoding_problem(file, error)}") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _csv_records(file: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, Any]]:
+    rows = _csv_rows(file, required, optional)
+    header = next(rows, None)
+    if header is None:
+        raise ValueError("it is empty")
+    for row in rows:
+        yield dict(zip(header, row, strict=True))
+
+
+def _json_records(file: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig") as stream:
+        row = 0
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                record = _parse(line, f"line {number}")
+                if not isinstance(record, dict):
+                    raise ValueError(f"data row {row} (counted from 0) is {record!r:.80}, but it must be an object")
+                if row == 0:
+                    _check_names(list(record), required, [name for name in optional if name in record])
+                yield record
+                row += 1
+
+
+def _parquet_records(file: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, Any]]:
+    parquet, names = _open_parquet(file, required, optional)
+    for batch in parquet.iter_batches(columns=names):
+        yield from batch.to_pylist()
+
+
 def _read_csv(file: Path, required: Sequence[str], optional: Sequence[str]) -> Columns:
+    rows = list(_csv_rows(file, required, optional))
+    if not rows:
+        raise ValueError("it is empty")
+    header, *body = rows
+    return {name: [row[header.index(name)] for row in body] for name in (*required, *optional) if name in header}
+
+
+def _csv_rows(file: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the header and the rows of a CSV, without blank lines."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
-        rows: list[list[str]] = []
+        header: list[str] = []
         start = 1
         try:
             for row in reader:
-                if rows and len(row) != len(rows[0]) and not _is_blank(row):
-                    raise ValueError(_count_problem(start, len(row), len(rows[0])))
-                if not rows and not _is_blank(row):
-                    _check_header(row, required, optional)
                 if not _is_blank(row):
-                    rows.append(row)
+                    if not header:
+                        _check_header(row, required, optional)
+                        header = row
+                    elif len(row) != len(header):
+                        raise ValueError(_count_problem(start, len(row), len(header)))
+                    yield row
                 start = reader.line_num + 1
         except csv.Error as error:
             raise ValueError(
                 f"the row that begins in line {start} cannot be read ({error}). A quote is not closed, or one inside "
                 'quotes is not doubled, as in "a ""red"" dress"'
             ) from error
-    if not rows:
-        raise ValueError("it is empty")
-    header, *body = rows
-    return {name: [row[header.index(name)] for row in body] for name in (*required, *optional) if name in header}
 
 
 def _is_blank(row: list[str]) -> bool:
@@ -151,6 +226,15 @@ def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) -> Columns:
+    parquet, names = _open_parquet(file, required, optional)
+    try:
+        return parquet.read(names).to_pydict()
+    except Exception as error:
+        raise ValueError(f"it cannot be read to its end ({error}): write or fetch it again") from error
+
+
+def _open_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) -> tuple[pq.ParquetFile, list[str]]:
+    """Open a Parquet file; return it and the names of the columns to read."""
     try:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
@@ -165,10 +249,7 @@ def _read_parquet(file: Path, required: Sequence[str], optional: Sequence[str]) 
                 f"column {name!r} holds images, in data row 0 and after, but it must hold file names. A table "
                 "with the images inside is a data set: load it from its folder with load_hub_triplets"
             )
-    try:
-        return parquet.read(names).to_pydict()
-    except Exception as error:
-        raise ValueError(f"it cannot be read to its end ({error}): write or fetch it again") from error
+    return parquet, names
 
 
 def _check_names(names: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> None:
@@ -235,5 +316,12 @@ _READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], Columns]] = {
     ".parquet": _read_parquet,
 }
 
+_ROW_READERS: dict[str, Callable[[Path, Sequence[str], Sequence[str]], Iterator[dict[str, Any]]]] = {
+    ".csv": _csv_records,
+    ".jsonl": _json_records,
+    ".parquet": _parquet_records,
+}
+"""Readers of one row at a time, by the ending of the file."""
 
-__all__ = ["object_of", "read_table"]
+
+__all__ = ["iterate_table", "object_of", "read_table"]

@@ -9,6 +9,7 @@ __getattr__, __all__ = lazy_names(
     __name__,
     {
         "gallery": "Gallery",
+        "mining": "TripletMiner",
         "query": "Explanation Query",
         "result": "SearchResult",
     },
