@@ -145,6 +145,7 @@ FOLDERS = {
     ],
     "training": [
         "batches",
+        "negatives",
         "cpu_dropout",
         "gradient_cache",
         "feature_cache",

@@ -26,13 +26,16 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 Columns = dict[str, list[Any]]
 
 
-def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
+def read_table(
+    file: Path, required: Sequence[str], optional: Sequence[str] = (), lists: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Read some columns of a table.
 
     Args:
         file: `.csv` (commas, UTF-8, a header), `.jsonl` or `.json` (an object a line, or a list of them), `.parquet`.
         required: names of columns that it must have.
         optional: names of columns that it may have; all others are ignored.
+        lists: optional columns whose cells may be lists, which are returned as JSON.
 
     Returns:
         The columns, cells as text. Missing cells, such as null in JSON, are empty.
@@ -50,6 +53,8 @@ def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()
         columns = read(file, required, optional)
         if not next(iter(columns.values())):
             raise ValueError("it has a header but no rows" if file.suffix.lower() == ".csv" else "it has no rows")
+        for name in {*lists} & columns.keys():
+            columns[name] = [json.dumps(cell) if isinstance(cell, list) else cell for cell in columns[name]]
         return {name: [_as_text(name, row, cell) for row, cell in enumerate(columns[name])] for name in columns}
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: {_encoding_problem(file, error)}") from error

@@ -33,14 +33,16 @@ def load_triplets(
     Args:
         file: CSV, JSON Lines or Parquet with columns `reference`, `caption`, `target` (file names inside
             `image_folder`), and optionally `target_id`, equal for targets that must not be each other's negatives (by
-            default the target's file name).
+            default the target's file name); `key`, for `distinct_by`; and `negatives`, a list of file names (in CSV as
+            JSON: `["a.jpg", "b.jpg"]`), for `hard_negatives`.
         image_folder: the folder of the images.
         check_images: open every image once, so that a broken one is named now and not hours into training.
         allow_links: follow links that lead out of `image_folder`. Those of the Hub's cache are always followed.
 
     Returns:
         A dataset with `TRIPLET_COLUMNS`, `reference_id` and `target_image_id`, images decoded lazily. Those two are
-        the names of the files, one for each file however the table spells it.
+        the names of the files, one for each file however the table spells it. Of a table that has them also `key`,
+        and `negatives` and `negative_ids`, paths and names of files.
 
     Raises:
         ValueError: if the file type or a column is wrong, a cell is empty or neither text nor a number, a file name or
@@ -48,13 +50,14 @@ def load_triplets(
     """
     file, image_folder = as_path("file", file), as_path("image_folder", image_folder)
     cells = read_triplet_table(file)
-    names = sorted({*cells["reference"], *cells["target"]})
+    negatives = [_names_of(file, row, cell) for row, cell in enumerate(cells.pop("negatives", ()))]
+    names = sorted({*cells["reference"], *cells["target"], *(name for names in negatives for name in names)})
     file_of = check_image_files(image_folder, names, check_images, allow_links)
     references, targets = ([file_of[name] for name in cells[column]] for column in ("reference", "target"))
     target_ids = cells.get("target_id", targets)
     _warn_of_own_negatives(file, targets, target_ids)
     folder = image_folder.resolve()
-    columns = {
+    columns: dict[str, Any] = {
         "reference": [str(folder / name) for name in references],
         "reference_id": references,
         "caption": cells["caption"],
@@ -62,7 +65,25 @@ def load_triplets(
         "target_id": target_ids,
         "target_image_id": targets,
     }
+    columns |= {"key": cells["key"]} if "key" in cells else {}
+    if negatives:
+        columns["negative_ids"] = [[file_of[name] for name in names] for names in negatives]
+        columns["negatives"] = [[str(folder / name) for name in names] for names in columns["negative_ids"]]
     return Dataset.from_dict(columns).cast_column("reference", Image()).cast_column("target", Image())
+
+
+def _names_of(file: Path, row: int, cell: str) -> list[str]:
+    """Return the file names in a cell of the column `negatives`."""
+    try:
+        names = json.loads(cell or "[]")
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"{file}: column 'negatives', data row {row} (counted from 0) is {cell!r:.80}, but it must be a list of "
+            'file names, in CSV as JSON: ["a.jpg", "b.jpg"]'
+        )
+    return names
 
 
 def _warn_of_own_negatives(file: Path, targets: list[str], target_ids: list[str]) -> None:
@@ -85,14 +106,15 @@ def read_triplet_table(file: Path) -> dict[str, list[str]]:
         file: see [`load_triplets`].
 
     Returns:
-        The columns `reference`, `caption`, `target` and, where the table has it, `target_id`, as text.
+        The columns `reference`, `caption`, `target` and, where the table has them, `target_id`, `key` and `negatives`,
+        as text.
 
     Raises:
         ValueError: if the file cannot be read or lacks a column, or a cell is empty or neither text nor a number.
     """
-    cells = read_table(file, ("reference", "caption", "target"), optional=("target_id",))
+    cells = read_table(file, ("reference", "caption", "target"), ("target_id", "key", "negatives"), ("negatives",))
     for column, values in cells.items():
-        if empty := [row for row, cell in enumerate(values) if not cell.strip()]:
+        if empty := [row for row, cell in enumerate(values) if not cell.strip() and column != "negatives"]:
             raise ValueError(
                 f"{file}: {column} is empty in {len(empty)} rows, first in data rows {empty[:3]} (counted from 0)"
             )

@@ -277,11 +277,31 @@ def _check_combinations(args: Any) -> None:
             "neftune_noise_alpha has no effect with finetuning='frozen' or feature_cache, where the text encoder does "
             "not run in train mode: leave it out, or set finetuning='text' without feature_cache"
         )
+    _check_negatives(args)
     if args.batch_by is not None and args.train_sampling_strategy != "random":
         raise ValueError(
             f"batch_by={args.batch_by!r} draws batches at random: leave out train_sampling_strategy="
             f"{args.train_sampling_strategy!r} or batch_by"
         )
+
+
+def _check_negatives(args: Any) -> None:
+    if args.distinct_by is not None and (args.batch_by is not None or args.train_sampling_strategy != "random"):
+        raise ValueError(
+            f"distinct_by={args.distinct_by!r} draws batches at random: leave out batch_by and the strategy"
+        )
+    if args.hard_negatives < 0:
+        raise ValueError(f"hard_negatives={args.hard_negatives}: set a number of images a triplet, or 0 for none")
+    if args.mine_every is not None and (args.mine_every < 1 or not args.hard_negatives):
+        raise ValueError(f"mine_every={args.mine_every} mines hard_negatives: set both to at least 1, or leave it out")
+    if not 0 < args.mine_threshold <= 1:
+        raise ValueError(f"mine_threshold={args.mine_threshold} must be above 0 and at most 1")
+    if args.hard_negatives and args.gradient_cache_chunk_size:
+        raise ValueError(
+            "gradient_cache_chunk_size needs a target for each query: leave hard_negatives at 0, or it out"
+        )
+    if args.mine_every and args.dataloader_persistent_workers:
+        raise ValueError("dataloader_persistent_workers would keep the negatives of the first epoch: leave it False")
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from uuid import uuid4
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ from transformers.utils import logging
 from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
 from ..data.triplets import TRIPLET_COLUMNS
-from ..digests import id_number, sequence_digest
+from ..digests import sequence_digest
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalOutput, ComposedRetrievalProcessor, normalize, unwrap
 from ..models.modeling_case import CASEModel
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_pvlf import PVLFModel
+from .batches import ids_of, negatives_of
 
 logger = logging.get_logger(__name__)
 
@@ -197,13 +198,14 @@ class FeatureCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch of rows."""
+        targets = [row["target"] for row in rows] + negatives_of(rows, "negatives")
         features = {
             "image_tokens": torch.stack([self.images[row["reference"]] for row in rows]),
-            "target_tokens": torch.stack([self.images[row["target"]][: self.target_tokens] for row in rows]),
+            "target_tokens": torch.stack([self.images[digest][: self.target_tokens] for digest in targets]),
         }
         batch: dict[str, Any] = {
             "encoder_outputs": features,
-            "target_ids": torch.tensor([id_number(str(row["target_id"])) for row in rows]),
+            "target_ids": ids_of(rows),
         }
         captions = [row["caption"] for row in rows]
         if self.texts is None:
@@ -341,7 +343,14 @@ def cache_features(
     digests = {column: image_digests(dataset, column) for column, dataset in columns.items()}
     opened_images = {column: opened(dataset) for column, dataset in columns.items()}
 
+    further = sorted({file for files in _negatives(triplets) for file in files})
+    mode = getattr(triplets.features["target"], "mode", None)
+    negatives = Dataset.from_dict({"image": further}).cast_column("image", Image(mode=mode))
+    digest_of = dict(zip(further, image_digests(negatives, "image") if further else [], strict=True))
+
     def decode(index: int) -> Any:
+        if index >= 2 * len(triplets):
+            return opened(negatives)[index - 2 * len(triplets)]["image"]
         column, row = ("reference", index) if index < len(triplets) else ("target", index - len(triplets))
         try:
             return opened_images[column][row][column]
@@ -372,7 +381,8 @@ def cache_features(
     try:
         with torch.inference_mode():
             images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor) + facts.kind))
-            images.fill([*digests["reference"], *digests["target"]], encode_images, batch_size, "images", progress)
+            wanted = [*digests["reference"], *digests["target"], *digest_of.values()]
+            images.fill(wanted, encode_images, batch_size, "images", progress)
             texts = None
             if facts.keeps_texts(model) and not text_trains:
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
@@ -382,7 +392,15 @@ def cache_features(
     known = triplets.remove_columns(["reference", "target"])
     for column, values in digests.items():
         known = known.add_column(column, values)
+    if further:
+        kept = [[digest_of[file] for file in files] for files in _negatives(triplets)]
+        known = known.remove_columns("negatives").add_column("negatives", kept)
     return known, FeatureCollator(processor, images, texts, None if facts.reads_target_tokens(model) else 1)
+
+
+def _negatives(triplets: Dataset) -> list[list[str]]:
+    """Return the files of the column `negatives`, none where there is no such column."""
+    return [files or [] for files in triplets["negatives"][:]] if "negatives" in triplets.column_names else []
 
 
 __all__ = ["CACHED", "Cached", "FeatureCache", "FeatureCollator", "accept_cached_features", "cache_features"]

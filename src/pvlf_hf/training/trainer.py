@@ -24,13 +24,14 @@ from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput
 from .argument_contract import check_arguments, check_trainer_arguments
 from .atomic_checkpoints import AtomicCheckpointsMixin, checkpoint_to_resume, holds_optimizer
-from .batches import OneValueBatchSampler, PVLFCollator
+from .batches import DistinctBatchSampler, OneValueBatchSampler, PVLFCollator
 from .cpu_dropout import fast_cpu_dropout
 from .data_checks import check_batch_size, check_eval_dataset, check_train_dataset, describe_nonfinite_loss
 from .feature_cache import FeatureCollator, accept_cached_features, cache_features
 from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
 from .hub import HubMixin, has_adapter
+from .negatives import MineNegatives, RowsWithNegatives, check_negatives, negative_columns
 from .objectives import SAMPLES, SampleCollator, keep_features, own_samples, sample_rows
 from .optimization import METRIC_SCHEDULES, advance, check_optimizers, make_schedule, parameter_groups
 from .training_args import PVLFTrainingArguments
@@ -98,6 +99,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         if samples:
             train_dataset = sample_rows(train_dataset, samples, args.batch_by)
             data_collator = data_collator or SampleCollator(processing_class, args.crop_scale)
+        check_negatives(model, train_dataset, args)
+        self.rows_with_negatives: RowsWithNegatives | None = None
         if eval_dataset is not None:
             check_eval_dataset(eval_dataset, args.metric_for_best_model)
         if model is not None:
@@ -117,6 +120,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         if self.is_fsdp_enabled:
             self._shard_by_layer()
         check_optimizers(self.model, args, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
+        if args.mine_every:
+            self.add_callback(MineNegatives(self))
 
     def _shard_by_layer(self) -> None:
         """Make every layer a unit of FSDP, unless the configuration names units; Accelerate adds embeddings."""
@@ -264,17 +269,22 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """Build a data loader whose images are opened by [`opened`], with only the columns that our collator reads."""
         if type(self.data_collator) is PVLFCollator and isinstance(dataset, Dataset):
-            dataset = dataset.select_columns(list(TRIPLET_COLUMNS)) if dataset.format["type"] != "custom" else dataset
+            kept = [*TRIPLET_COLUMNS, *(negative_columns(dataset) if self.args.hard_negatives else ())]
+            dataset = dataset.select_columns(kept) if dataset.format["type"] != "custom" else dataset
+        if self.args.hard_negatives:
+            dataset = self.rows_with_negatives = RowsWithNegatives(dataset, self.args.hard_negatives)
         return super()._get_dataloader(opened(dataset), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.batch_by is None:
+        column = self.args.batch_by or self.args.distinct_by
+        if column is None:
             return super()._get_train_sampler(train_dataset)
         dataset: Any = self.train_dataset  # not the one whose images are opened: reading a column would open them all
-        check_columns(dataset, (self.args.batch_by,), "train_dataset (batch_by)")
+        check_columns(dataset, (column,), f"train_dataset ({'batch_by' if self.args.batch_by else 'distinct_by'})")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows_of_all_processes = self._train_batch_size * self.args.world_size
-        return OneValueBatchSampler(list(dataset[self.args.batch_by]), rows_of_all_processes, seed)
+        sampler = OneValueBatchSampler if self.args.batch_by else DistinctBatchSampler
+        return sampler(list(dataset[column]), rows_of_all_processes, seed)
 
     # ---- loss ----
 
@@ -303,22 +313,25 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
     def _contrast(self, model: nn.Module, outputs: Any, inputs: dict[str, Tensor]) -> Tensor:
         unwrapped: Any = self.accelerator.unwrap_model(model)
         queries, targets = unwrapped.loss_inputs(outputs)
-        targets, options = self._gather_targets(targets, inputs.get("target_ids"))
+        targets, options = self._gather_targets(len(queries), targets, inputs.get("target_ids"))
         if unwrapped.ranks_queries and options["positives"] is not None:
             options["all_query_embeds"] = GatherWithGradient.apply(queries)
         return unwrapped.loss(queries, targets, **options, chunk_size=self.args.loss_chunk_size)
 
-    def _gather_targets(self, targets: Tensor, target_ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def _gather_targets(
+        self, queries: int, targets: Tensor, target_ids: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the targets that queries are ranked against, their ids, and the positions of the positives.
 
         Args:
-            targets: float32 `(batch, d)`, this process's.
-            target_ids: int64 `(batch,)`, or None.
+            queries: number of queries; their targets come first.
+            targets: float32 `(targets, d)`, this process's.
+            target_ids: int64 `(targets,)`, or None.
         """
         if not self.args.gather_negatives or self.accelerator.num_processes == 1:
             return targets, {"target_ids": target_ids, "positives": None}
         first = len(targets) * self.accelerator.process_index
-        positives = torch.arange(first, first + len(targets), device=targets.device)
+        positives = torch.arange(first, first + queries, device=targets.device)
         target_ids = None if target_ids is None else self.accelerator.gather(target_ids)
         return GatherWithGradient.apply(targets), {"target_ids": target_ids, "positives": positives}
 

@@ -38,6 +38,17 @@ class PVLFTrainingArguments(TrainingArguments):
             Column of the training set, such as the category of a garment. Every batch then holds rows of one value
             of it, so that negatives are as alike as in a gallery of that category (our choice; the paper shuffles all
             rows).
+        distinct_by (`str`, *optional*):
+            Column of the training set, such as `key` or `target_id`, no value of which comes twice in a batch, so that
+            no row's target is a right answer to another's query (our choice).
+        hard_negatives (`int`, *optional*, defaults to 0):
+            Further images a triplet, which all queries of the batch are compared with: the reference, images of the
+            column `negatives`, and mined ones (our choice, after MegaPairs). Needs the column `reference_id`.
+        mine_every (`int`, *optional*):
+            Epochs between passes that rank the training targets for each query, to find its hard negatives.
+        mine_threshold (`float`, *optional*, defaults to 0.95):
+            Share of the own target's score above which a target is no hard negative, but may be right, too
+            (NV-Retriever).
         crop_scale (`float`, *optional*, defaults to 1.0):
             Least share of an image's area in random crops, for objectives that train on single images (Pic2Word: 0.9);
             1 for no crops.
@@ -85,6 +96,16 @@ class PVLFTrainingArguments(TrainingArguments):
     )
     batch_by: str | None = field(
         default=None, metadata={"help": "Column: each batch holds rows of one of its values."}
+    )
+    distinct_by: str | None = field(
+        default=None, metadata={"help": "Column: no batch holds one of its values twice (key, target_id, caption)."}
+    )
+    hard_negatives: int = field(
+        default=0, metadata={"help": "Further images a triplet, as negatives: its reference, its own, mined ones."}
+    )
+    mine_every: int | None = field(default=None, metadata={"help": "Epochs between passes that mine hard negatives."})
+    mine_threshold: float = field(
+        default=0.95, metadata={"help": "Share of the own target's score that a mined negative may have."}
     )
     decay_norms_and_biases: bool = field(
         default=True, metadata={"help": "Weight decay on every weight (TransAgg), not on matrices only."}
@@ -141,8 +162,9 @@ class PVLFTrainingArguments(TrainingArguments):
         )
         if_changed = (
             "data_seed full_determinism decay_norms_and_biases dataloader_drop_last train_sampling_strategy "
-            "crop_scale feature_cache lr_scheduler_type lr_scheduler_kwargs optim optim_args adam_beta1 adam_beta2 "
-            "adam_epsilon tf32 torch_compile neftune_noise_alpha"
+            "distinct_by hard_negatives mine_every mine_threshold crop_scale feature_cache lr_scheduler_type "
+            "lr_scheduler_kwargs optim optim_args adam_beta1 adam_beta2 adam_epsilon tf32 torch_compile "
+            "neftune_noise_alpha"
         )
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in if_changed.split() if getattr(self, name) != defaults[name]]
