@@ -155,6 +155,7 @@ FOLDERS = {
         "training_args",
         "data_checks",
         "objectives",
+        "text_anchored",
         "methods",
         "atomic_checkpoints",
         "hub",

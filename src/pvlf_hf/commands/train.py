@@ -48,8 +48,9 @@ from ..evaluation.results import Evaluation, write_results
 from ..evaluation.scoring import evaluate_all
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..training.atomic_checkpoints import last_checkpoint
+from ..training.hub import has_adapter
 from ..training.methods import METHODS
-from ..training.objectives import SAMPLES
+from ..training.objectives import SAMPLES, TEXT_ANCHORED, Samples
 from ..training.trainer import PVLFTrainer
 from ..training.training_args import PVLFTrainingArguments
 from .arguments import HelpFormatter, leave, parse
@@ -69,7 +70,7 @@ class ModelArguments:
         default="pvlf",
         metadata={
             "help": "pvlf, its baseline transagg (one shallow prompt, cross-entropy), case (BLIP alone), compodiff, "
-            "or a method of textual inversion, which trains on images or captions alone.",
+            "tat (captions alone, for a plain dual encoder), or a method of textual inversion.",
             "choices": [*METHODS],
         },
     )
@@ -212,7 +213,8 @@ class DataArguments:
             raise ValueError(" and ".join(f"--{name}" for name in sources) + " exclude each other")
         if self.validation_file and (self.dataset or self.validation):
             raise ValueError("--validation_file excludes --dataset and --validation")
-        rows = self._samples(SAMPLES[method].columns) if method in SAMPLES else self._training_triplets()
+        samples = samples_of(method)
+        rows = self._samples(samples.columns) if samples else self._training_triplets()
         return rows, self._validation()
 
     def _samples(self, columns: tuple[str, ...]) -> Dataset:
@@ -276,6 +278,11 @@ class DataArguments:
         return [validation] if validation else []
 
 
+def samples_of(method: str) -> Samples | None:
+    """Return what a method trains on in place of triplets, or None."""
+    return TEXT_ANCHORED if method == "tat" else SAMPLES.get(method)
+
+
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -300,13 +307,16 @@ def train(
     model, processor = model_args.build()
     trainer = PVLFTrainer(model, args, triplets, validation, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_checkpoint(folder))
+    adapted: Any = trainer.model
+    if has_adapter(adapted):  # merged, so that a checkpoint is a model like any other
+        trainer.model = adapted.merge_and_unload()
     trainer.save_model()
     benchmarks = data_args.final_benchmarks(validation) if benchmarks is None else benchmarks
     measured = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32, as stored
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
-        if isinstance(triplets, Dataset) and model_args.method not in SAMPLES:
+        if isinstance(triplets, Dataset) and samples_of(model_args.method) is None:
             facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
         if best := trainer.state.best_model_checkpoint:
             name, value = args.metric_for_best_model, trainer.state.best_metric

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import ProcessorMixin
 
 from ..data.checks import caption_problem
 from ..data.triplets import TRIPLET_COLUMNS
@@ -117,7 +116,7 @@ class PVLFCollator:
         processor: the [`PVLFProcessor`] of the model.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

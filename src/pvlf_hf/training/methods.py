@@ -12,16 +12,19 @@ from ..models.configuration_case import CASEConfig
 from ..models.configuration_compodiff import CompoDiffConfig
 from ..models.configuration_inversion import InversionConfig
 from ..models.configuration_pvlf import TRANSAGG, PVLFConfig
+from ..models.configuration_training_free import TrainingFreeConfig
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..models.modeling_case import CASEModel
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_inversion import InversionModel
 from ..models.modeling_pvlf import PVLFModel
+from ..models.modeling_training_free import TrainingFreeModel
 from ..models.processing_case import CASEProcessor
 from ..models.processing_compodiff import CompoDiffProcessor
 from ..models.processing_inversion import InversionProcessor
 from ..models.processing_pvlf import PVLFProcessor
 from .objectives import SAMPLES
+from .text_anchored import RANK, tune_image_encoder
 
 Pair = tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]
 
@@ -84,6 +87,11 @@ def _inversion(method: str, pretrained: str, **settings: Any) -> Pair:
     return InversionModel.from_vl_pretrained(pretrained, method, **settings), processor
 
 
+def _tat(pretrained: str, rank: int = RANK, **settings: Any) -> Pair:
+    model = TrainingFreeModel.from_vl_pretrained(pretrained, **settings)
+    return tune_image_encoder(model, rank), PVLFProcessor.from_vl_pretrained(pretrained)
+
+
 def _fields(config: type, *more: str) -> tuple[str, ...]:
     return (*(name for name in config.__annotations__ if name not in ("vl_config", "method")), *more)
 
@@ -96,6 +104,7 @@ METHODS = {
     "transagg": Method(_pvlf, _PVLF, TRANSAGG),
     "case": Method(_case, _fields(CASEConfig)),
     "compodiff": Method(_compodiff, _fields(CompoDiffConfig, "text_encoder")),
+    "tat": Method(_tat, _fields(TrainingFreeConfig, "rank")),
     **{name: Method(partial(_inversion, name), _INVERSION) for name in SAMPLES},
 }
 """Name of a method to how it is built."""

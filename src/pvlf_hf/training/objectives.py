@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..data.checks import caption_problem
 from ..data.keywords import replace_keywords
 from ..data.samples import image_sets
+from ..digests import id_number
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.configuration_inversion import OTI_PROMPTS, InversionConfig
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import unwrap
 from ..models.modeling_inversion import InversionModel
+from ..models.modeling_training_free import TrainingFreeModel
 from ..models.optimization_inversion import INVERTED_AT_ONCE
 from ..models.processing_inversion import InversionProcessor
 from .feature_cache import FeatureCache
@@ -35,21 +37,23 @@ class SampleCollator:
     Args:
         processor: the processor of the model.
         crop_scale: least share of an image's area in random crops; 1 for no crops.
+        samples: what the objective trains on; by default that of the processor's method.
 
     Attributes:
         features: features of the images by digest, where they were computed before; else None.
         teacher_words: optimised words of the images by digest, for the method that distils them; else None.
     """
 
-    def __init__(self, processor: InversionProcessor, crop_scale: float = 1.0) -> None:
+    def __init__(self, processor: Any, crop_scale: float = 1.0, samples: "Samples | None" = None) -> None:
         self.processor, self.crop_scale = processor, crop_scale
+        self.samples = samples or SAMPLES[processor.method]
         self.features: FeatureCache | None = None
         self.teacher_words: FeatureCache | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the method's rows must have."""
-        return SAMPLES[self.processor.method].columns
+        return self.samples.columns
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """Make a batch of rows.
@@ -57,7 +61,7 @@ class SampleCollator:
         Raises:
             ValueError: if a column is missing or a caption cannot be used; names the row's position in the batch.
         """
-        return SAMPLES[self.processor.method].collate(self, rows)
+        return self.samples.collate(self, rows)
 
     def images(self, rows: Rows) -> dict[str, Tensor]:
         """Return `pixel_values` `(batch, 3, height, width)`, or `image_features` `(batch, d)` computed before."""
@@ -177,6 +181,14 @@ def _sets_of_images(collator: SampleCollator, rows: Rows) -> dict[str, Tensor]:
     }
 
 
+def _images_and_captions(collator: SampleCollator, rows: Rows) -> dict[str, Tensor]:
+    """Make a batch of text-anchored tuning; images of equal captions are no negatives of each other."""
+    captions = _captions(rows)
+    ids = torch.tensor([id_number(caption) for caption in captions])
+    images = {"target_pixel_values": collator.images(rows)["pixel_values"], "target_ids": ids}
+    return images | collator.texts(captions, "caption")
+
+
 @dataclass(frozen=True)
 class Samples:
     """Training data of a method's own objective.
@@ -206,6 +218,10 @@ SAMPLES = {
 """Name of a method to what its own objective trains on."""
 
 
+TEXT_ANCHORED = Samples(("image", "caption"), _images_and_captions)
+"""Training data of text-anchored tuning, see `pvlf_hf.training.text_anchored`."""
+
+
 def own_samples(model: Any, dataset: Any, args: Any) -> Samples | None:
     """Return what a model's own objective trains on, or None where it trains on triplets.
 
@@ -218,9 +234,11 @@ def own_samples(model: Any, dataset: Any, args: Any) -> Samples | None:
         ValueError: if an argument cannot go with the objective, or needs one.
     """
     inner = None if model is None else unwrap(model)
+    columns = {*(getattr(dataset, "column_names", None) or ())}
+    if isinstance(inner, TrainingFreeModel) and {*TEXT_ANCHORED.columns} <= columns:
+        return _text_anchored(model, dataset, args)
     method = inner.config.method if isinstance(inner, InversionModel) else None
-    columns = getattr(dataset, "column_names", None) or ()
-    if method not in SAMPLES or {"reference", "target"} <= {*columns}:
+    if method not in SAMPLES or {"reference", "target"} <= columns:
         if args.crop_scale < 1:
             raise ValueError("crop_scale crops single images, and has no effect on triplets: leave it at 1")
         return None
@@ -237,6 +255,22 @@ def own_samples(model: Any, dataset: Any, args: Any) -> Samples | None:
             f"the columns {SAMPLES[method].columns}"
         )
     return SAMPLES[method]
+
+
+def _text_anchored(model: Any, dataset: Any, args: Any) -> Samples:
+    """Return what text-anchored tuning trains on; raise a `ValueError` if it cannot."""
+    if not getattr(model, "peft_config", None):
+        raise ValueError(
+            "text-anchored tuning trains an adapter of the image encoder: pass tune_image_encoder(model), or "
+            "--method tat"
+        )
+    if args.gradient_cache_chunk_size or args.feature_cache:
+        raise ValueError(
+            "text-anchored tuning takes no feature_cache or gradient_cache_chunk_size: leave them out"
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"train_dataset is a {type(dataset).__name__}: text-anchored tuning takes a datasets.Dataset")
+    return TEXT_ANCHORED
 
 
 def sample_rows(dataset: Dataset, samples: Samples, batch_by: str | None) -> Dataset:
@@ -331,4 +365,13 @@ def _teacher_words(
     return words
 
 
-__all__ = ["SAMPLES", "SampleCollator", "Samples", "keep_features", "own_samples", "random_crop", "sample_rows"]
+__all__ = [
+    "SAMPLES",
+    "TEXT_ANCHORED",
+    "SampleCollator",
+    "Samples",
+    "keep_features",
+    "own_samples",
+    "random_crop",
+    "sample_rows",
+]

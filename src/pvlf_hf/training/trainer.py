@@ -32,8 +32,9 @@ from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
 from .hub import HubMixin, has_adapter
 from .negatives import MineNegatives, RowsWithNegatives, check_negatives, negative_columns
-from .objectives import SAMPLES, SampleCollator, keep_features, own_samples, sample_rows
+from .objectives import TEXT_ANCHORED, SampleCollator, keep_features, own_samples, sample_rows
 from .optimization import METRIC_SCHEDULES, advance, check_optimizers, make_schedule, parameter_groups
+from .text_anchored import accept_pairs
 from .training_args import PVLFTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -98,7 +99,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         check_train_dataset(train_dataset, args, samples.columns if samples else TRIPLET_COLUMNS)
         if samples:
             train_dataset = sample_rows(train_dataset, samples, args.batch_by)
-            data_collator = data_collator or SampleCollator(processing_class, args.crop_scale)
+            data_collator = data_collator or SampleCollator(processing_class, args.crop_scale, samples)
         check_negatives(model, train_dataset, args)
         self.rows_with_negatives: RowsWithNegatives | None = None
         if eval_dataset is not None:
@@ -165,6 +166,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         model: Any = self.model
         if isinstance(self.data_collator, FeatureCollator):
             accept_cached_features(model)
+        elif getattr(self.data_collator, "samples", None) is TEXT_ANCHORED:
+            accept_pairs(model)
         with fast_cpu_dropout(model) if self.args.device.type == "cpu" else nullcontext():
             return super()._inner_training_loop(*args, **kwargs)
 
@@ -193,7 +196,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         collator: Any = self.data_collator
         model: Any = self.model
         args, dataset = self.args, self.train_dataset
-        if collator.features is None and (args.feature_cache or SAMPLES[collator.processor.method].distils):
+        if collator.features is None and (args.feature_cache or collator.samples.distils):
             folder = args.feature_cache or Path(str(args.output_dir)) / "features"
             with self.compute_loss_context_manager():
                 self.train_dataset = keep_features(
