@@ -197,6 +197,9 @@ def triplets(
     count: Annotated[int | None, typer.Option(min=1, help="Number of triplets (default: all that are found).")] = None,
     language: Annotated[str, typer.Option(help="Language of the captions, en or de, or a word list of yours.")] = "en",
     seed: Annotated[int, typer.Option(help="Decides which pairs and wordings are taken.")] = 0,
+    group: Annotated[
+        str | None, typer.Option(help="Column, such as an artist, that reference and target share.")
+    ] = None,
     exclude: Annotated[
         list[Path] | None, typer.Option(help="Folder of benchmark images, copies of which are left out.")
     ] = None,
@@ -225,6 +228,7 @@ def triplets(
     from pvlf_hf.commands import triplets as command
 
     settings: dict[str, Any] = {"count": count, "language": language, "seed": seed, "check_images": check_images}
+    settings["group"] = group
     settings |= {"held_out": tuple(map(str, exclude or ()))}
     command.make(table, images, output, settings, rejected, model, writer, paraphrase, as_json)
 

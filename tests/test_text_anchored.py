@@ -14,6 +14,7 @@ from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.commands.train import parse_arguments, train
 from pvlf_hf.models.configuration_training_free import TrainingFreeConfig
 from pvlf_hf.models.loss_pvlf import focal_info_nce
+from pvlf_hf.training.methods import METHODS
 from pvlf_hf.training.objectives import TEXT_ANCHORED, SampleCollator
 from pvlf_hf.training.text_anchored import accept_pairs, tune_image_encoder
 
@@ -135,5 +136,8 @@ def test_the_command_writes_a_model_like_any_other(pairs, blip_checkpoint, tmp_p
         text = [one.get_text_features(*caption).pooler_output for one in (model, plain)]
         images = [one.get_image_features(inputs["pixel_values"]).pooler_output for one in (model, plain)]
     assert torch.equal(*text) and not torch.equal(*images)
+    pvlf, _ = METHODS["pvlf"].make("pvlf", str(tmp_path / "run"), {"num_prompts": 2})  # builds on the tuned encoder
+    with torch.no_grad():
+        assert torch.equal(pvlf.get_image_features(inputs["pixel_values"]).pooler_output, images[0])
     facts = json.loads((tmp_path / "run" / "results.json").read_text())
     assert facts["model"]["method"] == "tat" and "triplets" not in facts

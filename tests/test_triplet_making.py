@@ -233,6 +233,18 @@ def test_near_duplicates_broken_images_and_copies_of_a_benchmark_are_left_out(ca
         ImageChecks(tmp_path, [tmp_path / "empty"], progress=False)
 
 
+def test_pairs_stay_within_a_group(catalogue, tmp_path):
+    rows = rows_of(catalogue / "captions.jsonl")
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps({**row, "artist": n % 2}) + "\n" for n, row in enumerate(rows)))
+    make_triplets(table, catalogue, tmp_path / "out.jsonl", Making(group="artist"), progress=False)
+    artist = {row["image"]: n % 2 for n, row in enumerate(rows)}
+    made = rows_of(tmp_path / "out.jsonl")
+    assert made and all(artist[row["reference"]] == artist[row["target"]] for row in made)
+    with pytest.raises(ValueError, match="missing column"):
+        make_triplets(table, catalogue, tmp_path / "out.jsonl", Making(group="album"), progress=False)
+
+
 def test_limits():
     screen = Screen(Limits(target_uses=2, caption_uses=None, reference_uses=None))
     row = {"reference": "a", "target": "t", "caption": "make it red"}

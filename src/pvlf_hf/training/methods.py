@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from transformers import AutoConfig
+
 from ..models.configuration_case import CASEConfig
 from ..models.configuration_compodiff import CompoDiffConfig
 from ..models.configuration_inversion import InversionConfig
@@ -60,7 +62,19 @@ class Method:
 
 
 def _pvlf(pretrained: str, **settings: Any) -> Pair:
+    if is_tuned(pretrained):
+        tuned: Any = TrainingFreeModel.from_pretrained(pretrained)
+        attention = {"": settings.pop("attn_implementation", None)}
+        config = PVLFConfig(vl_config=tuned.config.vl_config, **settings)
+        model = PVLFModel._from_config(config, attn_implementation=attention)
+        model.backbone = tuned.backbone
+        return _fitted(model.eval(), PVLFProcessor.from_pretrained(pretrained))
     return _fitted(PVLFModel.from_vl_pretrained(pretrained, **settings), PVLFProcessor.from_vl_pretrained(pretrained))
+
+
+def is_tuned(name: str) -> bool:
+    """Return whether a name is that of a [`TrainingFreeModel`], such as text-anchored tuning makes."""
+    return isinstance(AutoConfig.from_pretrained(name), TrainingFreeConfig)
 
 
 def _case(pretrained: str, **settings: Any) -> Pair:
@@ -109,4 +123,4 @@ METHODS = {
 }
 """Name of a method to how it is built."""
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "is_tuned"]

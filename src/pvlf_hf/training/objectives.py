@@ -265,9 +265,7 @@ def _text_anchored(model: Any, dataset: Any, args: Any) -> Samples:
             "--method tat"
         )
     if args.gradient_cache_chunk_size or args.feature_cache:
-        raise ValueError(
-            "text-anchored tuning takes no feature_cache or gradient_cache_chunk_size: leave them out"
-        )
+        raise ValueError("text-anchored tuning takes no feature_cache or gradient_cache_chunk_size: leave them out")
     if not isinstance(dataset, Dataset):
         raise ValueError(f"train_dataset is a {type(dataset).__name__}: text-anchored tuning takes a datasets.Dataset")
     return TEXT_ANCHORED

@@ -113,6 +113,7 @@ def index_captions(
     vocabulary: Vocabulary,
     seed: int = 0,
     kept_columns: Sequence[str] = (),
+    group: str | None = None,
     progress: bool = True,
 ) -> CaptionIndex:
     """Key the captions of a table: the first pass. A repeated call resumes.
@@ -123,6 +124,7 @@ def index_captions(
         vocabulary: reads the captions.
         seed: decides the order of the keys, and so which pairs are taken where there are too many.
         kept_columns: columns that are kept where the table has them.
+        group: column of which only rows of one value make pairs; kept, too.
         progress: show a progress bar.
 
     Raises:
@@ -130,19 +132,26 @@ def index_captions(
     """
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
-    blocks = iterate_table(table, ("image", "caption"), kept_columns, ROWS_OF_BLOCK)
+    needed = ("image", "caption") if group is None else ("image", "caption", group)
+    blocks = iterate_table(table, needed, [name for name in kept_columns if name != group], ROWS_OF_BLOCK)
     with tqdm(desc="reading captions", unit="caption", disable=not progress) as bar:
         for number, columns in enumerate(blocks):
             rows = len(columns["image"])
             if not (folder / f"block-{number:05}.json").is_file():
-                _write_block(folder, number, columns, start, vocabulary, seed)
+                _write_block(folder, number, columns, start, vocabulary, seed, group)
             start += rows
             bar.update(rows)
     return CaptionIndex(folder)
 
 
 def _write_block(
-    folder: Path, number: int, columns: dict[str, list[str]], start: int, vocabulary: Vocabulary, seed: int
+    folder: Path,
+    number: int,
+    columns: dict[str, list[str]],
+    start: int,
+    vocabulary: Vocabulary,
+    seed: int,
+    group: str | None,
 ) -> None:
     """Write the rows, their offsets and their keys; last the facts, which mark a whole block."""
     rejected: Counter[str] = Counter()
@@ -161,7 +170,8 @@ def _write_block(
         if problem:
             rejected[problem] += 1
             continue
-        records += [(key, start + at, filler) for key, filler in keys_of(vocabulary.read(row["caption"]), seed)]
+        salt = f"{seed} {row.get(group, '')}" if group else str(seed)
+        records += [(key, start + at, filler) for key, filler in keys_of(vocabulary.read(row["caption"]), salt)]
     table = np.array(records, RECORD)
     with whole(folder / f"rows-{number:05}.jsonl") as file:
         file.write_bytes(b"".join(lines))
@@ -172,7 +182,7 @@ def _write_block(
         file.write_text(json.dumps({"rows": len(offsets), "rejected": rejected}))
 
 
-def keys_of(caption: Caption, seed: int = 0) -> Iterator[tuple[int, int]]:
+def keys_of(caption: Caption, salt: str = "0") -> Iterator[tuple[int, int]]:
     """Yield the keys of a caption and the numbers of their fillers.
 
     A filler's number has two halves. They differ for different fillers; those of two blanked words are one word's
@@ -183,22 +193,22 @@ def keys_of(caption: Caption, seed: int = 0) -> Iterator[tuple[int, int]]:
     slots = content[:SLOTS]
     if len(content) > 1:
         for at in slots:
-            yield _key(seed, (*words[:at], BLANK, *words[at + 1 :])), _number(words[at])
+            yield _key(salt, (*words[:at], BLANK, *words[at + 1 :])), _number(words[at])
         for start, end in noun_runs(classes):
             if end - start > 1 and end - start < len(content):
-                yield _key(seed, (*words[:start], BLANK, *words[end:])), _number(" ".join(words[start:end]))
-    yield _key(seed, (*words, END)), 0
+                yield _key(salt, (*words[:start], BLANK, *words[end:])), _number(" ".join(words[start:end]))
+    yield _key(salt, (*words, END)), 0
     start = last_phrase(classes)
     if start and any(at < start for at in content):
-        yield _key(seed, (*words[:start], END)), _number(" ".join(words[start:]))
+        yield _key(salt, (*words[:start], END)), _number(" ".join(words[start:]))
     if len(content) > 2:
         for a, b in combinations(slots[:TWO_SLOTS], 2):
             if all(classes[at] == ATTRIBUTE for at in content if at not in (a, b)):
                 continue  # nothing that both images show
             rest = (*words[:a], BLANK, *words[a + 1 : b], BLANK, *words[b + 1 :])
-            yield _key(seed, rest, two=True), (_number(words[a]) & 0xFFFF) | (_number(words[b]) & 0xFFFF0000)
+            yield _key(salt, rest, two=True), (_number(words[a]) & 0xFFFF) | (_number(words[b]) & 0xFFFF0000)
     if caption.articles[0] == "a" and classes[0] not in (FUNCTION, VERB):  # "a dog" beside "two dogs"
-        yield _key(seed, (BLANK, *words)), _number("a")
+        yield _key(salt, (BLANK, *words)), _number("a")
 
 
 def noun_runs(classes: str) -> Iterator[tuple[int, int]]:
@@ -221,9 +231,9 @@ def last_phrase(classes: str) -> int:
     return at - 1 if at > 0 and classes[at - 1] == FUNCTION else at
 
 
-def _key(seed: int, words: tuple[str, ...], two: bool = False) -> int:
+def _key(salt: str, words: tuple[str, ...], two: bool = False) -> int:
     """Return the number of a key: negative for one slot, so that these come first, positive for two."""
-    number = id_number(f"{seed} {' '.join(words)}") & (2**63 - 1)
+    number = id_number(f"{salt} {' '.join(words)}") & (2**63 - 1)
     return number if two else number - 2**63
 
 

@@ -82,6 +82,7 @@ class Making:
         held_out: folders of benchmark images, copies of which are left out.
         check_images: open the images of every triplet: left out are those that are missing, broken or look the same.
         kept_columns: columns of the table that go into the output, of both images.
+        group: column, such as an artist or an album, of which reference and target have the same value.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -95,6 +96,7 @@ class Making:
     held_out: tuple[str, ...] = ()
     check_images: bool = True
     kept_columns: tuple[str, ...] = ("licence", "license")
+    group: str | None = None
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed)
@@ -153,7 +155,8 @@ def make_triplets(
     facts |= {name: part.settings for name, part in (("miner", miner), ("writer", writer)) if part is not None}
     work = output.with_name(output.name + ".work")
     _claim(work, table, facts)
-    index = index_captions(table, work / "captions", vocabulary, settings.seed, settings.kept_columns, progress)
+    columns: dict[str, Any] = {"kept_columns": settings.kept_columns, "group": settings.group, "progress": progress}
+    index = index_captions(table, work / "captions", vocabulary, settings.seed, **columns)
     with closing(index):
         stages = _Stages(work, rejected is not None)
         last, reasons, size = (
@@ -300,6 +303,8 @@ def make_rows(
     rows = lru_cache(2**16)(index.__getitem__)
     for pair in pairs():
         reference, target = rows(pair.reference), rows(pair.target)
+        if settings.group and reference.get(settings.group) != target.get(settings.group):
+            continue
         if reference["image"] == target["image"] or screen.used_up(reference["image"], target["image"]):
             continue
         edit = find_edit(read(reference["caption"]), read(target["caption"]), vocabulary)

@@ -1,0 +1,331 @@
+"""Measures how triplets are made: against known pairs, by training on them, and by speed.
+
+    python train_scripts/triplet_tables.py pairs                 # precision and recall on EmojiCIR's names: minutes
+    python train_scripts/triplet_tables.py train --dry_run       # the runs, and what is missing
+    python train_scripts/triplet_tables.py train                 # all of them, one after another; resumes
+    python train_scripts/triplet_tables.py speed                 # captions a second and memory of level 0
+
+`pairs` gives the names of Google's emoji to the pipeline as captions. Which names differ in one attribute, or in two,
+is known, so that the pairs that it finds can be scored. `train` makes N triplets of the training artists' drawings by
+each pipeline, leaves out the pairs of EmojiCIR's validation and test splits, trains PVLF by one small recipe and tests
+it on EmojiCIR's three tiers, beside the hand-written triplets. Numbers go to `model_cards/triplets/results.json`,
+tables into its README. `--render_only` renders the committed numbers.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset, Image
+
+from pvlf_hf import (
+    Making,
+    TripletMiner,
+    load_emoji_cir,
+    load_emoji_cir_train,
+    load_emoji_pictures,
+    load_model,
+    make_triplets,
+)
+from pvlf_hf.atomic_files import whole
+from pvlf_hf.commands.train import parse_arguments
+from pvlf_hf.data.emoji_cir import dataset as emoji_cir
+from pvlf_hf.data.emoji_cir.dataset import TIERS, TRAINING_VENDORS, emoji_pairs
+from pvlf_hf.data.making import load_vocabulary
+from pvlf_hf.data.making import pairs as pairs_module
+from pvlf_hf.data.making.edits import find_edit
+from pvlf_hf.data.making.pairs import CaptionIndex, Pair, find_pairs, index_captions
+from pvlf_hf.data.making.pipeline import read_jsonl
+from pvlf_hf.data.making.screening import Limits
+from pvlf_hf.digests import id_number
+from pvlf_hf.evaluation.scoring import evaluate
+from pvlf_hf.evaluation.significance import seed_interval
+from pvlf_hf.training.trainer import PVLFTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONE = ROOT / "model_cards" / "blip-emoji-tiny"
+CARD = ROOT / "model_cards" / "triplets"
+RESULTS = CARD / "results.json"
+
+NUMBERS, SEEDS = (1000, 4000, 16000), (0, 1, 2)
+
+RECIPE = "train_scripts/configs/emoji.yaml"
+"""The recipe of every run; 500 steps of 64 triplets, whatever their number."""
+
+ARMS = {"hand-written": None, "level 0": False, "level 0 and 1": True}
+"""Sources of triplets, and whether a dual encoder mines and verifies; None for EmojiCIR's own."""
+
+HARDER = {"level 0, hard negatives": "--hard_negatives=1 --mine_every=1"}
+"""Further arm: triplets of level 0, trained with the negatives that they name, and mined ones."""
+
+
+def write_table(file: Path, vendors: Sequence[str]) -> Path:
+    """Write a table of images, names and artists; return the folder that its image names are relative to."""
+    images = load_emoji_pictures(vendors).cast_column("image", Image(decode=False))
+    paths = [Path(cell["path"]) for cell in images["image"]]
+    root = paths[0].parents[1]
+    rows = zip((path.relative_to(root) for path in paths), images["name"], images["vendor"], strict=True)
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("image", "caption", "vendor"), *rows])
+    return root
+
+
+# ---- pairs ----
+
+
+def measure_pairs() -> dict[str, Any]:
+    """Return precision and recall of the pairs that levels 0 and 1 find among Google's names, by attribute."""
+    names = sorted(set(load_emoji_pictures(["Goog"])["name"]))
+    true: dict[frozenset[str], str] = {}
+    for pair in emoji_cir._all_pairs(names):
+        true.setdefault(frozenset((pair.first, pair.second)), "+".join(pair.slots))
+    published = {frozenset((p.first, p.second)): "+".join(p.slots) for split in emoji_pairs().values() for p in split}
+    english = load_vocabulary("en")
+    found: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as folder:
+        root = write_table(Path(folder) / "t.csv", ["Goog"])
+        index = index_captions(Path(folder) / "t.csv", Path(folder) / "work", english, progress=False)
+        miner = TripletMiner(*load_model(str(BACKBONE)), root)
+        sources: dict[str, Callable[[], Iterator[Pair]]] = {
+            "level 0": lambda: find_pairs(index),
+            "level 1, mined alone": lambda: miner.pairs(index, english, 0),
+        }
+        uncapped = "level 0, no cap on pairs of a key"
+        for name in (uncapped, *sources):
+            cap, pairs_module.PAIRS_OF_KEY = pairs_module.PAIRS_OF_KEY, 10**9 if name == uncapped else 20
+            pairs = edited_pairs(index, sources.get(name, sources["level 0"])(), english)
+            pairs_module.PAIRS_OF_KEY = cap
+            found[name] = score_pairs(pairs, true, published)
+        index.close()
+    return {"names": len(names), "pairs": len(true), "published": len(published), "found": found}
+
+
+def edited_pairs(index: CaptionIndex, pairs: Iterator[Pair], vocabulary: Any) -> dict[frozenset[str], str]:
+    """Return the pairs of names that an edit can be written for, with its kind."""
+    kept = {}
+    for pair in pairs:
+        a, b = index[pair.reference]["caption"], index[pair.target]["caption"]
+        edit = find_edit(vocabulary.read(a), vocabulary.read(b), vocabulary)
+        if edit is not None and a != b:
+            kept[frozenset((a, b))] = edit.kind
+    return kept
+
+
+def score_pairs(
+    found: dict[frozenset[str], str], true: dict[frozenset[str], str], published: dict[frozenset[str], str]
+) -> dict[str, Any]:
+    """Score pairs: precision among all true ones, by kind of edit; recall of the published ones, by attribute."""
+    hits = [pair for pair in found if pair in true]
+    kinds, right = Counter(found.values()), Counter(found[pair] for pair in hits)
+    of, got = Counter(published.values()), Counter(value for pair, value in published.items() if pair in found)
+    return {
+        "pairs": len(found),
+        "precision": len(hits) / max(len(found), 1),
+        "recall": sum(pair in found for pair in published) / len(published),
+        "precision_by_kind": {kind: [right[kind], number] for kind, number in kinds.most_common()},
+        "recall_by_attribute": {kind: [got[kind], number] for kind, number in of.most_common()},
+    }
+
+
+# ---- training ----
+
+
+def triplets_of(arm: str, number: int, work: Path) -> Dataset:
+    """Return N training triplets of an arm, none of which is a pair of the validation or test split."""
+    if ARMS.get(arm, False) is None:
+        rows = load_emoji_cir_train()
+        order = sorted(range(len(rows)), key=lambda row: id_number(f"triplets {row}"))
+        return rows.select(order[:number])
+    mines = bool(ARMS.get(arm, False))
+    output = work / f"level-{int(mines)}.jsonl"
+    root = write_table(work / "captions.csv", TRAINING_VENDORS)
+    if not output.exists():
+        miner = TripletMiner(*load_model(str(BACKBONE)), root, work / "embeddings") if mines else None
+        settings = Making(group="vendor", kept_columns=("vendor",), limits=Limits(caption_uses=12, target_uses=12))
+        make_triplets(work / "captions.csv", root, output, settings, miner)
+    held_out = {(p.first, p.second) for split in ("validation", "test") for p in emoji_pairs()[split]}
+    rows = [
+        row
+        for row in read_jsonl(output)
+        if tuple(sorted((row["reference_caption"], row["target_caption"]))) not in held_out
+    ]
+    # Kinds and keys come in order: every number of rows is a random part of the same set.
+    rows.sort(key=lambda row: id_number(f"{row['reference']} {row['target']}"))
+    columns = {
+        "reference": [str(root / row["reference"]) for row in rows],
+        "target": [str(root / row["target"]) for row in rows],
+        "caption": [row["caption"] for row in rows],
+        "target_id": [row["target_caption"] for row in rows],  # as EmojiCIR: one emoji by two artists is one target
+        "reference_id": [row["reference_caption"] for row in rows],
+        "vendor": [row["reference_vendor"] for row in rows],
+        "negatives": [[str(root / name) for name in row["negatives"]] for row in rows],
+        "negative_ids": [row["negatives"] for row in rows],
+    }
+    data = Dataset.from_dict(columns)
+    for side in ("reference", "target"):
+        data = data.cast_column(side, Image(mode="RGBA"))
+    return data.select(range(min(number, len(data))))
+
+
+def run(arm: str, number: int, seed: int, work: Path, steps: int) -> dict[str, Any]:
+    """Train on N triplets of an arm and test; return metrics by tier, the rows trained on, and seconds."""
+    folder = work / f"{arm.replace(' ', '-').replace(',', '')}-{number}-{seed}"
+    words = f"{ROOT / RECIPE} --output_dir={folder} --seed={seed} --max_steps={steps} {HARDER.get(arm, '')}"
+    words += f" --feature_cache={work / 'features'} --save_strategy=no --report_to=none"
+    model_args, _, args = parse_arguments(shlex.split(words))
+    rows = triplets_of(arm, number, work)
+    start = time.monotonic()
+    model, processor = model_args.build()
+    trainer = PVLFTrainer(model, args, rows, processing_class=processor)
+    trainer.train()
+    seconds = time.monotonic() - start
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    tiers = {tier: evaluate(trained, processor, load_emoji_cir("test", tier), progress=False) for tier in TIERS}
+    metrics = {tier: {k: one.metrics[k] for k in ("recall@1", "recall@10")} for tier, one in tiers.items()}
+    return {"rows": len(rows), "seconds": round(seconds, 1), "steps": steps, **metrics}
+
+
+# ---- speed ----
+
+THINGS = "dog cat car house woman man table chair dress bird tree boat bike horse shirt lamp".split()
+LOOKS = "red blue green small large wooden old new striped white black".split()
+PLACES = "street beach field park room kitchen garden bridge".split()
+
+
+def measure_speed(captions: int) -> dict[str, Any]:
+    """Make triplets of random captions without images; return captions a second of CPU time, and memory in MiB."""
+
+    def draw(words: Sequence[str], row: int, slot: int) -> str:
+        return words[id_number(f"{row} {slot}") % len(words)]
+
+    with TemporaryDirectory() as folder:
+        table = Path(folder) / "t.csv"
+        with table.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("image", "caption"))
+            for row in range(captions):
+                a, b, c = (draw(LOOKS, row, 0), draw(THINGS, row, 1), draw(LOOKS, row, 2))
+                d, e = draw(THINGS, row, 3), draw(PLACES, row, 4)
+                number = id_number(f"{row} 5") % max(captions // 300, 1)
+                writer.writerow((f"{row}.jpg", f"a {a} {b} next to a {c} {d}{number} in the {e}"))
+        load_vocabulary("en").grammar.plural("dog")  # inflect is slow to import
+        start = time.process_time()
+        settings = Making(check_images=False)
+        report = make_triplets(table, folder, Path(folder) / "out.jsonl", settings, progress=False)
+        seconds = time.process_time() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rate = round(captions / seconds)
+    return {"captions": captions, "captions_a_second": rate, "MiB": round(memory), "triplets": report.measures["rows"]}
+
+
+# ---- results ----
+
+
+def read_results() -> dict[str, Any]:
+    """Return the numbers that are there."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(**found: Any) -> None:
+    """Add numbers to the results, and render them."""
+    results = read_results()
+    for name, value in found.items():
+        results[name] = {**results.get(name, {}), **value}
+    with whole(RESULTS) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+    render(results)
+
+
+def render(results: dict[str, Any]) -> None:
+    """Write the tables of the card between its markers."""
+    parts = []
+    if pairs := results.get("pairs"):
+        lines = ["| pairs | found | precision | recall |", "| --- | --- | --- | --- |"]
+        for name, one in pairs["found"].items():
+            lines.append(f"| {name} | {one['pairs']:,} | {one['precision']:.3f} | {one['recall']:.3f} |")
+        head = (
+            f"{pairs['names']:,} names, {pairs['pairs']:,} true pairs, of which EmojiCIR uses {pairs['published']:,}."
+        )
+        parts.append("\n".join([head, "", *lines]))
+        one = pairs["found"]["level 0"]
+        kinds = [f"{kind} {a}/{b}" for kind, (a, b) in one["precision_by_kind"].items()]
+        worst = sorted(one["recall_by_attribute"].items(), key=lambda item: item[1][0] / item[1][1])
+        parts.append(f"Level 0, right pairs by kind of edit: {', '.join(kinds)}.")
+        parts.append("Level 0, recall by attribute: " + ", ".join(f"{k} {a}/{b}" for k, (a, b) in worst) + ".")
+    if runs := results.get("train"):
+        parts.append(training_table(runs))
+    if speed := results.get("speed"):
+        parts += [
+            f"Level 0: {one['captions_a_second']:,} captions a second on one core, {one['MiB']} MiB, "
+            f"{one['triplets']:,} triplets of {one['captions']:,} captions."
+            for one in speed.values()
+        ]
+    card = CARD / "README.md"
+    head, _, rest = card.read_text().partition(START)
+    with whole(card) as partial:
+        partial.write_text(head + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + rest.partition(END)[2])
+
+
+START, END = "<!-- results: written by train_scripts/triplet_tables.py -->", "<!-- end of results -->"
+
+
+def training_table(runs: dict[str, Any]) -> str:
+    """Return the table of trained arms: R@10 by tier, mean over seeds with its 95 % interval."""
+    lines = [f"| triplets | N | {' | '.join(TIERS)} | seconds a run |", "| --- | --- | --- | --- | --- | --- |"]
+    for arm in (*ARMS, *HARDER):
+        for number in NUMBERS:
+            found = [runs[key] for seed in SEEDS if (key := f"{arm}/{number}/{seed}") in runs]
+            if not found:
+                continue
+            cells = []
+            for tier in TIERS:
+                values = [100 * one[tier]["recall@10"] for one in found]
+                low, high = seed_interval(values) if len(values) > 1 else (float("nan"),) * 2
+                cells.append(f"{mean(values):.1f} [{low:.1f}, {high:.1f}]")
+            seconds = mean(one["seconds"] for one in found)
+            lines.append(f"| {arm} | {found[0]['rows']:,} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "R@10 on EmojiCIR's tiers, mean and 95 % interval over seeds:\n\n" + "\n".join(lines)
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Run the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["pairs", "train", "speed"])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/triplets"))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *HARDER], default=[*ARMS, *HARDER])
+    parser.add_argument("--numbers", nargs="+", type=int, default=NUMBERS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--captions", type=int, default=200_000)
+    parser.add_argument("--dry_run", action="store_true", help="list the runs")
+    parser.add_argument("--render_only", action="store_true", help="render the committed numbers")
+    args = parser.parse_args(command_line)
+    if args.render_only:
+        render(read_results())
+    elif args.what == "pairs":
+        keep(pairs=measure_pairs())
+    elif args.what == "speed":
+        keep(speed={str(args.captions): measure_speed(args.captions)})
+    else:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        keys = [(a, n, s) for n in args.numbers for a in args.arms for s in args.seeds]
+        done = read_results().get("train", {})
+        for arm, number, seed in keys:
+            key = f"{arm}/{number}/{seed}"
+            if args.dry_run or key in done:
+                print(key, f"{done[key]['seconds']:.0f} s" if key in done else "to be run")
+                continue
+            keep(train={key: run(arm, number, seed, args.output_dir, args.steps)})
+
+
+if __name__ == "__main__":
+    main()
