@@ -25,8 +25,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 STAND_IN = "someone/blip-emoji-tiny"
 """Name on the Hub of the tests of the encoder that stands in for one of photographs."""
 
-SHORTER = {"6_methods": {"PVLF_STEPS": "4"}}
-"""Variables of a notebook that trains for minutes; its text does not depend on them, only what its sheets show."""
+SHORTER = {name: {"PVLF_STEPS": "4"} for name in ("6_methods", "7_your_catalogue")}
+"""Variables of notebooks that train for minutes; their text does not depend on them, only what their sheets show."""
 
 DECIMAL = re.compile(r"[-+]?\d+\.\d+")
 

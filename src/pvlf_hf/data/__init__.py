@@ -1,4 +1,4 @@
-"""Data: triplets, benchmarks, the loaders of the public data sets, and the examination of a data set before use.
+"""Data: triplets, benchmarks, loaders of public data sets, the examination of a data set, triplets made of captions.
 
 Imports `models` (images are opened by its image processor) and no folder that comes after it.
 """
