@@ -73,7 +73,10 @@ def test_results_are_kept_and_rendered(tmp_path, monkeypatch):
         one = {"rows": 1000, "seconds": 60.0, "steps": 500}
         one |= {tier: {"recall@1": 0.1, "recall@10": recall} for tier in triplet_tables.TIERS}
         triplet_tables.keep(train={f"level 0/1000/{seed}": one})
+    tiers = {tier: {"recall@1": 0.1, "recall@10": 0.25} for tier in triplet_tables.TIERS}
+    triplet_tables.keep(tat={"0": {"seconds": 9.0, "slerp, before": tiers, "slerp, after": tiers}})
     card = (tmp_path / "README.md").read_text()
+    assert "| slerp, after | 25.0 | 25.0 | 25.0 |" in card
     assert card.startswith("before\n") and card.endswith("after\n") and "old" not in card
     assert "| level 0 | 1,000 | 25.0 [" in card
 

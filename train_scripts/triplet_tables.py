@@ -3,6 +3,7 @@
     python train_scripts/triplet_tables.py pairs                 # precision and recall on EmojiCIR's names: minutes
     python train_scripts/triplet_tables.py train --dry_run       # the runs, and what is missing
     python train_scripts/triplet_tables.py train                 # all of them, one after another; resumes
+    python train_scripts/triplet_tables.py tat                   # text-anchored tuning, before and after; resumes
     python train_scripts/triplet_tables.py speed                 # captions a second and memory of level 0
 
 `pairs` gives the names of Google's emoji to the pipeline as captions. Which names differ in one attribute, or in two,
@@ -37,7 +38,7 @@ from pvlf_hf import (
     make_triplets,
 )
 from pvlf_hf.atomic_files import whole
-from pvlf_hf.commands.train import parse_arguments
+from pvlf_hf.commands.train import parse_arguments, train
 from pvlf_hf.data.emoji_cir import dataset as emoji_cir
 from pvlf_hf.data.emoji_cir.dataset import TIERS, TRAINING_VENDORS, emoji_pairs
 from pvlf_hf.data.making import load_vocabulary
@@ -194,6 +195,40 @@ def run(arm: str, number: int, seed: int, work: Path, steps: int) -> dict[str, A
     return {"rows": len(rows), "seconds": round(seconds, 1), "steps": steps, **metrics}
 
 
+def run_tat(seed: int, work: Path) -> dict[str, Any]:
+    """Tune the dual encoder to EmojiCIR's names; return R@1 and R@10 by composition and tier, before and after."""
+    folder = work / f"tat-{seed}"
+    recipe = ROOT / "train_scripts" / "configs" / "methods" / "tat-emoji.yaml"
+    start = time.monotonic()
+    if not (folder / "results.json").exists():
+        train(*parse_arguments([str(recipe), f"--output_dir={folder}", f"--seed={seed}", "--report_to=none"]), [])
+    found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
+    for composition in ("slerp", "sum"):
+        for when, name in (("before", BACKBONE), ("after", folder)):
+            model = load_model(str(name), composition)
+            tiers = {tier: evaluate(*model, load_emoji_cir("test", tier), progress=False).metrics for tier in TIERS}
+            found[f"{composition}, {when}"] = {
+                tier: {k: metrics[k] for k in ("recall@1", "recall@10")} for tier, metrics in tiers.items()
+            }
+    return found
+
+
+def tat_table(runs: dict[str, Any]) -> str:
+    """Return the table of text-anchored tuning: R@10 by tier, mean over seeds with its 95 % interval."""
+    lines = [f"| composition | {' | '.join(TIERS)} |", "| --- | --- | --- | --- |"]
+    for name in next(iter(runs.values())):
+        if name == "seconds":
+            continue
+        cells = []
+        for tier in TIERS:
+            values = [100 * one[name][tier]["recall@10"] for one in runs.values()]
+            varies = len({*values}) > 1
+            low, high = seed_interval(values) if varies else (values[0], values[0])
+            cells.append(f"{mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if varies else ""))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "Text-anchored tuning, R@10 on EmojiCIR's tiers:\n\n" + "\n".join(lines)
+
+
 # ---- speed ----
 
 THINGS = "dog cat car house woman man table chair dress bird tree boat bike horse shirt lamp".split()
@@ -202,7 +237,7 @@ PLACES = "street beach field park room kitchen garden bridge".split()
 
 
 def measure_speed(captions: int) -> dict[str, Any]:
-    """Make triplets of random captions without images; return captions a second of CPU time, and memory in MiB."""
+    """Make a tenth as many triplets of random captions, without images; return captions a CPU second, and MiB."""
 
     def draw(words: Sequence[str], row: int, slot: int) -> str:
         return words[id_number(f"{row} {slot}") % len(words)]
@@ -219,7 +254,7 @@ def measure_speed(captions: int) -> dict[str, Any]:
                 writer.writerow((f"{row}.jpg", f"a {a} {b} next to a {c} {d}{number} in the {e}"))
         load_vocabulary("en").grammar.plural("dog")  # inflect is slow to import
         start = time.process_time()
-        settings = Making(check_images=False)
+        settings = Making(count=captions // 10, check_images=False)
         report = make_triplets(table, folder, Path(folder) / "out.jsonl", settings, progress=False)
         seconds = time.process_time() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -263,9 +298,11 @@ def render(results: dict[str, Any]) -> None:
         parts.append("Level 0, recall by attribute: " + ", ".join(f"{k} {a}/{b}" for k, (a, b) in worst) + ".")
     if runs := results.get("train"):
         parts.append(training_table(runs))
+    if tuned := results.get("tat"):
+        parts.append(tat_table(tuned))
     if speed := results.get("speed"):
         parts += [
-            f"Level 0: {one['captions_a_second']:,} captions a second on one core, {one['MiB']} MiB, "
+            f"Level 0: {one['captions_a_second']:,} captions a second of one core's time, {one['MiB']} MiB, "
             f"{one['triplets']:,} triplets of {one['captions']:,} captions."
             for one in speed.values()
         ]
@@ -299,7 +336,7 @@ def training_table(runs: dict[str, Any]) -> str:
 def main(command_line: Sequence[str] | None = None) -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairs", "train", "speed"])
+    parser.add_argument("what", choices=["pairs", "train", "tat", "speed"])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/triplets"))
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *HARDER], default=[*ARMS, *HARDER])
     parser.add_argument("--numbers", nargs="+", type=int, default=NUMBERS)
@@ -313,6 +350,11 @@ def main(command_line: Sequence[str] | None = None) -> None:
         render(read_results())
     elif args.what == "pairs":
         keep(pairs=measure_pairs())
+    elif args.what == "tat":
+        for seed in args.seeds:
+            if args.dry_run or str(seed) in read_results().get("tat", {}):
+                continue
+            keep(tat={str(seed): run_tat(seed, args.output_dir)})
     elif args.what == "speed":
         keep(speed={str(args.captions): measure_speed(args.captions)})
     else:

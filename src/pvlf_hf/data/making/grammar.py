@@ -45,7 +45,7 @@ class EnglishGrammar(Grammar):
         self.engine: Any = inflect.engine()
         self.mass = mass
         self.singular = lru_cache(2**16)(self._singular)  # type: ignore[method-assign]  # inflect takes 0.1 ms
-        self.with_article = lru_cache(2**12)(self._with_article)  # type: ignore[method-assign]
+        self._article_before = lru_cache(2**16)(self._article)
 
     def _singular(self, noun: str) -> str:
         if noun.endswith(_SINGULAR_ENDINGS) or not noun.isalpha():
@@ -62,14 +62,17 @@ class EnglishGrammar(Grammar):
         """Return a noun phrase with "the"."""
         return f"the {phrase}"
 
-    def _with_article(self, phrase: str) -> str:
+    def with_article(self, phrase: str) -> str:
         """Return a phrase with "a" or "an"; plurals and mass nouns take none."""
         words = phrase.split()
         if not words or words[-1] in self.mass or self.singular(words[-1]) != words[-1]:
             return phrase
-        if words[0].isupper() and len(words[0]) < 4:  # spelled out: an SUV, which inflect does not know
-            return f"{'an' if words[0][0] in 'AEFHILMNORSX' else 'a'} {phrase}"
-        return self.engine.a(phrase)
+        return f"{self._article_before(words[0])} {phrase}"
+
+    def _article(self, word: str) -> str:
+        if word.isupper() and len(word) < 4:  # spelled out: an SUV, which inflect does not know
+            return "an" if word[0] in "AEFHILMNORSX" else "a"
+        return self.engine.a(word).split()[0]
 
 
 def grammar_of(name: str | None, mass: frozenset[str]) -> Grammar:

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
-from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from .triplet_report import TripletReport, opener, report_on
 from .vocabulary import Vocabulary, load_vocabulary
 
 SURPLUS = 4
-"""Rows of a kind that are made for one that is kept, where a number is requested (our choice)."""
+"""Edits that are looked for in place of one, where a number is requested: of one change, and of two (our choice)."""
 
 ATTEMPTS = 3
 """Wordings that are tried for a pair, where a caption has been used often enough (our choice)."""
@@ -289,26 +288,29 @@ def make_rows(
         index: captions of the table.
         pairs: returns the pairs.
         vocabulary: reads captions and words edits.
-        settings: with a `count`, kinds of which more than enough was made are left out.
+        settings: with a `count`, no more than `SURPLUS` times as many edits of one change are looked for, and of two.
 
     Yields:
         Rows with `reference`, `caption`, `target`, `kind`, `source`, `key`, `reference_caption`, `target_caption`,
         `negatives` and the kept columns; images whose uses are exhausted are passed over before an edit is written.
     """
     screen = Screen(settings.limits)
-    share = settings.limits.kind_share or 1.0
-    enough = None if settings.count is None else ceil(SURPLUS * settings.count * share)
-    made: Counter[str] = Counter()
+    most = None if settings.count is None else SURPLUS * settings.count
+    looked_for: Counter[bool] = Counter()
     read = lru_cache(2**16)(vocabulary.read)
     rows = lru_cache(2**16)(index.__getitem__)
     for pair in pairs():
+        has_two = pair.key is not None and pair.key >= 0
+        if most is not None and looked_for[has_two] >= most:
+            continue
         reference, target = rows(pair.reference), rows(pair.target)
         if settings.group and reference.get(settings.group) != target.get(settings.group):
             continue
         if reference["image"] == target["image"] or screen.used_up(reference["image"], target["image"]):
             continue
+        looked_for[has_two] += 1
         edit = find_edit(read(reference["caption"]), read(target["caption"]), vocabulary)
-        if edit is None or (enough is not None and made[edit.kind] >= enough):
+        if edit is None:
             continue
         row: Row = {}
         reason: str | None = None
@@ -319,7 +321,6 @@ def make_rows(
         if reason is not None:
             yield row, reason
             continue
-        made[row["kind"]] += 1
         row["negatives"] = list(dict.fromkeys([row["reference"], *(rows(one)["image"] for one in pair.negatives)]))
         if row["target"] in row["negatives"]:
             row["negatives"].remove(row["target"])
