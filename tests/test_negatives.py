@@ -110,6 +110,12 @@ def test_kept_features_of_negatives_are_those_of_their_images(tiny_model, tiny_p
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
+def test_negatives_that_are_not_trained_with_are_not_read(tiny_model, tiny_processor, triplets, tmp_path):
+    bare = triplets.remove_columns(["negatives", "negative_ids"])
+    rows = bare.add_column("negatives", [["nowhere.png"]] * len(bare))
+    trainer_of(tiny_model, tiny_processor, rows, tmp_path, feature_cache=str(tmp_path / "cache")).train()
+
+
 def test_mined_negatives_are_near_but_not_suspiciously():
     targets = torch.nn.functional.normalize(
         torch.tensor([[1.0, 0], [0.99, 0.14], [0.8, 0.6], [0, 1], [1.0, 0]]), dim=1

@@ -89,10 +89,15 @@ class RowsWithNegatives(torch.utils.data.Dataset):
         return image, self.id_of.get(name, name)
 
 
-def check_negatives(model: Any, dataset: Any, args: Any) -> None:
-    """Raise a `ValueError` if hard negatives cannot go with a model, a data set or another argument."""
+def used_negatives(model: Any, dataset: Any, args: Any) -> Any:
+    """Return a data set without negatives that are not trained with, so that no one reads them.
+
+    Raises:
+        ValueError: if hard negatives cannot go with the model or the data set.
+    """
     if not args.hard_negatives:
-        return
+        columns = {"negatives", "negative_ids"} & {*(getattr(dataset, "column_names", None) or ())}
+        return dataset.remove_columns(sorted(columns)) if columns and isinstance(dataset, Dataset) else dataset
     if model is not None and not isinstance(unwrap(model), MODELS):
         raise ValueError(
             f"hard_negatives={args.hard_negatives}: the loss of {type(unwrap(model)).__name__} compares queries with "
@@ -101,6 +106,7 @@ def check_negatives(model: Any, dataset: Any, args: Any) -> None:
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         raise ValueError("hard_negatives needs all rows at once, untransformed: pass a datasets.Dataset, no stream")
     check_columns(dataset, ("reference_id",), "train_dataset (hard_negatives)")
+    return dataset
 
 
 def negative_columns(dataset: Dataset) -> list[str]:
@@ -193,8 +199,8 @@ def hard_rows(
 __all__ = [
     "MineNegatives",
     "RowsWithNegatives",
-    "check_negatives",
     "hard_rows",
     "mine_negatives",
     "negative_columns",
+    "used_negatives",
 ]

@@ -31,7 +31,7 @@ from .feature_cache import FeatureCollator, accept_cached_features, cache_featur
 from .gather import GatherWithGradient
 from .gradient_cache import embed_in_chunks
 from .hub import HubMixin, has_adapter
-from .negatives import MineNegatives, RowsWithNegatives, check_negatives, negative_columns
+from .negatives import MineNegatives, RowsWithNegatives, negative_columns, used_negatives
 from .objectives import TEXT_ANCHORED, SampleCollator, keep_features, own_samples, sample_rows
 from .optimization import METRIC_SCHEDULES, advance, check_optimizers, make_schedule, parameter_groups
 from .text_anchored import accept_pairs
@@ -100,7 +100,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         if samples:
             train_dataset = sample_rows(train_dataset, samples, args.batch_by)
             data_collator = data_collator or SampleCollator(processing_class, args.crop_scale, samples)
-        check_negatives(model, train_dataset, args)
+        train_dataset = used_negatives(model, train_dataset, args)
         self.rows_with_negatives: RowsWithNegatives | None = None
         if eval_dataset is not None:
             check_eval_dataset(eval_dataset, args.metric_for_best_model)
