@@ -152,6 +152,18 @@ def test_one_word_pairs_equal_a_comparison_of_all(tmp_path, english, monkeypatch
         assert {pair.reference, pair.target}.isdisjoint(set(pair.negatives) - {pair.reference})
 
 
+def test_an_interrupted_first_pass_resumes_behind_the_last_block(tmp_path, english, monkeypatch):
+    monkeypatch.setattr(pairs_module, "ROWS_OF_BLOCK", 4)
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n" + "".join(f"{n}.png,a {COLOURS[n % 4]} car\n" for n in range(10)))
+    pairs = list(find_pairs(index_captions(table, tmp_path / "work", english, progress=False)))
+    (tmp_path / "work" / "block-00002.json").unlink()  # killed before the last block was whole
+    (tmp_path / "work" / "keys-00002.npy").write_bytes(b"cut off")
+    first = (tmp_path / "work" / "keys-00000.npy").stat().st_mtime_ns
+    assert list(find_pairs(index_captions(table, tmp_path / "work", english, progress=False))) == pairs
+    assert (tmp_path / "work" / "keys-00000.npy").stat().st_mtime_ns == first, "a whole block was done again"
+
+
 def test_common_keys_are_dropped_and_pairs_of_a_key_capped(tmp_path, english, monkeypatch):
     monkeypatch.setattr(pairs_module, "PAIRS_OF_KEY", 5)
     table = tmp_path / "t.csv"
