@@ -1,10 +1,13 @@
 """Hard negatives: batches with further images, a mined pass, batches without repeated values."""
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from processes import run_in_processes
 from squares import square_triplets
 from transformers import TrainerCallback
 
@@ -204,3 +207,23 @@ def test_models_and_data_that_take_no_negatives(tiny_model, tiny_processor, trip
         trainer_of(tiny_model, tiny_processor, triplets.remove_columns("reference_id"), tmp_path, hard_negatives=1)
     with pytest.raises(ValueError, match="CASEModel compares queries with their own targets"):
         trainer_of(case_model(), tiny_processor, triplets, tmp_path, hard_negatives=1)
+
+
+def first_loss(folder, rows_of_all):
+    """Return the loss of the first step on the first twelve triplets, two negatives each."""
+    from tiny import make_model, make_processor
+
+    triplets = load_triplets(folder / "t.jsonl", folder)
+    settings = {"per_device_train_batch_size": rows_of_all // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 1}
+    settings |= {"hard_negatives": 2, "train_sampling_strategy": "sequential", "logging_steps": 1, "use_cpu": True}
+    trainer = trainer_of(make_model("blip", dropout=0.0), make_processor(), triplets, folder / "run", **settings)
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.slow
+def test_two_processes_share_their_negatives(triplets):
+    folder = Path(triplets.with_format("arrow")[0]["target"][0]["path"].as_py()).parent
+    (alone,) = run_in_processes(1, first_loss, folder, 12)
+    together = run_in_processes(2, first_loss, folder, 12)
+    assert together[0] == pytest.approx(alone, abs=1e-4)
