@@ -22,10 +22,10 @@ _NAMES_OF = {
     """,
     "data": """
         CIRBenchmark InstructWriter Making Protocol benchmark_from_triplets load_circled load_circo
-        load_cirr load_cirr_train load_edir load_genecis load_icir load_l_cirr load_pinpoint load_refined_cirr load_refined_fashioniq
-        load_emoji_cir load_emoji_cir_train load_emoji_pictures load_emoji_samples load_fashioniq load_fashioniq_train
-        load_hub_triplets load_laion_cir load_protocol load_samples load_triplets make_triplets stream_triplets
-        write_shards
+        load_cirr load_cirr_train load_edir load_genecis load_icir load_l_cirr load_pinpoint load_refined_cirr
+        load_refined_fashioniq load_emoji_cir load_emoji_cir_train load_emoji_pictures load_emoji_samples
+        load_fashioniq load_fashioniq_train load_hub_triplets load_laion_cir load_protocol load_samples
+        load_triplets make_triplets stream_triplets write_shards
     """,
     "embeddings": """
         EmbeddingStore encode_by_openvino
