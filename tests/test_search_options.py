@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,9 @@ from pvlf_hf import Gallery, TrainingFreeConfig, TrainingFreeModel
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.search import demo_session
 from pvlf_hf.search import metadata as metadata_module
-from pvlf_hf.search.demo_session import SHOWN, Asked, Searcher, Session
+from pvlf_hf.search.demo_session import MOST_UPLOADS, SHOWN, Searcher, SearchForm, Session
 from pvlf_hf.search.filters import passing_rows
+from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.requests import answer
 from pvlf_hf.search.results_page import search_page
 from pvlf_hf.search.terms import read_labelled
@@ -512,7 +514,7 @@ def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
         gallery.image("red.png"), TEXT, 12, texts={"dog": -1}, exclude=["red.png"], filter="price > 15"
     )
     assert session.shown == tuple(expected.ids) and "black.png" not in session.shown
-    assert searcher.weigh(session, 0.5).shown != () and session.steps[0].asked.without == "dog"
+    assert searcher.weigh(session, 0.5).shown != () and session.steps[0].form.without == "dog"
     page = Page(searcher, [])
     shown = page.search(session, "red", 0, "", "price < 0")
     assert "No image passes" in shown[page.heading]
@@ -524,8 +526,8 @@ def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
 def test_web_page_supports_every_option_of_search(gallery, tmp_path):
     searcher = Searcher(gallery, tmp_path)
 
-    def shown(session, text="", **asked):
-        session = searcher.search(session, text, 0, *Asked(**asked))
+    def shown(session, text="", **form):
+        session = searcher.search(session, text, 0, *SearchForm(**form))
         return list(session.shown), pytest.approx(session.scores, abs=1e-6), list(session.folded)
 
     def found(*args, **options):
@@ -557,11 +559,55 @@ def test_web_page_supports_every_option_of_search(gallery, tmp_path):
         "write a weight other than 0": (Session(), "", {"also": "0:red"}),
         "'none.png'": (Session(), "", {"like": "none.png"}),
     }
-    for reason, (session, text, asked) in refusals.items():
+    for reason, (session, text, form) in refusals.items():
         with pytest.raises(ValueError, match=reason):
-            shown(session, text, **asked)
+            shown(session, text, **form)
     with pytest.raises(ValueError, match="click one of the results"):
         searcher.like(Session(), "", 1.0)
+
+
+def test_several_uploads_are_searched_by_with_weights(gallery, photos, tmp_path):
+    searcher = Searcher(gallery, tmp_path)
+    mine = [demo_session.open_upload(photos / name) for name in ("red.png", "blue.png", "black.png")]
+    session, like = Session(), "lime.png"
+    for image, weight in ((mine[0], 1.0), (mine[1], -1.0), (mine[1], 1.0)):  # the second one twice
+        session, like = searcher.like(replace(session, reference=image), like, weight)
+    assert like == "lime.png\nyour image 1\nyour image 2" and session.reference is None
+    form = SearchForm(like="2:your image 1\n-your image 2\nlime.png", also="-dog")
+    session = searcher.search(replace(session, reference=mine[2]), TEXT, 0, *form)
+    expected = gallery.query([mine[2], (mine[0], 2.0), (mine[1], -1.0)], TEXT, texts={"dog": -1}, ids={"lime.png": 1})
+    query = session.steps[-1].query
+    for ours, theirs in zip((query.fused, *query.away), (expected.fused, *expected.away), strict=True):
+        assert ours.equal(theirs)
+    assert list(session.shown) == gallery.search(query=expected, k=SHOWN).ids
+    alone = searcher.search(Session(reference=mine[2]), TEXT, 0).steps[-1].query
+    assert not query.fused.equal(alone.fused) and query.away[0].norm() > 0
+    assert searcher.back(session, 0, 0).shown == session.shown  # the step's uploads are still there
+    session = searcher.search(session, TEXT, 0, *SearchForm(like="your image 2"))
+    assert list(session.uploads) == ["your image 2"]  # the others are no longer kept
+
+
+def test_uploads_are_limited_and_named_apart_from_the_gallery(gallery, photos, tmp_path):
+    pytest.importorskip("gradio")
+    from pvlf_hf.search.demo_page import Page
+
+    named = as_dataset([str(photos / "red.png")], ["your image 1"])
+    searcher = Searcher(Gallery.from_dataset(named, gallery.model, gallery.processor, progress=False), tmp_path)
+    session, like = Session(), ""
+    colors = ("red", "green", "blue", "yellow", "black")
+    mine = [Image.new("RGB", (8, 8), color) for color in colors]
+    for image in mine[:MOST_UPLOADS]:
+        session, like = searcher.like(replace(session, reference=image), like, 1.0)
+    assert like.splitlines() == [f"your image {number}" for number in range(2, MOST_UPLOADS + 2)]
+    full = replace(session, reference=mine[MOST_UPLOADS])
+    with pytest.raises(ValueError, match="4 of your own images are searched by already: remove a line"):
+        searcher.like(full, like, 1.0)
+    freed, like = searcher.like(full, "\n".join(like.splitlines()[1:]), -1.0)
+    assert like.splitlines()[-1] == "-your image 2" and freed.uploads["your image 2"] is full.reference
+    page = Page(searcher, [])
+    assert "up to 4, each at most 20 MB and 64 million pixels" in page.like.info
+    shown = page.add(1.0, replace(session, reference="your image 1"), "your image 3")
+    assert [one["caption"] for one in shown[page.uploads].value] == ["your image 3"]
 
 
 def test_pages_of_the_web_page_follow_each_other(gallery, tmp_path, monkeypatch):

@@ -123,6 +123,12 @@ def grid(page):
     return [(int(Path(cell.locator("img").get_attribute("src")).stem), cell.inner_text().strip()) for cell in cells]
 
 
+def ranked(gallery, found):
+    """Return a result as [`grid`] does."""
+    results = enumerate(zip(found.ids, found.scores, strict=True), 1)
+    return [(gallery.ids.index(image_id), f"{rank} · {score:.2f}") for rank, (image_id, score) in results]
+
+
 def wait_for(page, cells):
     """Wait until the grid shows `cells`; a failure reports what it shows instead."""
     deadline = time.monotonic() + 10
@@ -232,15 +238,24 @@ def test_a_part_of_an_image_and_images_of_the_gallery_are_searched_by(browse, ot
     assert written.splitlines() == [("-" if weight < 0 else "") + one for one, weight in chosen.items()]
     page.get_by_role("button", name="Search").click()
     found = truth.search(ids=chosen, k=2 * demo_session.SHOWN)
-    rows = [
-        (truth.ids.index(one), f"{rank} · {score:.2f}")
-        for rank, (one, score) in enumerate(zip(found.ids, found.scores, strict=True), 1)
-    ]
+    rows = ranked(truth, found)
     wait_for(page, rows[: demo_session.SHOWN])
     page.get_by_role("button", name="Later").click()
     wait_for(page, rows[demo_session.SHOWN :])
     page.get_by_role("button", name="Earlier").click()
     wait_for(page, rows[: demo_session.SHOWN])
+
+    page.locator("#reference input[type=file]").set_input_files(
+        {"name": "mine.png", "mimeType": "image/png", "buffer": png(mine)}
+    )
+    page.locator("#reference img").wait_for()
+    page.get_by_role("button", name="Less like it").click()
+    page.locator("#uploads img").wait_for()
+    assert page.locator("#uploads").inner_text().strip() == "your image 1"
+    assert page.get_by_label("Like these images").input_value() == written + "\n-your image 1"
+    submit(page, "a flag")
+    found = truth.search([(mine, -1.0)], "a flag", ids=chosen, k=demo_session.SHOWN)
+    wait_for(page, ranked(truth, found))
 
 
 def test_visitors_see_messages_for_invalid_input(browse):

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .demo_session import Asked, Searcher, Session, has_both, open_upload
+from .demo_session import MAX_PIXELS, MOST_UPLOADS, Searcher, SearchForm, Session, has_both, open_upload
+from .middleware import MAX_UPLOAD
 
 try:
     import gradio as gr
@@ -22,19 +23,19 @@ CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 #examples {flex-wrap: wrap; gap: 8px}
 #examples button {flex: 0 1 auto; white-space: normal}
-#grid .grid-wrap, #trail .grid-wrap {min-height: 0; max-height: none}
-#trail .gallery-item {width: auto}
+#grid .grid-wrap, .strip .grid-wrap {min-height: 0; max-height: none}
+.strip .gallery-item {width: auto}
 #grid .grid-container {grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px}
-#grid .thumbnail-item, #trail .thumbnail-item {background: white; display: flex; align-items: center}
+#grid .thumbnail-item, .strip .thumbnail-item {background: white; display: flex; align-items: center}
 #grid .thumbnail-item {flex-direction: column; aspect-ratio: 5 / 6}
 #grid .thumbnail-item img {flex: 1; min-height: 0; padding: 4px}
-#grid .caption-label, #trail .caption-label {position: static; border: 0; background: none; color: #555}
+#grid .caption-label, .strip .caption-label {position: static; border: 0; background: none; color: #555}
 #grid .caption-label {opacity: 1 !important}
-#trail {border: 0}
-#trail .grid-container {display: flex; flex-wrap: wrap; padding: 0; gap: 8px}
-#trail .thumbnail-item {width: auto; height: 56px; aspect-ratio: auto; padding: 0 4px}
-#trail .thumbnail-item img {width: 44px; height: 44px}
-#trail .caption-label {max-width: 180px}
+.strip {border: 0}
+.strip .grid-container {display: flex; flex-wrap: wrap; padding: 0; gap: 8px}
+.strip .thumbnail-item {width: auto; height: 56px; aspect-ratio: auto; padding: 0 4px}
+.strip .thumbnail-item img {width: 44px; height: 44px}
+.strip .caption-label {max-width: 180px}
 #balance .tab-like-container {display: none}
 #balance .min_value, #balance .max_value {display: inline; font-size: 0}
 #balance .min_value::before {content: "image"; font-size: 13px}
@@ -69,7 +70,8 @@ class Page:
         self.session = gr.State(Session())
         gr.Markdown(f"# This image, *but* …\nSearch {number} images by an image and what should be different.")
         still: dict[str, Any] = {"interactive": False, "buttons": []}
-        strip = still | {"allow_preview": False, "object_fit": "scale-down"}
+        images = still | {"allow_preview": False, "object_fit": "scale-down"}
+        strip = images | {"elem_classes": "strip"}
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 self.reference = gr.Image(
@@ -97,7 +99,7 @@ class Page:
                     elem_id="filter",
                 )
                 with gr.Accordion("More ways to ask", open=False, elem_id="more"):
-                    self._lay_out_more()
+                    self._lay_out_more(strip)
                 with gr.Row():
                     self.button = gr.Button("Search", variant="primary", min_width=100, elem_id="search")
                     self.over = gr.Button("Start over", min_width=100, elem_id="over")
@@ -118,26 +120,28 @@ class Page:
                     ]
                 self.trail = gr.Gallery(show_label=False, visible=False, elem_id="trail", **strip)
                 self.heading = gr.Markdown(elem_id="heading")
-                self.grid = gr.Gallery(show_label=False, elem_id="grid", **strip)
+                self.grid = gr.Gallery(show_label=False, elem_id="grid", **images)
                 with gr.Row(visible=False, elem_id="pages") as self.pages:
                     self.earlier, self.later = (gr.Button(one, size="sm") for one in ("Earlier", "Later"))
                 with gr.Accordion("Why these?", open=False, visible=False, elem_id="why") as self.panel, gr.Row():
                     self.shares = gr.Label(label="What the query is made of", show_heading=False, min_width=200)
                     self.attention = gr.Image(label="Where the model looked", height=230, min_width=200, **still)
 
-    def _lay_out_more(self) -> None:
-        """Lay out the fields that most visitors leave empty."""
+    def _lay_out_more(self, strip: dict[str, Any]) -> None:
+        """Lay out the fields that most visitors leave empty, and a strip of images."""
         with gr.Row():
             self.more = gr.Button("More like this image", size="sm", min_width=100)
             self.less = gr.Button("Less like it", size="sm", min_width=100)
         lines: dict[str, Any] = {"lines": 1, "max_lines": 6}
         self.like = gr.Textbox(
             label="Like these images",
-            info="images of this gallery, one a line: a.jpg, 2:b.jpg, -c.jpg",
+            info="one a line: a.jpg, 2:b.jpg, -c.jpg; the buttons add the image above, also your own: up to "
+            f"{MOST_UPLOADS}, each at most {MAX_UPLOAD // 2**20} MB and {MAX_PIXELS // 10**6} million pixels",
             max_length=10_000,
             elem_id="like",
             **lines,
         )
+        self.uploads = gr.Gallery(show_label=False, visible=False, elem_id="uploads", **strip)
         self.also = gr.Textbox(
             label="Further texts", info="one a line: red, 2:red, -stripes", max_length=2000, elem_id="also", **lines
         )
@@ -154,8 +158,8 @@ class Page:
     def _connect(self) -> None:
         session, balance, reference = self.session, self.balance, self.reference
         why = [self.panel, self.shares, self.attention]
-        results = [session, self.grid, self.heading, self.trail, self.pages, balance, *why]
-        fields = [self.text, *(getattr(self, name) for name in Asked._fields)]
+        results = [session, self.grid, self.heading, self.trail, self.pages, self.uploads, balance, *why]
+        fields = [self.text, *(getattr(self, name) for name in SearchForm._fields)]
         everything = [*results, reference, *fields]
         begin, go = [self.blocks.load, self.over.click], [self.button.click, *(one.submit for one in fields)]
         _listen("start", begin, self.start, [], everything)
@@ -168,7 +172,7 @@ class Page:
         searched.success(None, js=LOOK)
         for name, button, weight in (("more", self.more, 1.0), ("less", self.less, -1.0)):
             act = partial(self.add, weight)
-            _listen(name, [button.click], act, [session, self.like], [session, reference, self.like])
+            _listen(name, [button.click], act, [session, self.like], [session, reference, self.like, self.uploads])
         for name, button, pages in (("earlier", self.earlier, -1), ("later", self.later, 1)):
             turned = _listen(name, [button.click], partial(self.turn, pages), [session, balance], results)
             turned.success(None, js=LOOK)
@@ -180,14 +184,14 @@ class Page:
 
     def start(self) -> dict[Any, Any]:
         """Show images to start from."""
-        return self._show(self.searcher.browse(), reference=None, text="", balance=0, **Asked()._asdict())
+        return self._show(self.searcher.browse(), reference=None, text="", balance=0, **SearchForm()._asdict())
 
     def example(self, number: int) -> dict[Any, Any]:
         """Search for an example."""
         reference, text = self.examples[number]
         session = self.searcher.search(Session(reference=reference), text, 0)
         shown = {"reference": self.searcher.file(reference), "text": text, "balance": 0}
-        return self._show(session, **shown, **Asked()._asdict())
+        return self._show(session, **shown, **SearchForm()._asdict())
 
     def take(self, session: Session, upload: dict[str, Any] | None) -> dict[Any, Any]:
         """Take the visitor's own image."""
@@ -206,11 +210,16 @@ class Page:
     def add(self, weight: float, session: Session, like: str) -> dict[Any, Any]:
         """Move the reference to the images to search by, or away from."""
         session, like = self.searcher.like(session, like, weight)
-        return {self.session: session, self.reference: None, self.like: like}
+        return {
+            self.session: session,
+            self.reference: None,
+            self.like: like,
+            self.uploads: self._show_uploads(session),
+        }
 
-    def search(self, session: Session, text: str, balance: float, *asked: str) -> dict[Any, Any]:
-        """Search by the reference, the text and the fields of [`Asked`] that the visitor entered."""
-        return self._show(self.searcher.search(session, text, balance, *asked))
+    def search(self, session: Session, text: str, balance: float, *entries: str) -> dict[Any, Any]:
+        """Search by the reference, the text and the fields of [`SearchForm`] that the visitor entered."""
+        return self._show(self.searcher.search(session, text, balance, *entries))
 
     def turn(self, pages: int, session: Session, balance: float) -> dict[Any, Any]:
         """Show earlier or later results."""
@@ -225,7 +234,7 @@ class Page:
         session = self.searcher.back(session, event.index, balance)
         step = session.steps[-1]
         reference = self.searcher.file(step.reference)
-        return self._show(session, reference=reference, text=step.text, **step.asked._asdict())
+        return self._show(session, reference=reference, text=step.text, **step.form._asdict())
 
     def _show(self, session: Session, **values: Any) -> dict[Any, Any]:
         """Return the value of every component that follows from a session, and the values given by name."""
@@ -251,12 +260,18 @@ class Page:
                 selected_index=None,
             ),
             self.pages: gr.Row(visible=bool(captions)),
+            self.uploads: self._show_uploads(session),
             self.balance: gr.Slider(interactive=not steps or has_both(steps[-1].query), **slider),
             self.panel: gr.Accordion(visible=why is not None),
             self.shares: why.shares if why else None,
             self.attention: why.attention if why else None,
         }
         return shown | {getattr(self, name): value for name, value in values.items()}
+
+    def _show_uploads(self, session: Session) -> gr.Gallery:
+        """Return the visitor's own images that are searched by, under their names."""
+        shown = [(self.searcher.file(image), name) for name, image in session.uploads.items()]
+        return gr.Gallery(shown, visible=bool(shown), selected_index=None)
 
 
 def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *components: Any, **options: Any) -> Any:

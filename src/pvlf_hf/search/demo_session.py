@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from .gallery import Gallery
 from .query import FUSION, Explanation, Query, Weights
 from .terms import labelled, read_labelled
 
-SHOWN = 12
-"""Images in the grid (our choice)."""
+SHOWN, MOST_UPLOADS = 12, 4
+"""Images in the grid, and the visitor's own images that may be searched by beside the reference (our choice: each is
+kept in memory)."""
 
 LONGEST, THUMBNAIL, MAX_PIXELS = 1024, 400, 64 * 10**6
 """Pixels (our choice): the longer side that uploads are reduced to (models see 224 to 384), the longer side of images
@@ -35,14 +37,14 @@ class Why(NamedTuple):
     attention: PILImage.Image
 
 
-class Asked(NamedTuple):
+class SearchForm(NamedTuple):
     """What a visitor entered beside the reference and the text, as it was entered.
 
     Args:
         without: text to lead away from.
         filter: condition on columns of the gallery's metadata.
         also: further texts, one a line, weighed as on the command line: `2:red`, `-stripes`.
-        like: ids of images in the gallery, one a line, weighed alike.
+        like: ids of images in the gallery and names of the visitor's own, one a line, weighed alike.
         part: left, top, right and bottom of the part of the reference to search by, in percent of it.
         least: least score of a result.
         fold: cosine from which near-duplicates are folded.
@@ -75,7 +77,7 @@ class Step:
         seen: the part of it that was searched by.
         query: the encoded query.
         text: what should be different.
-        asked: what else was entered.
+        form: what else was entered.
         why: explanation, where the model gives one.
     """
 
@@ -83,7 +85,7 @@ class Step:
     seen: Reference
     query: Query = field(repr=False)
     text: str = ""
-    asked: Asked = Asked()
+    form: SearchForm = SearchForm()
     why: Why | None = field(default=None, repr=False)
 
 
@@ -98,6 +100,7 @@ class Session:
         scores: cosines of the images in the grid; empty while they are random images to start from.
         folded: number of near-duplicates folded into each.
         offset: results that earlier pages have shown.
+        uploads: the visitor's own images that are searched by beside the reference, by the names that they were given.
     """
 
     steps: tuple[Step, ...] = ()
@@ -106,6 +109,7 @@ class Session:
     scores: tuple[float, ...] = ()
     folded: tuple[int, ...] = ()
     offset: int = 0
+    uploads: dict[str, PILImage.Image] = field(default_factory=dict)
 
 
 class Searcher:
@@ -132,15 +136,37 @@ class Searcher:
 
     def like(self, session: Session, like: str, weight: float) -> tuple[Session, str]:
         """Move the reference to the images to search by, weight 1, or away from, -1; return them one a line."""
+        if session.reference is None:
+            raise ValueError("drop an image or pick one first: click one of the results")
+        weights = _weights(like)
+        uploads = _named_uploads(session, weights)
+        name = self._name_of(session.reference, uploads, weights)
         if not isinstance(session.reference, str):
-            raise ValueError("pick an image of the gallery first: click one of the results")
-        lines = [line for line in _lines(like) if read_labelled(line)[0] != session.reference]
-        added = labelled(session.reference, weight)
-        if read_labelled(added) != (session.reference, weight):  # its id begins as a weight does
-            added = f"{weight:g}:{session.reference}"
-        return replace(session, reference=None), "\n".join([*lines, added])
+            uploads[name] = session.reference
+        lines = [line for line in _lines(like) if read_labelled(line)[0] != name]
+        added = labelled(name, weight)
+        if read_labelled(added) != (name, weight):  # its id begins as a weight does
+            added = f"{weight:g}:{name}"
+        return replace(session, reference=None, uploads=uploads), "\n".join([*lines, added])
 
-    def search(self, session: Session, text: str, balance: float, *asked: str) -> Session:
+    def _name_of(
+        self, reference: PILImage.Image | str, uploads: dict[str, PILImage.Image], weights: dict[str, float]
+    ) -> str:
+        """Return the id of an image of the gallery, or the name of the visitor's own, a new one unless it has one.
+
+        Raises:
+            ValueError: if as many uploads as are allowed are searched by already.
+        """
+        if isinstance(reference, str):
+            return reference
+        if found := [name for name, image in uploads.items() if image == reference]:
+            return found[0]
+        if len(uploads.keys() & weights) >= MOST_UPLOADS:
+            raise ValueError(f"{MOST_UPLOADS} of your own images are searched by already: remove a line of them first")
+        names = (f"your image {number}" for number in count(1))
+        return next(name for name in names if name not in uploads and name not in self.row_of)
+
+    def search(self, session: Session, text: str, balance: float, *entries: str) -> Session:
         """Search by the reference and the text.
 
         A search from the reference of the last step replaces that step; one from a result of it continues the chain.
@@ -149,27 +175,31 @@ class Searcher:
             session: the visitor's session.
             text: what should be different, or what to look for.
             balance: see [`weights_of`].
-            *asked: fields of [`Asked`].
+            *entries: fields of [`SearchForm`].
         """
-        reference, text, entered = session.reference, text.strip(), Asked(*(one.strip() for one in asked))
-        texts, ids = (dict(map(read_labelled, _lines(field))) for field in (entered.also, entered.like))
-        if reference is None and not text and not texts and not ids:
+        reference, text, form = session.reference, text.strip(), SearchForm(*(one.strip() for one in entries))
+        texts, like = _weights(form.also), _weights(form.like)
+        if reference is None and not text and not texts and not like:
             raise ValueError("nothing to search by: drop or pick an image, say what to look for, or both")
         image = self.gallery.image(reference) if isinstance(reference, str) else reference
         seen = reference
-        if entered.part:
-            image = part_of(image, entered.part)
+        if form.part:
+            image = part_of(image, form.part)
             seen = clean(image, LONGEST)
-        more = texts | ({entered.without: -1.0} if entered.without else {})
-        alone = not any(weight > 0 for weight in (*more.values(), *ids.values()))
+        more = texts | ({form.without: -1.0} if form.without else {})
+        alone = not any(weight > 0 for weight in (*more.values(), *like.values()))
         explain = self.gallery.model.explains and image is not None and bool(text) and alone
-        query = self.gallery.query(image, text or None, explain, texts=more or None, ids=ids or None)
+        ids = {name: weight for name, weight in like.items() if name not in session.uploads}
+        own = [(session.uploads[name], weight) for name, weight in like.items() if name not in ids]
+        images = own if image is None else [(image, 1.0), *own]
+        query = self.gallery.query(images or None, text or None, explain, texts=more or None, ids=ids or None)
         why = self._why(query, query.why[0]) if query.why else None
         query = replace(query, images=(), why=())  # without megabytes of pixels and attention
-        step = Step(reference, seen, query, text, entered, why)
+        step = Step(reference, seen, query, text, form, why)
         again = session.steps and session.steps[-1].reference == reference
         steps = (*(session.steps[:-1] if again else session.steps), step)
-        return self.weigh(replace(session, steps=steps), balance)
+        session = replace(session, steps=steps)
+        return self.weigh(replace(session, uploads=_named_uploads(session, like)), balance)
 
     def weigh(self, session: Session, balance: float) -> Session:
         """Search the last query with other weights; no encoder runs."""
@@ -188,7 +218,7 @@ class Searcher:
         step = session.steps[-1]
         weights = weights_of(balance) if has_both(step.query) else FUSION
         itself = [step.reference] if isinstance(step.reference, str) and len(self.gallery) > 1 else []
-        settings = {"k": SHOWN, "offset": offset, "weights": weights, "exclude": itself, **step.asked.settings}
+        settings = {"k": SHOWN, "offset": offset, "weights": weights, "exclude": itself, **step.form.settings}
         result = self.gallery.search(query=step.query, **settings)
         folded = tuple(len(result.folded.get(image_id, [])) for image_id in result.ids)
         return replace(session, shown=tuple(result.ids), scores=tuple(result.scores), folded=folded, offset=offset)
@@ -266,6 +296,17 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def _weights(entered: str) -> dict[str, float]:
+    """Return the weight of each text or image that was entered, one a line."""
+    return dict(map(read_labelled, _lines(entered)))
+
+
+def _named_uploads(session: Session, like: dict[str, float]) -> dict[str, PILImage.Image]:
+    """Return the uploads that are still needed: those to search by now, and those of the chain's steps."""
+    named = set(like).union(*(_weights(step.form.like) for step in session.steps))
+    return {name: image for name, image in session.uploads.items() if name in named}
+
+
 def _number(entered: str, what: str) -> float | None:
     """Return a number that was entered, None where none was."""
     try:
@@ -303,4 +344,4 @@ def clean(image: PILImage.Image, longest: int) -> PILImage.Image:
     return PILImage.fromarray(np.asarray(rgb))
 
 
-__all__ = ["SHOWN", "Asked", "Searcher", "Session", "open_upload", "weights_of"]
+__all__ = ["MAX_PIXELS", "MOST_UPLOADS", "SHOWN", "SearchForm", "Searcher", "Session", "open_upload", "weights_of"]
