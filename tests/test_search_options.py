@@ -582,7 +582,9 @@ def test_several_uploads_are_searched_by_with_weights(gallery, photos, tmp_path)
     assert list(session.shown) == gallery.search(query=expected, k=SHOWN).ids
     alone = searcher.search(Session(reference=mine[2]), TEXT, 0).steps[-1].query
     assert not query.fused.equal(alone.fused) and query.away[0].norm() > 0
-    assert searcher.back(session, 0, 0).shown == session.shown  # the step's uploads are still there
+    went_on = searcher.search(searcher.pick(session, 0), "red", 0)
+    again = searcher.search(searcher.back(went_on, 0, 0), TEXT, 0, *form)  # by uploads that only the step still names
+    assert again.shown == session.shown != went_on.shown and again.scores == session.scores
     session = searcher.search(session, TEXT, 0, *SearchForm(like="your image 2"))
     assert list(session.uploads) == ["your image 2"]  # the others are no longer kept
 
