@@ -1,5 +1,6 @@
 """The web demo in a real browser, under attack over HTTP, and as a process like a Hub Space."""
 
+import asyncio
 import copy
 import io
 import os
@@ -17,11 +18,13 @@ from pathlib import Path
 import datasets
 import httpx
 import pytest
-from load_demo import CARD, chromium, expected, load, png
+from dual_encoders import save_dual_encoder
+from load_demo import CARD, Client, chromium, expected, load, png
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
+from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.search import demo_session, web_demo
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
@@ -459,6 +462,12 @@ def test_concurrent_clients_get_correct_results(url, other_gallery, figure):
     figure("no answer wrong or lost")
 
 
+async def searched(url, text):
+    """Return what a search by a text shows."""
+    async with Client(url, "visitor") as client:
+        return await client.results("search", text, 0)
+
+
 def test_app_runs_as_a_hub_space(gallery, tmp_path):
     """Run the app of the module's docstring as a process, in its own folder and a Space's environment."""
     app = textwrap.dedent(re.search(r"```python\n(.*?)```", web_demo.__doc__, re.DOTALL)[1])
@@ -467,10 +476,12 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
     for path in gallery.paths[:3]:
         shutil.copy(path, tmp_path / "photos")
     (tmp_path / "sitecustomize.py").write_text(WATCH)
+    save_dual_encoder("clip", tmp_path / "clip")  # a plain encoder is a model, too
+    known = Gallery.from_folder(tmp_path / "photos", *load_model(str(tmp_path / "clip")), progress=False)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = os.environ | {
-        "PVLF_MODEL": str(CARD),
+        "PVLF_MODEL": "clip",
         "PVLF_GALLERY": "photos",
         "GRADIO_SERVER_NAME": "0.0.0.0",
         "GRADIO_SERVER_PORT": str(port),
@@ -487,6 +498,9 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
             with httpx.Client(base_url=f"http://127.0.0.2:{port}", transport=proxy) as client:
                 assert "This image" in client.get("/config", headers={"Host": "me-demo.hf.space"}).text
                 assert len(list(tmp_path.glob("pvlf-demo-*"))) == 1
+                with ThreadPoolExecutor(1) as thread:  # the browser's event loop runs in this one
+                    found = thread.submit(asyncio.run, searched(f"http://127.0.0.1:{port}", "a red flag")).result()
+                assert found == ranked(known, known.search(text="a red flag"))
                 for visitor, expected_code in ((1, 400), (1, 429), (2, 400)):  # counted separately behind the proxy
                     for _ in range(REQUESTS_PER_MINUTE if expected_code == 400 and visitor == 1 else 1):
                         headers = {"X-Forwarded-For": f"10.0.0.{visitor}"}
