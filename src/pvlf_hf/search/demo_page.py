@@ -135,7 +135,7 @@ class Page:
         lines: dict[str, Any] = {"lines": 1, "max_lines": 6}
         self.like = gr.Textbox(
             label="Like these images",
-            info="one a line: a.jpg, 2:b.jpg, -c.jpg; the buttons add the image above, also your own: up to "
+            info="one a line: a.jpg, 2:b.jpg, -c.jpg. The buttons add the image above. Your own: up to "
             f"{MOST_UPLOADS}, each at most {MAX_UPLOAD // 2**20} MB and {MAX_PIXELS // 10**6} million pixels",
             max_length=10_000,
             elem_id="like",
