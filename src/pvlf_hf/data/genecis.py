@@ -16,6 +16,7 @@ import PIL.Image
 from datasets import Dataset, Image, concatenate_datasets
 
 from ..digests import annotations_digest, sequence_digest
+from ..models.image_processing_pvlf import open_image
 from .annotations import check_counts_of, check_records, find_file, make_benchmark, read_records
 from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path, check_choice
@@ -186,7 +187,7 @@ def crop(dataset: Dataset, column: str, boxes: Sequence[Sequence[float]]) -> Dat
 
 
 def _crop_row(row: dict[str, Any], number: int, column: str, boxes: list[list[float]]) -> dict[str, Any]:
-    with PIL.Image.open(row[column]["path"]) as image:
+    with open_image(row[column]["path"]) as image:
         left, top, width, height = boxes[number]
         left, top = max(0, left - DILATION * width), max(0, top - DILATION * height)
         right, bottom = left + (1 + DILATION) * width, top + (1 + DILATION) * height

@@ -11,6 +11,7 @@
 Shapes: Q queries, N gallery images, at most G positives per query, embedding width d.
 
 Example:
+    >>> from pvlf_hf.evaluation.ranking import target_ranks
     >>> queries, gallery, target = torch.eye(2), torch.eye(2), 0
     >>> rankings = [rank_gallery(query, gallery).tolist() for query in queries]
     >>> rankings
