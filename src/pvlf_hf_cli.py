@@ -65,11 +65,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambd
 HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(cls=Commands, context_settings=SETTINGS, pretty_exceptions_enable=False, **PLAIN)
-app.command(no_args_is_help=True)(compare)
 app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
-for command in (triplets, report):
-    app.command(no_args_is_help=True)(command)
 
 MODEL = typer.Option(
     envvar="PVLF_MODEL", help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.", show_default=False
@@ -358,7 +355,7 @@ def card(
         list[str] | None, typer.Option(help="Benchmark on the Hub, emoji-cir=you/emoji-cir; repeat it.")
     ] = None,
 ) -> None:
-    """Write the model card of a checkpoint, from its results, and .eval_results/ for the Hub's leaderboards.
+    """Write the model card of a checkpoint, and .eval_results/.
 
     \b
     pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
@@ -432,6 +429,10 @@ def check_index(index: Path) -> None:
     """Refuse a folder that holds no index; amid a replacement it is elsewhere."""
     if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir():
         raise ValueError(f"{index} is not an index: build it with `pvlf-hf index PHOTOS --path {index}`")
+
+
+for command in (compare, triplets, report):  # of the other module; help lists commands in the order of registration
+    app.command(no_args_is_help=True)(command)
 
 
 def main(command_line: Sequence[str] | None = None) -> None:

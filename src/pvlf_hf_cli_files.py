@@ -60,7 +60,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods: one table with intervals, paired tests and costs.
+    """Compare methods: a table of intervals, tests and costs.
 
     \b
     pvlf-hf compare PVLF=outputs/pvlf-*/results.json TransAgg=outputs/transagg/results.json --against TransAgg
@@ -245,7 +245,9 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Report on training triplets, your own or published ones: repetition, grammar, overlap, false negatives.
+    """Report on training triplets, your own or published ones.
+
+    The report has repetition, grammar, overlap with the captions and false negatives.
 
     \b
     pvlf-hf report triplets.jsonl --images photos/

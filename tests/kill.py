@@ -178,9 +178,9 @@ def read(file):
 
 
 def without_speed(value):
-    """Return JSON content without the duration of an evaluation."""
+    """Return JSON content without durations."""
     if isinstance(value, dict):
-        return {k: without_speed(v) for k, v in value.items() if not k.endswith(("_runtime", "_per_second"))}
+        return {k: without_speed(v) for k, v in value.items() if not k.endswith(("_runtime", "_per_second", "_ms"))}
     return [without_speed(v) for v in value] if isinstance(value, list) else value
 
 

@@ -103,7 +103,7 @@ def test_help_does_not_import_torch():
     done = process("--help", python=("-X", "importtime"))
     assert done.returncode == 0 and not re.search(r"\b(torch|transformers|pvlf_hf)\b", done.stderr)
     lines = done.stdout.partition("Commands:\n")[2].splitlines()
-    names = ["index", "search", "serve", "demo", "train", "evaluate", "card", "doctor", "submit", "convert"]
+    names = "index search serve demo train evaluate card doctor compare triplets report submit convert".split()
     assert [line.split()[0] for line in lines] == names and all(line.endswith(".") for line in lines)
     assert not any(line.endswith("...") for line in lines)  # cut off
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout

@@ -316,6 +316,7 @@ def test_commands_of_the_readme_run(clone, monkeypatch):
     rows = [f"{a}.png,make it {b},{b}.png" for a in COLOURS[:3] for b in COLOURS[:3] if a != b]
     for table in ("triplets.csv", "held_out.csv"):
         (clone / table).write_text("\n".join(["reference,caption,target", *rows]))
+    (clone / "captions.csv").write_text("\n".join(["image,caption", *(f"{c}.png,a {c} square" for c in COLOURS)]))
     (clone / "prices.csv").write_text("file_name,price\n" + "".join(f"{one.name},40\n" for one in photos.iterdir()))
     make_all(clone / "data")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -331,6 +332,6 @@ def test_commands_of_the_readme_run(clone, monkeypatch):
                 run.append(rest[0])
                 damaged = rest[0] == "doctor"  # a data set this small lacks most of the published queries
                 assert done.exit_code == int(damaged), done.stderr
-    assert run == ["index", "search", "search", "train", "search", "evaluate", "doctor"]
+    assert run == ["index", "search", "search", "triplets", "train", "search", "evaluate", "doctor"]
     assert "<html" in (clone / "result.html").read_text() and (clone / "outputs" / "mine" / "results.json").exists()
     assert (clone / "outputs" / "emoji-evaluation" / "results.md").exists()

@@ -21,6 +21,7 @@ root has a folder for each data set: `cirr/`, `fashioniq/`, `circo/`, `icir/`, .
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from ..checkpoints.model_card import protocol_cards, results_tables
 from ..data.benchmark import CIRBenchmark
 from ..data.protocols import describe_protocols, load_protocol
 from ..dtypes import DTYPES
-from ..embeddings.embedding_store import EmbeddingStore
+from ..embeddings.embedding_store import EmbeddingStore, made_by
 from ..embeddings.encoding import FORMER_NAME, QUERY_METHODS, embed, method_named
 from ..evaluation.costs import costs
 from ..evaluation.metrics import metrics_named
@@ -123,8 +124,18 @@ def measure(args: EvaluationArguments) -> tuple[list[Evaluation], list[Path]]:
             if len(measured) > 1 and metrics_named(measured[0].protocol["metrics"]).reports_average:
                 evaluations.append(average(measured))
     if state.is_main_process:  # also without evaluations: states how the servers' files were made
-        write(Path(args.output_dir), evaluations, args, costs(model, processor, protocols[0][0].queries))
+        folder, digest = Path(args.output_dir), made_by(model, processor)["fingerprint"]
+        cost = measured_costs(folder, digest) or costs(model, processor, protocols[0][0].queries)
+        write(folder, evaluations, args, fingerprint=digest, cost=cost)
     return evaluations, submissions
+
+
+def measured_costs(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return the costs in a folder's `results.json` if they are of the same model; None without."""
+    with suppress(OSError, json.JSONDecodeError):
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        return results.get("cost") if results.get("fingerprint") == fingerprint else None
+    return None
 
 
 def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]:
@@ -133,10 +144,10 @@ def baselines(name: str, benchmarks: Sequence[CIRBenchmark]) -> list[Evaluation]
     return evaluate_all(model.to(PartialState().device), processor, benchmarks, ("image", "text", "image+text"))
 
 
-def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments, cost: dict[str, Any]) -> None:
+def write(folder: Path, evaluations: list[Evaluation], args: EvaluationArguments, **facts: Any) -> None:
     """Write `results.json`, the values of every query beside it, and `results.md`."""
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
-    write_results(folder / "results.json", evaluations, arguments=arguments, cost=cost)
+    write_results(folder / "results.json", evaluations, arguments=arguments, **facts)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     cards = protocol_cards(evaluations, results["environment"])
     parts = [f"# {args.model}", results_tables(results["evaluations"]), "## How it was measured", cards]
