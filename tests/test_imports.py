@@ -148,6 +148,7 @@ FOLDERS = {
         "negatives",
         "cpu_dropout",
         "gradient_cache",
+        "own_forward",
         "feature_cache",
         "gather",
         "optimization",

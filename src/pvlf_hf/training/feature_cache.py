@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,6 +36,7 @@ from ..models.modeling_case import CASEModel
 from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_pvlf import PVLFModel
 from .batches import ids_of, negatives_of
+from .own_forward import replace_forward
 
 logger = logging.get_logger(__name__)
 
@@ -226,17 +226,13 @@ def accept_cached_features(model: nn.Module) -> None:
     Args:
         model: one of the classes in `CACHED`, or one inside an adapter of PEFT; before DDP or FSDP wraps it.
     """
-    inner: Any = unwrap(model)
-    if "forward" not in vars(inner):
-        inner.forward = partial(_forward_of_cached_features, inner)  # a bound method could not be pickled
+    replace_forward(model, _forward_of_cached_features)
 
 
 def _forward_of_cached_features(
     self: Any, *args: Any, encoder_outputs: dict[str, Any] | None = None, **inputs: Any
 ) -> ComposedRetrievalOutput:
     """Compute what the model's `forward` does, with cached outputs of frozen encoders in place of their inputs."""
-    if args and args[0] is self:  # Accelerate's unwrap_model binds a forward to its model once more
-        args = args[1:]
     if encoder_outputs is None:
         return type(self).forward(self, *args, **inputs)
     facts: Any = _facts_of(self)

@@ -180,9 +180,12 @@ def hard_rows(
         threshold: share of the positive's score that a negative may have.
         pool: rows returned for a query, at most.
     """
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(target_ids))}
+    first_row: dict[str, int] = {}
+    for row, name in enumerate(target_ids):
+        first_row.setdefault(name, row)
+    numbers = {name: number for number, name in enumerate(first_row)}
     ids = torch.tensor([numbers[name] for name in target_ids])
-    first = torch.tensor([target_ids.index(name) for name in numbers])  # one row of each target
+    first = torch.tensor(list(first_row.values()))  # one row of each target
     found = []
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         block = queries[start : start + QUERIES_AT_ONCE]

@@ -6,13 +6,13 @@ image encoder's attention moves them (arXiv 2405.00571, written anew from the pa
 so that a tuned model is an ordinary [`TrainingFreeModel`], and a start for PVLF.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..models.dual_encoder_pvlf import DualEncoderModel
-from ..models.interface_pvlf import ComposedRetrievalOutput, unwrap
+from ..models.interface_pvlf import ComposedRetrievalOutput
+from .own_forward import replace_forward
 
 RANK = 16
 """Rank of the adapter (arXiv 2405.00571)."""
@@ -56,9 +56,7 @@ def accept_pairs(model: nn.Module) -> None:
     Args:
         model: a [`TrainingFreeModel`] in an adapter; before DDP or FSDP wraps it.
     """
-    inner: Any = unwrap(model)
-    if "forward" not in vars(inner):
-        inner.forward = partial(_forward_of_pairs, inner)  # a bound method could not be pickled
+    replace_forward(model, _forward_of_pairs)
 
 
 def _forward_of_pairs(
