@@ -1,4 +1,4 @@
-"""What a method costs: its size, and the time of one query, for the cost columns of comparisons."""
+"""Measures the cost of a method, its size and the time of one query, for the cost columns of comparisons."""
 
 import time
 from statistics import median

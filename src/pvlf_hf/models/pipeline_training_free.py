@@ -1,4 +1,4 @@
-"""What `import pvlf_hf` adds to `pipeline("composed-image-retrieval")`: plain dual encoders by name."""
+"""Extends `pipeline("composed-image-retrieval")` to plain dual encoders by name, when `pvlf_hf` is imported."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ class Why(NamedTuple):
 
 
 class SearchForm(NamedTuple):
-    """What a visitor entered beside the reference and the text, as it was entered.
+    """Form of a search: a visitor's entries beside the reference and the text, as they were typed.
 
     Args:
         without: text to lead away from.

@@ -51,7 +51,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Edit:
-    """What changes between two captions.
+    """Edit that leads from one caption to another.
 
     Args:
         reference: the reference's caption.

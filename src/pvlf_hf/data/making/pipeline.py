@@ -392,7 +392,7 @@ REMEDIES = {
     "reference and target look": "the images of each pair look the same: remove copies",
     "copy of": "all images are in the benchmark: train on others",
 }
-"""What to change, by the start of the reason why rows were left out."""
+"""Advice by the start of the reason why rows were left out."""
 
 
 def advice_on_nothing(reasons: Counter[str], rows: int) -> tuple[str, ...]:
