@@ -4,6 +4,7 @@ Annotations, CC-BY-4.0: <https://huggingface.co/datasets/JunYeong825/L-CIRR>; im
 the first 35 tokens of a text, CLIP the first 77.
 """
 
+from functools import partial
 from pathlib import Path
 
 from . import cirr
@@ -11,7 +12,7 @@ from .annotations import find_file, make_benchmark
 from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path
 from .examination import Tree
-from .refined_cirr import cirr_folder, rewrite
+from .refined_cirr import cirr_folder, rewrite, tree_of
 
 HUB_ID = "JunYeong825/L-CIRR"
 
@@ -50,18 +51,8 @@ def load_l_cirr(
 
 def read_trees(root: Path, split: str) -> list[Tree]:
     """Read what the doctor examines."""
-    base = cirr_folder(root, None)
-    rows, gallery, _ = rewrite(find_file(root, FILES), base, {}, check_counts=False)
-    return [
-        Tree(
-            "l-cirr/val",
-            rows,
-            gallery,
-            [base / folder for folder in cirr.IMAGE_FOLDERS],
-            lambda: load_l_cirr(root, allow_missing=True, check_counts=False),
-            {"images": cirr.EXPECTED_COUNTS["val"][1]},
-        )
-    ]
+    load = partial(load_l_cirr, root, allow_missing=True, check_counts=False)
+    return [tree_of("l-cirr/val", root, find_file(root, FILES), {}, load)]
 
 
 PROTOCOLS = {

@@ -3,7 +3,8 @@
 Annotations: <https://huggingface.co/datasets/chuonghm/Refined-CIRR>; images and gallery are CIRR's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,16 @@ def rewrite(
 
 def read_trees(root: Path, split: str) -> list[Tree]:
     """Read what the doctor examines."""
+    load = partial(load_refined_cirr, root, allow_missing=True, check_counts=False)
+    return [tree_of("refined-cirr/val", root, find_file(root, FILES), {"is_refined": bool}, load)]
+
+
+def tree_of(name: str, root: Path, file: Path, fields: Mapping[str, Any], load: Callable[[], CIRBenchmark]) -> Tree:
+    """Return what the doctor examines of a file that rewrites CIRR's captions; arguments are those of `rewrite`."""
     base = cirr_folder(root, None)
-    rows, gallery, _ = rewrite(find_file(root, FILES), base, {"is_refined": bool}, check_counts=False)
-    return [
-        Tree(
-            "refined-cirr/val",
-            rows,
-            gallery,
-            [base / folder for folder in cirr.IMAGE_FOLDERS],
-            lambda: load_refined_cirr(root, allow_missing=True, check_counts=False),
-            {"images": cirr.EXPECTED_COUNTS["val"][1]},
-        )
-    ]
+    rows, gallery, _ = rewrite(file, base, fields, check_counts=False)
+    folders = [base / folder for folder in cirr.IMAGE_FOLDERS]
+    return Tree(name, rows, gallery, folders, load, {"images": cirr.EXPECTED_COUNTS["val"][1]})
 
 
 PROTOCOLS = {
