@@ -1,8 +1,8 @@
 """The command line `pvlf-hf`: index and search images, train, evaluate, check data, convert, run the web demo.
 
-It is a module beside the package, because importing the package imports PyTorch and the models of Transformers, which
-takes seconds: `--help`, completion and usage errors must answer at once. This module declares the arguments of each
-command; `pvlf_hf.commands`, which a command imports when it runs, implements it.
+It is a module beside the package, most of which imports PyTorch and the models of Transformers, which takes seconds:
+`--help`, completion and usage errors must answer at once. This module declares the arguments of each command;
+`pvlf_hf.commands`, which a command imports when it runs, implements it.
 """
 
 import sys

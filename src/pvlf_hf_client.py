@@ -1,6 +1,7 @@
 """Searches by a server (`pvlf-hf serve`) with Python's standard library alone, and prints what was found.
 
-It is a module beside the package, which imports PyTorch: `pvlf-hf search --server URL` answers before that is done.
+It is a module beside the package, most of which imports PyTorch: `pvlf-hf search --server URL` answers before that is
+done.
 """
 
 import base64

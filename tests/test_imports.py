@@ -2,16 +2,23 @@
 
 import ast
 import importlib
+import importlib.util
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+from forked import run_python
+
 import pvlf_hf
+from pvlf_hf.registration import import_after
 
 PACKAGE = Path(pvlf_hf.__file__).parent
 
 # A folder imports only folders listed before it; a module imports only modules of its folder listed before it.
 FOLDERS = {
-    "": ["digests", "atomic_files", "dtypes", "lazy_names"],
+    "": ["digests", "atomic_files", "dtypes", "lazy_names", "registration"],
     "models": [
         "image_formats_pvlf",
         "image_processing_pvlf",
@@ -220,12 +227,63 @@ def test_the_onnx_encoder_runs_without_torch():
     assert not ours and others <= {"numpy", "onnxruntime", "PIL", "tokenizers"} | sys.stdlib_module_names
 
 
-def test_importing_the_package_imports_only_the_models():
-    module = ast.parse((PACKAGE / "__init__.py").read_text())
-    at_import = [
-        alias.name for node in module.body if isinstance(node, ast.ImportFrom) and node.level for alias in node.names
-    ]
-    assert at_import == ["models"]
+def test_importing_the_package_imports_no_library():
+    code = "import sys; before = {*sys.modules}; import pvlf_hf; print(*sys.modules.keys() - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in run.stdout.split()}
+    assert imported - sys.stdlib_module_names == {"pvlf_hf"}
+
+
+def test_a_module_is_imported_once_its_library_is(tmp_path, monkeypatch):
+    library = tmp_path / "awaited_library"
+    library.mkdir()
+    (library / "__init__.py").write_text("raise RuntimeError('not yet')")
+    (library / "piece.py").write_text("")
+    (tmp_path / "awaiting_module.py").write_text("import awaited_library\nassert awaited_library.complete")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    finders = [*sys.meta_path]
+    import_after("awaited_library", "awaiting_module")
+    assert importlib.util.find_spec("awaited_library").submodule_search_locations == [str(library)]
+    with pytest.raises(RuntimeError, match="not yet"):
+        import_module("awaited_library.piece")
+    assert "awaiting_module" not in sys.modules  # a library that is looked for, or fails, is not imported
+    (library / "__init__.py").write_text("complete = True")
+    import_module("awaited_library.piece")
+    assert "awaiting_module" in sys.modules and sys.meta_path == finders
+    assert sys.modules["awaited_library"].__loader__.get_source("awaited_library") == "complete = True"
+    del sys.modules["awaiting_module"]
+    import_after("awaited_library", "awaiting_module")  # it is imported already
+    assert "awaiting_module" in sys.modules and sys.meta_path == finders
+
+
+FIRST = """
+import importlib.util, sys
+{first}
+assert ("transformers" in sys.modules) == {imported} and importlib.util.find_spec("transformers")
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, pipeline
+import pvlf_hf
+folder = sys.argv[1]
+kinds = [kind.from_pretrained(folder) for kind in (AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor)]
+assert [type(one) for one in kinds] == [
+    pvlf_hf.PVLFConfig, pvlf_hf.PVLFImageProcessor, pvlf_hf.PVLFModel, pvlf_hf.PVLFProcessor
+]
+assert isinstance(pipeline("composed-image-retrieval", folder), pvlf_hf.ComposedImageRetrievalPipeline)
+assert not any(type(finder).__module__ == "pvlf_hf.registration" for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first, imported",
+    [
+        ("import pvlf_hf", False),
+        ("from pvlf_hf import load_cirr", True),  # which begins to import the models before Transformers
+    ],
+)
+def test_models_are_registered_whatever_is_imported_first(tiny_checkpoint, first, imported):
+    done = run_python(["-c", FIRST.format(first=first, imported=imported), tiny_checkpoint])
+    assert done.returncode == 0, done.stderr
 
 
 def test_modules_stay_below_450_lines():

@@ -55,11 +55,11 @@ CAPTION = "the same dress but shorter and with long dark sleeves"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BF16 = torch.bfloat16
 
-BASES = {  # imports of the Transformers classes that PVLF builds on, and of the package
+BASES = {  # imports of the Transformers classes that PVLF builds on, and of the models
     "Transformers' own classes": "from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, "
     "AutoTokenizer, BlipForImageTextRetrieval, CLIPModel, PreTrainedModel, ProcessorMixin); "
     "from transformers.image_processing_backends import PilBackend",
-    "import pvlf_hf": "import pvlf_hf",
+    "import pvlf_hf.models": "import pvlf_hf.models",
 }
 
 
@@ -428,7 +428,7 @@ def serialized(graph: Any) -> int:
 
 
 def startup_speed(options: Options) -> list[Table]:
-    """Measure importing the package, and reading a checkpoint."""
+    """Measure importing the models, and reading a checkpoint."""
     calls = {name: partial(in_new_process, code) for name, code in BASES.items()}
     imports = side_by_side(calls, options.rounds * 2)
     with tempfile.TemporaryDirectory(dir=HERE.parent) as folder:  # /tmp may be memory, which is not read from

@@ -1,13 +1,16 @@
 """Composed image retrieval with PVLF for Hugging Face Transformers.
 
 Importing this package registers PVLF with `AutoConfig`, `AutoModel`, `AutoProcessor`, `AutoImageProcessor` and
-`pipeline("composed-image-retrieval")`. Data, training and evaluation are imported when first used.
+`pipeline("composed-image-retrieval")`, at once if Transformers is imported already, otherwise as soon as it is.
+Everything else is imported when first used.
 """
 
 from importlib import import_module
 from typing import Any
 
-from . import models as models  # registers them
+from .registration import import_after
+
+import_after("transformers", f"{__name__}.models")  # which registers them
 
 __version__ = "0.1.0"
 
@@ -45,7 +48,7 @@ _NAMES_OF = {
         FeatureCache PVLFCollator PVLFTrainer PVLFTrainingArguments cache_features
     """,
 }
-"""Public names of the package by the folder that hands them on; all but the models are imported when first used."""
+"""Public names of the package by the folder that hands them on; each is imported when first used."""
 
 _FOLDER_OF = {name: folder for folder, names in _NAMES_OF.items() for name in names.split()}
 
@@ -53,7 +56,9 @@ __all__ = sorted(_FOLDER_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the folder of a public name on first use; training and search need more than the model does."""
+    """Import a folder, or the folder of a public name, on first use; most of them import PyTorch."""
+    if name in _NAMES_OF:
+        return import_module(f".{name}", __name__)
     if name not in _FOLDER_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_FOLDER_OF[name]}", __name__), name)
