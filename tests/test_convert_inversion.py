@@ -68,12 +68,12 @@ def test_every_weight_of_the_released_files_is_converted(method, tower, wrapper)
 
 @pytest.mark.parametrize(("method", "tower", "wrapper"), RELEASED)
 def test_missing_or_unknown_weights_raise_with_their_name(method, tower, wrapper):
-    tensors = meta_tensors(method, tower, wrapper)
+    tensors, clip = meta_tensors(method, tower, wrapper), real_clip(tower)
     for name in tensors:
         with pytest.raises(ValueError, match=r"it lacks 1 weights: \['"):
-            translate_mapping({n: t for n, t in tensors.items() if n != name}, real_clip(tower), method, 8)
+            translate_mapping({n: t for n, t in tensors.items() if n != name}, clip, method, 8)
     with pytest.raises(ValueError, match=r"it has unknown 1 weights: \['extra.weight'\]"):
-        translate_mapping({**tensors, "extra.weight": torch.empty(1, device="meta")}, real_clip(tower), method)
+        translate_mapping({**tensors, "extra.weight": torch.empty(1, device="meta")}, clip, method)
 
 
 @pytest.mark.parametrize("method", WRAPPERS)

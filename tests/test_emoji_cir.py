@@ -23,6 +23,7 @@ from pvlf_hf.data.emoji_cir.dataset import (
     load_emoji_pictures,
 )
 from pvlf_hf.data.emoji_cir.names import parse_name
+from pvlf_hf.data.protocols import load_protocol
 
 TIER_COLUMNS = ["query_id", "reference_id", "target_id", "attribute", "subset_ids"]
 
@@ -263,6 +264,11 @@ def test_rows_do_not_depend_on_the_machine(train, validation, tiers):
         "paraphrased": "9889013916fa3397eebab7389e817a20d0f3fee6",
         "brief": "07ce122f059582900b8d1b28020b1d6d30ce18df",
     }
+
+
+def test_the_protocol_needs_no_folder():
+    names = [b.name for b in load_protocol("emoji-cir", "no/such/folder")]
+    assert names == [f"emoji-cir/test/{tier}" for tier in TIERS]
 
 
 def test_unknown_names_raise():

@@ -1,6 +1,7 @@
 """Level 2 of making triplets: a chat model of Transformers, tiny and random, and recorded answers of a real one."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import pvlf_hf_cli
 from pvlf_hf.data.making.instruct import DECLINED, InstructWriter, caption_of, first_object, load_writer
 from pvlf_hf.data.making.vocabulary import load_vocabulary
 
-pytest.importorskip("inflect")
+pytestmark = pytest.mark.skipif(find_spec("inflect") is None, reason="needs inflect")
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"

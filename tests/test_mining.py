@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pvlf_hf.data.making import Making, load_vocabulary
 from pvlf_hf.data.making.pairs import index_captions
 from pvlf_hf.search.mining import edited_captions
 
-pytest.importorskip("inflect")
+pytestmark = pytest.mark.skipif(find_spec("inflect") is None, reason="needs inflect")
 BACKBONE = Path(__file__).parents[1] / "model_cards" / "blip-emoji-tiny"
 
 
@@ -52,6 +53,7 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_miners_give_pairs_of_near_images(emoji, miner, tmp_path):
     english = load_vocabulary("en")
     index = index_captions(emoji[0], tmp_path / "work", english, progress=False)
@@ -99,6 +101,7 @@ def test_verification_compares_target_and_reference(emoji, miner):
             assert "no truer of the target" in reason
 
 
+@pytest.mark.slow
 def test_the_audit_equals_the_evaluation(emoji, miner, encoder, tmp_path):
     output = tmp_path / "t.jsonl"
     make_triplets(*emoji, output, Making(count=40), progress=False)

@@ -13,6 +13,8 @@ from tiny import make_model, make_processor
 
 from pvlf_hf import evaluate
 
+pytestmark = pytest.mark.slow
+
 BENCHMARK = make_benchmark(subsets=False, reference="kept")
 
 # A task of mteb and its query modality: images with texts, texts alone, or images alone.

@@ -149,6 +149,7 @@ def test_a_pass_between_epochs_mines_by_the_model(tiny_model, tiny_processor, tr
     assert any(fresh)
 
 
+@pytest.mark.slow
 def test_training_with_negatives_is_repeatable(tiny_processor, triplets, tmp_path):
     from tiny import make_model
 

@@ -115,6 +115,7 @@ def test_ranks_equal_float64(figure):
     figure(f"{cases} cases")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability(
     7,
     "A NaN in a batch stops training before the weights change; the error names the triplets, or the weights, "

