@@ -45,28 +45,66 @@ def run_without_package(program, home, *arguments):
 
 
 def run_python(command, *, env=None, cwd=None, timeout=300):
-    """Run `python *command` in a fork and return what `subprocess.run` does with `capture_output` and `text`.
-
-    `command` begins with `-c` and code, `-m` and a module, or a file. `env` must have one OMP thread, if it says so.
-    """
-    env = dict(os.environ if env is None else env)
-    assert env.setdefault("OMP_NUM_THREADS", "1") == "1", "PyTorch is imported already, with one thread"
-    read = {name for name in env if name.startswith("PYTHON") and env[name] != os.environ.get(name)} - {"PYTHONPATH"}
-    assert not read, f"{read} are read when Python starts"
-    server = _server()
+    """Run `python *command` in a fork and return what `subprocess.run` does with `capture_output` and `text`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder, name)) for name in ("stdout", "stderr")]
-        job = {"command": [*map(str, command)], "env": env, "cwd": str(cwd or Path.cwd()), "files": files}
-        server.stdin.write(json.dumps(job) + "\n")
-        process = int(server.stdout.readline())
-        late = not select.select([server.stdout], [], [], timeout)[0]
-        if late:
-            os.kill(process, signal.SIGKILL)
-        code = int(server.stdout.readline())
-        stdout, stderr = (Path(file).read_text() for file in files)
-    if late:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = Forked(command, files, env=env, cwd=cwd)
+        code = process.wait(timeout)
+        if code is None:
+            process.kill()
+            process.wait()
+        stdout, stderr = (file.read_text() for file in files)
+    if code is None:
         raise subprocess.TimeoutExpired(command, timeout, stdout, stderr)
     return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+class Forked:
+    """`python *command` in a fork with a session of its own, as a `subprocess.Popen`; the next starts after its end.
+
+    Args:
+        command: begins with `-c` and code, `-m` and a module, or a file.
+        files: new files for its standard output and error.
+        env: must have one OMP thread, if it says so.
+        cwd: folder that it runs in.
+    """
+
+    stdin = stdout = stderr = None  # no pipes
+
+    def __init__(self, command, files, *, env=None, cwd=None):
+        env = dict(os.environ if env is None else env)
+        assert env.setdefault("OMP_NUM_THREADS", "1") == "1", "PyTorch is imported already, with one thread"
+        ours = {"PYTHONPATH", *(name for name in os.environ if env.get(name) == os.environ[name])}
+        read = {name for name in env if name.startswith("PYTHON")} - ours - {"PYTHONIOENCODING"}
+        assert not read, f"{read} are read when Python starts"
+        job = {"command": [*map(str, command)], "env": env, "cwd": str(cwd or Path.cwd()), "files": [*map(str, files)]}
+        self._server = _server()
+        self._server.stdin.write(json.dumps(job).encode() + b"\n")
+        self.pid, self.returncode = int(self._server.stdout.readline()), None
+
+    def wait(self, timeout=None):
+        """Return its exit code, None if it has not ended within some seconds."""
+        if self.returncode is None and select.select([self._server.stdout], [], [], timeout)[0]:
+            self.returncode = int(self._server.stdout.readline())
+        return self.returncode
+
+    def poll(self):
+        """Return its exit code, None while it runs."""
+        return self.wait(0)
+
+    def send_signal(self, number):
+        """Send a signal, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        """End it and every process of its session's group."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 @cache
@@ -74,7 +112,8 @@ def _server():
     """Start the process that is forked; it ends with this one."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command, pipe = [sys.executable, __file__], subprocess.PIPE
-    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1, cwd="/", env=env)
+    # Without buffers: a line that is read ahead would not be seen by `select`.
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, cwd="/", env=env)
     atexit.register(server.communicate)
     return server
 
@@ -98,6 +137,7 @@ def _serve():
 
 def _become(job):
     """Make this process the one that Python would have started, and return its code by name."""
+    os.setsid()
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
@@ -106,6 +146,9 @@ def _become(job):
         opened = os.open(file, flags if number else os.O_RDONLY, 0o600)
         os.dup2(opened, number)
         os.close(opened)
+    if encoding := job["env"].get("PYTHONIOENCODING"):  # as Python does at its start
+        sys.stdout.reconfigure(encoding=encoding)
+        sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
     kind, *rest = job["command"]
     first = "" if kind == "-c" else job["cwd"] if kind == "-m" else str(Path(kind).resolve().parent)
     path = job["env"].get("PYTHONPATH")

@@ -37,7 +37,7 @@ def call(*arguments):
 
 def process(*arguments, python=(), **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    if not python and "PYTHONIOENCODING" not in environment:  # which Python reads at its start
+    if not python:
         return run_python(["-m", "pvlf_hf_cli", *arguments], env=env)
     command = [sys.executable, *python, "-m", "pvlf_hf_cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=False)

@@ -1,7 +1,6 @@
 """Files of real people: HEIC, AVIF and JPEG XL come in by the same door, with the same limits, as JPEG does."""
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as DatasetImage
+from forked import run_python
 from PIL import Image, ImageOps, features
 from squares import draw
 from tiny import make_processor
@@ -118,8 +118,8 @@ def test_the_decoders_are_imported_only_for_their_files(tmp_path):
         "for name in ('a.png', 'a.heic'):\n"
         f"    open_rgb({str(tmp_path)!r} + '/' + name); print('pillow_heif' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+    done = run_python(["-c", code])
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 # ---- upright once ----

@@ -1,17 +1,16 @@
 """An index depends on the image side only: any query composition can search it; another image encoder replaces it."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from dual_encoders import FAMILIES, save_dual_encoder
-from forked import run_python
+from forked import Forked, run_python
 from safetensors.torch import load_file, save_file
 from squares import COLOURS, draw, save_squares, square_triplets
 from test_gallery import counting
@@ -311,7 +310,7 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
         return ["-c", BUILD, str(pause), str(photos), "--model", str(other_clip), "--path", str(index)]
 
     new, before = tmp_path / "index.being-built", Gallery.load(index, *load_model(str(clip))).search(text="red")
-    process = subprocess.Popen([sys.executable, *command(60)])
+    process = Forked(command(60), [os.devnull, os.devnull])
     end = time.monotonic() + 120
     while not [*new.glob("*.part.safetensors")] and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)

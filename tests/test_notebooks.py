@@ -9,14 +9,16 @@ import io
 import os
 import re
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
 import pytest
 from dual_encoders import save_dual_encoder
-from forked import run_python
+from forked import Forked, run_python
 from hub_server import serving
+from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -33,9 +35,21 @@ DECIMAL = re.compile(r"[-+]?\d+\.\d+")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+class ForkedKernel(LocalProvisioner):
+    """A kernel in a fork of the process that has imported PyTorch."""
+
+    async def launch_kernel(self, cmd, **kwargs):
+        command = cmd[cmd.index("-m") :]
+        self.process = Forked(command, [os.devnull, os.devnull], env=kwargs["env"], cwd=kwargs["cwd"])
+        self.pid = self.process.pid
+        return self.connection_info
+
+
 def execute(path, **variables):
     """Return a copy with new outputs, executed in the notebook's folder by its own kernel: one thread, no network."""
     notebook = nbformat.read(path, as_version=4)
+    factory = KernelProvisionerFactory.instance(default_provisioner_name="forked")
+    factory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedKernel", factory.GROUP_NAME)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}, record_timing=False)
     client.resources["metadata"] = {"path": str(path.parent)}
     with hub_environment({STAND_IN: FOLDER.parent / "model_cards" / "blip-emoji-tiny"}) as hub:

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from forked import run_python
 from inverted import make_model as make_inversion
 from inverted import make_processor as make_inversion_processor
 from miniatures import make_all
@@ -125,7 +124,7 @@ def flags(model, data_root, output_dir, *protocols):
 def test_evaluation_script_runs_in_two_processes_and_rescores(tiny_checkpoint, data_root, tmp_path):
     protocols = ["cirr-val", "fashioniq", "circo-test"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
     command = [
         *launch,
         *flags(tiny_checkpoint, data_root, tmp_path / "two", *protocols),
@@ -133,7 +132,7 @@ def test_evaluation_script_runs_in_two_processes_and_rescores(tiny_checkpoint, d
         "composed",
         "text",
     ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run_python(command, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
     model, processor = AutoModel.from_pretrained(tiny_checkpoint), AutoProcessor.from_pretrained(tiny_checkpoint)

@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from error_bounds import MEAN_ERROR
+from forked import Forked
 from inverted import make_tokenizer, tiny_clip
 from miniatures import make_all
 from transformers import AutoConfig, CLIPModel
@@ -477,14 +476,15 @@ def test_quoted_rows_run_on_data_of_their_own(blip_checkpoint, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
+def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, tmp_path_factory):
     def flags(table, *rows, steps=8):
         where = ["--data_root", str(data), "--output_dir", str(tmp_path)]
         return ["--table", table, "--rows", *rows, *where, *in_small(blip_checkpoint), f"--max_steps={steps}"]
 
     run, name = tmp_path / "transagg-blip-text-llm" / "seed0", "TransAgg (Laion-CIR-LLM)"
-    killed = kill_when(flags("2", "Image-only", name), lambda: last_checkpoint(run))
-    assert killed and not (run / "results.json").exists(), capfd.readouterr().err[-3000:]
+    errors = tmp_path_factory.mktemp("killed") / "stderr"
+    killed = kill_when(flags("2", "Image-only", name), lambda: last_checkpoint(run), errors)
+    assert killed and not (run / "results.json").exists(), errors.read_text()[-3000:]
     first = {file: file.stat().st_mtime_ns for file in (tmp_path / "baselines").rglob("*results*.json")}
     assert first and [row["name"] for row in table_of(tmp_path, 2) if row["ours"]] == ["Image-only"]
     leave_trace(Path(last_checkpoint(run), "trainer_state.json"))
@@ -514,14 +514,14 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, capfd):
         reproduce.main(flags("1", name, steps=9))
 
 
-def kill_when(flags, happened):
+def kill_when(flags, happened, errors):
     """Start the command, kill its process group once `happened()` returns a true value, and return that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, SCRIPTS / "reproduce.py", *flags], env=env, start_new_session=True)
+    process = Forked([SCRIPTS / "reproduce.py", *flags], [os.devnull, errors], env=env)
     deadline = time.monotonic() + 240
     while not (found := happened()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     return found
 
