@@ -64,7 +64,7 @@ class Forked:
 
     Args:
         command: begins with `-c` and code, `-m` and a module, or a file.
-        files: new files for its standard output and error.
+        files: for its standard output and error, new or appended to.
         env: must have one OMP thread, if it says so.
         cwd: folder that it runs in.
     """
@@ -141,7 +141,7 @@ def _become(job):
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
-    flags = os.O_WRONLY | os.O_CREAT
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND  # output and error may be one file
     for number, file in ((0, os.devnull), *enumerate(job["files"], 1)):
         opened = os.open(file, flags if number else os.O_RDONLY, 0o600)
         os.dup2(opened, number)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -424,8 +425,20 @@ def test_quoted_rows_have_recipe_data_and_protocols(name, tmp_path):
     }
 
 
+@pytest.fixture
+def forked_trainings(monkeypatch):
+    """Run the programs that `reproduce.py` starts in forks of the process that has imported PyTorch."""
+
+    def run(command, *, stdout, stderr, check):
+        python, *rest = command
+        assert python == sys.executable and stderr == subprocess.STDOUT and not check
+        return SimpleNamespace(returncode=Forked(rest, [stdout.name] * 2).wait())
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
 @pytest.mark.slow
-def test_quoted_rows_run_on_data_of_their_own(blip_checkpoint, data, tmp_path):
+def test_quoted_rows_run_on_data_of_their_own(blip_checkpoint, data, tmp_path, forked_trainings):
     """Check that a mapping network, an optimised token and CASE run to a table, each under its authors' protocol."""
     clip = tmp_path / "clip"
     vl_config = tiny_clip("pic2word")[0]
@@ -476,7 +489,7 @@ def test_quoted_rows_run_on_data_of_their_own(blip_checkpoint, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, tmp_path_factory):
+def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, tmp_path_factory, forked_trainings):
     def flags(table, *rows, steps=8):
         where = ["--data_root", str(data), "--output_dir", str(tmp_path)]
         return ["--table", table, "--rows", *rows, *where, *in_small(blip_checkpoint), f"--max_steps={steps}"]
