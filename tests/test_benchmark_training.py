@@ -9,8 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 
 import benchmark_training as benchmark
+import measuring
 from error_bounds import rounding
-from measuring import Table, Timing, markdown, peak_memory
+from measuring import Products, Table, Timing, markdown, paced, peak_memory
 from tiny import make_model
 
 
@@ -65,6 +66,38 @@ def test_batch_timings_are_divided_by_their_triplets():
     text = markdown(Table("sizes", each, benchmark.memory([10**9, 3 * 10**9])))
     assert "| small | 1 | 1.00 [1.00, 1.00] | 1.00 (100%) |" in text
     assert "| large | 0.5 | 2.00 [2.00, 2.00] | 3.00 (300%) |" in text
+
+
+class Clock:
+    """Clock of a processor that takes twice as long in each round."""
+
+    def __init__(self):
+        self.now, self.slowness = 0.0, 1.0
+
+    def __matmul__(self, other):
+        self.now += 0.002 * self.slowness
+        return self
+
+    def work(self, seconds):
+        self.now += seconds * self.slowness
+        self.slowness *= 2
+
+
+def test_share_of_the_matrix_rate_is_that_of_each_round(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: clock)
+    products = Products(torch.float32, "tiny")
+    assert products.number in (5, 6) and products.operations == 2 * 256**3 * products.number
+    work = {"encoder": 300 * 2 * 256**3, "other": 150 * 2 * 256**3}  # floors of 0.6 and 0.3 s at first
+    calls = {"other": lambda: clock.work(0.5), "encoder": lambda: clock.work(0.5)}
+    paces = paced(calls, dict.fromkeys(calls, torch.float32), work, "tiny", rounds=3, warmup=0)
+    seconds = [pace.timing.seconds for pace in (paces["other"], paces["encoder"])]
+    assert seconds == [pytest.approx([0.5, 2, 8]), pytest.approx([1, 4, 16])]
+    # Products of a round run at a quarter of the speed of its first alternative.
+    assert paces["other"].share == pytest.approx(0.3 * 4 / 0.5)
+    assert paces["encoder"].share == pytest.approx(0.6 * 4 / 1)
+    assert paces["encoder"].floor.seconds == pytest.approx([2.4, 9.6, 38.4])
 
 
 @pytest.mark.slow

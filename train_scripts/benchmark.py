@@ -3,11 +3,11 @@
     python train_scripts/benchmark.py                        # BLIP ViT-B/16 at 384 px: some minutes on two idle cores
     python train_scripts/benchmark.py --only ranking search  # some parts
     python train_scripts/benchmark.py --size tiny            # on the emoji checkpoint, to check that it runs
-    python train_scripts/benchmark.py --device cuda --only encoding --profile
 
-Alternatives are timed in turn. Weights and images are random: speed does not depend on them. A floor is the time that
-the matrix products of an alternative, or the bytes it reads, would take at the rate that this machine reaches in one
-large product, or in one pass over memory. PERFORMANCE.md has predictions and results; `--write` replaces its tables.
+For a GPU see gpu_check.py. Alternatives are timed in turn. Weights and images are random: speed does not depend on
+them. A floor is the time that the matrix products of an alternative, or the bytes it reads, would take at the rate
+that this machine sustains in large products, timed in turn with it, or in one pass over memory. PERFORMANCE.md has
+predictions and results; `--write` replaces its tables.
 """
 
 import copy
@@ -30,12 +30,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Image
-from measuring import Table, Timing, matrix_rate, measure, parser_of, side_by_side, waited_for
+from measuring import Table, Timing, measure, paced, parser_of, side_by_side
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, BertTokenizer, CLIPConfig
+from transformers import AutoConfig, BertTokenizer
 from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino
@@ -67,9 +67,7 @@ class Options(NamedTuple):
     """Arguments of the command line."""
 
     size: str
-    device: str
     rounds: int
-    profile: bool
 
 
 # ---- models and images ----
@@ -78,13 +76,6 @@ class Options(NamedTuple):
 def make_model(size: str) -> PVLFModel:
     """Build a model with random weights, in eval mode."""
     torch.manual_seed(0)
-    if size == "clip-l":
-        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
-        vision |= {"image_size": 224, "patch_size": 14, "projection_dim": 768}
-        return PVLFModel(
-            PVLFConfig(vl_config=CLIPConfig(vision_config=vision, text_config=text, projection_dim=768))
-        ).eval()
     return PVLFModel(PVLFConfig() if size == "base" else AutoConfig.from_pretrained(TINY)).eval()
 
 
@@ -113,7 +104,7 @@ def compiled(model: PVLFModel) -> PVLFModel:
     return model
 
 
-def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
+def model_alternatives(size: str) -> dict[str, PVLFModel]:
     """Return the alternatives by name; compiling needs a C++ compiler, OpenVINO its package."""
     model = make_model(size)
     alternatives = {
@@ -123,7 +114,7 @@ def model_alternatives(size: str, device: str) -> dict[str, PVLFModel]:
     }
     if size != "tiny" and any(map(shutil.which, ("g++", "c++", "clang++"))):
         alternatives["bfloat16, compiled"] = compiled(copy.deepcopy(alternatives["bfloat16"]))
-    if device == "cpu" and find_spec("openvino"):
+    if find_spec("openvino"):
         for name in ("float32", "bfloat16"):
             alternatives[f"{name}, OpenVINO"] = encode_by_openvino(copy.deepcopy(alternatives[name]))
     return alternatives
@@ -156,23 +147,27 @@ def cosine(a: Tensor, b: Tensor) -> str:
 
 def encoding_speed(options: Options) -> list[Table]:
     """Measure the image encoder, batches prepared ahead, and decoding."""
-    if options.device != "cpu":
-        return [cuda_encoding(options, size) for size in ("base", "clip-l")]
-    batch, models = 4, model_alternatives(options.size, options.device)
+    batch, models = 4, model_alternatives(options.size)
     pixels = next(iter(models.values())).config.vl_config.vision_config.image_size
     images = torch.randn(batch, 3, pixels, pixels)
     embed = torch.inference_mode()(lambda model: model(target_pixel_values=images).target_embeds)
     found = {name: embed(model) for name, model in models.items()}
-    timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
-    first, work = next(iter(found.values())), image_operations(models["float32"]) * batch
-    rates = {dtype: matrix_rate(dtype, options.size) for dtype in (torch.float32, BF16)}
-    floors = [work / rates[model.dtype] for model in models.values()]
+    work = image_operations(models["float32"]) * batch
+    paces = paced(
+        {name: partial(embed, model) for name, model in models.items()},
+        {name: model.dtype for name, model in models.items()},
+        dict.fromkeys(models, work),
+        options.size,
+        options.rounds,
+    )
+    first, timings = next(iter(found.values())), {name: pace.timing for name, pace in paces.items()}
     columns = {
         "images a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],
-        "share of the matrix rate": [f"{f / t.median:.2f}" for f, t in zip(floors, timings.values(), strict=True)],
+        "share of the matrix rate": [f"{pace.share:.2f}" for pace in paces.values()],
         "least cosine": [cosine(first, embeds) for embeds in found.values()],
     }
-    tables = [Table(f"Image encoder, batch of {batch}; floors {listed(floors)} s", timings, columns)]
+    floors = listed([pace.floor.median for pace in paces.values()])
+    tables = [Table(f"Image encoder, batch of {batch}; floors {floors} s", timings, columns)]
     return [*tables, ahead(models["bfloat16"], options), *decoding(options)]
 
 
@@ -214,46 +209,16 @@ def prepared(processor: PVLFProcessor, cell: dict[str, Any], how: DecodeOptions)
     return processor.process_targets(open_cell(cell, how))
 
 
-def cuda_encoding(options: Options, size: str) -> Table:
-    """Measure batches of 64 on a GPU in bfloat16, against the matrix rate of the card."""
-    model, batch = make_model(size).to(options.device, BF16), 64
-    pixels = model.config.vl_config.vision_config.image_size
-    images = torch.randn(batch, 3, pixels, pixels, device=options.device, dtype=BF16)
-    compiled_model = copy.deepcopy(model)
-    compiled_model.backbone.vision_model.compile()
-
-    @torch.inference_mode()
-    def embed(candidate: PVLFModel) -> Tensor:
-        return waited_for(candidate(target_pixel_values=images).target_embeds, options.device)
-
-    models = {"bfloat16": model, "bfloat16, compiled": compiled_model}
-    timings = side_by_side(
-        {name: partial(embed, candidate) for name, candidate in models.items()}, options.rounds, warmup=3
-    )
-    floor = image_operations(model) * batch / matrix_rate(BF16, size, options.device)
-    if options.profile:
-        with torch.profiler.profile() as profile:
-            embed(model)
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25))
-    columns = {
-        "images a second": [f"{batch / timing.median:.0f}" for timing in timings.values()],
-        "share of the card's matrix rate": [f"{floor / timing.median:.2f}" for timing in timings.values()],
-    }
-    return Table(f"{size} on {torch.cuda.get_device_name()}, batch of {batch}", timings, columns)
-
-
 def query_speed(options: Options) -> list[Table]:
     """Measure one query, from reference image and text to its embedding."""
-    models = model_alternatives(options.size, options.device)
+    models = model_alternatives(options.size)
     processor = make_processor(models["float32"])
     reference = open_rgb(make_jpeg(640, 480))
 
     @torch.inference_mode()
     def embed(model: PVLFModel) -> Tensor:
-        inputs = processor.process_queries(reference, CAPTION).to(options.device)
-        return waited_for(model.get_query_features(**inputs).pooler_output, options.device)
+        return model.get_query_features(**processor.process_queries(reference, CAPTION)).pooler_output
 
-    models = {name: model.to(options.device) for name, model in models.items()}
     found = [embed(model) for model in models.values()]
     timings = side_by_side({name: partial(embed, model) for name, model in models.items()}, options.rounds)
     return [Table("One query", timings, {"cosine": [cosine(found[0], embeds) for embeds in found]})]
@@ -489,11 +454,9 @@ PARTS: dict[str, Callable[[Options], list[Table]]] = {
 def main() -> None:
     """Measure, print Markdown and write JSON."""
     parser = parser_of("benchmark.py", __doc__, PARTS, rounds=3)
-    parser.add_argument("--device", default="cpu", help="device of encoding and queries (default: cpu)")
-    parser.add_argument("--profile", action="store_true", help="on a GPU, print a profile")
     args = parser.parse_args()
-    options = Options(args.size, args.device, args.rounds, args.profile)
-    measure("benchmark.py", {name: partial(part, options) for name, part in PARTS.items()}, args, args.device)
+    options = Options(args.size, args.rounds)
+    measure("benchmark.py", {name: partial(part, options) for name, part in PARTS.items()}, args)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main() -> None:
     """Measure, print Markdown and write JSON."""
     args = parser_of("benchmark_methods.py", __doc__, PARTS, rounds=7).parse_args()
     parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
-    measure("benchmark_methods.py", parts, args, "cpu")
+    measure("benchmark_methods.py", parts, args)
 
 
 if __name__ == "__main__":

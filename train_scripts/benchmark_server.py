@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs") / "benchmark_server")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    facts = machine("tiny", "cpu")
+    facts = machine("tiny")
     with tempfile.TemporaryDirectory() as folder:
         rows = run(args, Path(folder))
     text = markdown(rows, args.images)

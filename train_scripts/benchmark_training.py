@@ -5,8 +5,9 @@
 
 Alternatives are timed in turn. Weights and images are random: neither speed nor memory depends on them. A step is
 forward, backward, clipping and AdamW; with cached or encoded images it includes making the batch, in the same process.
-The floor of an alternative is the time its matrix products would take at the rate of one large product on the same
-machine, in the same dtype. PERFORMANCE.md has predictions and results; `--write` replaces its tables.
+The floor of an alternative is the time its matrix products would take at the rate of large products on the same
+machine, in the same dtype, timed in turn with it. PERFORMANCE.md has predictions and results; `--write` replaces its
+tables.
 """
 
 import tempfile
@@ -22,7 +23,7 @@ import torch
 from accelerate.utils import send_to_device
 from benchmark import CAPTION, TINY, make_processor
 from datasets import Dataset, Image
-from measuring import Table, Timing, formats, matrix_rate, measure, parser_of, peak_memory, side_by_side
+from measuring import Pace, Table, Timing, formats, measure, paced, parser_of, peak_memory, side_by_side
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,9 +186,9 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int) -> Table:
         }
         ways = {name: (batch, way) for name, (batch, way) in ways.items() if is_native(way)}
         calls = {name: lambda b=batch, w=way: step(model, optimizer, b(), w) for name, (batch, way) in ways.items()}
-        timings = side_by_side(calls, rounds)
-        floors = [operations(model, batch()) / rate_of(way, size) for batch, way in ways.values()]
-    return Table(f"finetuning={finetuning}, batch 8", timings, {"floor, s": [f"{floor:.2g}" for floor in floors]})
+        work = {name: operations(model, batch()) for name, (batch, _) in ways.items()}
+        paces = paced(calls, {name: dtype_of(way) for name, (_, way) in ways.items()}, work, size, rounds)
+    return Table(f"finetuning={finetuning}, batch 8", timings_of(paces), floors(paces))
 
 
 def is_native(way: Way) -> bool:
@@ -195,21 +196,30 @@ def is_native(way: Way) -> bool:
     return not way.bf16 or torch.bfloat16 in formats()
 
 
-def rate_of(way: Way, size: str) -> float:
-    """Return the FLOP/s of a matrix product in the alternative's dtype."""
-    return matrix_rate(torch.bfloat16 if way.bf16 else torch.float32, size)
+def dtype_of(way: Way) -> torch.dtype:
+    """Return the dtype that the alternative multiplies matrices in."""
+    return torch.bfloat16 if way.bf16 else torch.float32
+
+
+def timings_of(paces: dict[str, Pace]) -> dict[str, Timing]:
+    """Return the timings of paces."""
+    return {name: pace.timing for name, pace in paces.items()}
+
+
+def floors(paces: dict[str, Pace]) -> dict[str, list[str]]:
+    """Return columns of floors and of the shares of the matrix rate."""
+    return {
+        "floor, s": [f"{pace.floor.median:.2g}" for pace in paces.values()],
+        "share of the matrix rate": [f"{pace.share:.2f}" for pace in paces.values()],
+    }
 
 
 def both(size: str, rounds: int) -> list[Table]:
     """Measure ways to train both encoders."""
     ways = {name: way for name, way in BOTH.items() if is_native(way)}
-    timings, work = timed_steps(size, {name: (4, way) for name, way in ways.items()}, rounds)
-    # With checkpointing layers run forward twice: four operations in place of three.
-    floors = [work * (4 / 3 if way.checkpointing else 1) / rate_of(way, size) for way in ways.values()]
-    columns = {"floor, s": [f"{floor:.2g}" for floor in floors]}
-    return [
-        Table("finetuning=both, batch 4", timings, columns | memory([peak(size, 4, way) for way in ways.values()]))
-    ]
+    paces = timed_steps(size, {name: (4, way) for name, way in ways.items()}, rounds)
+    columns = floors(paces) | memory([peak(size, 4, way) for way in ways.values()])
+    return [Table("finetuning=both, batch 4", timings_of(paces), columns)]
 
 
 def memory(peaks: list[int]) -> dict[str, list[str]]:
@@ -226,8 +236,8 @@ def large_batch(size: str, rounds: int) -> list[Table]:
             f"batch {large} in chunks of {small}": (large, Way(chunk_size=small)),
             f"batch {large}": (large, Way()),
         }
-        timings, _ = timed_steps(model_size, ways, rounds)
-        each = by_the_triplet(timings, [rows for rows, _ in ways.values()])
+        paces = timed_steps(model_size, ways, rounds)
+        each = by_the_triplet(timings_of(paces), [rows for rows, _ in ways.values()])
         peaks = memory([peak(model_size, *way) for way in ways.values()])
         tables.append(Table(f"{model_size}, finetuning=both: seconds a triplet", each, peaks))
 
@@ -243,14 +253,18 @@ def by_the_triplet(timings: dict[str, Timing], rows: list[int]) -> dict[str, Tim
     return {name: Timing(name, [seconds / count for seconds in timing.seconds]) for (name, timing), count in each}
 
 
-def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> tuple[dict[str, Timing], int]:
-    """Time ways of training both encoders, each a batch size and a way; count the first batch's operations."""
+def timed_steps(size: str, ways: dict[str, tuple[int, Way]], rounds: int) -> dict[str, Pace]:
+    """Time ways of training both encoders, each a batch size and a way."""
     model = make_model(size, "both")
     optimizer = make_optimizer(model)
     batches = {rows: make_batch(model, rows) for rows, _ in ways.values()}
+    counted = {rows: operations(model, batch) for rows, batch in batches.items()}
     step(model, optimizer, make_batch(model, 1))  # warms up
     calls = {name: partial(step, model, optimizer, batches[rows], way) for name, (rows, way) in ways.items()}
-    return side_by_side(calls, rounds, warmup=0), operations(model, next(iter(batches.values())))
+    # With checkpointing and with chunks layers run forward twice: four operations in place of three.
+    again = {name: 4 / 3 if way.checkpointing or way.chunk_size else 1.0 for name, (_, way) in ways.items()}
+    work = {name: counted[rows] * again[name] for name, (rows, _) in ways.items()}
+    return paced(calls, {name: dtype_of(way) for name, (_, way) in ways.items()}, work, size, rounds, warmup=0)
 
 
 def loss(queries: int, chunk_size: int | None) -> None:
@@ -277,7 +291,7 @@ def main() -> None:
     """Measure, print Markdown and write JSON."""
     args = parser_of("benchmark_training.py", __doc__, PARTS, rounds=2).parse_args()
     parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
-    measure("benchmark_training.py", parts, args, "cpu")
+    measure("benchmark_training.py", parts, args)
 
 
 if __name__ == "__main__":

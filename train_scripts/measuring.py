@@ -2,9 +2,8 @@
 
 import argparse
 import json
+import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,13 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from pvlf_hf.dtypes import is_native
+from pvlf_hf.dtypes import is_native, processor
 from pvlf_hf.evaluation.results import environment
 
 DOCUMENT = Path(__file__).parent / "PERFORMANCE.md"
+
+PRODUCTS_LAST = 0.3
+"""Seconds that matrix products last in a timing: what a processor sustains is less than a short burst reaches."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,80 @@ def peak_memory(code: str) -> int:
     return int(done.stdout.split()[-1]) * 1024
 
 
+class Products:
+    """Square matrix products that together last tenths of a second.
+
+    Args:
+        dtype: of the matrices.
+        size: of the models they are compared with; `"tiny"` makes them small and few.
+        device: device that multiplies.
+    """
+
+    def __init__(self, dtype: torch.dtype, size: str, device: str = "cpu") -> None:
+        side = 256 if size == "tiny" else 2048 if device == "cpu" else 8192
+        self.device, self.number = device, 1
+        self.matrix = torch.randn(side, side, dtype=dtype, device=device)
+        one = min(side_by_side({"product": self}, rounds=3)["product"].seconds)
+        self.number = math.ceil((0.01 if size == "tiny" else PRODUCTS_LAST) / one)
+        self.operations = 2 * side**3 * self.number
+
+    def __call__(self) -> None:
+        """Compute them."""
+        for _ in range(self.number):
+            product = self.matrix @ self.matrix
+        waited_for(product, self.device)
+
+
 def matrix_rate(dtype: torch.dtype, size: str, device: str = "cpu") -> float:
-    """Return the FLOP/s of a square matrix product on this machine, for the floor of the encoders of that size."""
-    side = 256 if size == "tiny" else 2048 if device == "cpu" else 8192
-    a = torch.randn(side, side, dtype=dtype, device=device)
-    best = min(side_by_side({"product": lambda: waited_for(a @ a, device)})["product"].seconds)
-    return 2 * side**3 / best
+    """Return the FLOP/s that this machine sustains in matrix products."""
+    products = Products(dtype, size, device)
+    return products.operations / side_by_side({"products": products}, rounds=3, warmup=0)["products"].median
+
+
+class Pace(NamedTuple):
+    """Timing of an alternative, and of its matrix operations at the rate of large products in the same round."""
+
+    timing: Timing
+    floor: Timing
+
+    @property
+    def share(self) -> float:
+        """Share of the matrix rate that the alternative reaches: the median over the rounds."""
+        return self.timing.speedup_over(self.floor)[0]
+
+
+def paced(
+    calls: dict[str, Callable[[], Any]],
+    dtypes: dict[str, torch.dtype],
+    operations: dict[str, float],
+    size: str,
+    rounds: int,
+    warmup: int = 1,
+    device: str = "cpu",
+) -> dict[str, Pace]:
+    """Time alternatives in turn with large matrix products in their dtypes, which give their floors.
+
+    In turn, because a processor that has just computed for seconds, or shares its power with other work, multiplies
+    more slowly than an idle one.
+
+    Args:
+        calls: alternatives by name, see [`side_by_side`].
+        dtypes: dtype of each.
+        operations: operations of the matrix products of each.
+        size: of the models, see [`Products`].
+        rounds: timings of each.
+        warmup: calls of each before the first round.
+        device: device that multiplies.
+    """
+    products = {str(dtype): Products(dtype, size, device) for dtype in dict.fromkeys(dtypes.values())}
+    timings = side_by_side({**calls, **products}, rounds, warmup)
+    paces = {}
+    for name in calls:
+        dtype = str(dtypes[name])
+        share = operations[name] / products[dtype].operations
+        floor = Timing(f"floor of {name}", [seconds * share for seconds in timings[dtype].seconds])
+        paces[name] = Pace(timings[name], floor)
+    return paces
 
 
 def waited_for(result: Any, device: str) -> Any:
@@ -111,11 +181,10 @@ def waited_for(result: Any, device: str) -> Any:
     return result
 
 
-def machine(size: str, device: str) -> dict[str, Any]:
+def machine(size: str, device: str = "cpu") -> dict[str, Any]:
     """Describe the machine: processor, threads, device, load, matrix rates."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "load": os.getloadavg()[0],
@@ -133,8 +202,8 @@ def described(facts: dict[str, Any]) -> str:
     """Render the description of the machine in a line."""
     rates = [f"{rate / 1e9:.0f} in {name}" for name, rate in facts["operations a second"].items()]
     return (
-        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; GFLOP/s of a matrix "
-        f"product: {', '.join(rates).replace('torch.', '')}."
+        f"{facts['processor']}, {facts['threads']} threads, load {facts['load']:.1f} before; GFLOP/s of matrix "
+        f"products: {', '.join(rates).replace('torch.', '')}."
     )
 
 
@@ -153,13 +222,13 @@ def parser_of(script: str, description: str, parts: dict[str, Any], rounds: int)
     return parser
 
 
-def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argparse.Namespace, device: str) -> None:
+def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argparse.Namespace) -> None:
     """Measure the chosen parts; print Markdown, write JSON and, with `--write`, the tables of PERFORMANCE.md."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    facts = machine(args.size, device)
+    facts = machine(args.size)
     written: dict[str, Any] = {"size": args.size, "machine": facts, "environment": environment()}
     for part in args.only:
         tables = parts[part]()
@@ -182,12 +251,15 @@ def write_between(start: str, end: str, *paragraphs: str) -> None:
 
 
 __all__ = [
+    "Pace",
+    "Products",
     "Table",
     "Timing",
     "formats",
     "markdown",
     "matrix_rate",
     "measure",
+    "paced",
     "parser_of",
     "peak_memory",
     "side_by_side",
