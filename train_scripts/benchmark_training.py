@@ -111,7 +111,7 @@ def make_optimizer(model: PVLFModel) -> torch.optim.Optimizer:
 def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], way: Way = Way()) -> Tensor:
     """Do one training step and return the loss before it."""
     set_way(model, way)
-    with torch.autocast("cpu", torch.bfloat16) if way.bf16 else nullcontext():
+    with torch.autocast(model.device.type, torch.bfloat16) if way.bf16 else nullcontext():
         if way.one_pass:
             images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
             reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
