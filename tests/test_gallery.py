@@ -34,9 +34,10 @@ from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import error_bound, top_k
 from pvlf_hf.models.image_processing_pvlf import to_rgb
 from pvlf_hf.search import indexing as module
+from pvlf_hf.search import vector_index
 from pvlf_hf.search.gallery import Gallery
 from pvlf_hf.search.results_page import search_page
-from pvlf_hf.search.vector_index import ExactIndex, connect, half_error_bound, make_index
+from pvlf_hf.search.vector_index import COPIES, ExactIndex, connect, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"
@@ -127,12 +128,54 @@ def test_exact_search_allows_for_half_precision(width):
     query = F.normalize(torch.rand(width, generator=generator) + 0.5, dim=0)
     jitter = 10.0 ** -torch.linspace(1, 6, 3000)[:, None]
     embeds = F.normalize(query + jitter * torch.randn(3000, width, generator=generator) * width**-0.5, dim=1)
-    errors = (ExactIndex(embeds).halves @ query.half()).double() - embeds.double() @ query.double()
-    assert errors.abs().max() < half_error_bound(width)
-    assert width == 1 or errors.abs().max() > error_bound(width)  # float32 would not resolve them
-    for k in (1, 10, 300):
-        found = ExactIndex(embeds).candidates(query, k)
-        assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
+    for dtype in COPIES.values():
+        index = ExactIndex(embeds, dtype)
+        errors = index._cosines(query, None).double() - embeds.double() @ query.double()
+        assert errors.abs().max() < half_error_bound(width, dtype)
+        if width > 1 and dtype != torch.float32:
+            assert errors.abs().max() > error_bound(width)  # float32 would not resolve them
+        for k in (1, 10, 300):
+            found = index.candidates(query, k)
+            assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_off_by_nearly_its_bound(dtype):
+    """All three roundings in one direction: just above the middle between two numbers of the dtype, each."""
+    unit = torch.finfo(dtype).eps
+    for width in (4, 16, 64):
+        value = width**-0.5 * (1 + 0.51 * unit)  # rounded up; the norm is 1 + u to first order
+        rows = torch.full((2, width), value)
+        off = ExactIndex(rows[:1], dtype)._cosines(rows[1], None).double() - (rows.double() ** 2).sum(dim=1)[:1]
+        assert 0.3 * half_error_bound(width, dtype) < off.abs().item() < half_error_bound(width, dtype)
+
+
+def test_every_copy_gives_the_same_results(build, photos, monkeypatch):
+    for copy in ("zebra", "ant"):  # ids of the first result; all three have the same score
+        draw(0).save(photos / f"{copy}.png")
+    monkeypatch.setattr(vector_index, "MEASURED_ROWS", 5)
+    asked, results = [], []
+    for dtype in COPIES:
+        monkeypatch.setattr(
+            vector_index, "fastest", lambda question, ways, dtype=dtype: asked.append(question) or dtype
+        )
+        gallery = build()
+        assert gallery.index.compared.dtype == COPIES[dtype]
+        both = gallery.search(photos / "red.png", TEXT, k=6), gallery.search(photos / "red.png", k=4)
+        results.append([(found.ids, found.scores) for found in both])
+    assert results[0] == results[1] == results[2] and results[0][1][0][:3] == ["ant.png", "red.png", "zebra.png"]
+    assert len(asked) == 3 and len(set(asked)) == 1  # the same gallery
+
+
+def test_copy_is_measured_on_the_gallery(monkeypatch):
+    searched = []
+    monkeypatch.setattr(vector_index, "MEASURED_ROWS", 200)
+    monkeypatch.setattr(vector_index, "fastest", lambda _, ways: [way() for way in ways.values()] and "bfloat16")
+    monkeypatch.setattr(vector_index, "top_k", lambda query, found, k: searched.append(len(found)))
+    embeds = F.normalize(torch.randn(1, 64) + 0.1 * torch.randn(300, 64), dim=1)  # dense: more rows to score
+    assert ExactIndex(embeds).compared.dtype == torch.bfloat16
+    assert 50 <= searched[2] <= searched[0] < searched[1] <= 200
+    assert ExactIndex(embeds[:199]).compared.dtype == torch.float16 and len(searched) == 3
 
 
 @pytest.mark.slow

@@ -94,6 +94,7 @@ FOLDERS = {
         "fingerprints",
         "embedding_store",
         "query_parts",
+        "fastest",
         "encoding",
         "openvino_encoder",
     ],

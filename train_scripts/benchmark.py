@@ -365,7 +365,7 @@ def approximate_search(rows: int, queries: Tensor, options: Options) -> Table:
             timings |= side_by_side({f"{way}, {name}": partial(best_ten, index, unit_queries[:32])}, options.rounds)
         columns["recall@10"] += [f"{recall(index, unit_queries, gallery):.3f}" for index in indices.values()]
         columns["seconds to build"] += ["0", f"{built:.1f}"]
-        bytes_of = (indices["exact"].halves.nbytes, serialized(graph))
+        bytes_of = (indices["exact"].compared.nbytes, serialized(graph))
         columns["index of a million"] += [megabytes(1e6 / rows * size) for size in bytes_of]
     return Table(f"32 queries in turn, the best 10 of {rows:,} images", timings, columns)
 

@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Dtypes to load a model in; `auto` is the checkpoint's."""
+DTYPES = ("auto", "float32", "bfloat16", "float16", "fastest")
+"""Dtypes to load a model in; `auto` is the checkpoint's, `fastest` is float32 or bfloat16, as measured once."""
 
 KERNELS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 """Functions of `torch.ops.mkldnn` that tell whether oneDNN, which multiplies matrices on the CPU, has native kernels

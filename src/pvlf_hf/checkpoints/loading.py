@@ -8,6 +8,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from ..dtypes import warn_if_slow
+from ..embeddings.fastest import fastest_dtype
 from ..models.compositions_training_free import COMPOSITIONS
 from ..models.configuration_pvlf import BACKBONES
 from ..models.configuration_training_free import TrainingFreeConfig
@@ -36,6 +37,9 @@ def load_model(
     """
     if composition is not None and composition not in COMPOSITIONS:
         raise ValueError(f"composition={composition!r}: choose one of {sorted(COMPOSITIONS)}")
+    if dtype == "fastest":
+        dtype = fastest_dtype()
+        logger.warning(f"the model is loaded in {dtype}, measured to be the fastest here")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -69,11 +69,11 @@ class EvaluationArguments:
     embeddings: str | None = field(
         default=None, metadata={"help": "Folder that keeps embeddings (default: embeddings in --output_dir)."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Images encoded at once in each process."})
+    batch_size: int = field(default=64, metadata={"help": "Images encoded at once in each process, at most."})
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "dtype of the model: auto is the checkpoint's; bfloat16 takes about half the time.",
+            "help": "dtype of the model: auto is the checkpoint's; fastest measures float32 and bfloat16 here.",
             "choices": [*DTYPES],
         },
     )

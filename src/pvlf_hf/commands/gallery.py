@@ -41,7 +41,7 @@ def index(
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
     finish_replacement(path)
-    encoder, processor = load(model, index_dtype(path) if dtype == "auto" else dtype, composition)
+    encoder, processor = load(model, index_dtype(path, dtype) if dtype in ("auto", "fastest") else dtype, composition)
     known = indexed_digests(path, encoder, processor)
     if openvino:
         encode_by_openvino(encoder)
@@ -159,10 +159,10 @@ def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: Compos
     return set(pq.read_table(path / TABLE, columns=["digest"])["digest"].to_pylist())
 
 
-def index_dtype(path: Path) -> str:
-    """Return the dtype that the embeddings of an index were computed in, `"auto"` where there is no index yet."""
+def index_dtype(path: Path, otherwise: str = "auto") -> str:
+    """Return the dtype that the embeddings of an index were computed in; `otherwise` where there is no index yet."""
     provenance = kept_provenance(path)
-    return provenance["dtype"] if provenance else "auto"
+    return provenance["dtype"] if provenance else otherwise
 
 
 def load(

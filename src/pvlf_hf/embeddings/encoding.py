@@ -22,6 +22,7 @@ from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, unwrap
 from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
+from .fastest import images_at_once
 from .fingerprints import image_digests
 from .query_parts import mean_over_parts, query_parts
 
@@ -230,7 +231,7 @@ def _encode(
     progress: bool,
 ) -> Tensor:
     """Embed samples in batches, each process a share; return float32 `(samples, d)` in every process."""
-    state = PartialState()
+    state, batch_size = PartialState(), fastest_batch(model, batch_size)
     everything = list(range(len(samples)))
     # Padded to equal shares: a sharded model needs every process in every forward.
     with _as_saved(model), state.split_between_processes(everything, apply_padding=True) as share:
@@ -268,7 +269,7 @@ def encode_stream(
         prepare: makes the encoder's input `(1, ...)` of one sample, in a thread; None for nothing to encode.
         encode: embeds joined inputs `(batch, ...)`.
         samples: in any number, other processes have their own.
-        batch_size: inputs encoded at once.
+        batch_size: inputs encoded at once, at most: see [`fastest_batch`].
         stand_in: an input `(1, ...)` for a process that has run out of samples when another has not.
         on_error: is called, in a thread, with a sample that `prepare` raised an error for, and the error.
 
@@ -289,11 +290,27 @@ def encode_stream(
                 prepared += [] if inputs is None else [(sample, inputs)]
         return prepared
 
+    batch_size = fastest_batch(model, batch_size)
     tasks = (samples[start : start + batch_size] for start in range(0, len(samples), batch_size))
     with _as_saved(model), closing(prefetch_map(prepare_all, tasks, _threads(device_of(model)))) as prepared:
         for batch in _in_step(_regroup(prepared, batch_size)):
             embeds = encode(torch.cat([inputs for _, inputs in batch] or [stand_in])).float().cpu()
             yield [sample for sample, _ in batch], embeds[: len(batch)]
+
+
+def fastest_batch(model: nn.Module, batch_size: int) -> int:
+    """Return the batch size to encode with: on a CPU a smaller one, if this processor is faster with it.
+
+    Not in several processes, which must agree.
+    """
+    vision: Any = getattr(unwrap(model).encoder_config, "vision_config", None)
+    sizes: list[Any] = [getattr(vision, name, None) for name in ("image_size", "patch_size", "intermediate_size")]
+    if not all(isinstance(size, int) for size in sizes):
+        return batch_size  # no ViT, or none of square images
+    if device_of(model).type != "cpu" or PartialState().num_processes > 1:
+        return batch_size
+    pixels, patch, width = sizes
+    return images_at_once(batch_size, (pixels // patch) ** 2 * width, next(model.parameters()).dtype)
 
 
 def _regroup(groups: Iterable[list[T]], size: int) -> Iterator[list[T]]:

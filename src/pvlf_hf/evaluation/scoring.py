@@ -35,7 +35,7 @@ def evaluate(
         processor: its processor.
         benchmark: queries and gallery.
         method: how a query is embedded, see `QUERY_METHODS`.
-        batch_size: images encoded at once in each process.
+        batch_size: images encoded at once in each process, fewer where a CPU is faster with them.
         gallery_embeds: `(gallery, d)` from [`encode_gallery`] with the same model, to encode the gallery only once
             for several query sets.
         progress: show progress bars.

@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache, partial
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -12,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..embeddings.combined import CombinedScores
-from ..embeddings.similarity import error_bound, kth_at_least, where_above
+from ..embeddings.fastest import fastest
+from ..embeddings.similarity import error_bound, full_precision, kth_at_least, top_k, where_above
 
 IndexName = Literal["exact", "faiss", "milvus"]
 
@@ -22,6 +25,12 @@ vectors of width 64, the worst case, this finds 97 %; FAISS's default of 16 find
 
 GATHERED_SHARE = 1 / 32
 """Share of the gallery below which rows are copied to be compared (our choice, tuned); beyond it all are."""
+
+COPIES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Dtypes of the copy that a query is compared with, by name; the first where no other is measured to be faster."""
+
+MEASURED_ROWS = 2**18
+"""Rows with which the dtypes are measured (our choice); for fewer, a search takes milliseconds in any of them."""
 
 COLLECTION = "pvlf_"
 """Prefix of a Milvus collection's name; the model's fingerprint and the gallery's id follow."""
@@ -43,15 +52,17 @@ class VectorIndex(Protocol):
 
 
 class ExactIndex:
-    """Exact index: compares every image with the query in half precision and keeps all that its error could hide.
+    """Exact index: compares every image with the query in low precision and keeps all that its error could hide.
 
     Args:
-        embeds: float32 `(gallery, d)`, L2-normalised; a float16 copy is kept, half their size, and read in half the
-            time: comparing takes no longer than reading it.
+        embeds: float32 `(gallery, d)`, L2-normalised. A copy in half precision is kept, half their size, and read in
+            half the time: comparing takes no longer than reading it.
+        dtype: dtype of the copy, one of `COPIES`, which makes no difference to results; float32 needs no copy. By
+            default the fastest for this gallery on this processor.
     """
 
-    def __init__(self, embeds: Tensor) -> None:
-        self.halves = embeds.half()
+    def __init__(self, embeds: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.compared = embeds.to(fastest_copy(embeds) if dtype is None else dtype)
 
     def candidates(self, query: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
         """Return candidates, see [`VectorIndex`], with all that rounding could have kept out of the best k.
@@ -59,7 +70,7 @@ class ExactIndex:
         With `rows` int64, ascending, they are of these gallery rows only.
         """
         cosines = self._cosines(query, rows)[None]
-        chosen = where_above(cosines, kth_at_least(cosines, k) - 2 * half_error_bound(len(query)))[1]
+        chosen = where_above(cosines, kth_at_least(cosines, k) - 2 * self._error(len(query)))[1]
         return chosen if rows is None else rows[chosen]
 
     def combined_candidates(self, scores: CombinedScores, k: int, rows: Tensor | None = None) -> Tensor:
@@ -71,7 +82,7 @@ class ExactIndex:
         bounds = []
         for vector, offset in zip(*scores.parts(0), strict=True):
             length = vector.norm().item()
-            error = length * half_error_bound(len(vector)) + 1e-6  # the scaled cosines are float32
+            error = length * self._error(len(vector)) + 1e-6  # the scaled cosines are float32
             similarity = length * self._cosines((vector / length).float(), rows) - offset.float()
             bounds.append((similarity - error, similarity + error))
         low, high = (scores.combine(*sides) for sides in zip(*bounds, strict=True))
@@ -83,21 +94,54 @@ class ExactIndex:
         return found if rows is None else rows[found]
 
     def _cosines(self, query: Tensor, rows: Tensor | None) -> Tensor:
-        """Compare in half precision: float32 `(rows,)`, or of the whole gallery."""
+        """Compare in the precision of the copy: float32 `(rows,)`, or of the whole gallery."""
         if rows is None:
-            return (self.halves @ query.half()).float()
-        if len(rows) < GATHERED_SHARE * len(self.halves):
-            return (self.halves.index_select(0, rows) @ query.half()).float()
-        return (self.halves @ query.half()).index_select(0, rows).float()
+            return _product(self.compared, query)
+        if len(rows) < GATHERED_SHARE * len(self.compared):
+            return _product(self.compared.index_select(0, rows), query)
+        return _product(self.compared, query).index_select(0, rows)
+
+    def _error(self, width: int) -> float:
+        return half_error_bound(width, self.compared.dtype)
 
 
-def half_error_bound(width: int) -> float:
-    """Return the largest error of a cosine of half precision vectors, about 1.5e-3.
+def _product(images: Tensor, query: Tensor) -> Tensor:
+    """Return the products of a query `(d,)` with images `(rows, d)`, in float32: `(rows,)`."""
+    if images.dtype != torch.float32:
+        return (images @ query.to(images.dtype)).float()
+    with full_precision():  # two columns: MKL's product with one was slower than a pass over memory on an AMD EPYC
+        return (images @ torch.stack([query, query], dim=1))[:, 0]
 
-    To [`error_bound`], for sums in float32, each of three roundings (image, query, result) adds 2^-11. The factor 3.1
-    instead of 3 covers terms of second order, and numbers below 2^-14, whose error is at most 2^-25.
+
+def half_error_bound(width: int, dtype: torch.dtype = torch.float16) -> float:
+    """Return the largest error of a cosine computed in a dtype: about 1.5e-3 in float16, 0.012 in bfloat16.
+
+    To [`error_bound`], for sums in float32, each of three roundings (image, query, result) adds at most half a unit in
+    the last place, u = 2^-11 or 2^-8: for unit vectors x and y, |x| . |y| <= 1, so that a relative error u of every
+    factor is at most u in the cosine. The factor 3.1 instead of 3 covers terms of second order, 3 u^2, and in float16
+    numbers below 2^-14, whose error is at most 2^-25; bfloat16 has float32's exponents. In float32 nothing is rounded.
     """
-    return 3.1 * 2.0**-11 + error_bound(width)
+    return error_bound(width) + (0 if dtype == torch.float32 else 3.1 * torch.finfo(dtype).eps / 2)
+
+
+def fastest_copy(embeds: Tensor) -> torch.dtype:
+    """Return the dtype in which a gallery is searched fastest, measured on its own first rows.
+
+    Comparing in bfloat16 may be faster and leaves more candidates to be scored, how many depends on the gallery.
+    """
+    if len(embeds) < MEASURED_ROWS:
+        return next(iter(COPIES.values()))
+    sample = embeds[:MEASURED_ROWS]
+    index_of = cache(partial(ExactIndex, sample))
+
+    def search(dtype: torch.dtype) -> None:
+        query = sample[len(sample) // 2]
+        found = index_of(dtype).candidates(query, 50)
+        top_k(query[None], sample[found], 50)
+
+    digest = sha256(sample[:64].numpy().tobytes()).hexdigest()[:12]
+    ways = {name: partial(search, dtype) for name, dtype in COPIES.items()}
+    return COPIES[fastest(f"copy to search gallery {digest} of width {embeds.shape[1]}", ways)]
 
 
 class FaissIndex:

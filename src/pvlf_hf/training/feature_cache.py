@@ -29,6 +29,7 @@ from ..atomic_files import locked, whole
 from ..data.benchmark import check_columns
 from ..data.triplets import TRIPLET_COLUMNS
 from ..digests import sequence_digest
+from ..embeddings.encoding import fastest_batch
 from ..embeddings.fingerprints import fingerprint, image_digests, image_settings, text_settings
 from ..models.image_processing_pvlf import opened
 from ..models.interface_pvlf import ComposedRetrievalOutput, ComposedRetrievalProcessor, normalize, unwrap
@@ -307,7 +308,7 @@ def cache_features(
         processor: of the model.
         triplets: with `pvlf_hf.data.triplets.TRIPLET_COLUMNS`.
         folder: where caches live; may be shared by runs, processes and models.
-        batch_size: images encoded at once.
+        batch_size: images encoded at once, fewer where a CPU is faster with them.
         progress: show progress bars.
 
     Returns:
@@ -378,7 +379,7 @@ def cache_features(
         with torch.inference_mode():
             images = FeatureCache(folder, fingerprint(image_side, model, image_settings(processor) + facts.kind))
             wanted = [*digests["reference"], *digests["target"], *digest_of.values()]
-            images.fill(wanted, encode_images, batch_size, "images", progress)
+            images.fill(wanted, encode_images, fastest_batch(model, batch_size), "images", progress)
             texts = None
             if facts.keeps_texts(model) and not text_trains:
                 texts = FeatureCache(folder, fingerprint(text_side, model, text_settings(processor)))
