@@ -140,7 +140,7 @@ def images_at_once(wanted: int, activations: int, dtype: torch.dtype) -> int:
 
 def _hidden_layer(dtype: torch.dtype, parts: int) -> None:
     """Compute the hidden layer of an encoder for `4 * ACTIVATIONS` activations in so many parts."""
-    tokens, weights = torch.ones(4 * ACTIVATIONS // 3072, 128, dtype=dtype), torch.ones(128, 3072, dtype=dtype)
+    tokens, weights = torch.ones(4 * ACTIVATIONS // 3072, 32, dtype=dtype), torch.ones(32, 3072, dtype=dtype)
     for part in tokens.chunk(parts):
         F.gelu(part @ weights) @ weights.T
 

@@ -1,9 +1,9 @@
-"""Runs the image encoder by OpenVINO, the fastest way on CPUs, for galleries and queries alike.
+"""Runs the image encoder by OpenVINO, on many CPUs the fastest way, for galleries and queries alike.
 
     model = encode_by_openvino(AutoModel.from_pretrained("you/mine", dtype="bfloat16"))
     Gallery.from_folder("photos/", model, processor)
 
-Needs `pip install "pvlf-hf[openvino]"`; `train_scripts/PERFORMANCE.md` says what it gains.
+Needs `pip install "pvlf-hf[openvino]"`; `train_scripts/PERFORMANCE.md` says what it gains on which processor.
 """
 
 import copy
