@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from pvlf_hf import Gallery
-from pvlf_hf.commands.gallery import open_gallery
+from pvlf_hf.commands.gallery import index_dtype, open_gallery
 from pvlf_hf.search.gallery_files import TABLE
 from pvlf_hf_cli import INDEX, app
 
@@ -183,6 +183,16 @@ def test_shell_completion_works(tmp_path):
 
 
 # ---- index and search ----
+
+
+def test_an_index_keeps_the_dtype_that_was_measured(photos, models, tmp_path, monkeypatch):
+    where = [photos, "--model", models[0], "--path", tmp_path / "index", "--dtype", "fastest", "--json"]
+    monkeypatch.setattr("pvlf_hf.checkpoints.loading.fastest_dtype", lambda: "bfloat16")
+    first = json.loads(call("index", *where).stdout)
+    monkeypatch.setattr("pvlf_hf.checkpoints.loading.fastest_dtype", lambda: pytest.fail("measured again"))
+    again = json.loads(call("index", *where).stdout)
+    assert first["new"] > 0 == again["new"] and again["pictures"] == first["pictures"]
+    assert index_dtype(tmp_path / "index") == "bfloat16"
 
 
 @pytest.mark.slow
