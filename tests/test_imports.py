@@ -123,6 +123,8 @@ FOLDERS = {
         "compodiff_weights",
     ],
     "search": [
+        "vectors",
+        "shards",
         "vector_index",
         "nearest",
         "mining",
