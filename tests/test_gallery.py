@@ -731,7 +731,7 @@ def test_missing_image_leaves_one_blank_cell(build, photos, caplog, monkeypatch)
     whole = gallery.search(text=TEXT, k=9)
     sheets = [np.asarray(whole.sheet(k=9))]
     (photos / whole.ids[2]).unlink()
-    monkeypatch.setattr("pvlf_hf.search.indexed_images.logger.propagate", True)
+    monkeypatch.setattr("pvlf_hf.search.image_search.logger.propagate", True)
     with caplog.at_level(logging.WARNING):
         sheets.append(np.asarray(whole.sheet(k=9)))
     assert f"a blank is shown instead: the image '{whole.ids[2]}' cannot be opened" in caplog.text

@@ -13,20 +13,17 @@ Example:
     ```
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from huggingface_hub import CommitInfo
-from torch import Tensor
 from transformers.utils import logging
 
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .building import build_gallery, checked_dataset, open_database, save_gallery
-from .filters import Filter, passing_rows
 from .gallery_files import (
     as_indexed,
     check_encoder,
@@ -39,13 +36,7 @@ from .image_folder import find_images
 from .indexed_images import IndexedImages
 from .indexing import as_dataset
 from .metadata import dataset_metadata, metadata_of
-from .nearest import nearest
-from .pages import page_of
-from .query import FUSION, Query, Weights, check_offset, check_positive, check_score
-from .query_encoding import QueryEncoder
 from .replacement import finish_replacement
-from .result import SearchResult
-from .terms import WeightedImages, collect_terms
 from .vector_index import IndexName, check_index
 
 if TYPE_CHECKING:
@@ -239,101 +230,6 @@ class Gallery(IndexedImages):
                 are fetched when their images are opened.
         """
         return cls.load(download_gallery(repo_id, revision, token), model, processor, index, uri)
-
-    def search(
-        self,
-        image: WeightedImages | None = None,
-        text: str | None = None,
-        k: int = 10,
-        *,
-        texts: Mapping[str, float] | None = None,
-        ids: Mapping[str, float] | Sequence[str] | None = None,
-        box: Sequence[float] | None = None,
-        query: Query | None = None,
-        weights: Weights = FUSION,
-        exclude: Sequence[str] = (),
-        filter: Filter | None = None,
-        offset: int = 0,
-        min_score: float | None = None,
-        fold: float | None = None,
-        explain: bool = False,
-    ) -> SearchResult:
-        """Find the k best images by cosine, or by the score of the model's composition; ties keep the gallery's order.
-
-        Images, texts and ids may be weighted (1 by default). Every text of positive weight is composed with every
-        image of positive weight, and the weighted mean is the query; one of negative weight leads away from it: weight
-        times its own embedding is added.
-
-        Args:
-            image: one reference image or several, each alone or as `(image, weight)`.
-            text: what should be different; without an image, what to look for.
-            k: number of results; a smaller gallery returns all its images.
-            texts: further texts with their weights, `{"red": 1, "stripes": -0.5}`.
-            ids: indexed images to search by, as a list or with weights, `{"a.jpg": 1, "b.jpg": -0.5}`; they are left
-                out. Their files are opened only where the model composes a text with more than their embedding.
-            box: left, top, right and bottom of the part of the one image that is searched by, in pixels.
-            query: an encoded query (`result.query`), instead of image and text.
-            weights: weights of image, fusion and text: normalize(w_image image + w_fused fused + w_text text). No
-                encoder runs again, see [`Query.embed`]. By default the model's composition.
-            exclude: ids that are left out.
-            filter: condition on columns of `metadata`, see `pvlf_hf.search.filters`: the k best of those that pass,
-                exactly, with every index.
-            offset: results to pass over, those of earlier pages.
-            min_score: least score of a result.
-            fold: cosine, such as 0.98, from which an image is a near-duplicate of a better result, to which it is
-                folded (`result.folded`).
-            explain: also explain the query in `result.why`; needs an image and a text.
-
-        Raises:
-            ValueError: if there is nothing to search by, an image cannot be read, the text is empty, the query is of
-                another model, k is below 1, an id is unknown or nothing is left, a filter cannot be applied, and as
-                [`Query.embed`].
-        """
-        k, offset = check_positive("k", k), check_offset(offset)
-        excluded = self._rows_of("exclude", exclude)
-        if len(set(excluded)) == len(self):
-            raise ValueError(f"exclude leaves none of the gallery's {len(self)} images; exclude fewer")
-        passing = None if filter is None else torch.from_numpy(passing_rows(filter, self.metadata))
-        if query is None:
-            query = self.query(image, text, explain, texts=texts, ids=ids, box=box)
-        elif explain or any(part is not None for part in (image, text, texts, ids, box)):
-            raise ValueError("a query is encoded already: pass it without image, text and explain")
-        if query.made_by != self.made_by:
-            raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
-        scored = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
-        left_out = torch.tensor([*excluded, *self._rows_of("ids", query.ids)], dtype=torch.int64)
-
-        def ranked(number: int) -> tuple[Tensor, Tensor]:
-            scores, rows = nearest(self.index, self.embeds, scored, number + len(left_out), passing)
-            kept = (~torch.isin(rows, left_out)).nonzero()[:number, 0]
-            return scores[kept], rows[kept]
-
-        hits = page_of(ranked, self.embeds, k, offset, check_score("min_score", min_score), check_score("fold", fold))
-        return SearchResult(
-            ids=[self.ids[hit.row] for hit in hits],
-            scores=[hit.score for hit in hits],
-            paths=[self.paths[hit.row] for hit in hits],
-            query=query,
-            gallery=self,
-            folded={self.ids[hit.row]: [self.ids[row] for row in hit.folded] for hit in hits if hit.folded},
-            settings={"filter": filter, "min_score": min_score, "fold": fold},
-        )
-
-    def query(
-        self,
-        image: WeightedImages | None = None,
-        text: str | None = None,
-        explain: bool = False,
-        *,
-        texts: Mapping[str, float] | None = None,
-        ids: Mapping[str, float] | Sequence[str] | None = None,
-        box: Sequence[float] | None = None,
-    ) -> Query:
-        """Encode a query, for searches with several weights; arguments and errors as [`~Gallery.search`]."""
-        terms = collect_terms(self.processor, image, text, texts, ids, box)
-        self._rows_of("ids", [image_id for image_id, _ in terms.ids])
-        encoder = QueryEncoder(self.model, self.processor, self.made_by, self._embedding_of, self.image)
-        return encoder.encode(terms, explain)
 
 
 __all__ = ["Gallery"]

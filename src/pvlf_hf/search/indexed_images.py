@@ -5,26 +5,27 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import torch
 from PIL import Image as PILImage
 from torch import Tensor
-from transformers.utils import logging
 
 from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .filters import Filter, passing_rows
 from .gallery_files import GalleryTable
+from .image_search import ImageSearch
 from .indexing import DecodeOptions, open_cell
-from .previews import blank
-from .query import Query
+from .nearest import nearest
+from .pages import Ranked
+from .query import Query, Weights
 from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.get_logger(__name__)
 
-
-class IndexedImages:
+class IndexedImages(ImageSearch):
     """Embedded images, the model that embedded them, and the index by which they are found.
 
     Attributes:
@@ -61,16 +62,44 @@ class IndexedImages:
         self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
         self.left_out: list[str] = []
 
-    def references(self, query: Query) -> list[PILImage.Image]:
-        """Return the reference images of a query for display, indexed ones by [`~Gallery.preview`]."""
-        return [*query.images, *map(self.preview, query.ids)]
-
     def row_of(self, image_id: str) -> int:
         """Return the row of an image, an id of the gallery."""
         return self._row_of[image_id]
 
-    def _embedding_of(self, image_id: str) -> Tensor:
-        return self.embeds[self._row_of[image_id]]
+    def values_of(self, ids: Sequence[str]) -> list[dict[str, Any]] | None:
+        """Return the metadata of images, None if there is no metadata."""
+        if self.metadata is None:
+            return None
+        rows = pa.array([self._row_of[image_id] for image_id in ids], pa.int64())  # none has no type
+        return self.metadata.take(rows).to_pylist()
+
+    def _choice(self, exclude: Sequence[str], filter: Filter | None) -> tuple[list[int], Tensor | None]:
+        """Return the rows that are left out, and those that pass the filter, if there is one."""
+        excluded = self._rows_of("exclude", exclude)
+        if len(set(excluded)) == len(self):
+            raise ValueError(f"exclude leaves none of the gallery's {len(self)} images; exclude fewer")
+        return excluded, None if filter is None else torch.from_numpy(passing_rows(filter, self.metadata))
+
+    def _ranking(self, query: Query, weights: Weights, choice: tuple[list[int], Tensor | None]) -> Ranked:
+        excluded, passing = choice
+        scored = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
+        left_out = torch.tensor([*excluded, *self._rows_of("ids", query.ids)], dtype=torch.int64)
+
+        def ranked(number: int) -> tuple[Tensor, Tensor]:
+            scores, rows = nearest(self.index, self.embeds, scored, number + len(left_out), passing)
+            kept = (~torch.isin(rows, left_out)).nonzero()[:number, 0]
+            return scores[kept], rows[kept]
+
+        return ranked
+
+    def _embeddings(self, rows: Tensor) -> Tensor:
+        return self.embeds[rows]
+
+    def _names(self, rows: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        return {row: (self.ids[row], self.paths[row]) for row in rows}
+
+    def _embeddings_of(self, name: str, ids: Sequence[str]) -> dict[str, Tensor]:
+        return {image_id: self.embeds[row] for image_id, row in zip(ids, self._rows_of(name, ids), strict=True)}
 
     def _rows_of(self, name: str, ids: Sequence[str]) -> list[int]:
         """Return the rows of ids that an argument names."""
@@ -103,20 +132,6 @@ class IndexedImages:
 
     picture = image  # its name in version 0.1
 
-    def preview(self, image_id: str) -> PILImage.Image:
-        """Open an image for display; for one that cannot be opened, warn and return a blank with its id.
-
-        Raises:
-            ValueError: if the gallery does not have it.
-        """
-        try:
-            return self.image(image_id)
-        except ValueError as error:
-            if image_id not in self._row_of:
-                raise
-            logger.warning(f"a blank is shown instead: {error}")
-            return blank(image_id)
-
     @cached_property
     def index(self) -> VectorIndex:
         """Index of the embeddings, built at the first search."""
@@ -140,6 +155,9 @@ class IndexedImages:
     @cached_property
     def _row_of(self) -> dict[str, int]:
         return {image_id: row for row, image_id in enumerate(self.ids)}
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._row_of
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -9,6 +9,9 @@ from torch import Tensor
 Ranked = Callable[[int], tuple[Tensor, Tensor]]
 """Returns scores and gallery rows of the best n images, best first; fewer where there are fewer."""
 
+Embeddings = Callable[[Tensor], Tensor]
+"""Returns the embeddings of gallery rows: float32 `(rows, d)`, L2-normalised."""
+
 
 class Hit(NamedTuple):
     """An image that was found, and the rows of near-duplicates that are folded into it."""
@@ -19,13 +22,18 @@ class Hit(NamedTuple):
 
 
 def page_of(
-    ranked: Ranked, embeds: Tensor, k: int, offset: int = 0, min_score: float | None = None, fold: float | None = None
+    ranked: Ranked,
+    embeddings: Embeddings,
+    k: int,
+    offset: int = 0,
+    min_score: float | None = None,
+    fold: float | None = None,
 ) -> list[Hit]:
     """Return the results from `offset` on, at most k.
 
     Args:
         ranked: the ranking.
-        embeds: float32 `(gallery, d)`, L2-normalised.
+        embeddings: of rows that the ranking named.
         k: at least 1.
         offset: results that earlier pages have shown.
         min_score: leave out what scores less.
@@ -39,30 +47,31 @@ def page_of(
         if min_score is not None and len(scores) and scores[-1] < min_score:
             enough = int((scores >= min_score).sum())
             scores, rows, exhausted = scores[:enough], rows[:enough], True
-        hits, more = fold_duplicates(scores, rows, embeds, needed, fold)
+        hits, more = fold_duplicates(scores, rows, embeddings, needed, fold)
         if fold is None or more or exhausted:
             return hits[offset:]
         width *= 2
 
 
 def fold_duplicates(
-    scores: Tensor, rows: Tensor, embeds: Tensor, needed: int, fold: float | None
+    scores: Tensor, rows: Tensor, embeddings: Embeddings, needed: int, fold: float | None
 ) -> tuple[list[Hit], bool]:
     """Return the first `needed` results and whether there are more; near-duplicates of a result belong to it."""
     found = zip(rows.tolist(), scores.tolist(), strict=True)
     if fold is None:
         return [Hit(row, score, []) for row, score in found][:needed], len(rows) > needed
     hits: list[Hit] = []
-    kept = torch.empty(0, embeds.shape[1])
-    for row, score in found:
-        cosines = kept @ embeds[row]
+    embeds = embeddings(rows)
+    kept = embeds[:0]
+    for (row, score), embed in zip(found, embeds, strict=True):
+        cosines = kept @ embed
         if len(cosines) and cosines.max() >= fold:
             hits[int(cosines.argmax())].folded.append(row)
         elif len(hits) == needed:
             return hits, True
         else:
             hits.append(Hit(row, score, []))
-            kept = torch.cat([kept, embeds[row][None]])
+            kept = torch.cat([kept, embed[None]])
     return hits, False
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
@@ -131,13 +130,11 @@ def answer_of(parsed: ParsedRequest, result: SearchResult) -> dict[str, Any]:
 
 def as_plain(result: SearchResult) -> list[dict[str, Any]]:
     """Return the images of a result in plain values, see [`answer`]."""
-    gallery = result.gallery
     rows: list[dict[str, Any]] = [
         {"id": image_id, "score": score} for image_id, score in zip(result.ids, result.scores, strict=True)
     ]
-    if gallery.metadata is not None:
-        taken = pa.array([gallery.row_of(image_id) for image_id in result.ids], pa.int64())  # none has no type
-        for row, values in zip(rows, gallery.metadata.take(taken).to_pylist(), strict=True):
+    if (metadata := result.gallery.values_of(result.ids)) is not None:
+        for row, values in zip(rows, metadata, strict=True):
             row["metadata"] = {name: _plain(value) for name, value in values.items()}
     for row in rows:
         if row["id"] in result.folded:
