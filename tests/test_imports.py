@@ -124,6 +124,7 @@ FOLDERS = {
     ],
     "search": [
         "vectors",
+        "locations",
         "shards",
         "vector_index",
         "nearest",
@@ -144,6 +145,8 @@ FOLDERS = {
         "image_search",
         "indexed_images",
         "gallery",
+        "sharded_gallery",
+        "shard_sets",
         "requests",
         "results_page",
         "middleware",

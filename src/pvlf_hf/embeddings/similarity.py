@@ -223,29 +223,68 @@ def top_k(
         )
     if exclude_index is not None:
         exclude_index = checked_index("exclude_index", exclude_index, len(query_embeds), len(gallery_embeds))
-    scores = torch.full((len(query_embeds), k), -torch.inf, device=query_embeds.device)
-    positions = torch.zeros_like(scores, dtype=torch.int64)
-    error = error_bound(query_embeds.shape[-1])
-    for rows, columns, cosines in cosine_tiles(query_embeds, gallery_embeds, exclude_index, chunk_size):
-        threshold = scores[rows, -1]
-        if threshold.isinf().any():
-            threshold = torch.maximum(threshold, kth_at_least(cosines, k) - error)
-        row, column = where_above(cosines, threshold - error)
-        if not len(row):
-            continue
-        candidates = score_pairs(query_embeds[rows], gallery_embeds[columns], row, column)
-        # Append each query's candidates to its best so far: a stable sort leaves ties in gallery order.
+    best = TopK(query_embeds, k)
+    best.add(gallery_embeds, torch.arange(len(gallery_embeds), device=query_embeds.device), exclude_index, chunk_size)
+    return best.scores, best.positions
+
+
+class TopK:
+    """Best k images of each query among those that were added, in any number of parts.
+
+    Args:
+        query_embeds: (Q, d), any float dtype, need not be normalised.
+        k: how many images to keep.
+
+    Attributes:
+        scores: (Q, k) float32, best first, -inf beyond the number of images that were added.
+        positions: (Q, k) int64; ties are in the order in which images were added.
+    """
+
+    def __init__(self, query_embeds: Tensor, k: int) -> None:
+        self.queries, self.k = query_embeds, k
+        self.scores = torch.full((len(query_embeds), k), -torch.inf, device=query_embeds.device)
+        self.positions = torch.zeros_like(self.scores, dtype=torch.int64)
+
+    def add(
+        self,
+        gallery_embeds: Tensor,
+        positions: Tensor,
+        exclude_index: Tensor | None = None,
+        chunk_size: int = QUERIES_PER_CHUNK,
+    ) -> None:
+        """Add images.
+
+        Args:
+            gallery_embeds: (n, d), any float dtype, need not be normalised.
+            positions: (n,) int64, what `positions` calls them.
+            exclude_index: (Q,) int64, row of `gallery_embeds` that the query leaves out.
+            chunk_size: queries scored at a time.
+
+        Raises:
+            ValueError: as in `target_ranks`.
+        """
+        error = error_bound(self.queries.shape[-1])
+        for rows, columns, cosines in cosine_tiles(self.queries, gallery_embeds, exclude_index, chunk_size):
+            threshold = self.scores[rows, -1]
+            if threshold.isinf().any():
+                threshold = torch.maximum(threshold, kth_at_least(cosines, self.k) - error)
+            row, column = where_above(cosines, threshold - error)
+            if len(row):
+                scores = score_pairs(self.queries[rows], gallery_embeds[columns], row, column)
+                self._keep(rows.start, row, scores, positions[columns][column])
+
+    def _keep(self, start: int, row: Tensor, scores: Tensor, positions: Tensor) -> None:
+        """Merge candidates of queries, counted from `start`, with the best so far: a stable sort leaves ties as is."""
         query, group, counts = row.unique_consecutive(return_inverse=True, return_counts=True)
-        offset = k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
-        merged = scores.new_full((len(query), k + int(counts.max())), -torch.inf)
+        offset = self.k + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
+        merged = scores.new_full((len(query), self.k + int(counts.max())), -torch.inf)
         merged_positions = torch.zeros_like(merged, dtype=torch.int64)
-        query += rows.start
-        merged[:, :k], merged_positions[:, :k] = scores[query], positions[query]
-        merged[group, offset], merged_positions[group, offset] = candidates, column + columns.start
+        query = query + start
+        merged[:, : self.k], merged_positions[:, : self.k] = self.scores[query], self.positions[query]
+        merged[group, offset], merged_positions[group, offset] = scores, positions
         best = merged.sort(dim=1, descending=True, stable=True)
-        scores[query] = best.values[:, :k]
-        positions[query] = merged_positions.gather(1, best.indices[:, :k])
-    return scores, positions
+        self.scores[query] = best.values[:, : self.k]
+        self.positions[query] = merged_positions.gather(1, best.indices[:, : self.k])
 
 
 def checked_index(name: str, index: Tensor, num_queries: int, gallery_size: int) -> Tensor:
@@ -264,6 +303,7 @@ def first_true(bad: Tensor) -> int | None:
 
 
 __all__ = [
+    "TopK",
     "check_embeds",
     "check_finite",
     "cosine_tiles",

@@ -12,5 +12,7 @@ __getattr__, __all__ = lazy_names(
         "mining": "TripletMiner",
         "query": "Explanation Query",
         "result": "SearchResult",
+        "sharded_gallery": "ShardedGallery",
+        "shards": "EmbeddingShards",
     },
 )

@@ -10,6 +10,8 @@ It is read as a Python expression, of which only the above is taken, and carried
 
 import ast
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,17 +56,28 @@ def passing_rows(condition: Filter, metadata: pa.Table | None) -> np.ndarray:
         )
     import pyarrow.dataset as ds  # brings pandas, which a search without a filter does not wait for
 
-    expression = parse_filter(condition, metadata.schema) if isinstance(condition, str) else condition
+    with applied(condition, metadata.schema) as expression:
+        passes = ds.dataset(metadata).to_table(columns={"passes": expression})["passes"].combine_chunks()
+        return np.flatnonzero(pc.fill_null(passes, False).to_numpy(zero_copy_only=False))
+
+
+@contextmanager
+def applied(condition: Filter, schema: pa.Schema) -> Iterator[pc.Expression]:
+    """Yield the expression of a filter, to be applied to a table within the block.
+
+    Raises:
+        ValueError: if the filter cannot be read or applied, as [`passing_rows`].
+    """
+    expression = parse_filter(condition, schema) if isinstance(condition, str) else condition
     if not isinstance(expression, pc.Expression):
         raise ValueError(
             f"filter={condition!r:.200}: pass a text such as {EXAMPLE!r}, or a pyarrow.compute.Expression"
         )
     try:
-        passes = ds.dataset(metadata).to_table(columns={"passes": expression})["passes"].combine_chunks()
-        return np.flatnonzero(pc.fill_null(passes, False).to_numpy(zero_copy_only=False))
+        yield expression
     except (pa.ArrowException, TypeError) as error:
         missing = "No match for FieldRef" in str(error)
-        reason = _columns(metadata.schema) if missing else f"its columns are {_types(metadata.schema)}"
+        reason = _columns(schema) if missing else f"its columns are {_types(schema)}"
         raise ValueError(
             f"filter {condition!s:.200} cannot be applied ({str(error).splitlines()[0]}): {reason}"
         ) from error
@@ -196,4 +209,4 @@ def _types(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-__all__ = ["Filter", "parse_filter", "passing_rows"]
+__all__ = ["Filter", "applied", "parse_filter", "passing_rows"]

@@ -53,7 +53,14 @@ def as_indexed(
         model: the model.
         processor: of the model; returned as it is where the padding is the same, or more than that differs.
     """
-    provenance, kept, images = images_made_by(model, processor), kept_provenance(folder), processor.image_processor
+    return prepared_as(kept_provenance(folder), str(folder), model, processor)
+
+
+def prepared_as(
+    kept: dict[str, str] | None, where: str, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor
+) -> tuple[ComposedRetrievalProcessor, dict[str, str]]:
+    """Return what [`as_indexed`] does, for images of the provenance `kept` that are `where` the warning says."""
+    provenance, images = images_made_by(model, processor), processor.image_processor
     if kept in (None, provenance) or not hasattr(images, "do_target_pad"):
         return processor, provenance
     other = copy(processor)
@@ -63,7 +70,7 @@ def as_indexed(
         return processor, provenance
     padded = other.image_processor.do_target_pad
     logger.warning(
-        f"the images of {folder} were {'' if padded else 'not '}padded towards a square, and this model "
+        f"the images of {where} were {'' if padded else 'not '}padded towards a square, and this model "
         f"{'does not pad' if padded else 'pads'} them: its queries are prepared as the images of the index were. To "
         "search images prepared by the model's own processor, index them into another folder"
     )
@@ -214,6 +221,7 @@ __all__ = [
     "gallery_id_of",
     "is_gallery",
     "kept_provenance",
+    "prepared_as",
     "read_columns",
     "read_gallery",
     "upload_gallery",

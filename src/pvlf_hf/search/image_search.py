@@ -137,12 +137,18 @@ class ImageSearch(ABC):
             query = self.query(image, text, explain, texts=texts, ids=ids, box=box)
         elif explain or any(part is not None for part in (image, text, texts, ids, box)):
             raise ValueError("a query is encoded already: pass it without image, text and explain")
+        self._check_made_by(query)
+        settings = {"filter": filter, "min_score": min_score, "fold": fold}
+        return self._result(query, self._ranking(query, weights, choice), k, offset, settings)
+
+    def _check_made_by(self, query: Query) -> None:
         if query.made_by != self.made_by:
             raise ValueError("the query was encoded by another model: make it with gallery.query(...)")
-        ranked = self._ranking(query, weights, choice)
-        hits = page_of(
-            ranked, self._embeddings, k, offset, check_score("min_score", min_score), check_score("fold", fold)
-        )
+
+    def _result(self, query: Query, ranked: Ranked, k: int, offset: int, settings: dict[str, Any]) -> SearchResult:
+        """Return a page of a ranking."""
+        least, fold = (check_score(name, settings[name]) for name in ("min_score", "fold"))
+        hits = page_of(ranked, self._embeddings, k, offset, least, fold)
         names = self._names([row for hit in hits for row in (hit.row, *hit.folded)])
         return SearchResult(
             ids=[names[hit.row][0] for hit in hits],
@@ -151,7 +157,7 @@ class ImageSearch(ABC):
             query=query,
             gallery=self,
             folded={names[hit.row][0]: [names[row][0] for row in hit.folded] for hit in hits if hit.folded},
-            settings={"filter": filter, "min_score": min_score, "fold": fold},
+            settings=settings,
         )
 
     def query(

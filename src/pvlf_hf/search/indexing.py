@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
+import fsspec
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from ..digests import sequence_digest
 from ..embeddings.embedding_store import read_rows, write_rows
 from ..embeddings.encoding import encode_stream, image_encoder
-from ..models.image_processing_pvlf import check_file, open_image, to_rgb
+from ..models.image_processing_pvlf import check_bytes, check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
 if TYPE_CHECKING:
@@ -170,10 +171,10 @@ def open_cell(cell: dict[str, Any] | None, options: DecodeOptions) -> PILImage.I
 
 
 def source_of(cell: dict[str, Any] | None) -> bytes | str:
-    """Return the content of a cell's image file, or its URL, which is not fetched.
+    """Return the content of a cell's image file, also from an object store (`s3://`); of a web URL the URL itself.
 
     Raises:
-        OSError: if the file does not exist.
+        OSError: if the file does not exist, or the store refuses it.
         ValueError: if the cell is empty, or the file is too large or not a regular file.
     """
     if not cell or cell["bytes"] is cell["path"] is None:
@@ -182,6 +183,10 @@ def source_of(cell: dict[str, Any] | None) -> bytes | str:
         return cell["bytes"]
     if cell["path"].startswith(("http://", "https://", "data:")):
         return cell["path"]
+    if "://" in cell["path"]:
+        with fsspec.open(cell["path"], "rb") as opened:
+            check_bytes(opened.size)
+            return opened.read()
     check_file(cell["path"])
     return Path(cell["path"]).read_bytes()
 

@@ -13,22 +13,23 @@ group has at most 16,384 rows. `broken-*.parquet` (`id`, `path`, `reason`) lists
 """
 
 import json
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from ..atomic_files import cannot_write, whole
+from .locations import files_of, open_location
 from .vectors import Element, StoredVectors, Vectors, check_vectors, decode_vectors, encode_vectors
 
 MADE_BY, FORMAT, VERSION = b"pvlf_hf.made_by", b"pvlf_hf.format", b"1"
@@ -65,6 +66,14 @@ class Block(NamedTuple):
     first: int
     """Row of all shards at which it starts."""
     rows: int
+
+    def may_hold(self, ids: Sequence[str]) -> bool:
+        """Return whether one of some ids, which ascend, may be in the row group, by its statistics."""
+        known = self.part.footer.row_group(self.group).column(0).statistics
+        if known is None or not known.has_min_max:
+            return True
+        place = bisect_left(ids, known.min)
+        return place < len(ids) and ids[place] <= known.max
 
 
 def shard_table(
@@ -170,39 +179,6 @@ def _write(location: str | Path, name: str, table: pa.Table) -> None:
         raise cannot_write(f"{name} in {location}", error) from error
 
 
-def open_location(location: str | Path) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a folder or an fsspec URL, and the path in it.
-
-    Raises:
-        ImportError: if the store needs a package that is not installed.
-        ValueError: if there is no such kind of store, or it cannot be opened.
-    """
-    try:
-        files, root = url_to_fs(str(location))
-    except ImportError as error:
-        raise ImportError(f"{location} needs a package that is not installed: {error}") from error
-    except Exception as error:  # each kind of store raises its own
-        raise ValueError(f"{location} cannot be opened ({error}): check the URL and the login") from error
-    return files, root.rstrip("/")
-
-
-def files_of(location: str | Path, pattern: str) -> list[str]:
-    """Return the sorted names of a location's files that match a pattern, none where it does not exist yet.
-
-    Raises:
-        ValueError: if the store refuses to list it.
-    """
-    files, root = open_location(location)
-    files.invalidate_cache()  # another process may be writing there
-    try:
-        found = files.ls(root, detail=False)
-    except FileNotFoundError:
-        return []
-    except Exception as error:  # each kind of store raises its own
-        raise ValueError(f"{location} cannot be listed ({error}): check the URL, the login and its rights") from error
-    return sorted(path.name for path in map(PurePosixPath, found) if path.match(pattern))
-
-
 def read_broken(location: str | Path) -> pa.Table:
     """Read id, path and reason of all images that could not be read."""
     files, root = open_location(location)
@@ -251,6 +227,7 @@ class EmbeddingShards:
         for part in self.parts[1:]:
             self._check_like_first(part)
         self.metadata_names = [name for name in self.schema.names if name not in RESERVED]
+        self._checked: defaultdict[int, set[str]] = defaultdict(set)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -266,7 +243,8 @@ class EmbeddingShards:
                         f"{self._named(part.name)}: row group {group} has {rows:,} rows, more than {MOST_ROWS:,}, "
                         "which memory is planned for: write it with row_group_size=16384"
                     )
-                blocks.append(Block(part, group, start, first, rows))
+                if rows:  # a part of which no image could be read has none
+                    blocks.append(Block(part, group, start, first, rows))
                 first, start = first + rows, start + rows
         return blocks
 
@@ -274,20 +252,23 @@ class EmbeddingShards:
         """Read a row group, or some of its columns.
 
         Raises:
-            ValueError: if the file is damaged, an id, digest or embedding is missing, or an embedding is not finite.
+            ValueError: if the file is damaged, an id, digest or embedding is missing, or an embedding is not finite,
+                which is checked when a column is first read.
         """
         part, where = (
             block.part,
             f"{self._named(block.part.name)}, rows {block.start} to {block.start + block.rows - 1}",
         )
         try:
-            with self._files.open(f"{self._root}/{part.name}", "rb") as opened:
+            with self._source(part.name) as opened:
                 file = pq.ParquetFile(opened, metadata=part.footer)
                 table = file.read_row_group(block.group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{where} cannot be read ({error}): delete the file and have it written again") from error
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
-        self._check(block, batch)
+        if unchecked := {*batch.schema.names} - self._checked[block.first]:
+            self._check(block, batch, unchecked)
+            self._checked[block.first] |= unchecked
         return batch
 
     def batches(self, columns: Sequence[str] | None = None, rows: int = MOST_ROWS) -> Iterator[pa.RecordBatch]:
@@ -298,7 +279,12 @@ class EmbeddingShards:
                 yield batch.slice(start, rows)
 
     def stored(self, batch: pa.RecordBatch, column: str = "embedding") -> StoredVectors:
-        """Return the vectors of a batch as they are stored; `column` may be `"embedding_float16"` where it exists."""
+        """Return the vectors of a batch as they are stored, to be read only.
+
+        Args:
+            batch: rows with the column, and `scale` beside int8.
+            column: `"embedding"`, or `"embedding_float16"` where it exists.
+        """
         kept = batch.column(column)
         values = _numbers(kept.flatten()).view(len(batch), self.width)
         scaled = kept.type.value_type == pa.int8()
@@ -308,6 +294,16 @@ class EmbeddingShards:
         """Return the embeddings of a batch: float32 `(rows, d)`; of float16, where int8 is beside it."""
         column = "embedding_float16" if "embedding_float16" in batch.schema.names else "embedding"
         return decode_vectors(self.stored(batch, column))
+
+    def fragments(self) -> list[Any]:
+        """Return the parts as `pyarrow.dataset` filters them, without reading row groups that cannot pass."""
+        import pyarrow.dataset as ds  # brings pandas, which a search without a filter does not wait for
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+        from pyarrow.fs import LocalFileSystem as ArrowFiles
+
+        local = isinstance(self._files, LocalFileSystem)
+        files = ArrowFiles() if local else PyFileSystem(FSSpecHandler(self._files))
+        return [ds.ParquetFileFormat().make_fragment(f"{self._root}/{part.name}", files) for part in self.parts]
 
     @property
     def embedding_columns(self) -> list[str]:
@@ -325,9 +321,14 @@ class EmbeddingShards:
     def _named(self, name: str) -> str:
         return f"{self.location.rstrip('/')}/{name}"
 
+    def _source(self, name: str) -> Any:
+        """Open a file; one of this machine is mapped, so that its pages are not copied."""
+        path = f"{self._root}/{name}"
+        return pa.memory_map(path) if isinstance(self._files, LocalFileSystem) else self._files.open(path, "rb")
+
     def _open_part(self, name: str) -> Part:
         try:
-            with self._files.open(f"{self._root}/{name}", "rb") as opened:
+            with self._source(name) as opened:
                 file = pq.ParquetFile(opened)
                 return Part(name, file.metadata, file.schema_arrow)
         except (pa.ArrowException, OSError) as error:
@@ -364,8 +365,8 @@ class EmbeddingShards:
             different = {*map(str, part.schema)} ^ {*map(str, self.schema)} or {"their order"}
             raise ValueError(f"{name} has other columns than {first.name}, they differ in {sorted(different)}")
 
-    def _check(self, block: Block, batch: pa.RecordBatch) -> None:
-        for name in {*RESERVED} - {"path"} & {*batch.schema.names}:
+    def _check(self, block: Block, batch: pa.RecordBatch, names: set[str]) -> None:
+        for name in ({*RESERVED} - {"path"}) & names:
             column = batch.column(name)
             if column.null_count:
                 bad, reason = pc.is_null(column), "no value"
@@ -384,8 +385,8 @@ class EmbeddingShards:
 
 
 def _numbers(column: pa.Array) -> Tensor:
-    """Return a copy of the numbers of a column; a tensor must be of memory that may be written to."""
-    return torch.from_numpy(column.to_numpy(zero_copy_only=False).copy())
+    """Return the numbers of a column, which must not be changed: they stay where Arrow read them to."""
+    return torch.from_dlpack(column)
 
 
 def _layout(name: str, schema: pa.Schema) -> tuple[int, Vectors]:
@@ -415,4 +416,4 @@ def _layout(name: str, schema: pa.Schema) -> tuple[int, Vectors]:
     return kind.list_size, "int8+float16"
 
 
-__all__ = ["EmbeddingShards", "files_of", "read_broken", "shard_table", "write_broken", "write_part"]
+__all__ = ["EmbeddingShards", "read_broken", "shard_table", "write_broken", "write_part"]

@@ -1,0 +1,42 @@
+"""Opens locations: folders, and URLs of object stores that fsspec knows."""
+
+from pathlib import Path, PurePosixPath
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+
+def open_location(location: str | Path) -> tuple[AbstractFileSystem, str]:
+    """Return the file system of a folder or an fsspec URL, and the path in it.
+
+    Raises:
+        ImportError: if the store needs a package that is not installed.
+        ValueError: if there is no such kind of store, or it cannot be opened.
+    """
+    try:
+        files, root = url_to_fs(str(location))
+    except ImportError as error:
+        raise ImportError(f"{location} needs a package that is not installed: {error}") from error
+    except Exception as error:  # each kind of store raises its own
+        raise ValueError(f"{location} cannot be opened ({error}): check the URL and the login") from error
+    return files, root.rstrip("/")
+
+
+def files_of(location: str | Path, pattern: str) -> list[str]:
+    """Return the sorted names of a location's files that match a pattern, none where it does not exist yet.
+
+    Raises:
+        ValueError: if the store refuses to list it.
+    """
+    files, root = open_location(location)
+    files.invalidate_cache()  # another process may be writing there
+    try:
+        found = files.ls(root, detail=False)
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # each kind of store raises its own
+        raise ValueError(f"{location} cannot be listed ({error}): check the URL, the login and its rights") from error
+    return sorted(path.name for path in map(PurePosixPath, found) if path.match(pattern))
+
+
+__all__ = ["files_of", "open_location"]

@@ -1,0 +1,411 @@
+"""A gallery in shards: searched exactly where it lies, within a limit of memory.
+
+A search reads the vectors of all row groups once, for any number of queries, and keeps as many of them in memory as
+the limit allows, for the next search. Scores are cosines of the stored vectors (`vectors.py`): results of `float32`
+shards equal those of a [`Gallery`] of the same embeddings bit for bit. Where `float16` is beside `int8`, images are
+found if they are among the best `CANDIDATES` by int8, and ranked by float16.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image as PILImage
+from torch import Tensor
+
+from ..embeddings.combined import CombinedScores
+from ..embeddings.encoding import prefetch_map
+from ..embeddings.similarity import TopK, exact_unit_rows
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .filters import Filter, applied
+from .gallery_files import prepared_as
+from .image_search import ImageSearch
+from .indexing import DecodeOptions, open_cell
+from .pages import Ranked
+from .query import FUSION, Query, Weights, check_offset, check_positive, check_score
+from .result import SearchResult
+from .shards import Block, EmbeddingShards
+from .vectors import StoredVectors, decode_vectors
+
+CANDIDATES, LEAST_CANDIDATES = 8, 64
+"""Images per result that int8 proposes to float16, and at least how many (our choice)."""
+
+ROWS_AT_ONCE = 4096
+"""Rows brought to float32 and compared at a time (our choice): 4 MiB at width 256."""
+
+READ_AHEAD = 1
+"""Row groups read while another is compared (our choice); each takes memory."""
+
+GROUPS_AT_WORK = 20
+"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 7 for int8 and float16): three are
+alive, as pages, as being decoded and in use, and Arrow's allocator returns to the system late what was freed."""
+
+FOUND_BEFORE = 10_000
+"""Ids whose rows are remembered (our choice), for refinements of what was found."""
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Choice(NamedTuple):
+    """Images that a search may find."""
+
+    excluded: list[int]
+    """Rows that are left out."""
+    passing: dict[int, Tensor] | None
+    """Rows of each row group that pass the filter, bool `(rows,)`; groups without one are missing. None for all."""
+
+
+class ShardedGallery(ImageSearch):
+    """Embedded images in shards (`shards.py`), opened without copying; any number of threads may search.
+
+    Args:
+        shards: the shards.
+        model: embeds queries; any model on the image encoder that made the embeddings.
+        processor: the model's processor.
+        memory: see [`~ShardedGallery.open`].
+
+    Attributes:
+        shards: the shards.
+        memory: limit in bytes.
+    """
+
+    def __init__(
+        self,
+        shards: EmbeddingShards,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        memory: int | str = "1.5GB",
+    ) -> None:
+        self.shards, self.model, self.memory = shards, model, parse_memory(memory)
+        self.processor, self.made_by = prepared_as(shards.made_by, shards.location, model, processor)
+        if self.made_by != shards.made_by:
+            kept, now = shards.made_by.get("dtype"), self.made_by["dtype"]
+            same = f", or it is in {now} now and was in {kept}" if kept != now else ""
+            raise ValueError(
+                f"{shards.location} holds embeddings of another image encoder, projection or preprocessing{same}: "
+                "open it with a model on the encoder that made it, or index the images again into another location"
+            )
+        self._room = self.memory - self._needed()
+        self._kept: dict[int, StoredVectors] = {}
+        self._known: dict[str, int] = {}
+        self._lock = Lock()
+
+    @classmethod
+    def open(
+        cls,
+        location: str | Path,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        memory: int | str = "1.5GB",
+    ) -> "ShardedGallery":
+        """Open shards to be searched.
+
+        Args:
+            location: folder or fsspec URL of shards.
+            model: embeds queries; any model on the image encoder that made the embeddings.
+            processor: the model's processor.
+            memory: most memory that searches take beside the model, in bytes or as `"800MB"`; what the row groups at
+                work leave of it keeps vectors, so that the next search does not read them again.
+
+        Raises:
+            ValueError: if the shards do not fit together ([`EmbeddingShards`]), another model made them, or the memory
+                does not suffice for the row groups at work.
+        """
+        return cls(EmbeddingShards(location), model, processor, memory)
+
+    def search_many(
+        self,
+        queries: Sequence[Query],
+        k: int = 10,
+        *,
+        weights: Weights = FUSION,
+        exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        offset: int = 0,
+        min_score: float | None = None,
+    ) -> list[SearchResult]:
+        """Search by several encoded queries, reading the shards once; arguments and errors as [`~Gallery.search`]."""
+        k, offset, choice = check_positive("k", k), check_offset(offset), self._choice(exclude, filter)
+        settings = {"filter": filter, "min_score": check_score("min_score", min_score), "fold": None}
+        if not queries:
+            return []
+        for query in queries:
+            self._check_made_by(query)
+        rankings: list[Ranked]
+        if any(_is_combined(query, weights) for query in queries):
+            rankings = [self._ranking(query, weights, choice) for query in queries]
+        else:
+            left_out = [self._left_out(query, choice) for query in queries]
+            embeds = torch.stack([query.embed(weights) for query in queries])
+            best = self._best(embeds, k + offset + max(map(len, left_out)), choice)
+            rankings = [_without(*one) for one in zip(*best, left_out, strict=True)]
+        found = zip(queries, rankings, strict=True)
+        return [self._result(query, ranked, k, offset, settings) for query, ranked in found]
+
+    def image(self, image_id: str) -> PILImage.Image:
+        """Open an image, RGB; see [`ImageSearch.image`]."""
+        (row,) = self._rows_of("image", [image_id])
+        path = self._names([row])[row][1]
+        try:
+            return open_cell({"bytes": None, "path": path}, DecodeOptions(None))
+        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on damaged files
+            reason = str(error).replace(str(path), image_id)
+            raise ValueError(f"the image {image_id!r} cannot be opened ({reason}): index the images again") from error
+
+    def values_of(self, ids: Sequence[str]) -> list[dict[str, Any]] | None:
+        """Return the metadata of images, None if there is no metadata."""
+        if not self.shards.metadata_names:
+            return None
+        rows = self._rows_of("ids", ids)
+        values = self._values(rows, self.shards.metadata_names)
+        return [values[row] for row in rows]
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self._find([image_id])
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __repr__(self) -> str:
+        return f"ShardedGallery({self.shards!r}, memory={self.memory:,})"
+
+    def _choice(self, exclude: Sequence[str], filter: Filter | None) -> Choice:
+        excluded = self._rows_of("exclude", exclude)
+        if len({*excluded}) == len(self):
+            raise ValueError(f"exclude leaves none of the gallery's {len(self)} images; exclude fewer")
+        return Choice(excluded, None if filter is None else self._passing(filter))
+
+    def _ranking(self, query: Query, weights: Weights, choice: Choice) -> Ranked:
+        left_out = self._left_out(query, choice)
+
+        def ranked(number: int) -> tuple[Tensor, Tensor]:
+            if _is_combined(query, weights):
+                scores, rows = self._best_combined(query, weights, number + len(left_out), choice)
+            else:
+                scores, rows = (
+                    one[0] for one in self._best(query.embed(weights)[None], number + len(left_out), choice)
+                )
+            return _without(scores, rows, left_out)(number)
+
+        return ranked
+
+    def _left_out(self, query: Query, choice: Choice) -> list[int]:
+        return [*choice.excluded, *self._rows_of("ids", query.ids)]
+
+    def _best(self, queries: Tensor, k: int, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Return scores `(Q, k)`, -inf where there are fewer images, and rows `(Q, k)` of the best of each query."""
+        k = min(k, len(self))
+        if self.shards.vectors != "int8+float16":
+            best = TopK(queries, k)
+            for embeds, rows in self._pieces(choice):
+                best.add(embeds, rows)
+            return best.scores, best.positions
+        proposed = TopK(queries, min(len(self), max(CANDIDATES * k, LEAST_CANDIDATES)))
+        for embeds, rows in self._pieces(choice):
+            proposed.add(embeds, rows)
+        candidates = [
+            rows[scores > -torch.inf].sort().values
+            for scores, rows in zip(proposed.scores, proposed.positions, strict=True)
+        ]
+        ranked = [TopK(query[None], k) for query in queries]
+        for embeds, rows in self._embeddings_by_block(torch.cat(candidates).unique()):
+            for one, mine in zip(ranked, candidates, strict=True):
+                held = mine[(mine >= rows[0]) & (mine <= rows[-1])]
+                if len(held):
+                    one.add(embeds[torch.searchsorted(rows, held)], held)
+        return torch.cat([one.scores for one in ranked]), torch.cat([one.positions for one in ranked])
+
+    def _best_combined(self, query: Query, weights: Weights, k: int, choice: Choice) -> tuple[Tensor, Tensor]:
+        """Return the best by a composition that scores by two similarities."""
+        scores, rows = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        for embeds, positions in self._pieces(choice, exact=True):
+            scored = query.scored_by(weights, embeds, self._mean)
+            assert isinstance(scored, CombinedScores)
+            scores = torch.cat([scores, scored.of_images(0, torch.arange(len(embeds)))])
+            best = scores.sort(descending=True, stable=True)
+            scores, rows = best.values[:k], torch.cat([rows, positions])[best.indices[:k]]
+        return scores, rows
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        """Float64 mean of the embeddings, which centres the similarities of a composition without an embedding."""
+        total = torch.zeros(self.shards.width, dtype=torch.float64)
+        for embeds, _ in self._pieces(Choice([], None), exact=True):
+            total += exact_unit_rows(embeds).sum(dim=0)
+        return total / len(self)
+
+    def _pieces(self, choice: Choice, exact: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield embeddings float32 `(n, d)` and their rows `(n,)` of all images that may be found, in order.
+
+        They are those that find candidates; with `exact`, those that rank.
+        """
+        blocks = self.shards.blocks
+        numbers = range(len(blocks)) if choice.passing is None else sorted(choice.passing)
+        tasks = (blocks[number] for number in numbers)
+        read = self._read_exact if exact else self._read
+        with closing(prefetch_map(lambda block: (block, read(block)), tasks, READ_AHEAD)) as groups:
+            for number, (block, stored) in zip(numbers, groups, strict=True):
+                if choice.passing is None:
+                    starts = range(0, block.rows, ROWS_AT_ONCE)
+                    pieces: Any = [slice(start, start + ROWS_AT_ONCE) for start in starts]
+                else:
+                    pieces = choice.passing[number].nonzero()[:, 0].split(ROWS_AT_ONCE)
+                rows = torch.arange(block.first, block.first + block.rows)
+                for piece in pieces:
+                    scale = None if stored.scale is None else stored.scale[piece]
+                    yield decode_vectors(StoredVectors(stored.values[piece], scale)), rows[piece]
+
+    def _read(self, block: Block) -> StoredVectors:
+        """Return the vectors of a row group that find candidates; keep them where there is room."""
+        if (kept := self._kept.get(block.first)) is not None:
+            return kept
+        names = ["embedding", "scale"] if self.shards.element == "int8" else ["embedding"]
+        stored = self.shards.stored(self.shards.read(block, names))
+        size = sum(one.nbytes for one in stored if one is not None)
+        with self._lock:
+            if size <= self._room and block.first not in self._kept:
+                self._kept[block.first] = stored
+                self._room -= size
+        return stored
+
+    def _read_exact(self, block: Block) -> StoredVectors:
+        if self.shards.vectors != "int8+float16":
+            return self._read(block)
+        return self.shards.stored(self.shards.read(block, ["embedding_float16"]), "embedding_float16")
+
+    def _embeddings_by_block(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the embeddings that rank ascending rows, and these rows, from one row group at a time."""
+        for block in self.shards.blocks:
+            low, high = torch.searchsorted(rows, torch.tensor([block.first, block.first + block.rows])).tolist()
+            if low < high:
+                held = rows[low:high]
+                stored, inside = self._read_exact(block), held - block.first
+                scale = None if stored.scale is None else stored.scale[inside]
+                yield decode_vectors(StoredVectors(stored.values[inside], scale)), held
+
+    def _passing(self, condition: Filter) -> dict[int, Tensor]:
+        """Return the rows that pass a filter; row groups whose statistics rule them out are not read."""
+        if not self.shards.metadata_names:
+            raise ValueError(f"filter {condition!r:.200}: these shards have no metadata; write them with its columns")
+        schema = pa.schema([self.shards.schema.field(name) for name in self.shards.metadata_names])
+        passing: dict[int, Tensor] = {}
+        first = 0
+        with applied(condition, schema) as expression:
+            for fragment, part in zip(self._fragments, self.shards.parts, strict=True):
+                may_pass = [group.id for group in fragment.subset(expression, schema=schema).row_groups]
+                for group in may_pass:
+                    columns = {"passes": expression}
+                    one = fragment.subset(row_group_ids=[group])
+                    found = one.to_table(schema=schema, columns=columns, use_threads=False)["passes"].combine_chunks()
+                    passes = np.array(pc.fill_null(found, False).to_numpy(zero_copy_only=False))
+                    if passes.any():
+                        passing[first + group] = torch.from_numpy(passes)
+                first += part.footer.num_row_groups
+        return passing
+
+    @cached_property
+    def _fragments(self) -> list[Any]:
+        """The parts as pyarrow filters them."""
+        return self.shards.fragments()
+
+    def _embeddings(self, rows: Tensor) -> Tensor:
+        ascending, order = rows.unique(return_inverse=True)
+        parts = [embeds for embeds, _ in self._embeddings_by_block(ascending)]
+        return torch.cat(parts)[order] if parts else torch.empty(0, self.shards.width)
+
+    def _embeddings_of(self, name: str, ids: Sequence[str]) -> dict[str, Tensor]:
+        rows = torch.tensor(self._rows_of(name, ids), dtype=torch.int64)
+        return dict(zip(ids, self._embeddings(rows), strict=True))
+
+    def _names(self, rows: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        names = {row: (one["id"], one["path"]) for row, one in self._values(rows, ["id", "path"]).items()}
+        self._remember({image_id: row for row, (image_id, _) in names.items()})
+        return names
+
+    def _values(self, rows: Sequence[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
+        """Return columns of some rows."""
+        values: dict[int, dict[str, Any]] = {}
+        for block in self.shards.blocks:
+            held = [row for row in {*rows} if block.first <= row < block.first + block.rows]
+            if held:
+                batch = self.shards.read(block, columns)
+                values |= {row: batch.slice(row - block.first, 1).to_pylist()[0] for row in held}
+        return values
+
+    def _rows_of(self, name: str, ids: Sequence[str]) -> list[int]:
+        """Return the rows of ids that an argument names."""
+        if isinstance(ids, str):
+            raise ValueError(f"{name}={ids!r}: pass a list of ids")
+        found = self._find(ids)
+        if unknown := [image_id for image_id in ids if image_id not in found]:
+            raise ValueError(f"{name} names {unknown[:3]}, which are not in the gallery; pass ids of its images")
+        return [found[image_id] for image_id in ids]
+
+    def _find(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return the rows of those ids that there are; row groups are read whose statistics do not rule them out."""
+        found = {image_id: self._known[image_id] for image_id in ids if image_id in self._known}
+        missing = sorted({image_id for image_id in ids if isinstance(image_id, str)} - {*found})
+        wanted = pa.array(missing, pa.string())
+        for block in self.shards.blocks if missing else ():
+            if not block.may_hold(missing):
+                continue
+            column = self.shards.read(block, ["id"]).column("id")
+            for offset in np.flatnonzero(pc.is_in(column, wanted).to_numpy(zero_copy_only=False)):
+                found.setdefault(column[int(offset)].as_py(), block.first + int(offset))
+            if len(found) == len({*ids}):
+                break
+        self._remember(found)
+        return found
+
+    def _remember(self, rows: dict[str, int]) -> None:
+        with self._lock:
+            if len(self._known) > FOUND_BEFORE:
+                self._known = {}
+            self._known |= rows
+
+    def _needed(self) -> int:
+        """Return the memory that the row groups at work take; raise a `ValueError` if the limit is below that."""
+        width, rows = self.shards.width, max(block.rows for block in self.shards.blocks)
+        number = {"float32": 4, "float16": 2, "int8": 1}[self.shards.element]
+        if self.shards.vectors == "int8+float16":
+            number = 2
+        needed = GROUPS_AT_WORK * rows * width * number + 6 * 4 * ROWS_AT_ONCE * width + 2**25
+        if needed > self.memory:
+            raise ValueError(
+                f"memory={self.memory:,}: the row groups of {self.shards.location} need {needed:,} bytes at work: "
+                f'pass memory="{-(-needed // 10**6)}MB" or more'
+            )
+        return needed
+
+
+def _is_combined(query: Query, weights: Weights) -> bool:
+    return query.combine is not None and weights[1] != 0
+
+
+def _without(scores: Tensor, rows: Tensor, left_out: Sequence[int]) -> Ranked:
+    """Return the ranking of what was found, without some rows."""
+    found = (scores > -torch.inf) & ~torch.isin(rows, torch.tensor(left_out, dtype=torch.int64))
+    return lambda number: (scores[found][:number], rows[found][:number])
+
+
+def parse_memory(memory: int | str) -> int:
+    """Return a limit of memory in bytes.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    read = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(memory).lower())
+    if isinstance(memory, bool) or read is None or read[2] not in UNITS:
+        raise ValueError(f'memory={memory!r}: pass bytes, or a text such as "1.5GB" or "800MB"')
+    return int(float(read[1]) * UNITS[read[2]])
+
+
+__all__ = ["ShardedGallery", "parse_memory"]
