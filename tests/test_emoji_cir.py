@@ -256,8 +256,8 @@ def test_look_alikes_share_the_class_of_the_target(tiers):
 
 def test_rows_do_not_depend_on_the_machine(train, validation, tiers):
     columns = ["reference_id", "caption", "target_id", "attribute"]
-    assert digest(train, [*columns, "vendor"]) == "06985aff10bcac00d19c46e1bec9b679bf8cd6c3"
-    assert digest(validation.queries, [*columns, "subset_ids"]) == "3404f5f9f0b7ee06f77f2f6dcc3f2b187b5324d8"
+    assert digest(train, [*columns, "vendor"]) == "cea62ce6214e5c3adae82015c460de0862a536f9"
+    assert digest(validation.queries, [*columns, "subset_ids"]) == "b316b3b8c5f824b4c9f0c1465ed86e91afa28ded"
     digests = {tier: digest(its.queries, [*columns, "subset_ids"]) for tier, its in tiers.items()}
     assert digests == {
         "plain": "f7b256507f76c46349028631b4d0c1b0acfab1c1",
@@ -295,3 +295,28 @@ def test_missing_package_raises_with_its_name(monkeypatch):
     monkeypatch.setattr(emoji_cir, "version", not_installed)
     with pytest.raises(ImportError, match=r'pip install "pvlf-hf\[emoji\]"'):
         load_emoji_pictures()
+
+
+def words_of(template):
+    return tuple(template.lower().replace(",", " ,").split())
+
+
+def parts_of(words, number):
+    return {words[start : start + number] for start in range(len(words) - number + 1)}
+
+
+def test_templates_of_the_test_tiers_share_no_four_words_with_any_training_wording():
+    for templates in emoji_captions.phrasings()["templates"].values():
+        written = {words_of(wording) for one in templates["train"] for wording in emoji_captions.wordings(one)}
+        shared = set().union(*(parts_of(words, 4) for words in written))
+        for tier in TIERS:
+            for template in map(words_of, templates[tier]):
+                assert template not in written
+                assert not parts_of(template, 4) & shared
+
+
+def test_training_has_hundreds_of_wordings_of_each_common_change():
+    sets = emoji_captions.phrasings()["templates"]
+    counts = {name: sum(len([*emoji_captions.wordings(one)]) for one in sets[name]["train"]) for name in sets}
+    assert min(counts[name] for name in ("swap", "skin", "gender", "role", "colour", "country")) > 400
+    assert sum(counts.values()) > 15_000

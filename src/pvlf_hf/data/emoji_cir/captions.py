@@ -7,8 +7,10 @@ words, no verb, a typo, or a vague "darker" that does not say by how much. Templ
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +38,8 @@ _ORDERED = {
     "age": (("baby", "child", "adult", "older"), "younger", "older"),
 }
 
+_ALTERNATIVES = re.compile(r"<(?P<name>[^<>]+)>|\[(?P<choices>[^\[\]<>]*)\]")
+
 _NOUN_SLOTS = ("species", "object", "expression", "part", "mark")
 
 
@@ -44,10 +48,12 @@ def phrasings() -> Mapping[str, Any]:
     """Return the content of `captions.json`.
 
     Returns:
-        `"templates"`: set -> style -> templates with `{old}`, `{new}`, `{slot}`, `{side}` and, for ordered attributes,
-        `{more}`. `"terms"`: attribute -> value -> terms in training; the first is also the one of the plain and brief
-        tiers, and a value that is absent is its own term. `"paraphrases"`: attribute -> value -> the paraphrased
-        tier's term. `"joiners"`: style -> text between two changes. `"mass_nouns"`: values without an article.
+        `"alternatives"`: name -> texts that a template's `<name>` stands for. `"templates"`: set -> style -> templates
+        with `{old}`, `{new}`, `{slot}`, `{side}` and, for ordered attributes, `{more}`; in training also with `<name>`
+        and `[this|that]`. `"terms"`: attribute -> value -> terms in training; the first is also the one of the plain
+        and brief tiers, and a value that is absent is its own term. `"paraphrases"`: attribute -> value -> the
+        paraphrased tier's term. `"joiners"`: style -> text between two changes. `"mass_nouns"`: values without an
+        article.
     """
     return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
@@ -85,6 +91,9 @@ def write_caption(old: Mapping[str, str], new: Mapping[str, str], style: str, ke
     caption = pick(phrasings()["joiners"][style], f"{key}/joiner").join(parts)
     if style == "brief" and pick((False, False, True), f"{key}/typo"):
         caption = _swap_two_letters(caption)
+    if style == "train":
+        careless = pick((_misspell, _without_articles, *[None] * 6), f"{key}/careless")
+        caption = careless(caption, key) if careless else caption
     return caption
 
 
@@ -93,8 +102,31 @@ def _write_change(slot: str, old: str, new: str, style: str, key: str) -> str:
     templates = templates_of(attribute_of(slot, new))[style]
     more = _comparison(slot, old, new)
     template = pick([t for t in templates if more or "{more}" not in t], f"{key}/template")
+    template = _with_alternatives_chosen(template, key)
     terms = {"old": _term(slot, old, style, f"{key}/old"), "new": _term(slot, new, style, f"{key}/new")}
     return template.format(slot=_SLOT_NAMES.get(slot, slot), side=slot.partition(" ")[0], more=more, **terms)
+
+
+def _with_alternatives_chosen(template: str, key: str) -> str:
+    """Return the template with one choice for each `<name>` and each `[this|that]`, the innermost first."""
+    for number in count():
+        match = _ALTERNATIVES.search(template)
+        if match is None:
+            return template
+        choices = phrasings()["alternatives"][match["name"]] if match["name"] else match["choices"].split("|")
+        template = template[: match.start()] + pick(choices, f"{key}/{number}") + template[match.end() :]
+    raise AssertionError("count() has no end")
+
+
+def wordings(template: str) -> Iterator[str]:
+    """Yield each wording of a template, with its slots."""
+    match = _ALTERNATIVES.search(template)
+    if match is None:
+        yield template
+        return
+    choices = phrasings()["alternatives"][match["name"]] if match["name"] else match["choices"].split("|")
+    for choice in dict.fromkeys(choices):
+        yield from wordings(template[: match.start()] + choice + template[match.end() :])
 
 
 def _term(slot: str, value: str, style: str, key: str) -> str:
@@ -132,3 +164,25 @@ def _swap_two_letters(caption: str) -> str:
     """Swap the second and third letter of the longest word, a typical typo."""
     longest = max(caption.split(), key=len)
     return caption.replace(longest, longest[0] + longest[2:3] + longest[1:2] + longest[3:], 1)
+
+
+def _misspell(caption: str, key: str) -> str:
+    """Drop, double or swap a letter inside a word of at least four letters."""
+    words = caption.split(" ")
+    long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha()]
+    if not long:
+        return caption
+    i = pick(long, f"{key}/word")
+    word, at = words[i], 1 + pick(range(len(words[i]) - 2), f"{key}/letter")
+    edits = (
+        word[:at] + word[at + 1 :],
+        word[:at] + word[at] + word[at:],
+        word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+    )
+    words[i] = pick(edits, f"{key}/edit")
+    return " ".join(words)
+
+
+def _without_articles(caption: str, key: str) -> str:
+    """Leave out all articles."""
+    return re.sub(r"\b(an?|the) ", "", caption)

@@ -38,6 +38,9 @@ VENDORS = (TEST_VENDOR, *TRAINING_VENDORS)
 
 SPLITS = ("validation", "test")
 
+TRAINING_CAPTIONS = 2
+"""Version of the captions of the training and validation splits; those of the test split have not changed."""
+
 EXPECTED_COUNTS = {"pictures": 24223, "train": 29600, "validation": 500, "test": 4500}
 """Rows of every split, checked whenever it is loaded."""
 
@@ -164,7 +167,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
         name="emoji-cir",
         gallery=f"all images of {vendor}" + ("" if split == "test" else " that are not also Google's"),
         captions=f"{tier}; subsets of six look-alikes, reference and target among them, as in CIRR",
-        revision=_packages(),
+        revision=_packages() if split == "test" else f"{_packages()}, captions {TRAINING_CAPTIONS}",
     )
     name = f"emoji-cir/test/{tier}" if split == "test" else f"emoji-cir/{split}"
     return CIRBenchmark(name, queries, load_emoji_pictures([vendor]), protocol)
