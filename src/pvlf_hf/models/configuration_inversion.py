@@ -121,8 +121,9 @@ class InversionConfig(PreTrainedConfig):
             learned queries, layers, heads and width of a head of Context-I2W's extractor.
         temperature (`float`, *optional*, defaults to 0.01): temperature of the contrastive loss, `exp(-logit_scale)`
             of the dual encoder; 0.01 is that of OpenAI's checkpoints.
-        unpublished_backbone (`bool`, *optional*, defaults to `False`): accept a BLIP, too. On it the methods are
-            defined here by analogy; nobody has published figures.
+        unpublished_backbone (`bool`, *optional*, defaults to `False`): accept a BLIP, too, and for Context-I2W
+            a joint width other than the text width. On these the methods are defined here by analogy; nobody has
+            published figures.
         inversion_steps (`int`, *optional*): optimisation steps of a token, 350 for SEARLE-OTI and 30 for PALAVRA.
 
     Raises:
@@ -230,10 +231,11 @@ class InversionConfig(PreTrainedConfig):
                     f"{name}={getattr(self, name)} is out of range: dropout in [0, 1), temperature > 0, "
                     "inversion_steps >= 0"
                 )
-        if METHODS[self.method].mapping == "context" and self.joint_width != self.word_width:
+        widths = self.joint_width, self.word_width
+        if METHODS[self.method].mapping == "context" and widths[0] != widths[1] and not self.unpublished_backbone:
             raise ValueError(
-                f"Context-I2W needs a joint width that equals the text width, not {self.joint_width} and "
-                f"{self.word_width}: use ViT-B/32 or ViT-L/14, or another method"
+                f"Context-I2W is published for a joint width that equals the text width, not {widths[0]} and "
+                f"{widths[1]}: use ViT-B/32 or ViT-L/14, another method, or unpublished_backbone=True"
             )
 
     @classmethod
