@@ -48,7 +48,7 @@ class DemoArguments:
     """Arguments of the demo."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for model, tables and contact sheet."})
-    max_steps: int = field(default=400, metadata={"help": "Training steps."})
+    max_steps: int = field(default=200, metadata={"help": "Training steps."})
     queries: int = field(default=1500, metadata={"help": "Test queries to rank; there are 1,500."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 

@@ -1,6 +1,6 @@
 """The paper's tables at small scale, on EmojiCIR: methods, fine-tuning modes, prompt length, depth and loss.
 
-    python train_scripts/emoji_tables.py --bf16                        # all tables, three seeds
+    python train_scripts/emoji_tables.py --bf16                        # all tables, five seeds
     python train_scripts/emoji_tables.py --tables methods --seeds 0 1 2
 
 Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. All numbers are
@@ -13,11 +13,13 @@ After an interruption the same command does the runs that are missing; runs of a
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 from demo import draw_sheet
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import load_emoji_cir, write_golden
+from pvlf_hf import CIRBenchmark, Evaluation, load_emoji_cir, load_emoji_cir_train, write_golden
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
@@ -44,7 +46,7 @@ CONFIGURATIONS = {
     "TransAgg": ["--method=transagg"],
     "PVLF-Deep, frozen": ["--finetuning=frozen"],
     "TransAgg, frozen": ["--method=transagg", "--finetuning=frozen"],
-    **{f"{length} prompts": [f"--num_prompts={length}"] for length in (5, 35)},
+    **{f"{length} prompts": [f"--num_prompts={length}"] for length in (5, 10, 15, 20, 30, 35)},
     **{f"J = {depth}": [f"--fusion_layers={depth}", f"--prompt_depth={depth}"] for depth in (1, 3)},
     "cross-entropy": ["--gamma=0"],
     "PVLF-Deep, both": BOTH,
@@ -64,7 +66,11 @@ TABLES = {  # title, rows (label -> configuration), and the row that differences
         },
         "PVLF-Deep, text",
     ),
-    "prompts": ("Prompt length (as Table 4)", {"5": "5 prompts", "25": "PVLF-Deep", "35": "35 prompts"}, "25"),
+    "prompts": (
+        "Prompt length (as Table 4)",
+        {str(n): "PVLF-Deep" if n == 25 else f"{n} prompts" for n in range(5, 36, 5)},
+        "25",
+    ),
     "depth": (
         "Depth J of prompts and fusion (as Table 5)",
         {"TransAgg": "TransAgg", "J = 1": "J = 1", "J = 2": "PVLF-Deep", "J = 3": "J = 3"},
@@ -87,7 +93,7 @@ def main() -> None:
     """Train the missing runs, collect their metrics, render the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="tables to measure")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for an interval")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="at least three for an interval")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
@@ -181,10 +187,33 @@ def publish(folder: Path) -> None:
     write_golden(CHECKPOINT)
     stored, benchmarks = AutoModel.from_pretrained(CHECKPOINT), [load_emoji_cir("test", tier) for tier in TIERS]
     draw_sheet(stored, processor, benchmarks[0]).save(CHECKPOINT / "retrievals.png", optimize=True)
-    metrics = {tier_of(e.benchmark): e.metrics for e in evaluate_all(stored, processor, benchmarks)}
-    training = json.loads((folder / "results.json").read_text())["training"]
-    results = {"training": training, "metrics": metrics}
+    evaluations = evaluate_all(stored, processor, benchmarks)
+    results = {
+        "training": json.loads((folder / "results.json").read_text())["training"],
+        "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations},
+        "by_overlap": recall_by_overlap(evaluations, benchmarks),
+    }
     (CHECKPOINT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def recall_by_overlap(evaluations: list[Evaluation], benchmarks: list[CIRBenchmark]) -> dict[str, dict[str, float]]:
+    """Group the queries of all tiers by the most words in a row that their caption shares with a training caption.
+
+    Returns:
+        Number of words -> `queries` and their `recall@10`, a fraction.
+    """
+    known = {run for caption in set(load_emoji_cir_train()["caption"]) for run in runs_of_words(caption)}
+    found: dict[int, list[bool]] = defaultdict(list)
+    for evaluation, benchmark in zip(evaluations, benchmarks, strict=True):
+        for caption, rank in zip(benchmark.queries["caption"], evaluation.per_query["rank"], strict=True):
+            found[max((len(run) for run in runs_of_words(caption) & known), default=0)].append(rank < 10)
+    return {str(words): {"queries": len(hits), "recall@10": mean(hits)} for words, hits in sorted(found.items())}
+
+
+def runs_of_words(caption: str) -> set[tuple[str, ...]]:
+    """Return all words of a caption that follow each other, in every number."""
+    words = re.findall(r"[\w'-]+", caption.lower())
+    return {tuple(words[i:j]) for i, j in combinations(range(len(words) + 1), 2)}
 
 
 def scores_of(results: dict[str, Any]) -> Scores:
@@ -269,8 +298,15 @@ def checkpoint_table(checkpoint: dict[str, Any], scores: Scores) -> str:
     training = checkpoint["training"]
     rows = [[tier, "this checkpoint", *cells({None: checkpoint["metrics"][tier]})] for tier in TIERS]
     rows += [["any", "Image-only", *cells(scores["Image-only", "plain"])]]
-    return f"Percent; seed {training['seed']}, {training['max_steps']} steps.\n\n" + markdown(
-        ["captions", "", *COLUMNS.values()], rows
+    overlap = [
+        [words, str(group["queries"]), f"{group['recall@10']:.1%}"]
+        for words, group in checkpoint["by_overlap"].items()
+    ]
+    return (
+        f"Percent; seed {training['seed']}, {training['max_steps']} steps.\n\n"
+        + markdown(["captions", "", *COLUMNS.values()], rows)
+        + "\n\nAll tiers, by the most words in a row that a caption shares with any training caption:\n\n"
+        + markdown(["shared words", "queries", "R@10"], overlap)
     )
 
 

@@ -1,32 +1,37 @@
 """Pretrains the tiny BLIP-shaped dual encoder that `make demo` builds PVLF on (`model_cards/blip-emoji-tiny`).
 
-Image-text contrastive training on the emoji of the six training vendors, with their CLDR names as captions. Google's
-images, EmojiCIR's gallery, are never trained on. Several vendors draw every name, so the loss takes every image of a
-name as its positive. Batches hold groups of look-alikes ("woman running" in all skin tones, or anyone of one skin
-tone): these are the hard negatives, and would seldom share a random batch.
+Google's drawings, EmojiCIR's gallery, are never trained on, nor are images that are nearly one of them. Two stages:
 
-    python train_scripts/pretrain_emoji_backbone.py --output_dir outputs/blip-emoji-tiny
+1. sentences: the text tower starts as a sentence encoder of three layers (`emoji_text_tower.py`) with fewer tokens.
+   BLIP reads a text's embedding at [CLS], the sentence encoder averages all tokens, so [CLS] learns that average: on
+   names, other texts about emoji (`emoji_texts.py`), EmojiCIR's training captions, and WordNet's nouns with their
+   definitions.
+2. images: the image tower (`emoji_image_tower.py`) learns to name the drawings of eleven artists (`emoji_artists.py`).
+   The class of a name is the projected sentence embedding of a random text about it. Sentences are embedded once, so
+   that a step costs the image tower alone. Drawings of one emoji by several artists attract each other.
 
-After an interruption the same command resumes. The committed backbone is the result of four runs; its card has their
-settings and times.
+    python train_scripts/pretrain_emoji_backbone.py --packages outputs/artists --output_dir outputs/blip-emoji-tiny
+
+The other files say how to install the packages. After an interruption the same command resumes. `--hold_out Sams`
+trains without one artist and measures on it, to choose settings by. Google's drawings are measured last, once.
 """
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterator
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import BertWordPieceTokenizer
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler
+from emoji_image_tower import IMAGE_SIZE, Drawings, ImageTower, ImageTrainer
+from emoji_text_tower import SentenceDistiller, load_sentence_encoder, mean_embeddings, shrink_vocabulary
+from emoji_texts import EmojiTexts, nouns_and_definitions
 from transformers import (
+    BertModel,
     BertTokenizer,
     BlipConfig,
     BlipForImageTextRetrieval,
+    BlipVisionModel,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
@@ -34,81 +39,116 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from pvlf_hf import (
-    PVLFImageProcessor,
-    PVLFModel,
-    PVLFProcessor,
-    load_emoji_cir_train,
-    load_emoji_pictures,
-)
+from pvlf_hf import PVLFImageProcessor, PVLFModel, PVLFProcessor, load_emoji_cir_train, load_emoji_pictures
 from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.metrics import recall_at_k
 from pvlf_hf.evaluation.ranking import target_ranks
 from pvlf_hf.evaluation.results import environment
-from pvlf_hf.models.image_processing_pvlf import opened
 
-IMAGE_SIZE = 72  # pixels, the side of nearly all drawings
-SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
-VARIANT = re.compile(SKIN_TONE.pattern + r"|\b(man|woman|person|men|women|people)\b")
+TOKENS = 6800
+TEXTS_OF_A_NAME = 16
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
-    """Training arguments with this script's defaults, all our choice: there is no published recipe."""
+class PretrainingArguments:
+    """Arguments of the script; every default is our choice: there is no published recipe."""
 
-    output_dir: str = field(default="outputs/blip-emoji-tiny", metadata={"help": "Folder for checkpoints and model."})
-    num_train_epochs: float = field(default=30, metadata={"help": "Epochs of 18,706 draws."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images, and so captions, a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Fraction of the steps that warm up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast, about twice as fast on recent CPUs."})
-    logging_steps: float = field(default=20, metadata={"help": "Steps between log lines."})
-    save_steps: float = field(default=400, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator makes the model's inputs."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Only full batches."})
-    look_alikes: int = field(default=8, metadata={"help": "Images of one group of look-alikes sampled together."})
-    warp: float = field(default=0.05, metadata={"help": "How far images are bent, a fraction of half their side."})
-    colour_mix: float = field(default=0.08, metadata={"help": "How far colours are mixed into each other."})
-    init_from: str | None = field(default=None, metadata={"help": "Model of this script to start from."})
-
-    def __post_init__(self) -> None:
-        self.use_cpu = not torch.cuda.is_available()  # the Trainer requires this setting when bf16 is on
-        super().__post_init__()
+    packages: Path = field(default=Path("outputs/artists"), metadata={"help": "Folder of the npm packages."})
+    output_dir: Path = field(default=Path("outputs/blip-emoji-tiny"), metadata={"help": "Folder of the backbone."})
+    hold_out: str | None = field(default=None, metadata={"help": "Artist to leave out, e.g. Sams."})
+    sentence_steps: int = field(default=1200, metadata={"help": "Steps of 128 texts; half an hour on one core."})
+    image_steps: int = field(default=6000, metadata={"help": "Steps of 256 images; three hours on one core."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights, batches and augmentation."})
 
 
-def train_tokenizer(texts: list[str]) -> BertTokenizer:
-    """Train a WordPiece tokenizer on all texts that the text encoder will see."""
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(texts, vocab_size=3000, min_frequency=2, show_progress=False)
-    return BertTokenizer(vocab=trainer.get_vocab(), do_lower_case=True)
+def stage_arguments(args: PretrainingArguments, stage: str, **settings: Any) -> TrainingArguments:
+    """Return the Trainer's arguments of a stage, which keeps its checkpoints in a folder of its own."""
+    on_cpu = not torch.cuda.is_available()
+    shared = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 50, "save_steps": 250, "save_total_limit": 1}
+    return TrainingArguments(
+        output_dir=str(args.output_dir / stage),
+        seed=args.seed,
+        use_cpu=on_cpu,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        **shared,
+        **settings,
+    )
 
 
-def tiny_blip_config(tokenizer: BertTokenizer) -> BlipConfig:
-    """Return a configuration of 2.9 M parameters: a ViT of six layers on 6 x 6 patches, a BERT of three, width 128."""
+def run(trainer: Trainer) -> None:
+    """Train, from the last checkpoint where there is one."""
+    folder = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=(folder.is_dir() and get_last_checkpoint(str(folder))) or None)
+
+
+def train_sentences(
+    args: PretrainingArguments, texts: EmojiTexts, names: list[str]
+) -> tuple[BertModel, BertTokenizer]:
+    """Train the text tower of stage 1, and return it with its tokenizer."""
+    chance = random.Random(args.seed)
+    captions = sorted(set(load_emoji_cir_train()["caption"]))
+    needed = [*names, *(texts.write(name, chance) for name in names for _ in range(6)), *captions]
+    teacher, full_tokenizer = load_sentence_encoder()
+    student, _ = load_sentence_encoder()
+    tokenizer = shrink_vocabulary(student, full_tokenizer, needed, TOKENS)
+    sentences = sorted({*needed, *nouns_and_definitions(args.packages, tokenizer)})
+    embeds = mean_embeddings(teacher, full_tokenizer, sentences, args.output_dir / "sentences.safetensors")
+    settings = {"per_device_train_batch_size": 128, "learning_rate": 2e-4, "warmup_steps": 50}
+    stage = stage_arguments(args, "sentences", max_steps=args.sentence_steps, weight_decay=0.01, **settings)
+    run(SentenceDistiller(student, stage, tokenizer, sentences, embeds))
+    return student, tokenizer
+
+
+def train_images(args: PretrainingArguments, texts: EmojiTexts, drawings: Drawings, config: BlipConfig) -> ImageTower:
+    """Train the image tower of stage 2."""
+    chance = random.Random(args.seed)
+    written = [[name, *(texts.write(name, chance) for _ in range(TEXTS_OF_A_NAME - 1))] for name in drawings.all_names]
+    sentences = sorted({text for texts_of_name in written for text in texts_of_name})
+    rows = {text: row for row, text in enumerate(sentences)}
+    embeds = mean_embeddings(*load_sentence_encoder(), sentences, args.output_dir / "texts.safetensors")
+    numbers = torch.tensor([[rows[text] for text in texts_of_name] for texts_of_name in written])
+    tower = ImageTower(BlipVisionModel(config.vision_config), embeds, numbers, config.image_text_hidden_size)
+    stage = stage_arguments(
+        args,
+        "images",
+        max_steps=args.image_steps,
+        per_device_train_batch_size=256,
+        learning_rate=8e-4,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": args.image_steps // 4},
+        warmup_steps=300,
+    )
+    run(ImageTrainer(tower, stage, drawings))
+    return tower
+
+
+def backbone_config(tokenizer: BertTokenizer, text: BertModel) -> BlipConfig:
+    """Return the configuration of a ViT of eight layers of width 192 and a BERT of three layers of width 384."""
     ids = {"bos_token_id": None, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id}
     return BlipConfig(
         image_text_hidden_size=128,
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "intermediate_size": 512,
-            "max_position_embeddings": 40,
+            "hidden_size": text.config.hidden_size,
+            "num_hidden_layers": text.config.num_hidden_layers,
+            "num_attention_heads": text.config.num_attention_heads,
+            "intermediate_size": text.config.intermediate_size,
+            "max_position_embeddings": text.config.max_position_embeddings,
+            "encoder_hidden_size": 192,
             "pad_token_id": tokenizer.pad_token_id,
             "is_decoder": False,
             **ids,
         },
         vision_config={
-            "hidden_size": 160,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 5,
-            "intermediate_size": 640,
+            "hidden_size": 192,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 6,
+            "intermediate_size": 768,
             "image_size": IMAGE_SIZE,
             "patch_size": 12,
             "initializer_range": 0.02,
@@ -116,193 +156,70 @@ def tiny_blip_config(tokenizer: BertTokenizer) -> BlipConfig:
     )
 
 
-class NamedImages(Dataset):
-    """All images decoded once into one uint8 tensor, their names, and the two groups of look-alikes of each."""
+@torch.no_grad()
+def join(
+    config: BlipConfig, text: BertModel, tower: ImageTower, tokenizer: BertTokenizer
+) -> BlipForImageTextRetrieval:
+    """Put both towers into a BLIP, whose text projection sees embeddings of another length than it was trained on.
 
-    def __init__(self, processor: PVLFProcessor) -> None:
-        images = load_emoji_pictures()
-        batches = []
-        for rows in opened(images).iter(batch_size=512):
-            pixels = processor.image_processor(
-                rows["image"], do_rescale=False, do_normalize=False, return_tensors="pt"
-            )
-            batches.append(pixels["pixel_values"].to(torch.uint8))
-        self.pixels = torch.cat(batches)  # (images, 3, 72, 72)
-        self.names = list(images["name"])
-        numbers = {name: i for i, name in enumerate(sorted(set(self.names)))}
-        self.name_ids = torch.tensor([numbers[name] for name in self.names])
-        vendors = list(images["vendor"])
-        # Look-alikes: one object in all skin tones and genders; anyone of one skin tone by one vendor.
-        self.group_names = [
-            (VARIANT.sub("", name), (vendor, *SKIN_TONE.findall(name)))
-            for name, vendor in zip(self.names, vendors, strict=True)
-        ]
-        self.groups: dict[object, list[int]] = defaultdict(list)
-        for row, names in enumerate(self.group_names):
-            for name in names:
-                self.groups[name].append(row)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, row: int) -> int:
-        return row
-
-
-class LookAlikeSampler(Sampler[int]):
-    """Sampler of random images, each followed by `look_alikes - 1` others of one of its two groups."""
-
-    def __init__(self, images: NamedImages, look_alikes: int, seed: int) -> None:
-        self.images, self.look_alikes, self.seed, self.epoch = images, look_alikes, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, as the Trainer does, so that epochs differ and a resumed epoch is the same."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = torch.Generator().manual_seed(self.seed + self.epoch)
-        left = len(self)
-        for first in torch.randperm(len(self), generator=random).tolist():
-            choice = int(torch.randint(2, (), generator=random))
-            group = self.images.groups[self.images.group_names[first][choice]]
-            others = torch.randperm(len(group), generator=random)[: self.look_alikes].tolist()
-            rows = [first, *(group[i] for i in others if group[i] != first)][: min(self.look_alikes, left)]
-            yield from rows
-            left -= len(rows)
-            if not left:
-                return
-
-
-class ContrastivePretrainer(Trainer):
-    """HF Trainer with the multi-positive contrastive loss, batches of look-alikes, and augmentation."""
-
-    def __init__(self, *args: object, images: NamedImages, processor: PVLFProcessor, **kwargs: object) -> None:
-        super().__init__(*args, train_dataset=images, data_collator=self.collate, **kwargs)
-        self.images, self.processor = images, processor
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LookAlikeSampler:
-        return LookAlikeSampler(self.images, self.args.look_alikes, self.args.seed)
-
-    def collate(self, rows: list[int]) -> dict[str, Tensor]:
-        """Make a batch of `NameMatcher` inputs, with augmented images."""
-        text = self.processor.tokenizer([self.images.names[row] for row in rows], padding=True, return_tensors="pt")
-        images = augment(self.images.pixels[rows].float() / 255, self.args.warp, self.args.colour_mix)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in self.normalisation)
-        return {
-            "pixel_values": (images - mean) / std,
-            "input_ids": text["input_ids"],
-            "attention_mask": text["attention_mask"],
-            "name_ids": self.images.name_ids[rows],
-        }
-
-    @property
-    def normalisation(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation that the image processor normalises with."""
-        return self.processor.image_processor.image_mean, self.processor.image_processor.image_std
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **kwargs: object) -> Tensor:
-        """Return the loss, which is the model's output."""
-        return model(**inputs)
-
-
-def augment(images: Tensor, warp: float, colour_mix: float) -> Tensor:
-    """Shift, rotate, zoom, bend, recolour and blur images on white, to imitate other drawing styles.
-
-    Images are not mirrored: captions distinguish left and right.
-
-    Args:
-        images: float `(batch, 3, height, width)` in [0, 1].
-        warp: standard deviation of the bends, a fraction of half the side.
-        colour_mix: standard deviation of the entries of a random matrix added to the identity and applied to RGB.
+    BLIP projects the last hidden state at [CLS] as it is; stage 2 projected sentence embeddings of length 1.
     """
-    batch, _, height, width = images.shape
-    angle = (torch.rand(batch) - 0.5) * 0.35  # radians, +-10 degrees
-    zoom = 0.85 + torch.rand(batch, 2) * 0.45
-    shift = (torch.rand(batch, 2) - 0.5) * 0.2
-    row1 = torch.stack([zoom[:, 0] * angle.cos(), -zoom[:, 0] * angle.sin(), shift[:, 0]], dim=1)
-    row2 = torch.stack([zoom[:, 1] * angle.sin(), zoom[:, 1] * angle.cos(), shift[:, 1]], dim=1)
-    grid = F.affine_grid(torch.stack([row1, row2], dim=1), list(images.shape), align_corners=False)
-    bends = F.interpolate(torch.randn(batch, 2, 5, 5) * warp, size=(height, width), mode="bicubic")
-    inverted = F.grid_sample(1 - images, grid + bends.permute(0, 2, 3, 1), align_corners=False)
-    mixing = torch.eye(3) + colour_mix * torch.randn(batch, 3, 3)  # keeps white
-    images = 1 - torch.einsum("bij,bjhw->bihw", mixing, inverted)
-    middle = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = middle + (images - middle) * (0.75 + 0.5 * torch.rand(batch, 1, 1, 1))
-    images = (images * (0.85 + 0.3 * torch.rand(batch, 1, 1, 1))).clamp(0, 1)
-    blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
-    return torch.lerp(images, blurred, torch.rand(batch, 1, 1, 1))
+    blip = BlipForImageTextRetrieval(config)
+    blip.vision_model.load_state_dict(tower.vision.state_dict())
+    weights = text.state_dict()
+    token_type = weights.pop("embeddings.token_type_embeddings.weight")[0]  # BLIP has none: it is a constant
+    weights["embeddings.position_embeddings.weight"] += token_type
+    missing, unexpected = blip.text_encoder.load_state_dict(weights, strict=False)
+    if unexpected or any("cross" not in name for name in missing):
+        raise RuntimeError(f"the text tower does not fit BLIP's: unexpected {unexpected}, missing {missing}")
+    sample = tokenizer(["a cat", "the flag of Bulgaria", "man cook"], padding=True, return_tensors="pt")
+    hidden = blip.text_encoder(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"])
+    length = hidden.last_hidden_state[:, 0].norm(dim=-1).mean()
+    blip.text_proj.weight.copy_(tower.text_projection.weight / length)
+    blip.text_proj.bias.copy_(tower.text_projection.bias)
+    blip.vision_proj.load_state_dict(tower.vision_projection.state_dict())
+    return blip
 
 
-class NameMatcher(nn.Module):
-    """BLIP's two towers and a contrastive loss with a learned temperature (as CLIP's, from 0.07)."""
-
-    def __init__(self, blip: BlipForImageTextRetrieval) -> None:
-        super().__init__()
-        self.blip = blip
-        self.log_scale = nn.Parameter(torch.tensor(0.07).log().neg())
-
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, name_ids: Tensor) -> Tensor:
-        """Return the mean of the image-to-text and text-to-image cross-entropies; `name_ids` is int64 `(batch,)`."""
-        image = self.blip.vision_model(pixel_values=pixel_values).last_hidden_state[:, 0]
-        text = self.blip.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
-        image = F.normalize(self.blip.vision_proj(image).float(), dim=-1)
-        text = F.normalize(self.blip.text_proj(text).float(), dim=-1)
-        same = (name_ids[:, None] == name_ids[None]).float()
-        wanted = same / same.sum(dim=1, keepdim=True)
-        with torch.autocast(image.device.type, enabled=False):
-            logits = self.log_scale.clamp(max=4.6).exp() * image @ text.T
-            return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
-
-
-def main() -> None:
-    """Train, then save and evaluate model and processor."""
-    (args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    if args.init_from:
-        processor = PVLFProcessor.from_pretrained(args.init_from)
-        model = NameMatcher(BlipForImageTextRetrieval.from_pretrained(args.init_from))
-    else:
-        tokenizer = train_tokenizer([*load_emoji_pictures()["name"], *load_emoji_cir_train()["caption"]])
-        image_processor = PVLFImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        )
-        processor = PVLFProcessor(image_processor, tokenizer)
-        model = NameMatcher(BlipForImageTextRetrieval(tiny_blip_config(tokenizer)))
-    trainer = ContrastivePretrainer(model=model, args=args, images=NamedImages(processor), processor=processor)
-    resumable = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)
-    trainer.train(resume_from_checkpoint=resumable or None)
-    save(model.blip, processor, Path(args.output_dir))
-    measure(Path(args.output_dir))
-
-
-def save(blip: BlipForImageTextRetrieval, processor: PVLFProcessor, folder: Path) -> None:
+def save(blip: BlipForImageTextRetrieval, tokenizer: BertTokenizer, folder: Path) -> None:
     """Save the weights in float16, under a config that loads them as float32."""
     blip.half().save_pretrained(folder)
     blip.config.dtype = torch.float32
     blip.config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    PVLFProcessor(PVLFImageProcessor(**size), tokenizer).save_pretrained(folder)
 
 
 @torch.inference_mode()
-def measure(folder: Path) -> None:
-    """Write recall of Google's 3,633 images by their names to `results.json`; none of them was trained on."""
+def measure(folder: Path, artist: str) -> None:
+    """Write recall of an unseen artist's images by their names to `results.json`."""
     model, processor = PVLFModel.from_vl_pretrained(str(folder)), PVLFProcessor.from_vl_pretrained(str(folder))
-    images = load_emoji_pictures([TEST_VENDOR])
+    images = load_emoji_pictures([artist])
     gallery = encode_gallery(model, processor, images)
     texts = processor.tokenizer(list(images["name"]), padding=True, return_tensors="pt")
     names = model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output
     ranks = target_ranks(names, gallery, torch.arange(len(names)))
     results = {
-        "task": "name to image, Google's drawings",
+        "task": f"name to image, artist {artist}",
         "counts": {"queries": len(names), "gallery": len(gallery)},
         "metrics": {f"recall@{k}": recall for k, recall in recall_at_k(ranks, (1, 5, 10, 50)).items()},
         "environment": environment(),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(results["metrics"])
+
+
+def main() -> None:
+    """Train both stages, then save and measure the backbone."""
+    (args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    drawings, texts = Drawings(args.packages, args.hold_out), EmojiTexts(args.packages)
+    text, tokenizer = train_sentences(args, texts, drawings.all_names)
+    config = backbone_config(tokenizer, text)
+    tower = train_images(args, texts, drawings, config)
+    save(join(config, text, tower, tokenizer), tokenizer, args.output_dir)
+    measure(args.output_dir, args.hold_out or TEST_VENDOR)
 
 
 if __name__ == "__main__":

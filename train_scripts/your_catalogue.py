@@ -126,7 +126,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     )
     pvlf = fine_tune(
         f"--model={tat} --train_file={triplets} --finetuning=text --feature_cache={out / 'features'} "
-        f"--max_steps={args.steps} --learning_rate=0.002 --encoder_learning_rate=0.001 --distinct_by=key {shared}",
+        f"--max_steps={args.steps} --learning_rate=0.002 --encoder_learning_rate=0.00005 --distinct_by=key {shared}",
         out / "pvlf",
     )
     print(compare({"as it is": args.model, "tuned": tat, "PVLF": pvlf}, test, images, out / "results.md"))
