@@ -50,7 +50,7 @@ def execute(path, **variables):
     notebook = nbformat.read(path, as_version=4)
     factory = KernelProvisionerFactory.instance(default_provisioner_name="forked")
     factory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedKernel", factory.GROUP_NAME)
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={}, record_timing=False)
+    client = NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={}, record_timing=False)
     client.resources["metadata"] = {"path": str(path.resolve().parent)}
     with hub_environment({STAND_IN: FOLDER.parent / "model_cards" / "blip-emoji-tiny"}) as hub:
         own = {**hub, "PVLF_ENCODER": STAND_IN} if path.stem == "5_your_photos" else {"HF_HUB_OFFLINE": "1"}

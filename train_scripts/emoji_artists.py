@@ -9,7 +9,6 @@ Google's drawings are EmojiCIR's gallery, so no set of Google's is here, and an 
 left out.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -126,7 +125,7 @@ def _key(code_points: str) -> str:
 def _rendered(svg: str, size: int) -> Image.Image:
     from resvg_py import svg_to_bytes
 
-    with Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=size, height=size)))) as image:
+    with open_image(bytes(svg_to_bytes(svg_string=svg, width=size, height=size))) as image:
         return image.convert("RGBA")
 
 

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache, partial
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..digests import content_digest
 from ..embeddings.combined import CombinedScores
 from ..embeddings.fastest import fastest
 from ..embeddings.similarity import error_bound, full_precision, kth_at_least, top_k, where_above
@@ -139,7 +139,7 @@ def fastest_copy(embeds: Tensor) -> torch.dtype:
         found = index_of(dtype).candidates(query, 50)
         top_k(query[None], sample[found], 50)
 
-    digest = sha256(sample[:64].numpy().tobytes()).hexdigest()[:12]
+    digest = content_digest([sample[:64].numpy().tobytes()])[:12]
     ways = {name: partial(search, dtype) for name, dtype in COPIES.items()}
     return COPIES[fastest(f"copy to search gallery {digest} of width {embeds.shape[1]}", ways)]
 
