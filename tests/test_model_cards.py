@@ -1,6 +1,7 @@
 """The folder `model_cards`: checkpoints load offline as from the Hub, and cards state measured figures."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -121,3 +122,16 @@ def test_shipped_model_reaches_its_scores():
     (image_only,) = (b["metrics"]["plain"] for b in baselines if b["method"] == "Image-only")
     for k in (1, 5, 10):
         assert again[f"recall@{k}"] > 2 * image_only[f"recall@{k}"]
+
+
+METHOD_PAGES = sorted(page for page in (CARDS / "methods").glob("*.md") if page.stem != "README")
+
+
+@pytest.mark.parametrize("page", METHOD_PAGES, ids=lambda page: page.stem)
+def test_page_of_a_method_has_each_part(page):
+    text = page.read_text(encoding="utf-8")
+    figure = re.search(r"```mermaid\nflowchart LR\n(.*?)```", text, re.DOTALL)
+    assert figure and ":::frozen" in figure[1] and 'cosine(("cosine"))' in figure[1]
+    for part in ("How it differs: ", "When to prefer it: ", "Numbers: ", "Cite: ", "| query |"):
+        assert part in text, part
+    assert "icence" in text or "MIT" in text or "Apache" in text or "CC BY" in text
