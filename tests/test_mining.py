@@ -16,7 +16,8 @@ from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.data.emoji_cir.dataset import load_emoji_pictures
 from pvlf_hf.data.making import Making, load_vocabulary
 from pvlf_hf.data.making.pairs import index_captions
-from pvlf_hf.search.mining import edited_captions
+from pvlf_hf.search.mining import CANDIDATES, best_of_both, edited_captions
+from pvlf_hf.search.vector_index import make_index
 
 pytestmark = pytest.mark.skipif(find_spec("inflect") is None, reason="needs inflect")
 BACKBONE = Path(__file__).parents[1] / "model_cards" / "blip-emoji-tiny"
@@ -80,6 +81,18 @@ def test_captions_are_edited_by_another_word_of_the_class():
         (2, "three dogs"),
         (3, "two cats"),
     ]
+
+
+def test_the_target_of_an_edited_caption_has_the_least_sum_of_ranks():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, 16, generator=generator), dim=-1)  # noqa: E731
+    sides = [draw(2 * CANDIDATES), draw(2 * CANDIDATES)]
+    indexes = [(make_index("exact", side, [str(row) for row in range(len(side))]), side) for side in sides]
+    for query in draw(20):
+        ranks = sum((side @ query).argsort(descending=True).argsort().clamp(max=CANDIDATES) for side in sides)
+        for without in range(0, 2 * CANDIDATES, 50):
+            expected = min(set(range(2 * CANDIDATES)) - {without}, key=lambda row: (int(ranks[row]), row))
+            assert best_of_both(indexes, query, without) == expected
 
 
 def test_verification_compares_target_and_reference(emoji, miner):

@@ -29,10 +29,13 @@ from ..embeddings.fingerprints import image_digests
 from ..evaluation.ranking import target_ranks
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .nearest import nearest
-from .vector_index import IndexName, make_index
+from .vector_index import IndexName, VectorIndex, make_index
 
 NEIGHBOURS, FIRST_RANK = 50, 2
 """Neighbours of an image that are looked at, and the first ranks that are passed over: too alike (our choice)."""
+
+CANDIDATES = 200
+"""Rows of each index among which the target of an edited caption is looked for (our choice)."""
 
 ALIKE = 0.999
 """Quantile of the neighbours' cosines above which two images are near-duplicates (our choice)."""
@@ -126,11 +129,12 @@ class TripletMiner:
             return
         cells = [index[row] for row in rows]
         names, captions = [cell["image"] for cell in cells], [cell["caption"] for cell in cells]
-        images, texts = self.images(names), self.texts(captions)
-        for source, embeds in (("image", images), ("text", texts)):
-            for at, chosen, others in self._near(embeds, names, source, seed):
+        embeds = {"image": self.images(names), "text": self.texts(captions)}
+        indexes = {source: (make_index(self.index, own, names), own) for source, own in embeds.items()}
+        for source in indexes:
+            for at, chosen, others in self._near(*indexes[source], names, source, seed):
                 yield Pair(rows[at], rows[chosen], None, tuple(rows[other] for other in others), source)
-        yield from self._retrieved(rows, names, captions, images, texts, vocabulary, seed)
+        yield from self._retrieved(rows, captions, indexes, vocabulary, seed)
 
     def _rows(self, index: CaptionIndex, vocabulary: Vocabulary) -> list[int]:
         """Return the first usable row of each image that exists."""
@@ -145,10 +149,9 @@ class TripletMiner:
         return not escapes_folder(self.folder, name) and unreadable(self.folder / name) is None
 
     def _near(
-        self, embeds: Tensor, names: list[str], source: str, seed: int
+        self, index: VectorIndex, embeds: Tensor, names: list[str], source: str, seed: int
     ) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Yield row, neighbour, and next neighbours, of those that are neither too near nor too far."""
-        index = make_index(self.index, embeds, names)
         found = [
             nearest(index, embeds, embed, NEIGHBOURS + 1)
             for embed in tqdm(embeds, f"neighbours by {source}", disable=not self.progress)
@@ -167,10 +170,8 @@ class TripletMiner:
     def _retrieved(
         self,
         rows: list[int],
-        names: list[str],
         captions: list[str],
-        images: Tensor,
-        texts: Tensor,
+        indexes: dict[str, tuple[VectorIndex, Tensor]],
         vocabulary: Vocabulary,
         seed: int,
     ) -> Iterator[Pair]:
@@ -178,14 +179,13 @@ class TripletMiner:
         edited = list(edited_captions(captions, vocabulary, seed))
         if not edited:
             return
+        texts = indexes["text"][1]
         queries = self.texts([text for _, text, _, _ in edited])
-        for (at, _, old, new), query in zip(edited, queries, strict=True):
-            by_text, by_image = texts @ query, images @ query
-            ranks = by_text.argsort(descending=True).argsort() + by_image.argsort(descending=True).argsort()
-            ranks[[row for row, name in enumerate(names) if name == names[at]]] = 2 * len(rows)
-            best = int(ranks.argmin())
+        retrieved = tqdm(queries, "targets of edited captions", disable=not self.progress)
+        for (at, _, old, new), query in zip(edited, retrieved, strict=True):
+            best = best_of_both(list(indexes.values()), query, without=at)
             words = vocabulary.read(captions[best]).words
-            if new in words and old not in words and by_text[best] > by_text[at]:
+            if new in words and old not in words and texts[best] @ query > texts[at] @ query:
                 yield Pair(rows[at], rows[best], None, (), "edited")
 
     # ---- verification ----
@@ -242,6 +242,25 @@ class TripletMiner:
         }
 
 
+def best_of_both(indexes: list[tuple[VectorIndex, Tensor]], query: Tensor, without: int) -> int:
+    """Return the row whose ranks in several indexes of the same rows have the least sum; the lower row of equal ones.
+
+    A row that is not among the `CANDIDATES` of an index counts as the next one there.
+
+    Args:
+        indexes: each with its embeddings, float32 `(rows, d)`.
+        query: embedding, float32 `(d,)`.
+        without: row that is not to be returned.
+    """
+    ranks: defaultdict[int, int] = defaultdict(int)
+    for index, embeds in indexes:
+        found = nearest(index, embeds, query, CANDIDATES)[1].tolist()
+        for rank, row in enumerate(found):
+            ranks[row] += rank - len(found)
+    ranks.pop(without, None)
+    return min(ranks, key=lambda row: (ranks[row], row))
+
+
 def edited_captions(captions: list[str], vocabulary: Vocabulary, seed: int) -> Iterator[tuple[int, str, str, str]]:
     """Yield captions in which one attribute or number is swapped for another of its class in the table.
 
@@ -271,4 +290,4 @@ def edited_captions(captions: list[str], vocabulary: Vocabulary, seed: int) -> I
             yield at, " ".join(spoken), old, new
 
 
-__all__ = ["TripletMiner", "edited_captions"]
+__all__ = ["TripletMiner", "best_of_both", "edited_captions"]
