@@ -61,3 +61,26 @@ def test_benchmark_script_measures_and_writes_every_part(benchmark, monkeypatch,
     assert exact["recall@10"][0] == exact["recall@10"][2] == "1.000"
     assert "old" not in page.read_text() and page.read_text().count("words") == len(parts)
     assert "## ranking" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tables_of_scale_measure_stores(benchmark, monkeypatch, tmp_path):
+    script = importlib.import_module("scale_tables")
+    marks = "<!-- {0}: written by scale_tables.py -->\nold\n<!-- end of {0} -->\n"
+    page = tmp_path / "page.md"
+    page.write_text("".join(map(marks.format, script.RENDERED)))
+    monkeypatch.setattr(script, "DOCUMENT", page)
+    facts = {"processor": "one", "threads": 1, "load": 0.0, "operations a second": {}}
+    monkeypatch.setattr(script, "machine", lambda size: facts)
+    # In this process, which is quicker; memory is not looked at.
+    monkeypatch.setattr(script, "alone", lambda function, *arguments: function(*arguments))
+    stores = ["in memory, exact", "shards, int8", "shards, int8+float16"]
+    arguments = ["--only", "figures", "paper", "--numbers", "3000", "--write", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["scale_tables.py", *arguments, "--stores", *stores])
+    script.main()
+    rows = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["store"] for row in rows] == stores
+    assert [row["recall@50"] for row in rows] == pytest.approx([1, 0.98, 1], abs=0.02)
+    memory, int8, _ = (row["disk"] for row in rows)
+    assert 3000 * 260 < int8 < 0.5 * memory
+    assert page.read_text().count("old") == 1 and "| 100,000,000 | shards, int8 |" in page.read_text()

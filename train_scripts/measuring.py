@@ -243,11 +243,12 @@ def measure(script: str, parts: dict[str, Callable[[], list[Table]]], args: argp
     print(described(facts))
 
 
-def write_between(start: str, end: str, *paragraphs: str) -> None:
-    """Replace the text between two comments of PERFORMANCE.md."""
-    before, rest = DOCUMENT.read_text().split(start)
+def write_between(start: str, end: str, *paragraphs: str, document: Path | None = None) -> None:
+    """Replace the text between two comments of a document, by default PERFORMANCE.md."""
+    document = document or DOCUMENT
+    before, rest = document.read_text().split(start)
     text = "\n\n".join(paragraphs)
-    DOCUMENT.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    document.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 __all__ = [

@@ -1,0 +1,403 @@
+"""Past one machine: what smaller vectors change, and how time, disk and memory grow with the number of images.
+
+    python train_scripts/scale_tables.py                               # all tables: 12 GB of disk, an hour, two cores
+    python train_scripts/scale_tables.py --only vectors                # recall on EmojiCIR alone: minutes
+    python train_scripts/scale_tables.py --numbers 100000 --stores shards --write
+
+`vectors` compares what the stored sizes of vectors find with what float32 finds, for the queries of the shipped
+checkpoint. `figures` makes sets of random embeddings, fills each store with them and measures it in a process of its
+own. `paper` carries the measured figures on to 10^8 and 10^9 images. After an interruption the same command writes the
+parts that are missing. Numbers go to `--output_dir`; `--write` replaces the tables of SCALE.md.
+
+A random set has concepts of Zipf's frequencies, a hundred images each on average. A concept is normal, with variance
+1/i in direction i, and an image is its concept plus half as much variation of its own. Then the nearest image of an
+image has a cosine of about 0.9, as among EmojiCIR's drawings, whose variances fall alike. A query is an image with
+further variation.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import disable_progress_bars
+from measuring import described, machine, write_between
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from pvlf_hf import Gallery, load_emoji_cir, load_emoji_pictures, load_model
+from pvlf_hf.atomic_files import whole
+from pvlf_hf.data.emoji_cir.dataset import TRAINING_VENDORS
+from pvlf_hf.embeddings.embedding_store import images_made_by
+from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
+from pvlf_hf.embeddings.similarity import TopK, top_k
+from pvlf_hf.search.gallery_files import GalleryTable
+from pvlf_hf.search.query import Query
+from pvlf_hf.search.sharded_gallery import ShardedGallery
+from pvlf_hf.search.shards import shard_table, write_part
+from pvlf_hf.search.vectors import Vectors
+
+HERE = Path(__file__).parent
+CHECKPOINT = HERE.parent / "model_cards" / "pvlf-emoji-tiny"
+DOCUMENT = HERE / "SCALE.md"
+
+WIDTH, QUERIES, MOST_FOUND = 256, 64, 50
+"""Width of the random embeddings, queries of each measurement, and results that are compared."""
+
+ROWS_PER_PART = 65_536
+"""Images of a part."""
+
+IMAGES_PER_CONCEPT, VARIATION, DISTANCE = 100, 0.5, 0.3
+"""Images of a concept, their variation, and that of queries, whose cosine with their image is about 0.8."""
+
+ROUNDS, BATCH = 20, 32
+"""Timed searches of one query, and the queries of a search by several."""
+
+Row = dict[str, Any]
+
+
+class Store(NamedTuple):
+    """A way to keep embeddings.
+
+    Args:
+        vectors: how shards store them; None for a gallery in memory.
+        most: images up to which it is measured, because of memory or of the time that building takes.
+        index: index of a gallery in memory.
+    """
+
+    vectors: Vectors | None
+    most: int = 10**7
+    index: str = "exact"
+
+
+STORES = {
+    "in memory, exact": Store(None, 10**6),
+    "in memory, FAISS": Store(None, 10**5, "faiss"),
+    **{f"shards, {vectors}": Store(vectors, 10**6) for vectors in ("float32", "float16")},
+    **{f"shards, {vectors}": Store(vectors) for vectors in ("int8", "int8+float16")},
+}
+
+
+# ---- vectors on EmojiCIR ----
+
+
+def emoji_embeddings(file: Path) -> dict[str, Tensor]:
+    """Embed EmojiCIR's plain queries, Google's images and those of the training artists, unless a file has them."""
+    if not file.exists():
+        model, processor = load_model(str(CHECKPOINT))
+        benchmark = load_emoji_cir("test")
+        sets = {"google": benchmark.gallery, "training": load_emoji_pictures(TRAINING_VENDORS)}
+        embeds = {name: encode_gallery(model, processor, images) for name, images in sets.items()}
+        embeds["queries"] = encode_queries(model, processor, benchmark.queries)
+        with whole(file) as partial_file:
+            save_file(embeds, partial_file)
+    return load_file(file)
+
+
+def vectors_table(folder: Path) -> list[Row]:
+    """Compare what each size of vectors finds with what float32 finds, for EmojiCIR's queries."""
+    found = emoji_embeddings(folder / "emoji.safetensors")
+    model, processor = load_model(str(CHECKPOINT))
+    made_by = images_made_by(model, processor)
+    queries = [Query((), "", query, None, query, made_by) for query in found["queries"]]
+    rows = []
+    for embeds in (found["google"], found["training"]):
+        exact = top_k(found["queries"], embeds, MOST_FOUND)[1]
+        for vectors in get_args(Vectors):
+            place, names = folder / f"emoji-{len(embeds)}-{vectors}", list(map(str, range(len(embeds))))
+            write_part(place, "part-0.parquet", shard_table(names, names, names, embeds, vectors), made_by)
+            gallery = ShardedGallery.open(place, model, processor)
+            best = [list(map(int, result.ids)) for result in gallery.search_many(queries, MOST_FOUND)]
+            rows.append(
+                {"images": len(embeds), "vectors": vectors, "bytes a vector": bytes_of(gallery)} | recalls(best, exact)
+            )
+    return rows
+
+
+def bytes_of(gallery: ShardedGallery) -> int:
+    """Return the bytes of a vector in shards, before Parquet packs them."""
+    columns = ("embedding", "scale", "embedding_float16")
+    types = [field.type for field in gallery.shards.schema if field.name in columns]
+    return sum(
+        one.list_size * one.value_type.bit_width // 8 if pa.types.is_fixed_size_list(one) else one.bit_width // 8
+        for one in types
+    )
+
+
+def recalls(found: list[list[int]], exact: Tensor) -> Row:
+    """Return the share of the exact best 1, 10 and 50 that are among as many found, as means over the queries."""
+    return {
+        f"recall@{k}": float(
+            np.mean([len({*one[:k]} & {*best[:k]}) / k for one, best in zip(found, exact.tolist(), strict=True)])
+        )
+        for k in (1, 10, MOST_FOUND)
+    }
+
+
+# ---- random sets ----
+
+
+def variations(generator: torch.Generator, number: int) -> Tensor:
+    """Draw vectors with variance 1/i in direction i: float32 `(number, WIDTH)`."""
+    return torch.randn(number, WIDTH, generator=generator) * torch.arange(1, WIDTH + 1).rsqrt()
+
+
+def concepts_of(number: int) -> tuple[Tensor, np.ndarray]:
+    """Return the concepts of a set, and the cumulated share of images that each has."""
+    count = max(1, number // IMAGES_PER_CONCEPT)
+    shares = 1 / np.arange(1, count + 1)
+    return variations(torch.Generator().manual_seed(number), count), np.cumsum(shares) / shares.sum()
+
+
+def blocks(number: int) -> Iterator[Tensor]:
+    """Yield the embeddings of a set, float32 `(ROWS_PER_PART, WIDTH)` at a time, the same at each call."""
+    concepts, shares = concepts_of(number)
+    for block, first in enumerate(range(0, number, ROWS_PER_PART)):
+        generator, rows = torch.Generator().manual_seed(block), min(ROWS_PER_PART, number - first)
+        drawn = np.searchsorted(shares, np.random.default_rng(block).random(rows))
+        yield F.normalize(concepts[drawn] + VARIATION * variations(generator, rows), dim=1)
+
+
+def exact_results(number: int, file: Path) -> tuple[Tensor, Tensor]:
+    """Return the queries of a set and the rows of their best, from a file if they were found before."""
+    if not file.exists():
+        first, generator = next(blocks(number)), torch.Generator().manual_seed(-1)
+        chosen = first[torch.randperm(len(first), generator=generator)[:QUERIES]]
+        queries = F.normalize(chosen + DISTANCE * variations(generator, len(chosen)), dim=1)
+        best = TopK(queries, min(MOST_FOUND, number))
+        at = 0
+        for embeds in tqdm(blocks(number), f"exact results among {number:,}", -(-number // ROWS_PER_PART)):
+            best.add(embeds, torch.arange(at, at + len(embeds)))
+            at += len(embeds)
+        with whole(file) as partial_file:
+            torch.save((queries, best.positions), partial_file)
+    return torch.load(file, weights_only=True)
+
+
+def prices(first: int, number: int) -> pa.Table:
+    """Return a column to filter by."""
+    return pa.table({"price": pa.array(np.arange(first, first + number) * 7919 % 1000, pa.int32())})
+
+
+def fill(number: int, vectors: Vectors, folder: Path) -> float:
+    """Write the parts of a set that are missing; return the seconds that all of them took to write."""
+    model, processor = load_model(str(CHECKPOINT))
+    made_by, file = images_made_by(model, processor), folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    parts = tqdm(blocks(number), f"{number:,} as {vectors}", -(-number // ROWS_PER_PART))
+    for block, embeds in enumerate(parts):
+        name = f"part-{block:05d}.parquet"
+        if name in seconds and (folder / name).exists():
+            continue
+        start = time.perf_counter()
+        rows = range(block * ROWS_PER_PART, block * ROWS_PER_PART + len(embeds))
+        names = list(map(str, rows))
+        write_part(
+            folder, name, shard_table(names, names, names, embeds, vectors, prices(rows[0], len(rows))), made_by
+        )
+        seconds[name] = time.perf_counter() - start
+        with whole(file) as partial_file:
+            partial_file.write_text(json.dumps(seconds))
+    return sum(seconds.values())
+
+
+# ---- measurement of a store ----
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Return a figure of this process's memory in bytes (Linux only)."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def build(name: str, number: int, place: Path) -> float:
+    """Fill a store with a set, as far as it is not filled; return the seconds that this takes in all."""
+    disable_progress_bars()
+    if (vectors := STORES[name].vectors) is not None:
+        return fill(number, vectors, place)
+    model, processor = load_model(str(CHECKPOINT))
+    embeds, names = torch.cat(list(blocks(number))), list(map(str, range(number)))
+    start = time.perf_counter()
+    table, made_by = GalleryTable(names, [None] * number, names), images_made_by(model, processor)
+    Gallery(table, embeds, made_by, model, processor, metadata=prices(0, number)).save(place)
+    _ = Gallery.load(place, model, processor, STORES[name].index).index  # type: ignore[arg-type]
+    return time.perf_counter() - start
+
+
+def measure(name: str, number: int, place: Path, best: tuple[Tensor, Tensor]) -> Row:
+    """Measure a store that is filled: seconds, bytes, and recalls."""
+    disable_progress_bars()
+    (model, processor), index = load_model(str(CHECKPOINT)), STORES[name].index
+    before, start = resident(), time.perf_counter()
+    gallery: Any
+    if STORES[name].vectors is None:
+        gallery = Gallery.load(place, model, processor, index)  # type: ignore[arg-type]
+    else:
+        gallery = ShardedGallery.open(place, model, processor)
+    queries = [Query((), "", query, None, query, gallery.made_by) for query in best[0]]
+    gallery.search(query=queries[0], k=10)
+    row: Row = {"store": name, "images": number, "first": time.perf_counter() - start}
+    single = [partial(gallery.search, query=query, k=10) for query in queries[:ROUNDS]]
+    row["one"] = timed(single)
+    row["filtered"] = timed([partial(call, filter="price < 100") for call in single[: ROUNDS // 4]])
+    several = partial(gallery.search_many, queries[:BATCH], 10) if hasattr(gallery, "search_many") else None
+    row["several"] = timed([several] * 5) if several else []
+    found = [list(map(int, gallery.search(query=query, k=MOST_FOUND).ids)) for query in queries[:ROUNDS]]
+    row |= recalls(found, best[1][:ROUNDS])
+    row["memory"] = resident("VmHWM") - before
+    row["disk"] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return row
+
+
+def timed(calls: list[Callable[[], Any]]) -> list[float]:
+    """Return the seconds of each call."""
+    seconds = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def figures_table(folder: Path, numbers: list[int], stores: list[str]) -> list[Row]:
+    """Measure each store with each number of images, one process after another."""
+    rows = []
+    for number, name in product(numbers, stores):
+        if number > STORES[name].most:
+            continue
+        file = folder / f"{number}-{name}.json"
+        if not file.exists():
+            best = exact_results(number, folder / f"{number}-exact.pt")
+            place = folder / f"{number}-{name}"
+            seconds = alone(build, name, number, place)
+            file.write_text(json.dumps(alone(measure, name, number, place, best) | {"build": seconds}))
+            shutil.rmtree(place)
+        rows.append(json.loads(file.read_text()))
+        print(figures_markdown(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a new process, whose memory is that of one store."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# ---- tables ----
+
+
+def vectors_markdown(rows: list[Row]) -> str:
+    """Render the recalls of smaller vectors."""
+    heads = ["images", "vectors", "bytes a vector", *(f"recall@{k}" for k in (1, 10, MOST_FOUND))]
+    lines = [[f"{row['images']:,}", row["vectors"], str(row["bytes a vector"]), *recall_cells(row)] for row in rows]
+    return as_table(heads, lines)
+
+
+def figures_markdown(rows: list[Row]) -> str:
+    """Render what was measured of the stores."""
+    heads = ["images", "store", "build", "disk", "memory", "opened and first", "one query: p50", "p95"]
+    heads += ["filtered: p50", f"{BATCH} queries: p50", *(f"recall@{k}" for k in (1, 10, MOST_FOUND))]
+    lines = []
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:,.0f} MB" for key in ("disk", "memory")]
+        times = [seconds(row["first"]), *(seconds(np.quantile(row["one"], q)) for q in (0.5, 0.95))]
+        times += [seconds(np.median(row[key])) if row[key] else "-" for key in ("filtered", "several")]
+        lines.append([f"{row['images']:,}", row["store"], seconds(row["build"]), *sizes, *times, *recall_cells(row)])
+    return as_table(heads, lines)
+
+
+def recall_cells(row: Row) -> list[str]:
+    """Render the recalls of a row."""
+    return [f"{row[f'recall@{k}']:.4f}" for k in (1, 10, MOST_FOUND)]
+
+
+def seconds(value: float) -> str:
+    """Render seconds with two digits, or milliseconds below one."""
+    return f"{value:,.2g} s" if 1 <= value < 10 else f"{value:,.0f} s" if value >= 10 else f"{1000 * value:.2g} ms"
+
+
+def as_table(heads: list[str], lines: list[list[str]]) -> str:
+    """Render a table in Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, ["---"] * len(heads), *lines])
+
+
+ENCODERS = {
+    "ViT-B/32 on an RTX 3080, 1,500 images/s": (1500, None),
+    "ViT-H/14 on an L4, 75 images/s, $0.81 an hour": (75, 0.81),
+}
+"""Published rates: clip-retrieval's README, and vecstore's article on a million images (50 to 100 images a second)."""
+
+
+def paper_markdown(rows: list[Row]) -> str:
+    """Carry the figures of the largest measured shards of each size of vectors on to 10^8 and 10^9 images."""
+    lines = []
+    for vectors in ("int8", "int8+float16"):
+        name = f"shards, {vectors}"
+        row = max((row for row in rows if row["store"] == name), key=lambda row: row["images"])
+        for number in (10**8, 10**9):
+            factor = number / row["images"]
+            lines.append(
+                [
+                    f"{number:,}",
+                    name,
+                    f"{row['disk'] * factor / 1e9:,.0f} GB",
+                    f"{-(-number // ROWS_PER_PART):,}",
+                    seconds(float(np.median(row["one"])) * factor),
+                    f"{number * (WIDTH + 4) / 1e9:,.0f} GB",
+                ]
+            )
+    stores = as_table(["images", "store", "disk", "parts", "one exact search", "int8 alone in memory"], lines)
+    lines = [
+        [
+            f"{number:,}",
+            name,
+            f"{number / rate / 3600:,.0f}",
+            f"${number / rate / 3600 * price:,.0f}" if price else "-",
+        ]
+        for number in (10**6, 10**8, 10**9)
+        for name, (rate, price) in ENCODERS.items()
+    ]
+    return f"{stores}\n\n{as_table(['images', 'encoded by', 'GPU hours', 'price'], lines)}"
+
+
+RENDERED = {"vectors": vectors_markdown, "figures": figures_markdown, "paper": paper_markdown}
+
+
+def main() -> None:
+    """Measure the chosen tables, print them, and write them into SCALE.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RENDERED, default=list(RENDERED), help="tables (default: all)")
+    parser.add_argument("--numbers", nargs="+", type=int, default=[10**5, 10**6, 10**7], help="images of the sets")
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES), metavar="STORE", help="stores")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/scale"), help="folder of sets and numbers")
+    parser.add_argument("--write", action="store_true", help=f"replace the tables of {DOCUMENT.name}")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    figures: list[Row] = []
+    for name in args.only:
+        if name == "vectors":
+            rows = vectors_table(args.output_dir)
+        else:
+            rows = figures = figures or figures_table(args.output_dir, args.numbers, args.stores)
+        (args.output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        text = RENDERED[name](rows)
+        print(f"## {name}\n\n{text}\n", flush=True)
+        if args.write:
+            facts = [described(machine("base"))] if name == "figures" else []  # recall depends on no machine
+            marks = f"<!-- {name}: written by scale_tables.py -->", f"<!-- end of {name} -->"
+            write_between(*marks, *facts, text, document=DOCUMENT)
+
+
+if __name__ == "__main__":
+    main()
