@@ -7,6 +7,7 @@ flushed to the disk: the file system decides what a power cut leaves.
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -19,8 +20,13 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def whole(file: str | Path) -> Iterator[Path]:
+def whole(file: str | Path, several: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which replaces the file when the block ends; folders are made.
+
+    Args:
+        file: the file.
+        several: several processes may write it at the same time, each under a name of its own; the last remains. What
+            a kill leaves behind is not replaced by the next write.
 
     Raises:
         OSError: if it cannot be written; the previous content is unchanged.
@@ -30,7 +36,7 @@ def whole(file: str | Path) -> Iterator[Path]:
         ...     written = partial.write_text("{}")
     """
     file = Path(file)
-    partial = file.with_name(file.name + PARTIAL)
+    partial = file.with_name(f"{file.name}.{uuid4().hex}{PARTIAL}" if several else file.name + PARTIAL)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield partial
