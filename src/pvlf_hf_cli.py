@@ -19,19 +19,10 @@ from typer.core import TyperGroup
 
 import pvlf_hf_client
 from pvlf_hf_cli_files import PLAIN, Json, compare, convert, parse_numbers, report, submit, triplets, weighted
+from pvlf_hf_cli_index import MODEL, Composition, Model, index
 
 INDEX = "gallery.parquet"
 """File that a folder made by `pvlf-hf index` holds, `pvlf_hf.search.gallery_files.TABLE`."""
-
-
-class Precision(StrEnum):
-    """Dtypes that a model computes in; `auto` is that of its checkpoint, `fastest` is measured."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FASTEST = "fastest"
 
 
 class Commands(TyperGroup):
@@ -69,14 +60,6 @@ app = typer.Typer(cls=Commands, context_settings=SETTINGS, pretty_exceptions_ena
 app.add_typer(submit, name="submit")
 app.add_typer(convert, name="convert")
 
-MODEL = typer.Option(
-    envvar="PVLF_MODEL", help="PVLF checkpoint, or a plain CLIP or SigLIP: folder or Hub name.", show_default=False
-)
-Model = Annotated[str, MODEL]
-Composition = Annotated[
-    str | None, typer.Option(help="How a plain dual encoder composes queries: slerp, sum or product (default: slerp).")
-]
-
 
 def print_version(wanted: bool) -> None:
     """Print the version and end."""
@@ -107,59 +90,15 @@ def common(
             stream.reconfigure(errors="backslashreplace")
 
 
-@app.command(no_args_is_help=True)
-def index(
-    photos: Annotated[Path, typer.Argument(help="Folder of images, subfolders included.", show_default=False)],
-    model: Model,
-    path: Annotated[Path, typer.Option(help="Folder that keeps the index.", show_default=False)],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once, at most (our choice).")] = 64,
-    dtype: Annotated[
-        Precision,
-        typer.Option(
-            help="Dtype of the model; fastest measures float32 and bfloat16 here. Later runs and searches keep it."
-        ),
-    ] = Precision.AUTO,
-    openvino: Annotated[
-        bool, typer.Option("--openvino", help="Encode by OpenVINO, on many CPUs the fastest, above all in bfloat16.")
-    ] = False,
-    draft: Annotated[
-        bool, typer.Option("--draft", help="Decode large JPEGs at reduced size: fast, nearly the same embeddings.")
-    ] = False,
-    include_hidden: Annotated[
-        bool, typer.Option("--include-hidden", help="Index images in hidden and system folders (@eaDir) too.")
-    ] = False,
-    metadata: Annotated[
-        Path | None, typer.Option(help="CSV, Parquet or JSON lines with a column file_name: what to filter by.")
-    ] = None,
-    exif: Annotated[
-        bool, typer.Option("--exif", help="Read date, size and location of the photos, to filter by.")
-    ] = False,
-    composition: Composition = None,
-    as_json: Json = False,
-) -> None:
-    """Embed a folder of images, to search it.
-
-    \b
-    pvlf-hf index photos/ --model outputs/mine --path photos.gallery
-
-    Run it again after an interruption or when images changed: only new images are encoded, deleted ones are dropped.
-    Images that cannot be read are skipped, listed and counted.
-
-    Any model on the same image encoder searches the index, however it composes queries. With another image encoder
-    the new index is built beside the old one, which serves until it is complete.
-    """
-    from pvlf_hf.commands import gallery
-
-    options: dict[str, Any] = {"batch_size": batch_size, "draft": draft, "include_hidden": include_hidden}
-    options |= {"metadata": metadata, "exif": exif}
-    gallery.index(photos, model, path, dtype.value, openvino, as_json, composition, options)
+app.command(no_args_is_help=True)(index)
 
 
 @app.command(no_args_is_help=True)
 def search(
     context: typer.Context,
     index: Annotated[
-        Path | None, typer.Argument(help="Folder that `pvlf-hf index` made; none with --server.", show_default=False)
+        str | None,
+        typer.Argument(help="Folder or URL that `pvlf-hf index` made; none with --server.", show_default=False),
     ] = None,
     model: Annotated[str | None, MODEL] = None,
     server: Annotated[
@@ -224,7 +163,8 @@ def search(
     if index is None or model is None:
         missing = "INDEX" if index is None else "--model"
         raise typer.BadParameter("it is needed, unless a --server searches", param_hint=missing)
-    check_index(index)
+    if "://" not in index and not holds_shards(Path(index)):
+        check_index(Path(index))
     from pvlf_hf.commands import gallery
 
     gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition)
@@ -426,8 +366,18 @@ def doctor(
     raise typer.Exit(0 if report.healthy else 1)
 
 
+def holds_shards(folder: Path) -> bool:
+    """Return whether a folder holds what `pvlf-hf index --engine ray` writes."""
+    return any(folder.glob("part-*.parquet"))
+
+
 def check_index(index: Path) -> None:
     """Refuse a folder that holds no index; amid a replacement it is elsewhere."""
+    if holds_shards(index):
+        raise ValueError(
+            f"{index} holds shards, which only `pvlf-hf search` takes: pvlf_hf.search.shard_sets.shards_to_gallery "
+            "makes an index of them"
+        )
     if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir():
         raise ValueError(f"{index} is not an index: build it with `pvlf-hf index PHOTOS --path {index}`")
 

@@ -8,7 +8,7 @@ import torch
 
 from pvlf_hf import PVLFTrainingArguments, dtypes
 from pvlf_hf.commands.evaluate import load_model
-from pvlf_hf_cli import Precision
+from pvlf_hf_cli_index import Precision
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 EMOJI, BLIP = str(CARDS / "pvlf-emoji-tiny"), str(CARDS / "blip-emoji-tiny")

@@ -1,5 +1,7 @@
 """Runs `pvlf-hf index`, `search`, `serve` and `demo`: everything with an index of one's own images."""
 
+import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,11 +19,14 @@ from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance
+from ..search.image_search import ImageSearch
 from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
 from ..search.result import SearchResult
 from ..search.results_page import search_page
+from ..search.sharded_gallery import ShardedGallery
+from ..search.shards import EmbeddingShards
 from ..search.terms import unknown_words
 from .output import print_json
 
@@ -40,6 +45,8 @@ def index(
     options: dict[str, Any],
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
+    if any(path.glob("part-*.parquet")):
+        raise ValueError(f"{path} holds shards: choose another folder, or go on with --engine ray")
     finish_replacement(path)
     encoder, processor = load(model, index_dtype(path, dtype) if dtype in ("auto", "fastest") else dtype, composition)
     known = indexed_digests(path, encoder, processor)
@@ -63,8 +70,29 @@ def index(
         typer.echo(f"left out {count} ({listed}); --include-hidden indexes them")
 
 
+def index_on_cluster(source: str, location: str, model: str, as_json: bool, options: dict[str, Any]) -> None:
+    """Embed images on the workers of Ray, and print what was encoded."""
+    from ..search.ray_job import index_by_ray  # Ray is an extra
+
+    with redirect_stdout(sys.stderr):  # Ray says there when it has replaced a process
+        shards, encoded, found, broken, repeated = index_by_ray(
+            source, location, model, progress=not as_json, **options
+        )
+    if as_json:
+        facts = {"images": len(shards), "encoded": encoded, "found": found, "broken": broken, "repeated": repeated}
+        print_json(path=location, **facts)
+        return
+    typer.echo(f"{location}: {len(shards)} images; {encoded} parts encoded, {found} found done")
+    if broken:
+        typer.echo(f"{broken} images cannot be read: broken-*.parquet in {location} lists them")
+    if repeated:
+        typer.echo(
+            f"{repeated} images repeat id and content of another: pvlf_hf.search.shard_sets.merge_shards drops them"
+        )
+
+
 def search(
-    path: Path,
+    path: str,
     model: str,
     terms: dict[str, Any],
     settings: dict[str, Any],
@@ -76,7 +104,7 @@ def search(
     composition: str | None = None,
 ) -> None:
     """Search an index, and print or draw the results."""
-    gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
+    gallery = open_index(path, model, composition)
     warn_of([word for text in terms["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
     images, texts, ids = (terms[name] or None for name in ("images", "texts", "ids"))
     options: dict[str, Any] = {"weights": weights, "explain": explain} | settings
@@ -146,6 +174,18 @@ def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: 
     if is_gallery(images):
         return Gallery.load(images, model, processor)
     return Gallery.from_folder(images, model, processor)
+
+
+def open_index(path: str, model: str, composition: str | None = None) -> ImageSearch:
+    """Open the folder of a gallery, or shards at a folder or URL.
+
+    Raises:
+        ValueError: if there is neither, or another model made it.
+    """
+    if "://" in path or any(Path(path).glob("part-*.parquet")):
+        shards = EmbeddingShards(path)
+        return ShardedGallery(shards, *load(model, shards.made_by["dtype"], composition))
+    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition))
 
 
 def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:

@@ -168,7 +168,8 @@ def _write(location: str | Path, name: str, table: pa.Table) -> None:
         "write_statistics": others,
     }
     if isinstance(files, LocalFileSystem):
-        with whole(Path(root) / name) as partial:
+        # A worker that was taken to be dead may write it beside its successor.
+        with whole(Path(root) / name, several=True) as partial:
             pq.write_table(table, partial, **options)
         return
     sink = pa.BufferOutputStream()
@@ -194,6 +195,7 @@ class EmbeddingShards:
 
     Args:
         location: folder or fsspec URL that holds `part-*.parquet`; parts are in the order of their names.
+        names: parts to open, by default all.
 
     Attributes:
         made_by: provenance of the embeddings ([`images_made_by`]).
@@ -209,10 +211,10 @@ class EmbeddingShards:
             or the model that made them. The error names the file.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, names: Sequence[str] | None = None) -> None:
         self.location = str(location)
         self._files, self._root = open_location(location)
-        names = files_of(location, "part-*.parquet")
+        names = files_of(location, "part-*.parquet") if names is None else sorted(names)
         if not names:
             raise ValueError(
                 f"{location} holds no part-*.parquet: pass the folder or URL that holds shards; `pvlf-hf index "
