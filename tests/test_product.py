@@ -2,9 +2,11 @@
 
 import itertools
 
+import pyarrow as pa
 import pytest
 import torch
 from dual_encoders import save_dual_encoder
+from milvus_tables import table_of
 from squares import draw, make_benchmark
 from test_gallery import index_options
 from torch.nn import functional as F
@@ -98,28 +100,53 @@ def test_all_ways_to_rank_agree_with_the_formula(weight):
     assert torch.equal(subset_ranks(combined, gallery, subset, target), among)
 
 
+def finder(name, gallery, some, folder):
+    """Return a function that finds the best k images of one query, among all or among `some`."""
+    if name != "milvus":
+        index = make_index(name, gallery)
+        return lambda query, k, rows: nearest(index, gallery, query.against(gallery), k, rows)
+    from pvlf_hf.search.milvus.nearest import nearest_in_store
+    from pvlf_hf.search.milvus.store import StoreAddress, create_store
+
+    columns, mean = pa.table({"chosen": torch.isin(torch.arange(len(gallery)), some).tolist()}), gallery_mean(gallery)
+    address = StoreAddress(index_options(name, folder)["uri"], "product")
+    store = create_store(address, gallery.shape[1], columns.schema, {})
+    store.write(table_of(gallery, chosen=columns["chosen"]))
+
+    def find(query, k, rows):
+        expression = "" if rows is None else "chosen == true"
+        found = nearest_in_store(store, lambda embeds: query.against(embeds, mean), k, expression)
+        return found.scores, torch.tensor([int(image_id[:6]) for image_id in found.ids])
+
+    return find
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "faiss", "milvus"])
-def test_each_index_finds_the_best(name, tmp_path):
+def test_each_index_finds_the_best(name, tmp_path, monkeypatch):
     queries, gallery = random_queries(count=8, size=3000)
-    options, client = index_options(name, tmp_path), None
-    if name == "milvus":
-        from pvlf_hf.search.vector_index import connect
-
-        client = connect(options["uri"], "model")
-    index = make_index(name, gallery, [f"{row:05d}" for row in range(3000)], client, "pvlf_model_gallery")
+    index_options(name, tmp_path)  # skips where the index is not installed
     combined = CombinedQueries(queries, combine())
     scores, best = top_k_of(combined, gallery, 3000)
     some = torch.arange(0, 3000, 7)
+    find = finder(name, gallery, some, tmp_path)
     for query, k in itertools.product(range(8), (1, 10, 100 if name == "faiss" else 2000)):
-        one = combined.select(torch.tensor([query])).against(gallery)
-        found_scores, found = nearest(index, gallery, one, k)
+        one = combined.select(torch.tensor([query]))
+        found_scores, found = find(one, k, None)
         if name == "faiss":  # a graph may miss some
             assert len({*found.tolist()} & {*best[query, :k].tolist()}) >= 0.9 * k
         else:
             assert torch.equal(found, best[query, :k]) and torch.equal(found_scores, scores[query, :k])
         expected = best[query][torch.isin(best[query], some)][:k]
-        assert torch.equal(nearest(index, gallery, one, k, some)[1], expected)  # filtered, exact with every index
+        assert torch.equal(find(one, k, some)[1], expected)  # filtered, exact with every index
+    if name == "milvus":
+        monkeypatch.setattr("pvlf_hf.search.milvus.store.MOST_RESULTS", 200)
+        for k, message in (
+            (500, "500 results were requested"),
+            (150, "150 images by two .* are not settled by the 200"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                find(combined.select(torch.tensor([0])), k, None)
 
 
 @pytest.mark.parametrize("width", [2, 33, 256])
@@ -132,7 +159,7 @@ def test_exact_search_allows_for_half_precision(width):
     images = near + jitter * torch.randn(1500, width) * width**-0.5
     gallery = F.normalize(torch.cat([images, torch.randn(1500, width)]), dim=1)
     scores = CombinedQueries(query[None], combine()).against(gallery)
-    index = make_index("exact", gallery, [])
+    index = make_index("exact", gallery)
     for k in (1, 10, 300):
         found = index.combined_candidates(scores, k)
         assert {*found.tolist()} >= {*top_k_of(CombinedQueries(query[None], combine()), gallery, k)[1][0].tolist()}
@@ -141,7 +168,7 @@ def test_exact_search_allows_for_half_precision(width):
 def test_exact_search_rescores_few_candidates():
     """Count the candidates: exact search does not score every image in float64."""
     queries, gallery = random_queries(size=5000)
-    index = make_index("exact", gallery, [])
+    index = make_index("exact", gallery)
     for query in range(12):
         one = CombinedQueries(queries[query : query + 1], combine()).against(gallery)
         assert len(index.combined_candidates(one, 10)) < 250

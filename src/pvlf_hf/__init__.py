@@ -42,7 +42,7 @@ _NAMES_OF = {
         load_model render_card write_card write_golden
     """,
     "search": """
-        EmbeddingShards Explanation Gallery Query SearchResult ShardedGallery TripletMiner
+        EmbeddingShards Explanation Gallery MilvusGallery MilvusOptions Query SearchResult ShardedGallery TripletMiner
     """,
     "training": """
         FeatureCache PVLFCollator PVLFTrainer PVLFTrainingArguments cache_features

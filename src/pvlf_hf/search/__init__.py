@@ -9,6 +9,8 @@ __getattr__, __all__ = lazy_names(
     __name__,
     {
         "gallery": "Gallery",
+        "milvus.gallery": "MilvusGallery",
+        "milvus.store": "MilvusOptions",
         "mining": "TripletMiner",
         "query": "Explanation Query",
         "result": "SearchResult",

@@ -1,7 +1,7 @@
 """Builds a gallery: embeds images, keeps the work in a folder, and moves it to its final path at the end."""
 
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,6 @@ from .indexing import PART, DecodeOptions, IncrementalIndexer, least_side, repor
 from .metadata import gather_metadata, read_metadata
 from .query import check_positive
 from .replacement import locked_gallery, place_to_build, put_in_place
-from .vector_index import IndexName, check_index, connect
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,8 +33,6 @@ class BuiltGallery(NamedTuple):
     processor: ComposedRetrievalProcessor
     sources: "Dataset"
     skipped: dict[str, str]
-    gallery_id: str | None
-    client: Any
     metadata: pa.Table | None
 
 
@@ -57,8 +54,6 @@ def build_gallery(
     replace: bool = False,
     metadata: str | Path | pa.Table | None = None,
     exif: bool = False,
-    index: IndexName = "exact",
-    uri: str | None = None,
 ) -> BuiltGallery:
     """Embed `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read.
 
@@ -66,25 +61,20 @@ def build_gallery(
     """
     from datasets import Image
 
-    check_index(index, uri)
     batch_size = check_positive("batch_size", batch_size)
     given = None if metadata is None else read_metadata(metadata)
-    ids = [str(image_id) for image_id in dataset["image_id"][:]]
-    if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
+    ids = checked_ids(dataset)
     mode = getattr(dataset.features["image"], "mode", None)
     sources = dataset.select_columns("image").cast_column("image", Image(mode=mode, decode=False))
     home, state = Path(path) if path else None, process_state()
     # Waits for another process that writes to the same folder, and then reuses its embeddings.
-    with ExitStack() as on_error, locked_gallery(home) if home and state.is_main_process else nullcontext():
+    with locked_gallery(home) if home and state.is_main_process else nullcontext():
         state.wait_for_everyone()
         if home:
             processor, provenance = as_indexed(home, model, processor)
         else:
             provenance = images_made_by(model, processor)
         place = home and place_to_build(home, model, processor, provenance, replace)
-        client = open_database(index, uri, provenance)  # fails before any image is encoded
-        on_error.callback(_close, client)
         options = DecodeOptions(mode, least_side(processor) if draft else None)
         indexer = IncrementalIndexer(sources, options, place, provenance)
         indexer.run(model, processor, batch_size, progress)
@@ -98,15 +88,24 @@ def build_gallery(
         embeds = indexer.take(table.digest)
         kept_columns = home and read_columns(home)
         columns = gather_metadata(table.id, table.digest, sources["image"], kept_columns, given, exif, [*skipped])
-        gallery_id = None
         if home and place:
             save_gallery(place, table, embeds, provenance, columns)
             if place != home and state.is_main_process:
                 put_in_place(home)
             state.wait_for_everyone()
-            gallery_id = gallery_id_of(home)
-        on_error.pop_all()
-    return BuiltGallery(table, embeds, provenance, processor, sources, skipped, gallery_id, client, columns)
+    return BuiltGallery(table, embeds, provenance, processor, sources, skipped, columns)
+
+
+def checked_ids(dataset: "Dataset") -> list[str]:
+    """Return the ids of a dataset's images.
+
+    Raises:
+        ValueError: if one occurs twice.
+    """
+    ids = [str(image_id) for image_id in dataset["image_id"][:]]
+    if repeated := [image_id for image_id, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"gallery: image ids must be unique, repeated: {repeated[:3]}; rename or drop them")
+    return ids
 
 
 def checked_dataset(dataset: Any, image_column: str, id_column: str) -> "Dataset":
@@ -148,16 +147,4 @@ def save_gallery(
     state.wait_for_everyone()
 
 
-def open_database(index: IndexName, uri: str | None, provenance: dict[str, str]) -> Any:
-    """Connect to the database of an index, if it needs one; the main process searches."""
-    if index != "milvus" or not PartialState().is_main_process:
-        return None
-    return connect(str(uri), provenance["fingerprint"])
-
-
-def _close(client: Any) -> None:
-    if client is not None:
-        client.close()
-
-
-__all__ = ["BuiltGallery", "build_gallery", "checked_dataset", "open_database", "save_gallery"]
+__all__ = ["BuiltGallery", "build_gallery", "checked_dataset", "checked_ids", "process_state", "save_gallery"]

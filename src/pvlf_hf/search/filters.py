@@ -10,7 +10,7 @@ It is read as a Python expression, of which only the above is taken, and carried
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -83,30 +83,43 @@ def applied(condition: Filter, schema: pa.Schema) -> Iterator[pc.Expression]:
         ) from error
 
 
-def parse_filter(text: str, schema: pa.Schema) -> pc.Expression:
+def parse_filter(
+    text: str, schema: pa.Schema, reader: "Callable[[str, pa.Schema], FilterReader] | None" = None
+) -> Any:
     """Turn the text of a filter into an expression.
+
+    Args:
+        text: the filter.
+        schema: of the metadata.
+        reader: makes the expression; by default one of pyarrow.
 
     Raises:
         ValueError: if it cannot be read, or names a column that is not in the schema.
     """
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"the filter has {len(text):,} characters, more than {MOST_CHARACTERS:,}: make it shorter")
+    reader = reader or FilterReader
     sql = re.sub(r"\bis\s+not\s+null\b", "is not None", text.strip(), flags=re.I)
     sql = re.sub(r"\bis\s+null\b", "is None", sql, flags=re.I)
     try:
         tree = ast.parse(sql, mode="eval")
-        return _Reader(text, schema).condition(tree.body)
+        return reader(text, schema).condition(tree.body)
     except (SyntaxError, RecursionError, MemoryError, UnicodeEncodeError) as error:
         raise ValueError(f"filter {text!r:.200} cannot be read ({error}): write it like {EXAMPLE!r}") from error
 
 
-class _Reader:
-    """Reader of the nodes of a filter."""
+class FilterReader:
+    """Reader of the nodes of a filter, which makes an expression of pyarrow.
+
+    A subclass makes another kind of expression, which knows `&`, `|` and `~`, by `is_true`, `is_null`, `is_in` and
+    `compare`.
+    """
 
     def __init__(self, text: str, schema: pa.Schema) -> None:
         self.text, self.schema = text, schema
 
-    def condition(self, node: ast.AST) -> pc.Expression:
+    def condition(self, node: ast.AST) -> Any:
+        """Make the expression of a condition."""
         if isinstance(node, ast.BoolOp):
             parts = [self.condition(value) for value in node.values]
             joined = parts[0]
@@ -123,27 +136,44 @@ class _Reader:
                 joined = joined & part
             return joined
         if (name := self.column(node)) is not None and pa.types.is_boolean(self.schema.field(name).type):
-            return pc.field(name)
+            return self.is_true(name)
         raise self.unreadable(node)
 
-    def comparison(self, left: ast.AST, operator: ast.cmpop, right: ast.AST) -> pc.Expression:
+    def is_true(self, name: str) -> Any:
+        """Make the condition that a column of booleans is true."""
+        return pc.field(name)
+
+    def is_null(self, name: str) -> Any:
+        """Make the condition that the value of a column is missing."""
+        return pc.field(name).is_null()
+
+    def is_in(self, name: str, values: pa.Array) -> Any:
+        """Make the condition that the value of a column is one of some."""
+        unknown = pa.scalar(None, pa.bool_())  # `isin` itself says no where the value is missing
+        return pc.if_else(pc.field(name).is_valid(), pc.field(name).isin(values), unknown)
+
+    def compare(self, operator: type, left: str | pa.Scalar, right: str | pa.Scalar) -> Any:
+        """Compare columns, given by name, and values."""
+        return COMPARISONS[operator](*(pc.field(one) if isinstance(one, str) else one for one in (left, right)))
+
+    def comparison(self, left: ast.AST, operator: ast.cmpop, right: ast.AST) -> Any:
+        """Make the condition of one comparison."""
         name = self.column(left)
         if isinstance(operator, ast.Is | ast.IsNot):
             if name is None or not (isinstance(right, ast.Constant) and right.value is None):
                 raise self.unreadable(right)
-            return pc.field(name).is_null() if isinstance(operator, ast.Is) else pc.field(name).is_valid()
+            return self.is_null(name) if isinstance(operator, ast.Is) else ~self.is_null(name)
         if isinstance(operator, ast.In | ast.NotIn):
             if name is None or not isinstance(right, ast.List | ast.Tuple | ast.Set):
                 raise self.unreadable(right)
-            values = self.values(right.elts, self.schema.field(name))
-            isin = pc.field(name).isin(values)
-            return isin if isinstance(operator, ast.In) else ~isin & pc.field(name).is_valid()
+            found = self.is_in(name, self.values(right.elts, self.schema.field(name)))
+            return found if isinstance(operator, ast.In) else ~found
         other = self.column(right)
         if name is None and other is None:
             raise self.unreadable(left)
         typed = self.schema.field(name or other).type
-        a, b = (pc.field(c) if c is not None else self.value(n, typed) for c, n in ((name, left), (other, right)))
-        return COMPARISONS[type(operator)](a, b)
+        a, b = (c if c is not None else self.value(n, typed) for c, n in ((name, left), (other, right)))
+        return self.compare(type(operator), a, b)
 
     def column(self, node: ast.AST) -> str | None:
         """Return the column that a node names, None where it is something else."""
@@ -163,6 +193,7 @@ class _Reader:
         return name
 
     def constant(self, node: ast.AST) -> Any:
+        """Return the value that a node writes."""
         if isinstance(node, ast.Name) and node.id in CONSTANTS:
             return CONSTANTS[node.id]
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -178,7 +209,7 @@ class _Reader:
         constants = [self.constant(node) for node in nodes]
         try:
             return pa.array(constants).cast(field.type)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise ValueError(
                 f"filter {self.text!r:.200}: not all of {constants} can be compared with {field.name!r}, which is "
                 f"{field.type}"
@@ -194,9 +225,15 @@ class _Reader:
                 raise ValueError(
                     f"filter {self.text!r:.200}: {value!r} is no date; write 2024-06-01 or 2024-06-01 18:30:00"
                 ) from error
-        return pa.scalar(value)
+        try:
+            return pa.scalar(value)
+        except OverflowError as error:
+            raise ValueError(
+                f"filter {self.text!r:.200}: {value} is too large, whole numbers have at most 64 bits"
+            ) from error
 
     def unreadable(self, node: ast.AST) -> ValueError:
+        """Return the error to raise where a node is not of the language."""
         part = ast.unparse(node)
         return ValueError(f"filter {self.text!r:.200} cannot be read at {part!r:.80}: write it like {EXAMPLE!r}")
 
@@ -209,4 +246,4 @@ def _types(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-__all__ = ["Filter", "applied", "parse_filter", "passing_rows"]
+__all__ = ["Filter", "FilterReader", "applied", "parse_filter", "passing_rows"]

@@ -13,7 +13,7 @@ Example:
     ```
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ from accelerate import PartialState
 from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
+from ..digests import sequence_digest
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
-from .building import build_gallery, checked_dataset, open_database, save_gallery
+from .building import build_gallery, checked_dataset, checked_ids, process_state, save_gallery
 from .gallery_files import (
     as_indexed,
     check_encoder,
@@ -36,6 +37,10 @@ from .image_folder import find_images
 from .indexed_images import IndexedImages
 from .indexing import as_dataset
 from .metadata import dataset_metadata, metadata_of
+from .milvus.connection import MilvusDatabase
+from .milvus.filling import from_table
+from .milvus.gallery import MilvusGallery
+from .milvus.store import MilvusOptions, StoreAddress
 from .replacement import finish_replacement
 from .vector_index import IndexName, check_index
 
@@ -86,8 +91,11 @@ class Gallery(IndexedImages):
                 leaves it and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`,
                 whose column `file_name` holds ids, to be filtered by (a repeated call without it keeps it); `exif`
                 (False), read date, size and location from the images' headers, too (`exif_date`, ...); `index`,
-                `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"` with its `uri` (a file ending in
-                .db, or a cluster's URL), see `pvlf_hf.search.vector_index`.
+                `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"`, which makes a
+                [`MilvusGallery`] with its `uri` (a file ending in .db, or a cluster's URL), `name` (of the gallery in
+                that database; by default one made from the folder, or from the ids) and `options`
+                ([`MilvusOptions`]). Without `path` images are encoded into the store; with it they are kept there,
+                too.
 
         Raises:
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
@@ -104,6 +112,8 @@ class Gallery(IndexedImages):
                 "include_hidden=True to index them"
             )
         ids = [file.relative_to(folder).as_posix() for file in images.files]
+        if options.get("index") == "milvus" and path is None:
+            options.setdefault("name", f"folder_{sequence_digest(str(folder.absolute()))[:16]}")
         dataset = as_dataset([str(file.absolute()) for file in images.files], ids)
         gallery = cls._build(dataset, model, processor, path, images.skipped, **options)
         gallery.left_out = images.hidden
@@ -161,11 +171,40 @@ class Gallery(IndexedImages):
         return cls._build(dataset, model, processor, path, **options)
 
     @classmethod
-    def _build(cls, dataset: "Dataset", *arguments: Any, **options: Any) -> "Gallery":
-        """Embed `image` of a dataset, named by `image_id`; arguments as [`build_gallery`]."""
-        index, uri = options.get("index", "exact"), options.get("uri")
-        made = build_gallery(dataset, *arguments, **options)
-        return cls(made.table, made.embeds, made.made_by, arguments[0], made.processor, index, uri, *made[4:])
+    def _build(
+        cls,
+        dataset: "Dataset",
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        path: str | Path | None = None,
+        skipped: dict[str, str] | None = None,
+        index: IndexName = "exact",
+        uri: str | None = None,
+        name: str | None = None,
+        options: MilvusOptions | None = None,
+        **further: Any,
+    ) -> Any:
+        """Embed `image` of a dataset, named by `image_id`; other arguments as [`build_gallery`]."""
+        _check_place(index, uri, name, options)
+        ids, is_main = checked_ids(dataset), process_state().is_main_process
+        if index == "milvus" and path is None and process_state().num_processes == 1:
+            if further.pop("replace", False):
+                raise ValueError(
+                    "replace=True replaces the gallery of a folder: without path, index under another name, search "
+                    "that one, and drop the old collection"
+                )
+            address = _address(uri, name, options, None, ids)
+            return MilvusGallery.of_dataset(dataset, address, model, processor, skipped, **further)
+        if index == "milvus" and is_main:
+            MilvusDatabase(str(uri)).close()  # fails before any image is encoded
+        made = build_gallery(dataset, model, processor, path, skipped, **further)
+        if index != "milvus" or not is_main:  # the main process searches
+            kind: Any = "exact" if index == "milvus" else index
+            return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:])
+        images = from_table(made.table, made.embeds, made.metadata, made.made_by)
+        gallery = MilvusGallery.of_embedded(images, _address(uri, name, options, path, ids), model, made.processor)
+        gallery.skipped = made.skipped
+        return gallery
 
     @classmethod
     def load(
@@ -175,23 +214,52 @@ class Gallery(IndexedImages):
         processor: ComposedRetrievalProcessor,
         index: IndexName = "exact",
         uri: str | None = None,
-    ) -> "Gallery":
+        name: str | None = None,
+        options: MilvusOptions | None = None,
+    ) -> Any:
         """Load a saved gallery; embeddings stay on disk until they are used.
+
+        With `index="milvus"` the store of that `name` in the database `uri` is brought in line with the gallery, and
+        returned ([`MilvusGallery`]).
 
         Raises:
             ValueError: if there is no gallery in the folder, its two files do not belong together, another model made
                 it, or the index is unknown or cannot be opened.
         """
         path = Path(path)
-        check_index(index, uri)
+        _check_place(index, uri, name, options)
         finish_replacement(path)
         table, embeds = read_gallery(path)
         processor, provenance = as_indexed(path, model, processor)
         check_encoder(path, model, processor, provenance)
-        client = open_database(index, uri, provenance)
         columns = metadata_of(path)
-        known: dict[str, Any] = {"gallery_id": gallery_id_of(path), "client": client, "metadata": columns}
-        return cls(table, embeds, provenance, model, processor, index, uri, **known)
+        if index == "milvus":
+            images = from_table(table, embeds, columns, provenance)
+            return MilvusGallery.of_embedded(images, _address(uri, name, options, path, table.id), model, processor)
+        return cls(table, embeds, provenance, model, processor, index, metadata=columns)
+
+    @classmethod
+    def from_milvus(
+        cls,
+        uri: str,
+        name: str,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        options: MilvusOptions | None = None,
+    ) -> MilvusGallery:
+        """Open a gallery that lives in Milvus, without a folder.
+
+        Args:
+            uri: a file ending in .db, or a server's URL.
+            name: of the gallery in that database.
+            model: embeds queries; any model on the image encoder that made the embeddings.
+            processor: the model's processor.
+            options: of the store.
+
+        Raises:
+            ValueError: if there is none, another model made it, or the database cannot be opened.
+        """
+        return MilvusGallery.open(StoreAddress(uri, name, options or MilvusOptions()), model, processor)
 
     def save(self, path: str | Path) -> None:
         """Write the two files of a gallery, and remove parts that an interruption left.
@@ -230,6 +298,21 @@ class Gallery(IndexedImages):
                 are fetched when their images are opened.
         """
         return cls.load(download_gallery(repo_id, revision, token), model, processor, index, uri)
+
+
+def _address(
+    uri: str | None, name: str | None, options: MilvusOptions | None, path: str | Path | None, ids: Sequence[str]
+) -> StoreAddress:
+    """Return the address of a gallery's store; without a name it is the id that the folder keeps, or made from ids."""
+    gallery_id = gallery_id_of(Path(path)) if path else None
+    name = name or (f"gallery_{gallery_id}" if gallery_id else f"images_{sequence_digest(*sorted(ids))[:16]}")
+    return StoreAddress(str(uri), name, options or MilvusOptions())
+
+
+def _check_place(index: str, uri: str | None, name: str | None, options: MilvusOptions | None) -> None:
+    check_index(index, uri, milvus=True)
+    if index != "milvus" and (name is not None or options is not None):
+        raise ValueError("name and options are those of a store in Milvus: pass index='milvus' and its uri with them")
 
 
 __all__ = ["Gallery"]

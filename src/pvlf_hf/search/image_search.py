@@ -119,7 +119,7 @@ class ImageSearch(ABC):
                 encoder runs again, see [`Query.embed`]. By default the model's composition.
             exclude: ids that are left out.
             filter: condition on columns of `metadata`, see `pvlf_hf.search.filters`: the k best of those that pass,
-                exactly, with every index.
+                exactly, with every index but an approximate one in Milvus.
             offset: results to pass over, those of earlier pages.
             min_score: least score of a result.
             fold: cosine, such as 0.98, from which an image is a near-duplicate of a better result, to which it is

@@ -9,7 +9,6 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .filters import Filter, passing_rows
@@ -19,7 +18,7 @@ from .indexing import DecodeOptions, open_cell
 from .nearest import nearest
 from .pages import Ranked
 from .query import Query, Weights
-from .vector_index import IndexName, VectorIndex, check_index, collection_of, connect, make_index
+from .vector_index import LocalIndex, VectorIndex, check_index, make_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,19 +46,15 @@ class IndexedImages(ImageSearch):
         made_by: dict[str, str],
         model: ComposedRetrievalModel,
         processor: ComposedRetrievalProcessor,
-        index: IndexName = "exact",
-        uri: str | None = None,
+        index: LocalIndex = "exact",
         sources: "Dataset | None" = None,
         skipped: dict[str, str] | None = None,
-        gallery_id: str | None = None,
-        client: Any = None,
         metadata: pa.Table | None = None,
     ) -> None:
-        check_index(index, uri)
+        check_index(index)
         self.ids, self.paths, self.digests = table
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
-        self.index_name, self.uri, self.skipped, self._sources = index, uri, skipped or {}, sources
-        self._gallery_id, self._client, self.metadata = gallery_id, client, metadata
+        self.index_name, self.skipped, self._sources, self.metadata = index, skipped or {}, sources, metadata
         self.left_out: list[str] = []
 
     def row_of(self, image_id: str) -> int:
@@ -135,13 +130,7 @@ class IndexedImages(ImageSearch):
     @cached_property
     def index(self) -> VectorIndex:
         """Index of the embeddings, built at the first search."""
-        if self.index_name != "milvus":
-            return make_index(self.index_name, self.embeds, self.digests)
-        fingerprint = self.made_by["fingerprint"]
-        client = self._client or connect(str(self.uri), fingerprint)
-        # A gallery in memory has no id: its content identifies it.
-        gallery_id = self._gallery_id or sequence_digest(*sorted(set(self.digests)))
-        return make_index(self.index_name, self.embeds, self.digests, client, collection_of(fingerprint, gallery_id))
+        return make_index(self.index_name, self.embeds)
 
     @cached_property
     def _mean(self) -> Tensor:

@@ -29,7 +29,7 @@ from ..embeddings.fingerprints import image_digests
 from ..evaluation.ranking import target_ranks
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .nearest import nearest
-from .vector_index import IndexName, VectorIndex, make_index
+from .vector_index import LocalIndex, VectorIndex, check_index, make_index
 
 NEIGHBOURS, FIRST_RANK = 50, 2
 """Neighbours of an image that are looked at, and the first ranks that are passed over: too alike (our choice)."""
@@ -73,9 +73,10 @@ class TripletMiner:
         image_folder: str | Path,
         store: str | Path | None = None,
         batch_size: int = 64,
-        index: IndexName = "exact",
+        index: LocalIndex = "exact",
         progress: bool = True,
     ) -> None:
+        check_index(index)
         self.model, self.processor, self.folder = model, processor, Path(image_folder)
         self.batch_size, self.index, self.progress = batch_size, index, progress
         self.store = None if store is None else EmbeddingStore(store)
@@ -130,7 +131,7 @@ class TripletMiner:
         cells = [index[row] for row in rows]
         names, captions = [cell["image"] for cell in cells], [cell["caption"] for cell in cells]
         embeds = {"image": self.images(names), "text": self.texts(captions)}
-        indexes = {source: (make_index(self.index, own, names), own) for source, own in embeds.items()}
+        indexes = {source: (make_index(self.index, own), own) for source, own in embeds.items()}
         for source in indexes:
             for at, chosen, others in self._near(*indexes[source], names, source, seed):
                 yield Pair(rows[at], rows[chosen], None, tuple(rows[other] for other in others), source)

@@ -1,8 +1,8 @@
 """Ranks a gallery for one query: candidates of the index, scored again by the embeddings themselves.
 
 By the exact index the results are the best k of the rows that may be found, whatever the query and the filter. FAISS
-and Milvus propose candidates among all images; where a filter leaves some out they are not used, and every row that
-passes is scored.
+proposes candidates among all images; where a filter leaves some out it is not used, and every row that passes is
+scored.
 """
 
 import torch

@@ -226,7 +226,7 @@ class Service:
         expected = {
             "model": (None, self.name),
             "encoding_format": (None, "float", "base64"),
-            "dimensions": (None, self.gallery.embeds.shape[1]),
+            "dimensions": (None, self.gallery.model.embedding_width),
         }
         for key, values in expected.items():
             if body.get(key) not in values:

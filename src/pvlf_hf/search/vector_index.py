@@ -1,23 +1,20 @@
 """Finds the images of a gallery that are nearest to a query: exactly, or approximately where there are too many."""
 
-from collections import defaultdict
-from collections.abc import Sequence
 from functools import cache, partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
-from urllib.parse import urlsplit
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..digests import content_digest
 from ..embeddings.combined import CombinedScores
 from ..embeddings.fastest import fastest
 from ..embeddings.similarity import error_bound, full_precision, kth_at_least, top_k, where_above
 
+LocalIndex = Literal["exact", "faiss"]
+
 IndexName = Literal["exact", "faiss", "milvus"]
+"""Index of a gallery: in memory, or a store in Milvus (`pvlf_hf.search.milvus`)."""
 
 SEARCH_WIDTH = 128
 """Length of the candidate list of FAISS's graph search, its `efSearch` (our choice). Of the ten best of 20,000 random
@@ -31,12 +28,6 @@ COPIES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 MEASURED_ROWS = 2**18
 """Rows with which the dtypes are measured (our choice); for fewer, a search takes milliseconds in any of them."""
-
-COLLECTION = "pvlf_"
-"""Prefix of a Milvus collection's name; the model's fingerprint and the gallery's id follow."""
-
-MILVUS_BATCH, MILVUS_MOST = 1000, 16384
-"""Rows per request (our choice), and Milvus's limit of rows per answer."""
 
 
 class VectorIndex(Protocol):
@@ -171,74 +162,17 @@ class FaissIndex:
         return rows[rows >= 0].long()
 
 
-class MilvusIndex:
-    """A collection in a Milvus database: a local file (Milvus Lite) or a cluster.
-
-    New images of the gallery are added to the collection, and images that it no longer has are deleted.
+def check_index(name: str, uri: str | None = None, milvus: bool = False) -> None:
+    """Raise a `ValueError` unless the index exists and has a `uri` where, and only where, it needs one.
 
     Args:
-        embeds: float32 `(gallery, d)`, L2-normalised.
-        digests: of the images, the primary key of the collection; equal images are kept once.
-        client: the database, from [`connect`].
-        collection: name of the gallery's own collection, from [`collection_of`].
+        name: of the index.
+        uri: of a database.
+        milvus: whether the index may be one in Milvus.
     """
-
-    def __init__(self, embeds: Tensor, digests: Sequence[str], client: Any, collection: str) -> None:
-        self.client, self.collection = client, collection
-        self.rows_of: dict[str, list[int]] = defaultdict(list)
-        for row, digest in enumerate(digests):
-            self.rows_of[digest].append(row)
-        if not client.has_collection(collection):
-            self._create(embeds.shape[1])
-        self._synchronise(embeds)
-
-    def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Return candidates, see [`VectorIndex`]; at most 16,384 different images, which is Milvus's limit.
-
-        Raises:
-            ValueError: if another process has changed the collection since.
-        """
-        limit = min(k, len(self.rows_of), MILVUS_MOST)
-        (hits,) = self.client.search(self.collection, [query.tolist()], limit=limit)
-        if not hits or any(hit["digest"] not in self.rows_of for hit in hits):
-            raise ValueError(
-                f"the Milvus collection {self.collection} was changed since this gallery was opened: load the gallery "
-                "again"
-            )
-        return torch.tensor([row for hit in hits for row in self.rows_of[hit["digest"]]])
-
-    def _create(self, width: int) -> None:
-        from pymilvus import DataType
-
-        schema = self.client.create_schema()
-        schema.add_field("digest", DataType.VARCHAR, is_primary=True, max_length=64)
-        schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=width)
-        index = self.client.prepare_index_params()
-        index.add_index("embedding", index_type="AUTOINDEX", metric_type="IP")
-        # A search must see what was written just before.
-        self.client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong")
-
-    def _synchronise(self, embeds: Tensor) -> None:
-        known: set[str] = set()
-        iterator = self.client.query_iterator(self.collection, batch_size=MILVUS_MOST, output_fields=["digest"])
-        while entries := iterator.next():
-            known.update(entry["digest"] for entry in entries)
-        iterator.close()
-        gone = sorted(known - self.rows_of.keys())
-        for start in range(0, len(gone), MILVUS_BATCH):
-            self.client.delete(self.collection, ids=gone[start : start + MILVUS_BATCH])
-        new = [digest for digest in self.rows_of if digest not in known]
-        starts = range(0, len(new), MILVUS_BATCH)
-        for start in tqdm(starts, desc=f"adding {len(new)} images to Milvus", disable=not new):
-            batch = new[start : start + MILVUS_BATCH]
-            rows = [{"digest": d, "embedding": embeds[self.rows_of[d][0]].tolist()} for d in batch]
-            self.client.insert(self.collection, rows)
-
-
-def check_index(name: str, uri: str | None) -> None:
-    """Raise a `ValueError` unless the index exists and has a `uri` where, and only where, it needs one."""
-    if name not in get_args(IndexName):
-        raise ValueError(f"index={name!r}: choose one of {get_args(IndexName)}")
+    names = get_args(IndexName if milvus else LocalIndex)
+    if name not in names:
+        raise ValueError(f"index={name!r}: choose one of {names}")
     if (name == "milvus") != (uri is not None):
         raise ValueError(
             f"index={name!r} with uri={uri!r}: index='milvus' needs a uri, a file ending in .db or a cluster's "
@@ -246,73 +180,9 @@ def check_index(name: str, uri: str | None) -> None:
         )
 
 
-def connect(uri: str, fingerprint: str) -> Any:
-    """Open a Milvus database; called before encoding, so that no embedding is computed that cannot be stored.
-
-    Args:
-        uri: a file ending in .db, or a cluster's URL (`http://user:password@host:19530/database`).
-        fingerprint: of the model whose embeddings the database is to hold.
-
-    Returns:
-        a `pymilvus.MilvusClient`.
-
-    Raises:
-        ImportError: if `pymilvus` (for a file also `milvus-lite`) is not installed.
-        ValueError: if the database cannot be opened, or holds embeddings of another model.
-    """
-    uri, is_file = str(uri), "://" not in str(uri)
-    if find_spec("pymilvus") is None or (is_file and find_spec("milvus_lite") is None):
-        raise ImportError("index='milvus' needs its client: pip install pymilvus milvus-lite")
-    name = uri if is_file else urlsplit(uri).hostname  # without the password
-    if is_file and not uri.endswith(".db"):
-        raise ValueError(f"uri={uri!r}: name a file that ends in .db, or a cluster's URL, such as http://host:19530")
-    if is_file and not Path(uri).absolute().parent.is_dir():
-        raise ValueError(f"uri={uri!r}: there is no folder {Path(uri).absolute().parent}; make it first")
-    from pymilvus import MilvusClient
-
-    remedy = (
-        "one process at a time can use a Milvus file: end the other, choose another file, or run a cluster"
-        if is_file
-        else "check the URL, the login, and that the cluster is running"
-    )
-    try:
-        client = MilvusClient(uri=uri)
-        collections = client.list_collections()
-    except Exception as error:  # the client raises errors of gRPC and of Milvus Lite
-        raise ValueError(f"the Milvus database {name} cannot be opened ({error}): {remedy}") from error
-    if other := [c for c in collections if c.startswith(COLLECTION) and not c.startswith(COLLECTION + fingerprint)]:
-        client.close()
-        raise ValueError(
-            f"{name} holds an index of another model or processor, which must not be mixed: choose another file "
-            f"or database, or drop its collection {other[0]}"
-        )
-    return client
+def make_index(name: LocalIndex, embeds: Tensor) -> VectorIndex:
+    """Build the index of embeddings float32 `(gallery, d)`, L2-normalised."""
+    return ExactIndex(embeds) if name == "exact" else FaissIndex(embeds)
 
 
-def collection_of(fingerprint: str, gallery_id: str) -> str:
-    """Return the name of a gallery's collection: several galleries of one model share a database."""
-    return f"{COLLECTION}{fingerprint}_{gallery_id}"
-
-
-def make_index(
-    name: IndexName, embeds: Tensor, digests: Sequence[str], client: Any = None, collection: str = ""
-) -> VectorIndex:
-    """Build the index of a gallery; arguments as those of the classes above."""
-    if name == "exact":
-        return ExactIndex(embeds)
-    if name == "faiss":
-        return FaissIndex(embeds)
-    return MilvusIndex(embeds, digests, client, collection)
-
-
-__all__ = [
-    "ExactIndex",
-    "FaissIndex",
-    "IndexName",
-    "MilvusIndex",
-    "VectorIndex",
-    "check_index",
-    "collection_of",
-    "connect",
-    "make_index",
-]
+__all__ = ["ExactIndex", "FaissIndex", "IndexName", "LocalIndex", "VectorIndex", "check_index", "make_index"]

@@ -1,0 +1,297 @@
+"""Keeps a gallery in a Milvus collection: ids, paths, digests, metadata and embeddings; nothing of it stays in memory.
+
+Several galleries share a database, each in a collection of its own, and several clients may write to one at the same
+time: an image is a row with a key made from its id, which a write replaces whole.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ...embeddings.similarity import exact_unit_rows
+from .connection import SERVE, MilvusDatabase
+from .schema import COLUMNS, KEY, MADE_BY, MILVUS_NAME, StoreSchema, embedding_column, keys_of
+
+logger = logging.get_logger(__name__)
+
+Consistency = Literal["Strong", "Bounded", "Session", "Eventually"]
+
+BATCH_BYTES, BATCH_ROWS = 8 * 2**20, 4096
+"""Most that one request writes (our choice): an eighth of the 64 MiB that a server takes."""
+
+LOOKUP = 1024
+"""Rows that one request looks up (our choice)."""
+
+MOST_RESULTS, ANSWER_BYTES = 16_384, 64 * 2**20
+"""Milvus's limit of the results of a search, and the most embeddings that one answer carries (our choice)."""
+
+
+@dataclass(frozen=True)
+class MilvusOptions:
+    """Options of a store.
+
+    Args:
+        index_type: of the embeddings, when the collection is made: `FLAT` (exact), `AUTOINDEX`, `HNSW`, `IVF_FLAT`,
+            ...; a server knows more than Milvus Lite. None takes `FLAT` in Milvus Lite and `AUTOINDEX` on a server.
+            [`store_recall`] measures what an index finds.
+        index_params: of the index, `{"M": 32, "efConstruction": 200}`.
+        search_params: of each search, `{"ef": 128}`.
+        consistency: what a search sees: all that was written before (`"Strong"`), or sooner, and less.
+        timeout: seconds for which a request to a server is repeated.
+    """
+
+    index_type: str | None = None
+    index_params: dict[str, Any] = field(default_factory=dict)
+    search_params: dict[str, Any] = field(default_factory=dict)
+    consistency: Consistency = "Strong"
+    timeout: float = 60.0
+
+
+class StoreAddress(NamedTuple):
+    """Place of a store: a database, the name of a collection in it, and how both are used."""
+
+    uri: str
+    name: str
+    options: MilvusOptions = MilvusOptions()
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.uri.rpartition('@')[2]}"  # without the password
+
+
+class MilvusStore:
+    """Images of a gallery in a collection; made by [`open_store`] or [`create_store`].
+
+    Attributes:
+        database: the connection.
+        name: of the collection.
+        schema: width of the embeddings, and columns of the metadata.
+        made_by: provenance of the embeddings ([`images_made_by`]).
+        options: of the store.
+    """
+
+    def __init__(
+        self, database: MilvusDatabase, address: StoreAddress, schema: StoreSchema, made_by: dict[str, str]
+    ) -> None:
+        self.database, self.name, self.options = database, address.name, address.options
+        self.schema, self.made_by = schema, made_by
+        database.collection = self.name
+        self._fields = ["id", "path", "digest", *schema.fields]
+
+    @property
+    def client(self) -> Any:
+        """The `pymilvus.MilvusClient`."""
+        return self.database.client
+
+    @property
+    def most_results(self) -> int:
+        """Most results of one search."""
+        return min(MOST_RESULTS, ANSWER_BYTES // (4 * self.schema.width))
+
+    def __len__(self) -> int:
+        (counted,) = self._ask("count the images", "query", filter="", output_fields=["count(*)"])
+        return int(counted["count(*)"])
+
+    def look_up(self, ids: Sequence[str], embeddings: bool = False) -> pa.Table:
+        """Return the rows of ids that the store has, in any order: `id`, `path`, `digest` and metadata."""
+        fields = [*self._fields, *(["embedding"] if embeddings else [])]
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(ids), LOOKUP):
+            keys = keys_of(ids[start : start + LOOKUP])
+            found += self._ask("look up images", "get", ids=keys, output_fields=fields)
+        return self.schema.table(found)
+
+    def embeddings_by_digest(self, digests: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return the embeddings of files that the store has under any id: float32 `(d,)` each."""
+        wanted, fields = sorted(set(digests)), ["digest", "embedding"]
+        found: dict[str, np.ndarray] = {}
+        for start in range(0, len(wanted), LOOKUP):
+            listed = ", ".join(f'"{digest}"' for digest in wanted[start : start + LOOKUP])
+            rows = self._ask("look up digests", "query", filter=f"digest in [{listed}]", output_fields=fields)
+            found |= {row["digest"]: np.asarray(row["embedding"], dtype=np.float32) for row in rows}
+        return found
+
+    def stream(self, fields: Sequence[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
+        """Yield all rows that meet a condition, some fields of each, in the order of their keys."""
+        width = 4 * self.schema.width if "embedding" in fields else 0
+        size = max(1, min(MOST_RESULTS, ANSWER_BYTES // (width + 256)))
+        iterator = self._ask(
+            "read the images", "query_iterator", batch_size=size, filter=condition, output_fields=[KEY, *fields]
+        )
+        with closing(iterator), self.database.doing("read the images"):
+            while rows := iterator.next():
+                yield rows
+
+    def read(self) -> pa.Table:
+        """Return all rows, in the order of their ids: `id`, `path`, `digest`, metadata and `embedding`."""
+        parts = [self.schema.table(rows) for rows in self.stream([*self._fields, "embedding"])]
+        return pa.concat_tables(parts).sort_by("id") if parts else self.schema.table([])
+
+    def mean(self) -> Tensor:
+        """Return the mean of the embeddings, each divided by its norm: float64 `(d,)`; reads all of them."""
+        total, count = torch.zeros(self.schema.width, dtype=torch.float64), 0
+        for rows in self.stream(["embedding"]):
+            embeds = torch.from_numpy(np.asarray([row["embedding"] for row in rows], dtype=np.float32))
+            total, count = total + exact_unit_rows(embeds).sum(dim=0), count + len(rows)
+        return total / max(count, 1)
+
+    def nearest(self, query: Tensor, limit: int, condition: str = "") -> pa.Table:
+        """Return the images nearest to a query, as the index finds them: `id`, `path` and `embedding`.
+
+        Args:
+            query: float32 `(d,)`.
+            limit: at most `most_results`.
+            condition: expression of Milvus that they meet.
+        """
+        (hits,) = self._ask(
+            f"search with the filter {condition!r}" if condition else "search",
+            "search",
+            data=[query.tolist()],
+            filter=condition,
+            limit=limit,
+            anns_field="embedding",
+            search_params={"metric_type": "COSINE", "params": self.options.search_params},
+            output_fields=["id", "path", "embedding"],
+        )
+        rows = [hit["entity"] for hit in hits]
+        embeds = np.asarray([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self.schema.width)
+        columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("id", "path")}
+        return pa.table({**columns, "embedding": embedding_column(embeds)})
+
+    def write(self, table: pa.Table) -> None:
+        """Add images, or replace those of the same ids, in as many requests as are needed, one after the other.
+
+        Args:
+            table: `id`, `path`, `digest`, `embedding` and the columns of metadata.
+
+        Raises:
+            ValueError: if it does not fit the store, see [`StoreSchema.fitted`].
+            OSError: if the server does not answer or has no space; all requests before are kept.
+        """
+        table = self.schema.fitted(table)
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES * len(table) // max(table.nbytes, 1)))
+        for start in range(0, len(table), size):
+            rows = self.schema.rows(table.slice(start, size))
+            self._change(f"store {len(rows)} images", "upsert", rows)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove images; ids that the store does not have make no difference."""
+        for start in range(0, len(ids), LOOKUP):
+            keys = keys_of(ids[start : start + LOOKUP])
+            self._change(f"remove {len(keys)} images", "delete", keys)
+
+    def flush(self) -> None:
+        """Have the server write what it has received to its files, and index it."""
+        self._change("flush", "flush")
+
+    def drop(self) -> None:
+        """Delete the collection with all that it holds."""
+        self._change(f"drop {self.name}", "drop_collection")
+
+    def _ask(self, what: str, method: str, **arguments: Any) -> Any:
+        """Call a method of the client that reads."""
+        arguments |= {"consistency_level": self.options.consistency, "timeout": self.database.deadline}
+        return self.database.request(what, lambda client: getattr(client, method)(self.name, **arguments))
+
+    def _change(self, what: str, method: str, *arguments: Any) -> None:
+        """Call a method of the client that writes."""
+
+        def send(client: Any) -> None:
+            with self.database.writing():
+                getattr(client, method)(self.name, *arguments, timeout=self.database.deadline)
+
+        self.database.request(what, send)
+
+
+def open_store(address: StoreAddress) -> MilvusStore | None:
+    """Open a store, None where the database has none of its name.
+
+    Raises:
+        ImportError: if Milvus's client is not installed.
+        ValueError: if the database cannot be opened, the name is none that Milvus takes, or something else has it.
+    """
+    name = address.name
+    if not MILVUS_NAME.fullmatch(name):
+        raise ValueError(f"name={name!r}: a store's name has letters, digits and _, and begins with no digit")
+    database = MilvusDatabase(address.uri, address.options.timeout)
+    try:
+        with database.doing(f"open {name}"):
+            if not database.client.has_collection(name, timeout=database.deadline):
+                database.close()
+                return None
+            facts = database.client.describe_collection(name, timeout=database.deadline)
+        properties = facts["properties"]
+        if not {MADE_BY, COLUMNS} <= {*properties}:
+            raise ValueError(f"the collection {name} in {database.name} was not made by pvlf_hf: choose another name")
+        _complete(database, address)
+    except BaseException:
+        database.close()
+        raise
+    schema = StoreSchema.read(properties, facts["fields"])
+    return MilvusStore(database, address, schema, json.loads(properties[MADE_BY]))
+
+
+def create_store(address: StoreAddress, width: int, columns: pa.Schema | None, made_by: dict[str, str]) -> MilvusStore:
+    """Make an empty store; one that another client makes at the same time is opened instead.
+
+    Args:
+        address: of the store.
+        width: of the embeddings.
+        columns: of the metadata.
+        made_by: provenance of the embeddings.
+
+    Raises:
+        ValueError: if Milvus cannot hold a column, or refuses the index.
+    """
+    schema = StoreSchema.of(width, columns)
+    database = MilvusDatabase(address.uri, address.options.timeout)
+    try:
+        with database.doing(f"make {address.name}"), database.writing():
+            database.client.create_collection(
+                address.name,
+                schema=schema.milvus(database.client),
+                consistency_level=address.options.consistency,
+                properties=schema.properties(made_by),
+                timeout=database.deadline,
+            )
+        _complete(database, address)
+    except ValueError:
+        database.close()
+        other = open_store(address)
+        if other is None or other.schema != schema or other.made_by != made_by:
+            raise
+        return other
+    if database.is_lite and not database.is_file:
+        logger.warning(
+            f"{database.name} is Milvus Lite, which does not order simultaneous writes itself: start it by {SERVE}"
+        )
+    return MilvusStore(database, address, schema, made_by)
+
+
+def _complete(database: MilvusDatabase, address: StoreAddress) -> None:
+    """Make the index of a collection where a kill has left it without, and load it."""
+    name, client, options = address.name, database.client, address.options
+    index_type = options.index_type or ("FLAT" if database.is_lite else "AUTOINDEX")
+    with database.doing(f"make the index {index_type} of {name}"), database.writing():
+        if not client.list_indexes(name, field_name="embedding"):
+            index = client.prepare_index_params()
+            kind: dict[str, Any] = {"index_type": index_type, "params": options.index_params}
+            index.add_index("embedding", metric_type="COSINE", **kind)
+            client.create_index(name, index, timeout=database.deadline)
+        kept = client.describe_index(name, "embedding")["index_type"]
+        if options.index_type not in (None, kept):
+            raise ValueError(
+                f"{name} in {database.name} has the index {kept}, not {options.index_type}: leave index_type out, or "
+                "choose another name for a new store"
+            )
+        client.load_collection(name, timeout=database.deadline)
+
+
+__all__ = ["MilvusOptions", "MilvusStore", "StoreAddress", "create_store", "open_store"]
