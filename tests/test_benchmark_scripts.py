@@ -84,3 +84,20 @@ def test_tables_of_scale_measure_stores(benchmark, monkeypatch, tmp_path):
     memory, int8, _ = (row["disk"] for row in rows)
     assert 3000 * 260 < int8 < 0.5 * memory
     assert page.read_text().count("old") == 1 and "| 100,000,000 | shards, int8 |" in page.read_text()
+
+
+@pytest.mark.slow
+def test_store_demo_finds_what_the_exact_ranking_has(monkeypatch, tmp_path, capsys):
+    """Run the demo, which raises where a result differs from the exact ranking; it must also see one that does."""
+    pytest.importorskip("milvus_lite")
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("store_demo")
+    arguments = ["--images", "2000", "--searches", "5", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["store_demo.py", *arguments])
+    script.main()
+    printed = capsys.readouterr().out
+    assert "all 15 filtered results equal the exact ranking; the store holds 2,000 images" in printed
+    assert "images were removed or added meanwhile" in printed
+    found = script.SearchResult(["000000003.jpg"] * 10, [0.5] * 10, [None] * 10, None, None)
+    with pytest.raises(AssertionError):
+        script.check(found, [("000000010.jpg", 0.5)] * 10, range(2000))
