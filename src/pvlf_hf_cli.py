@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 import pvlf_hf_client
 from pvlf_hf_cli_files import PLAIN, Json, compare, convert, parse_numbers, report, submit, triplets, weighted
-from pvlf_hf_cli_index import MODEL, Composition, Model, index
+from pvlf_hf_cli_index import MODEL, Composition, Database, Model, index
 
 INDEX = "gallery.parquet"
 """File that a folder made by `pvlf-hf index` holds, `pvlf_hf.search.gallery_files.TABLE`."""
@@ -136,6 +136,7 @@ def search(
     ] = "0,1,0",
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet: a file ending in .png or .html.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also print weights and attention of the model.")] = False,
+    milvus: Database = None,
     composition: Composition = None,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +168,7 @@ def search(
         check_index(Path(index))
     from pvlf_hf.commands import gallery
 
-    gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition)
+    gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition, milvus)
 
 
 def check_for_server(context: typer.Context) -> None:
@@ -176,6 +177,7 @@ def check_for_server(context: typer.Context) -> None:
         "index": "the server has its own index",
         "model": "the server has its own model",
         "composition": "the server has its own model",
+        "milvus": "the server has its own index",
         "sheet": "it is drawn from the files of the images, which only the server has",
         "explain": "a server does not explain",
     }

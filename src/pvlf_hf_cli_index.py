@@ -15,6 +15,7 @@ Model = Annotated[str, MODEL]
 Composition = Annotated[
     str | None, typer.Option(help="How a plain dual encoder composes queries: slerp, sum or product (default: slerp).")
 ]
+Database = Annotated[str | None, typer.Option(help="Milvus database that has the index, too: a .db file or a URL.")]
 
 
 class Precision(StrEnum):
@@ -80,6 +81,7 @@ def index(
     id_column: Annotated[
         str | None, typer.Option(help="With ray: column of Parquet files that names them (default: image_id).")
     ] = None,
+    milvus: Database = None,
     composition: Composition = None,
     as_json: Json = False,
 ) -> None:
@@ -112,13 +114,14 @@ def index(
     rays: dict[str, Any] = {"address": address, "workers": workers, "vectors": vectors, **columns}
     common: dict[str, Any] = {"batch_size": batch_size, "draft": draft}
     if engine is Engine.RAY:
-        _refuse(ours | {"openvino": openvino}, "--engine ray does not have it: leave one of them out")
+        _refuse(ours | {"openvino": openvino, "milvus": milvus}, "--engine ray does not have it: leave one of them out")
         if dtype is Precision.FASTEST:
             raise typer.BadParameter("the machines of a cluster differ: name the dtype", param_hint="--dtype")
         given = {name: value for name, value in rays.items() if value is not None}
         options = common | given | {"dtype": dtype.value, "composition": composition}
         return gallery.index_on_cluster(photos, path, model, as_json, options)
     _refuse(rays, "it has an effect with --engine ray only")
+    ours |= {"index": "milvus", "uri": milvus} if milvus else {}
     gallery.index(Path(photos), model, Path(path), dtype.value, openvino, as_json, composition, common | ours)
 
 

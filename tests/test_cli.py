@@ -109,6 +109,19 @@ def test_help_does_not_import_torch():
     assert "pvlf-hf index photos/ --path photos.gallery\n" in done.stdout
 
 
+@pytest.mark.slow
+def test_index_and_search_use_a_milvus_database(photos, models, tmp_path):
+    pytest.importorskip("milvus_lite")
+    where = ["--model", models[0], "--milvus", tmp_path / "photos.db"]
+    done = call("index", photos, "--path", tmp_path / "kept", *where)
+    assert f"{tmp_path / 'kept'}: 9 images, 9 new, 2 skipped" in done.stdout, done.output
+    asked = ["--image", photos / "red.png", "--text", TEXT, "--json"]
+    exact = call("search", tmp_path / "kept", "--model", models[0], *asked)
+    assert call("search", tmp_path / "kept", *where, *asked).stdout == exact.stdout and "red.png" in exact.stdout
+    again = ["search", tmp_path / "kept", "--model", models[0], "--milvus", tmp_path / "no" / "photos.db", *asked]
+    assert "there is no folder" in error(call(*again))
+
+
 NOT_WAITED_FOR = {
     "datasets",
     "pandas",

@@ -28,6 +28,7 @@ from ..search.results_page import search_page
 from ..search.sharded_gallery import ShardedGallery
 from ..search.shards import EmbeddingShards
 from ..search.terms import unknown_words
+from ..search.vector_index import IndexName
 from .output import print_json
 
 LISTED = 20
@@ -53,7 +54,7 @@ def index(
     if openvino:
         encode_by_openvino(encoder)
     gallery = Gallery.from_folder(folder, encoder, processor, path=path, replace=True, **options)
-    new = len({*gallery.digests} - known)
+    new = len(indexed_digests(path, encoder, processor) - known)
     if as_json:
         facts = {"pictures": len(gallery), "new": new, "skipped": gallery.skipped, "left_out": gallery.left_out}
         print_json(path=str(path), **facts)
@@ -102,9 +103,10 @@ def search(
     explain: bool,
     as_json: bool,
     composition: str | None = None,
+    uri: str | None = None,
 ) -> None:
-    """Search an index, and print or draw the results."""
-    gallery = open_index(path, model, composition)
+    """Search an index, or the Milvus database that holds it too, and print or draw the results."""
+    gallery = open_index(path, model, composition, uri)
     warn_of([word for text in terms["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
     images, texts, ids = (terms[name] or None for name in ("images", "texts", "ids"))
     options: dict[str, Any] = {"weights": weights, "explain": explain} | settings
@@ -176,16 +178,19 @@ def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: 
     return Gallery.from_folder(images, model, processor)
 
 
-def open_index(path: str, model: str, composition: str | None = None) -> ImageSearch:
-    """Open the folder of a gallery, or shards at a folder or URL.
+def open_index(path: str, model: str, composition: str | None = None, uri: str | None = None) -> ImageSearch:
+    """Open the folder of a gallery, by the Milvus database at `uri` if given, or shards at a folder or URL.
 
     Raises:
-        ValueError: if there is neither, or another model made it.
+        ValueError: if there is neither, or another model made it, or shards are to be searched by a database.
     """
     if "://" in path or any(Path(path).glob("part-*.parquet")):
+        if uri is not None:
+            raise ValueError(f"{path} holds shards, which no --milvus searches: leave --milvus out")
         shards = EmbeddingShards(path)
         return ShardedGallery(shards, *load(model, shards.made_by["dtype"], composition))
-    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition))
+    kind: IndexName = "milvus" if uri else "exact"
+    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), index=kind, uri=uri)
 
 
 def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:
