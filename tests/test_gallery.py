@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -194,6 +195,30 @@ def test_every_index_gives_the_same_results(build, name, tmp_path, photos):
             Gallery.from_folder(
                 photos, make_model(seed=1), after.processor, progress=False, index="milvus", uri=after.uri
             ).search(text=TEXT)
+
+
+def test_graph_of_faiss_is_built_once_for_each_content(build, photos, tiny_model, tiny_processor, tmp_path, caplog):
+    faiss = pytest.importorskip("faiss")
+    home, built = tmp_path / "gallery", []
+
+    def search(gallery):
+        found = gallery.search(photos / "red.png", TEXT, k=9)
+        return found.ids, found.scores
+
+    def load():
+        return search(Gallery.load(home, tiny_model, tiny_processor, index="faiss"))
+
+    with mock.patch.object(faiss, "IndexHNSWFlat", lambda *a, new=faiss.IndexHNSWFlat: built.append(a) or new(*a)):
+        first = search(build(path=home, index="faiss"))
+        assert load() == first == search(build(path=home)) and len(built) == 1
+        (file,) = home.glob("faiss-*.index")
+        file.write_bytes(b"no index")
+        assert load() == first and len(built) == 2 and "is built again" in caplog.text
+        draw(0).rotate(45).save(photos / "new.png")
+        assert len(search(build(path=home, index="faiss"))[0]) == 9 and len(built) == 3
+        assert [*home.glob("faiss-*.index")] != [file] and not file.exists()
+        load()
+        assert len(built) == 3
 
 
 def test_update_encodes_only_changed_images(build, photos, tiny_model, tmp_path):

@@ -126,6 +126,7 @@ FOLDERS = {
         "vectors",
         "locations",
         "shards",
+        "faiss_index",
         "vector_index",
         "nearest",
         "mining",

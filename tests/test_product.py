@@ -27,8 +27,9 @@ from pvlf_hf.evaluation.submission import cirr_submission
 from pvlf_hf.export import export_program
 from pvlf_hf.models.compositions_training_free import COMPOSITIONS, product
 from pvlf_hf.search.demo_session import Searcher, Session, has_both
+from pvlf_hf.search.faiss_index import FaissIndex
 from pvlf_hf.search.nearest import nearest
-from pvlf_hf.search.vector_index import FaissIndex, make_index
+from pvlf_hf.search.vector_index import make_index
 from pvlf_hf.sentence_transformer import PVLFSentenceModule
 
 TEXT = "the same but red"

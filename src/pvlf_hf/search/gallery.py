@@ -91,7 +91,7 @@ class Gallery(IndexedImages):
                 leaves it and what was built; `metadata`, a CSV, Parquet or JSON lines file, or a `pyarrow.Table`,
                 whose column `file_name` holds ids, to be filtered by (a repeated call without it keeps it); `exif`
                 (False), read date, size and location from the images' headers, too (`exif_date`, ...); `index`,
-                `"exact"` (default), `"faiss"` (approximate, in memory) or `"milvus"`, which makes a
+                `"exact"` (default), `"faiss"` (approximate; its graph is kept in `path`) or `"milvus"`, which makes a
                 [`MilvusGallery`] with its `uri` (a file ending in .db, or a cluster's URL), `name` (of the gallery in
                 that database; by default one made from the folder, or from the ids) and `options`
                 ([`MilvusOptions`]). Without `path` images are encoded into the store; with it they are kept there,
@@ -200,7 +200,8 @@ class Gallery(IndexedImages):
         made = build_gallery(dataset, model, processor, path, skipped, **further)
         if index != "milvus" or not is_main:  # the main process searches
             kind: Any = "exact" if index == "milvus" else index
-            return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:])
+            home = None if path is None else Path(path)
+            return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:], home)
         images = from_table(made.table, made.embeds, made.metadata, made.made_by)
         gallery = MilvusGallery.of_embedded(images, _address(uri, name, options, path, ids), model, made.processor)
         gallery.skipped = made.skipped
@@ -236,7 +237,7 @@ class Gallery(IndexedImages):
         if index == "milvus":
             images = from_table(table, embeds, columns, provenance)
             return MilvusGallery.of_embedded(images, _address(uri, name, options, path, table.id), model, processor)
-        return cls(table, embeds, provenance, model, processor, index, metadata=columns)
+        return cls(table, embeds, provenance, model, processor, index, metadata=columns, folder=path)
 
     @classmethod
     def from_milvus(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 from PIL import Image as PILImage
 from torch import Tensor
 
+from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .filters import Filter, passing_rows
@@ -50,12 +52,14 @@ class IndexedImages(ImageSearch):
         sources: "Dataset | None" = None,
         skipped: dict[str, str] | None = None,
         metadata: pa.Table | None = None,
+        folder: Path | None = None,
     ) -> None:
         check_index(index)
         self.ids, self.paths, self.digests = table
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
         self.index_name, self.skipped, self._sources, self.metadata = index, skipped or {}, sources, metadata
         self.left_out: list[str] = []
+        self._folder = folder  # keeps the gallery, and an index that takes long to build
 
     def row_of(self, image_id: str) -> int:
         """Return the row of an image, an id of the gallery."""
@@ -129,8 +133,10 @@ class IndexedImages(ImageSearch):
 
     @cached_property
     def index(self) -> VectorIndex:
-        """Index of the embeddings, built at the first search."""
-        return make_index(self.index_name, self.embeds)
+        """Index of the embeddings, built or loaded at the first search."""
+        content = sequence_digest(self.made_by["fingerprint"], *self.digests)
+        file = None if self._folder is None else self._folder / f"{self.index_name}-{content}.index"
+        return make_index(self.index_name, self.embeds, file)
 
     @cached_property
     def _mean(self) -> Tensor:

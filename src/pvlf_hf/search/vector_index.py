@@ -1,6 +1,7 @@
 """Finds the images of a gallery that are nearest to a query: exactly, or approximately where there are too many."""
 
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -10,15 +11,12 @@ from ..digests import content_digest
 from ..embeddings.combined import CombinedScores
 from ..embeddings.fastest import fastest
 from ..embeddings.similarity import error_bound, full_precision, kth_at_least, top_k, where_above
+from .faiss_index import FaissIndex
 
 LocalIndex = Literal["exact", "faiss"]
 
 IndexName = Literal["exact", "faiss", "milvus"]
 """Index of a gallery: in memory, or a store in Milvus (`pvlf_hf.search.milvus`)."""
-
-SEARCH_WIDTH = 128
-"""Length of the candidate list of FAISS's graph search, its `efSearch` (our choice). Of the ten best of 20,000 random
-vectors of width 64, the worst case, this finds 97 %; FAISS's default of 16 finds half."""
 
 GATHERED_SHARE = 1 / 32
 """Share of the gallery below which rows are copied to be compared (our choice, tuned); beyond it all are."""
@@ -135,33 +133,6 @@ def fastest_copy(embeds: Tensor) -> torch.dtype:
     return COPIES[fastest(f"copy to search gallery {digest} of width {embeds.shape[1]}", ways)]
 
 
-class FaissIndex:
-    """FAISS's HNSW graph through `datasets`, in memory; rebuilt on each load, a minute per 100,000 images.
-
-    Args:
-        embeds: float32 `(gallery, d)`, L2-normalised.
-
-    Raises:
-        ImportError: if FAISS is not installed.
-    """
-
-    def __init__(self, embeds: Tensor) -> None:
-        try:
-            import faiss
-            from datasets import Dataset
-        except ImportError as error:
-            raise ImportError("index='faiss' needs FAISS: pip install faiss-cpu") from error
-        graph = faiss.IndexHNSWFlat(embeds.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efSearch = SEARCH_WIDTH
-        self.rows = Dataset.from_dict({"row": range(len(embeds))})
-        self.rows.add_faiss_index_from_external_arrays(embeds.numpy(), "embeds", custom_index=graph)
-
-    def candidates(self, query: Tensor, k: int) -> Tensor:
-        """Return candidates, see [`VectorIndex`]; fewer than k where a search does not reach a part of the graph."""
-        rows = torch.as_tensor(self.rows.search("embeds", query.numpy(), k).indices)
-        return rows[rows >= 0].long()
-
-
 def check_index(name: str, uri: str | None = None, milvus: bool = False) -> None:
     """Raise a `ValueError` unless the index exists and has a `uri` where, and only where, it needs one.
 
@@ -180,9 +151,9 @@ def check_index(name: str, uri: str | None = None, milvus: bool = False) -> None
         )
 
 
-def make_index(name: LocalIndex, embeds: Tensor) -> VectorIndex:
-    """Build the index of embeddings float32 `(gallery, d)`, L2-normalised."""
-    return ExactIndex(embeds) if name == "exact" else FaissIndex(embeds)
+def make_index(name: LocalIndex, embeds: Tensor, file: Path | None = None) -> VectorIndex:
+    """Build the index of embeddings float32 `(gallery, d)`, L2-normalised, or load it from the file that keeps it."""
+    return ExactIndex(embeds) if name == "exact" else FaissIndex(embeds, file)
 
 
-__all__ = ["ExactIndex", "FaissIndex", "IndexName", "LocalIndex", "VectorIndex", "check_index", "make_index"]
+__all__ = ["ExactIndex", "IndexName", "LocalIndex", "VectorIndex", "check_index", "make_index"]
