@@ -44,6 +44,10 @@ from pvlf_hf.embeddings.embedding_store import images_made_by
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.embeddings.similarity import TopK, top_k
 from pvlf_hf.search.gallery_files import GalleryTable
+from pvlf_hf.search.image_search import ImageSearch
+from pvlf_hf.search.milvus.filling import from_shards
+from pvlf_hf.search.milvus.gallery import MilvusGallery
+from pvlf_hf.search.milvus.store import StoreAddress
 from pvlf_hf.search.query import Query
 from pvlf_hf.search.sharded_gallery import ShardedGallery
 from pvlf_hf.search.shards import shard_table, write_part
@@ -66,28 +70,6 @@ ROUNDS, BATCH = 20, 32
 """Timed searches of one query, and the queries of a search by several."""
 
 Row = dict[str, Any]
-
-
-class Store(NamedTuple):
-    """A way to keep embeddings.
-
-    Args:
-        vectors: how shards store them; None for a gallery in memory.
-        most: images up to which it is measured, because of memory or of the time that building takes.
-        index: index of a gallery in memory.
-    """
-
-    vectors: Vectors | None
-    most: int = 10**7
-    index: str = "exact"
-
-
-STORES = {
-    "in memory, exact": Store(None, 10**6),
-    "in memory, FAISS": Store(None, 10**5, "faiss"),
-    **{f"shards, {vectors}": Store(vectors, 10**6) for vectors in ("float32", "float16")},
-    **{f"shards, {vectors}": Store(vectors) for vectors in ("int8", "int8+float16")},
-}
 
 
 # ---- vectors on EmojiCIR ----
@@ -191,7 +173,7 @@ def prices(first: int, number: int) -> pa.Table:
     return pa.table({"price": pa.array(np.arange(first, first + number) * 7919 % 1000, pa.int32())})
 
 
-def fill(number: int, vectors: Vectors, folder: Path) -> float:
+def fill(vectors: Vectors, number: int, folder: Path) -> float:
     """Write the parts of a set that are missing; return the seconds that all of them took to write."""
     model, processor = load_model(str(CHECKPOINT))
     made_by, file = images_made_by(model, processor), folder / "seconds.json"
@@ -221,30 +203,79 @@ def resident(name: str = "VmRSS") -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
+class Store(NamedTuple):
+    """A way to keep embeddings.
+
+    Args:
+        build: fills a folder with a set of as many images; returns seconds.
+        open: opens the folder with a model and its processor.
+        most: images up to which it is measured, because of memory or of the time that building or a search takes.
+    """
+
+    build: Callable[[int, Path], float]
+    open: Callable[[Path, Any, Any], ImageSearch]
+    most: int = 10**7
+
+
+def in_memory(index: str, most: int) -> Store:
+    """Return the store of a gallery in memory."""
+
+    def build(number: int, place: Path) -> float:
+        model, processor = load_model(str(CHECKPOINT))
+        embeds, names = torch.cat(list(blocks(number))), list(map(str, range(number)))
+        start = time.perf_counter()
+        table, made_by = GalleryTable(names, [None] * number, names), images_made_by(model, processor)
+        Gallery(table, embeds, made_by, model, processor, metadata=prices(0, number)).save(place)
+        _ = Gallery.load(place, model, processor, index).index  # type: ignore[arg-type]
+        return time.perf_counter() - start
+
+    return Store(build, lambda place, *encoder: Gallery.load(place, *encoder, index), most)  # type: ignore[arg-type]
+
+
+def in_shards(vectors: Vectors, most: int = 10**7) -> Store:
+    """Return the store of shards."""
+    return Store(partial(fill, vectors), ShardedGallery.open, most)
+
+
+def in_milvus(most: int) -> Store:
+    """Return the store of a file of Milvus Lite."""
+
+    def build(number: int, place: Path) -> float:
+        shards = place / "shards"
+        fill("float32", number, shards)
+        start = time.perf_counter()
+        address = StoreAddress(str(place / "store.db"), "images")
+        MilvusGallery.of_embedded(from_shards(shards), address, *load_model(str(CHECKPOINT))).close()
+        seconds = time.perf_counter() - start
+        shutil.rmtree(shards)
+        return seconds
+
+    return Store(build, lambda place, *encoder: Gallery.from_milvus(str(place / "store.db"), "images", *encoder), most)
+
+
+STORES = {
+    "in memory, exact": in_memory("exact", 10**6),
+    "in memory, FAISS": in_memory("faiss", 10**6),
+    "Milvus Lite": in_milvus(10**5),
+    "shards, float32": in_shards("float32", 10**6),
+    "shards, float16": in_shards("float16", 10**6),
+    "shards, int8": in_shards("int8"),
+    "shards, int8+float16": in_shards("int8+float16"),
+}
+
+
 def build(name: str, number: int, place: Path) -> float:
     """Fill a store with a set, as far as it is not filled; return the seconds that this takes in all."""
     disable_progress_bars()
-    if (vectors := STORES[name].vectors) is not None:
-        return fill(number, vectors, place)
-    model, processor = load_model(str(CHECKPOINT))
-    embeds, names = torch.cat(list(blocks(number))), list(map(str, range(number)))
-    start = time.perf_counter()
-    table, made_by = GalleryTable(names, [None] * number, names), images_made_by(model, processor)
-    Gallery(table, embeds, made_by, model, processor, metadata=prices(0, number)).save(place)
-    _ = Gallery.load(place, model, processor, STORES[name].index).index  # type: ignore[arg-type]
-    return time.perf_counter() - start
+    return STORES[name].build(number, place)
 
 
 def measure(name: str, number: int, place: Path, best: tuple[Tensor, Tensor]) -> Row:
     """Measure a store that is filled: seconds, bytes, and recalls."""
     disable_progress_bars()
-    (model, processor), index = load_model(str(CHECKPOINT)), STORES[name].index
+    encoder = load_model(str(CHECKPOINT))
     before, start = resident(), time.perf_counter()
-    gallery: Any
-    if STORES[name].vectors is None:
-        gallery = Gallery.load(place, model, processor, index)  # type: ignore[arg-type]
-    else:
-        gallery = ShardedGallery.open(place, model, processor)
+    gallery = STORES[name].open(place, *encoder)
     queries = [Query((), "", query, None, query, gallery.made_by) for query in best[0]]
     gallery.search(query=queries[0], k=10)
     row: Row = {"store": name, "images": number, "first": time.perf_counter() - start}
