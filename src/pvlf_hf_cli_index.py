@@ -110,11 +110,12 @@ def index(
     from pvlf_hf.commands import gallery
 
     ours: dict[str, Any] = {"include_hidden": include_hidden, "metadata": metadata, "exif": exif}
+    alone = ours | {"openvino": openvino, "milvus": milvus}
     columns = {"image_column": image_column, "id_column": id_column}
     rays: dict[str, Any] = {"address": address, "workers": workers, "vectors": vectors, **columns}
     common: dict[str, Any] = {"batch_size": batch_size, "draft": draft}
     if engine is Engine.RAY:
-        _refuse(ours | {"openvino": openvino, "milvus": milvus}, "--engine ray does not have it: leave one of them out")
+        _refuse(alone, "--engine ray does not have it: leave one of them out")
         if dtype is Precision.FASTEST:
             raise typer.BadParameter("the machines of a cluster differ: name the dtype", param_hint="--dtype")
         given = {name: value for name, value in rays.items() if value is not None}

@@ -42,7 +42,7 @@ from pvlf_hf_cli import app
 IMAGES, BATCH, ROWS = 60, 4, 20
 PART = 5
 """Images of a part in jobs of Ray."""
-KILLS = int(os.environ.get("PVLF_RAY_KILLS", "1"))
+KILLS = int(os.environ.get("PVLF_KILLS", "1"))
 """Kills of workers, and as many of drivers, in the slow tests."""
 
 
@@ -277,6 +277,8 @@ def test_commands_search_shards_and_refuse_options_without_effect(
     assert nothing.exit_code == 1 and "none is not an index: build it with" in nothing.stderr
     again = CliRunner().invoke(app, ["index", str(photos), *common, "--path", str(tmp_path / "shards")])
     assert again.exit_code == 1 and "shards holds shards: choose another folder, or go on with" in again.stderr
+    other = CliRunner().invoke(app, [*asked, "--milvus", str(tmp_path / "photos.db")])
+    assert other.exit_code == 1 and "shards holds shards, which no --milvus searches" in other.stderr
     served = CliRunner().invoke(app, ["serve", str(tmp_path / "shards"), *common])
     assert served.exit_code == 1 and "holds shards, which only `pvlf-hf search` takes" in served.stderr
 
@@ -398,7 +400,7 @@ def test_the_command_prints_its_outcome_alone(cluster, photos, tiny_checkpoint, 
     broken=("src/pvlf_hf/search/ray_job.py", "max_restarts=-1", "max_restarts=0"),
 )
 def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, tiny_model, tiny_processor, figure):
-    """Kill workers at random moments; `PVLF_RAY_KILLS` times, five in a job."""
+    """Kill workers at random moments; `PVLF_KILLS` times, five in a job."""
     gallery, moments, kills = gallery_of(photos, tiny_model, tiny_processor), random.Random(0), []
     while len(kills) < KILLS:
         location, running = tmp_path / f"{len(kills)}", Event()
@@ -440,7 +442,7 @@ def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, 
 def test_killed_drivers_leave_what_was_done(
     cluster, index, photos, tmp_path, tiny_model, tiny_processor, tiny_checkpoint, figure
 ):
-    """Kill drivers at random moments, `PVLF_RAY_KILLS` times; another goes on."""
+    """Kill drivers at random moments, `PVLF_KILLS` times; another goes on."""
     gallery, moments = gallery_of(photos, tiny_model, tiny_processor), random.Random(1)
     kills = trials = 0
     env = os.environ | {"PYTHONPATH": str(Path(pvlf_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
