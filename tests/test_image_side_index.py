@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -33,6 +34,8 @@ from pvlf_hf.search.indexing import EMBEDDINGS
 from pvlf_hf_cli import app
 
 TEXT = "the same but red"
+KILLS = int(os.environ.get("PVLF_KILLS", "1"))
+"""Kills at random moments in the suite; those of the reliability run are `PVLF_KILLS=30 pytest ...`."""
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +335,69 @@ def test_a_killed_replacement_leaves_the_old_index_and_is_resumed(index, clip, o
     assert resumed.embeds.equal(rebuilt.embeds) and "index.being-built" not in names_beside(index)
     with pytest.raises(ValueError, match="holds embeddings of another model"):
         Gallery.load(index, *load_model(str(clip)))
+
+
+@pytest.mark.slow
+@pytest.mark.reliability(
+    1,
+    "An index that is replaced by one of another image encoder, in a process killed (SIGKILL) at random moments, is "
+    "complete after every kill: the old one or the new one, with its results",
+    broken=("src/pvlf_hf/search/replacement.py", "folder.resolve().rename(old)", "shutil.rmtree(folder)"),
+)
+def test_replacements_killed_at_random_moments_leave_a_complete_index(
+    index, clip, other_clip, photos, tmp_path, figure
+):
+    """Kill processes that replace the index, by turns with either encoder."""
+    models = [load_model(str(clip)), load_model(str(other_clip))]
+    expected = [Gallery.from_folder(photos, *model, progress=False).search(text="red") for model in models]
+    dice, held, killed, longest = random.Random(0), 0, 0, 240.0
+    while killed < KILLS:
+        wanted = 1 - held
+        (tmp_path / "begun").unlink(missing_ok=True)
+        model = ["--model", str((clip, other_clip)[wanted])]
+        command = ["-c", REPLACE, str(tmp_path / "begun"), str(photos), *model, "--path", str(index)]
+        process = Forked(command, [os.devnull, tmp_path / "errors"])
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        begun = time.monotonic()
+        ended = process.wait(dice.uniform(0, longest) if longest < 240 else longest)  # the first is timed
+        if ended is None:
+            process.kill()
+            process.wait()
+            killed += 1
+        else:
+            assert ended == 0, (tmp_path / "errors").read_text()
+            longest = time.monotonic() - begun
+        found = [opened for number in (0, 1) if (opened := results_of(index, models[number])) is not None]
+        assert len(found) == 1
+        held = [one is not None for one in (results_of(index, model) for model in models)].index(True)
+        assert (found[0].ids, found[0].scores) == (expected[held].ids, expected[held].scores)
+    figure(f"{KILLS} kills")
+
+
+REPLACE = """
+import sys, time
+from pathlib import Path
+
+from pvlf_hf_cli import main
+
+rename = Path.rename
+
+def slow_rename(path, target):
+    time.sleep(1)  # so that kills hit the moment between the two renames
+    return rename(path, target)
+
+Path.rename = slow_rename
+Path(sys.argv[1]).touch()
+main(["index", *sys.argv[2:], "--batch-size", "1", "--json"])
+"""
+
+
+def results_of(index, model):
+    """Search an index; None if another image encoder made it."""
+    try:
+        return Gallery.load(index, *model).search(text="red")
+    except ValueError as error:
+        assert "holds embeddings of another model" in str(error)
+        return None
