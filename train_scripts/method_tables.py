@@ -66,9 +66,10 @@ class Row:
 ROWS = {
     "Image-only": Row(baseline="image"),
     "Text-only": Row(baseline="text"),
-    "Image+Text (sum)": Row(composition="sum"),
-    "Image+Text (Slerp)": Row(composition="slerp"),
-    "Image+Text (product)": Row(composition="product"),
+    "Image+Text (sum)": Row(baseline="image+text"),
+    "Sum, text 0.8": Row(composition="sum"),
+    "Slerp, text 0.8": Row(composition="slerp"),
+    "Product": Row(composition="product"),
     "Pic2Word": Row("methods/pic2word-emoji.yaml"),
     "SEARLE": Row("methods/searle-emoji.yaml"),
     "SEARLE-OTI": Row(),
