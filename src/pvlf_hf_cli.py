@@ -164,8 +164,7 @@ def search(
     if index is None or model is None:
         missing = "INDEX" if index is None else "--model"
         raise typer.BadParameter("it is needed, unless a --server searches", param_hint=missing)
-    if "://" not in index and not holds_shards(Path(index)):
-        check_index(Path(index))
+    check_index(index)
     from pvlf_hf.commands import gallery
 
     gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition, milvus)
@@ -190,7 +189,7 @@ def check_for_server(context: typer.Context) -> None:
 
 @app.command(no_args_is_help=True)
 def serve(
-    index: Annotated[Path, typer.Argument(help="Folder that `pvlf-hf index` made.", show_default=False)],
+    index: Annotated[str, typer.Argument(help="Folder or URL that `pvlf-hf index` made.", show_default=False)],
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
@@ -200,6 +199,11 @@ def serve(
     per_minute: Annotated[
         int, typer.Option(min=1, help="Requests a client may send to a worker in a minute (our choice).")
     ] = 6000,
+    milvus: Database = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="With shards: memory that a worker's searches take, such as 8GB (default: 1.5GB)."),
+    ] = None,
     composition: Composition = None,
 ) -> None:
     """Serve an index over HTTP: searches, embeddings and the web page.
@@ -225,6 +229,10 @@ def serve(
     The server answers from the index as it was when it started: after `pvlf-hf index`, start it again. With several
     workers, SIGHUP to the first process replaces them one by one, without a gap. A worker takes the memory of the
     model, and 2 bytes for each number of the embeddings; the index itself is memory-mapped, and shared.
+
+    Shards (`pvlf-hf index --engine ray`) are read where they lie, at a folder or URL; what fits into --memory is kept
+    there. Parts that are added are seen after a new start; where one is replaced or removed, searches answer 503 until
+    then. With --milvus the database answers, with what others change there at once; a .db file takes one worker.
     """
     for module in ("fastapi", "uvicorn", "python_multipart"):
         if find_spec(module) is None:
@@ -232,19 +240,22 @@ def serve(
     check_index(index)
     from pvlf_hf.commands import gallery
 
-    gallery.serve(index, model, host, port, workers, per_minute, composition)
+    gallery.serve(index, model, host, port, workers, per_minute, composition, milvus, memory)
 
 
 @app.command()
 def demo(
     model: Model,
     images: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of images, or one that `pvlf-hf index` made; without, emoji.", show_default=False),
+        str | None,
+        typer.Argument(
+            help="Folder of images, or a folder or URL that `pvlf-hf index` made; without, emoji.", show_default=False
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port (default: a free one).")] = None,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    milvus: Database = None,
     composition: Composition = None,
 ) -> None:
     """Search in the browser.
@@ -256,7 +267,7 @@ def demo(
         raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`')
     from pvlf_hf.commands import gallery
 
-    gallery.demo(images, model, host, port, browser, composition)
+    gallery.demo(images, model, host, port, browser, composition, milvus)
 
 
 @app.command(context_settings=HANDED_ON)
@@ -368,19 +379,12 @@ def doctor(
     raise typer.Exit(0 if report.healthy else 1)
 
 
-def holds_shards(folder: Path) -> bool:
-    """Return whether a folder holds what `pvlf-hf index --engine ray` writes."""
-    return any(folder.glob("part-*.parquet"))
-
-
-def check_index(index: Path) -> None:
-    """Refuse a folder that holds no index; amid a replacement it is elsewhere."""
-    if holds_shards(index):
-        raise ValueError(
-            f"{index} holds shards, which only `pvlf-hf search` takes: pvlf_hf.search.shard_sets.shards_to_gallery "
-            "makes an index of them"
-        )
-    if not (index / INDEX).is_file() and not index.with_name(f"{index.name}.being-replaced").is_dir():
+def check_index(index: str) -> None:
+    """Refuse a folder that holds neither an index nor shards; amid a replacement an index is elsewhere."""
+    folder = Path(index)
+    if "://" in index or (folder / INDEX).is_file() or any(folder.glob("part-*.parquet")):
+        return
+    if not folder.with_name(f"{folder.name}.being-replaced").is_dir():
         raise ValueError(f"{index} is not an index: build it with `pvlf-hf index PHOTOS --path {index}`")
 
 

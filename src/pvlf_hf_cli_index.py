@@ -96,7 +96,7 @@ def index(
     Any model on the same image encoder searches the index, however it composes queries. With another image encoder
     the new index is built beside the old one, which serves until it is complete.
 
-    More images than one machine takes are encoded on a Ray cluster, into shards, which `pvlf-hf search` opens too:
+    More images than one machine takes are encoded on a Ray cluster, into shards, which the other commands open, too:
 
     \b
     pip install "pvlf-hf[ray]"    # on every machine

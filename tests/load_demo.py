@@ -29,6 +29,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
+from pvlf_hf.digests import sequence_digest
 from pvlf_hf.search.demo_session import SHOWN, weights_of
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
 
@@ -98,19 +99,19 @@ class Client:
         return (await self.call("take", file))[self.component("reference")]
 
     async def results(self, name, *values, event=None):
-        """Return the grid after an event: gallery rows and captions."""
+        """Return the grid after an event: names of the files shown, and captions."""
         grid = (await self.call(name, *values, event=event))[self.component("grid")]["value"]
-        return [(int(Path(cell["image"]["path"]).stem), cell["caption"]) for cell in grid]
+        return [(Path(cell["image"]["path"]).stem, cell["caption"]) for cell in grid]
 
 
 def expected(gallery, image, text, balance=0.0, left_out=()):
-    """Return the rows and captions that the page should show."""
+    """Return the names of files, and captions, that the page should show."""
     both = image is not None and text is not None
     query = gallery.query(image, text, explain=both)
     weights = weights_of(balance) if both else (0, 1, 0)
     found = gallery.search(query=query, k=SHOWN, weights=weights, exclude=left_out)
     captions = [f"{rank} · {score:.2f}" for rank, score in enumerate(found.scores, 1)]
-    return [(gallery.ids.index(i), caption) for i, caption in zip(found.ids, captions, strict=True)]
+    return [(sequence_digest(i), caption) for i, caption in zip(found.ids, captions, strict=True)]
 
 
 def png(image):
@@ -159,9 +160,10 @@ class Visitor:
     async def search_and_refine(self):
         """Search with an uploaded image and a text, move the slider, refine a result, and go back: five answers."""
         luck, find = self.luck, remembered(self.gallery)
-        own, text, more = luck.randrange(len(self.gallery)), luck.choice(TEXTS), luck.choice(TEXTS)
+        mine, text, more = luck.choice(self.gallery.ids), luck.choice(TEXTS), luck.choice(TEXTS)
+        own = sequence_digest(mine)
         balance = luck.choice([-0.5, 0.0, 0.7])
-        image = self.gallery.image(self.gallery.ids[own])
+        image = self.gallery.image(mine)
         await self.client.upload(f"{own}.png", png(image))
         await self.check(lambda: find(own, text, 0.0, False), "search", text, 0)
         found = await self.check(lambda: find(own, text, balance, False), "weigh", balance)
@@ -237,12 +239,13 @@ class Visitor:
 
 @cache
 def remembered(gallery):
-    """Return a function that computes expected answers, each once; a gallery row identifies its image."""
+    """Return a function that computes expected answers, each once; the name of its file identifies an image."""
+    ids = {sequence_digest(image_id): image_id for image_id in gallery.ids}
 
     @cache
-    def find(row, text, balance, left_out):
-        image_id = None if row is None else gallery.ids[row]
-        image = None if row is None else gallery.image(image_id)
+    def find(name, text, balance, left_out):
+        image_id = None if name is None else ids[name]
+        image = None if name is None else gallery.image(image_id)
         return expected(gallery, image, text, balance, [image_id] if left_out else ())
 
     return find

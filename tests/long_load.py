@@ -13,8 +13,8 @@ from pvlf_hf import Gallery, load_emoji_pictures
     "own process: every answer is correct, every refusal has a message",
     broken=(
         "src/pvlf_hf/search/demo_session.py",
-        "name = str(self.row_of[reference])",
-        "name = str(max(self.row_of[reference] - 1, 0))",
+        "name = sequence_digest(reference)",
+        "name = sequence_digest(reference[:-1])",
     ),
 )
 def test_fifty_clients_get_correct_results(figure):

@@ -23,8 +23,10 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from pvlf_hf import Gallery
-from pvlf_hf.commands.gallery import index_dtype, open_gallery
+from pvlf_hf.commands.gallery import index_dtype, open_or_embed
 from pvlf_hf.search.gallery_files import TABLE
+from pvlf_hf.search.shard_sets import gallery_to_shards
+from pvlf_hf.search.sharded_gallery import ShardedGallery
 from pvlf_hf_cli import INDEX, app
 
 TEXT = "the same but green"
@@ -413,9 +415,14 @@ def test_forwarded_commands_print_help_and_errors(command, flag):
     assert "unknown arguments: " in message and f"--modle=x; see pvlf-hf {command} --help" in message
 
 
-def test_the_demo_opens_indices_and_folders(index, photos, gallery):
+def test_the_demo_opens_indices_shards_and_folders(index, photos, gallery, models, tmp_path):
+    gallery_to_shards(index, tmp_path / "shards")
+    opened = open_or_embed(str(tmp_path / "shards"), str(models[0]))
+    assert isinstance(opened, ShardedGallery) and opened.known(gallery.ids) == gallery.ids
+    with pytest.raises(ValueError, match="--milvus has the images of an index: name the folder"):
+        open_or_embed(str(photos), str(models[0]), uri="photos.db")
     for folder in (index, photos):
-        opened = open_gallery(folder, gallery.model, gallery.processor)
+        opened = open_or_embed(str(folder), str(models[0]))
         assert opened.ids == gallery.ids and opened.embeds.allclose(
             gallery.embeds, rtol=0, atol=squares_error()["target_embeds"]
         )

@@ -279,8 +279,6 @@ def test_commands_search_shards_and_refuse_options_without_effect(
     assert again.exit_code == 1 and "shards holds shards: choose another folder, or go on with" in again.stderr
     other = CliRunner().invoke(app, [*asked, "--milvus", str(tmp_path / "photos.db")])
     assert other.exit_code == 1 and "shards holds shards, which no --milvus searches" in other.stderr
-    served = CliRunner().invoke(app, ["serve", str(tmp_path / "shards"), *common])
-    assert served.exit_code == 1 and "holds shards, which only `pvlf-hf search` takes" in served.stderr
 
 
 def test_a_job_that_cannot_be_done_ends_before_it_begins(photos, encode, tiny_checkpoint, tmp_path):

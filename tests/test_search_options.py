@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,8 @@ from pvlf_hf.search.filters import passing_rows
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.requests import answer
 from pvlf_hf.search.results_page import search_page
+from pvlf_hf.search.shard_sets import gallery_to_shards
+from pvlf_hf.search.sharded_gallery import ShardedGallery
 from pvlf_hf.search.terms import read_labelled
 from pvlf_hf_cli import app
 from pvlf_hf_cli_files import weighted
@@ -523,6 +526,60 @@ def test_web_page_supports_filters_and_negative_texts(gallery, tmp_path):
     assert page.filter.visible and "unit price" in page.filter.info
     with pytest.raises(Exception, match="not a column"):
         page.searcher.search(session, "red", 0, "", "prise < 0")
+
+
+@pytest.fixture(params=["shards", "milvus"])
+def stored(request, gallery, made, tmp_path):
+    """Return the gallery in shards, or in a database."""
+    gallery.save(tmp_path / "kept")
+    if request.param == "milvus":
+        pytest.importorskip("milvus_lite")
+        return Gallery.load(tmp_path / "kept", *made, index="milvus", uri=str(tmp_path / "photos.db"))
+    gallery_to_shards(tmp_path / "kept", tmp_path / "shards", rows=4)
+    return ShardedGallery.open(tmp_path / "shards", *made)
+
+
+def test_web_page_searches_shards_and_databases_as_galleries(gallery, stored, tmp_path):
+    searchers = [Searcher(one, tmp_path / kind) for one, kind in ((gallery, "memory"), (stored, "stored"))]
+    assert stored.metadata_names == gallery.metadata_names
+    assert stored.known(["red.png", "none", "blue.png"]) == ["red.png", "blue.png"] and "none" not in stored
+    assert sorted(stored.some_ids(20)) == sorted(gallery.ids) and len({*stored.some_ids(4)}) == 4
+    starts = {tuple(sorted(stored.some_ids(2))) for _ in range(40)}
+    assert len(starts) > 2
+    shown = searchers[1].browse().shown
+    assert sorted(shown) == sorted(gallery.ids)
+    for searcher in searchers:
+        searcher.folder.mkdir()
+    files = [{image_id: Path(searcher.file(image_id)) for image_id in gallery.ids} for searcher in searchers]
+    for image_id in gallery.ids:
+        one, other = (of[image_id] for of in files)
+        assert one.name == other.name and one.read_bytes() == other.read_bytes()
+
+    def both(act):
+        sessions = [act(searcher) for searcher in searchers]
+        first, second = sessions
+        assert first.shown == second.shown and first.scores == second.scores and first.folded == second.folded
+        return second
+
+    forms = [
+        {},
+        {"also": "2:red\n-0.5:dog"},
+        {"like": "red.png\n0.5:black.png\n-blue.png"},
+        {"filter": "price > 15 or price is null", "least": "-1"},
+        {"filter": "brand in ['a', 'b'] and sold", "fold": "0.999"},
+        {"fold": "-1"},
+    ]
+    for form in forms:
+        session = both(lambda one, form=form: one.search(Session(), TEXT, 0, *SearchForm(**form)))
+        assert session.shown
+    session = both(lambda one: one.search(Session(reference="red.png"), TEXT, 0))
+    assert "red.png" not in session.shown and len(session.shown) == 8
+    both(lambda one: one.weigh(session, 0.5))
+    picked = both(lambda one: one.search(one.pick(session, 2), "dark", 0))
+    assert len(picked.steps) == 2 and picked.steps[1].reference == session.shown[2]
+    both(lambda one: one.back(picked, 0, -0.5))
+    with pytest.raises(ValueError, match="'none.png'"):
+        searchers[1].search(Session(), "", 0, *SearchForm(like="none.png"))
 
 
 def test_web_page_supports_every_option_of_search(gallery, tmp_path):

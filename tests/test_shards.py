@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from pvlf_hf.search import shards as module
+from pvlf_hf.search.locations import Unreadable
 from pvlf_hf.search.shards import EmbeddingShards, read_broken, shard_table, write_broken, write_part
 from pvlf_hf.search.vectors import decode_vectors, encode_vectors, storing_error
 
@@ -138,8 +139,8 @@ def test_a_part_that_is_cut_short_or_of_others_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"part-1.parquet was cut short or is no Parquet file .*delete it"):
         EmbeddingShards(tmp_path)
     file.write_bytes(content)
+    file.write_bytes(content[:200] + b"\xff" * 800 + content[1000:])
     shards = EmbeddingShards(tmp_path)
-    file.write_bytes(content[:200] + b"\xff" * 800 + content[1000:])  # after it was opened
     with pytest.raises(ValueError, match=r"part-1.parquet, rows 0 to 49 cannot be read .*delete the file"):
         list(shards.batches())
     pq.write_table(table_of(0, 5), file)
@@ -150,6 +151,23 @@ def test_a_part_that_is_cut_short_or_of_others_is_named(tmp_path):
     pq.write_table(pa.concat_tables([written] * 400), file, row_group_size=20_000)
     with pytest.raises(ValueError, match=r"part-1.parquet: row group 0 has 20,000 rows, more than 16,384"):
         EmbeddingShards(tmp_path).blocks  # noqa: B018
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_part_that_was_replaced_or_removed_is_not_read(tmp_path, scheme):
+    location = f"{scheme}{tmp_path}"
+    for number in range(2):
+        write_part(location, f"part-{number}.parquet", table_of(50 * number, 50), MADE_BY)
+    shards = EmbeddingShards(location)
+    write_part(location, "part-2.parquet", table_of(100, 50), MADE_BY)  # makes no difference
+    assert sum(map(len, shards.batches())) == 100
+    write_part(location, "part-1.parquet", table_of(60, 50), MADE_BY)  # of the same layout, which would be read
+    with pytest.raises(Unreadable, match=r"part-1.parquet was replaced or removed since .* open them again"):
+        shards.read(shards.blocks[1], ["id"])
+    assert len(shards.read(shards.blocks[0])) == 50
+    fsspec.filesystem(scheme.rstrip(":/") or "file").rm(f"{tmp_path}/part-0.parquet")
+    with pytest.raises(ValueError, match=r"part-0.parquet was replaced or removed"):
+        shards.read(shards.blocks[0])
 
 
 @pytest.mark.parametrize(

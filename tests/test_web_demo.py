@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import Gallery, load_emoji_pictures
 from pvlf_hf.checkpoints.loading import load_model
+from pvlf_hf.digests import sequence_digest
 from pvlf_hf.search import demo_session
 from pvlf_hf.search.indexing import as_dataset
 from pvlf_hf.search.middleware import REQUESTS_PER_MINUTE
@@ -128,15 +129,21 @@ def encoded(gallery):
 
 
 def grid(page):
-    """Return the gallery row and caption of every image shown."""
+    """Return the name of its file, a digest of its id, and the caption of every image shown."""
     cells = page.locator("#grid button").all()
-    return [(int(Path(cell.locator("img").get_attribute("src")).stem), cell.inner_text().strip()) for cell in cells]
+    return [(Path(cell.locator("img").get_attribute("src")).stem, cell.inner_text().strip()) for cell in cells]
 
 
-def ranked(gallery, found):
+def id_of(gallery, name):
+    """Return the id of the image that a file of the page shows."""
+    (found,) = (image_id for image_id in gallery.ids if sequence_digest(image_id) == name)
+    return found
+
+
+def ranked(found):
     """Return a result as [`grid`] does."""
     results = enumerate(zip(found.ids, found.scores, strict=True), 1)
-    return [(gallery.ids.index(image_id), f"{rank} · {score:.2f}") for rank, (image_id, score) in results]
+    return [(sequence_digest(image_id), f"{rank} · {score:.2f}") for rank, (image_id, score) in results]
 
 
 def wait_for(page, cells):
@@ -172,15 +179,15 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
         weighed = expected(truth, mine, "as a woman", balance)
         wait_for(page, weighed)
         assert weighed != first
-    assert weighed[0][0] == 7  # by the image alone, the first result is the image itself
+    assert weighed[0][0] == sequence_digest(truth.ids[7])  # by the image alone, the first result is the image itself
     assert encoded[0] == runs > 0
     slider.fill("0")
     wait_for(page, first)
 
     page.locator("#grid button").nth(2).click()
     page.wait_for_function("document.activeElement.closest('#text') && document.activeElement.value == ''")
-    picked = truth.ids[first[2][0]]
-    assert Path(page.locator("#reference img").get_attribute("src")).stem == str(first[2][0])
+    picked = id_of(truth, first[2][0])
+    assert Path(page.locator("#reference img").get_attribute("src")).stem == first[2][0]
     submit(page, "dark skin")
     second = expected(truth, truth.image(picked), "dark skin", left_out=[picked])
     wait_for(page, second)
@@ -203,11 +210,11 @@ def test_browser_session_searches_and_refines(browse, other_gallery, encoded):
 
 def test_searches_start_from_an_image_an_example_or_a_text(browse, other_gallery, web_demo):
     page, truth = browse(), other_gallery
-    shown = grid(page)[3][0]
+    shown = id_of(truth, grid(page)[3][0])
     page.locator("#grid button").nth(3).click()
     page.locator("#reference img").wait_for()
     page.get_by_role("button", name="Search").click()  # by the image alone: similar images
-    wait_for(page, expected(truth, truth.image(truth.ids[shown]), None, left_out=[truth.ids[shown]]))
+    wait_for(page, expected(truth, truth.image(shown), None, left_out=[shown]))
     assert page.locator("#balance input[type=range]").is_disabled()
     image_id, text = web_demo.EXAMPLES[0]
     page.get_by_role("button", name=text).click()
@@ -238,7 +245,7 @@ def test_a_part_of_an_image_and_images_of_the_gallery_are_searched_by(browse, ot
     page.get_by_role("button", name="Start over").click()
     page.get_by_text("pick an image to start from").wait_for()
     assert page.get_by_label("Only this part of the image").input_value() == ""
-    chosen = {truth.ids[grid(page)[row][0]]: weight for row, weight in ((0, 1.0), (1, 1.0), (2, -1.0))}
+    chosen = {id_of(truth, grid(page)[row][0]): weight for row, weight in ((0, 1.0), (1, 1.0), (2, -1.0))}
     for row, button in enumerate(("More like this image", "More like this image", "Less like it")):
         page.locator("#grid button").nth(row).click()
         page.locator("#reference img").wait_for()
@@ -248,7 +255,7 @@ def test_a_part_of_an_image_and_images_of_the_gallery_are_searched_by(browse, ot
     assert written.splitlines() == [("-" if weight < 0 else "") + one for one, weight in chosen.items()]
     page.get_by_role("button", name="Search").click()
     found = truth.search(ids=chosen, k=2 * demo_session.SHOWN)
-    rows = ranked(truth, found)
+    rows = ranked(found)
     wait_for(page, rows[: demo_session.SHOWN])
     page.get_by_role("button", name="Later").click()
     wait_for(page, rows[demo_session.SHOWN :])

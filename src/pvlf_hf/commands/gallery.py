@@ -20,6 +20,7 @@ from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalPro
 from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance
 from ..search.image_search import ImageSearch
+from ..search.milvus.connection import SERVE
 from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
@@ -46,7 +47,7 @@ def index(
     options: dict[str, Any],
 ) -> None:
     """Embed a folder of images, and print what was indexed and what was skipped."""
-    if any(path.glob("part-*.parquet")):
+    if holds_shards(str(path)):
         raise ValueError(f"{path} holds shards: choose another folder, or go on with --engine ray")
     finish_replacement(path)
     encoder, processor = load(model, index_dtype(path, dtype) if dtype in ("auto", "fastest") else dtype, composition)
@@ -130,31 +131,59 @@ def search(
 
 
 def serve(
-    path: Path, model: str, host: str, port: int, workers: int, per_minute: int, composition: str | None = None
+    path: str,
+    model: str,
+    host: str,
+    port: int,
+    workers: int,
+    per_minute: int,
+    composition: str | None = None,
+    uri: str | None = None,
+    memory: str | None = None,
 ) -> None:
     """Serve an index over HTTP until interrupted."""
     from ..search import server  # FastAPI is an extra
 
-    server.serve(partial(make_server, path, model, per_minute, composition), host, port, workers)
+    if workers > 1 and uri is not None and "://" not in uri:
+        raise ValueError(
+            f"{uri} is a file, which one process at a time can use, and --workers {workers} makes several: leave "
+            f"--workers out, or serve the file to them by {SERVE}"
+        )
+    server.serve(partial(make_server, path, model, per_minute, composition, uri, memory), host, port, workers)
 
 
-def make_server(path: Path, model: str, per_minute: int, composition: str | None, host: str, page: bool) -> Any:
+def make_server(
+    path: str,
+    model: str,
+    per_minute: int,
+    composition: str | None,
+    uri: str | None,
+    memory: str | None,
+    host: str,
+    page: bool,
+) -> Any:
     """Make the application that serves an index; each worker calls it."""
     from ..search import server
 
-    gallery = Gallery.load(path, *load(model, index_dtype(path), composition))
+    gallery = open_index(path, model, composition, uri, memory)
     name = Path(model).resolve().name if Path(model).is_dir() else model  # no folders of this machine
     return server.create_app(gallery, name, host, per_minute, page)
 
 
 def demo(
-    images: Path | None, model: str, host: str, port: int | None, browser: bool, composition: str | None = None
+    images: str | None,
+    model: str,
+    host: str,
+    port: int | None,
+    browser: bool,
+    composition: str | None = None,
+    uri: str | None = None,
 ) -> None:
     """Serve the web demo until interrupted."""
     from ..search.web_demo import launch  # Gradio is an extra
 
-    dtype = index_dtype(images) if images and is_gallery(images) else "auto"
-    launch(open_gallery(images, *load(model, dtype, composition)), host=host, port=port, open_browser=browser)
+    gallery = open_or_embed(images, model, composition, uri)
+    launch(gallery, host=host, port=port, open_browser=browser)
 
 
 def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
@@ -165,30 +194,60 @@ def draw(result: SearchResult, sheet: Path | None, k: int) -> None:
         sheet.write_text(search_page(result), encoding="utf-8")
 
 
-def open_gallery(images: Path | None, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> Gallery:
-    """Open an index, a folder (embedded in memory), or Google's emoji, indexed in Hugging Face's cache."""
-    if images is None:
+def open_or_embed(
+    images: str | None, name: str, composition: str | None = None, uri: str | None = None
+) -> ImageSearch:
+    """Open an index ([`open_index`]), or embed a folder in memory, or Google's emoji, kept in Hugging Face's cache."""
+    if images and (holds_shards(images) or is_index(Path(images))):
+        return open_index(images, name, composition, uri)
+    if uri is not None:
+        raise ValueError("--milvus has the images of an index: name the folder that `pvlf-hf index` made, too")
+    model, processor = load(name, "auto", composition)
+    if not images:
         from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 
         cache = Path(HF_HOME) / "pvlf_hf" / f"emoji-{images_made_by(model, processor)['fingerprint'][:16]}"
         return Gallery.from_dataset(load_emoji_pictures([TEST_VENDOR]), model, processor, cache)
-    finish_replacement(images)
-    if is_gallery(images):
-        return Gallery.load(images, model, processor)
     return Gallery.from_folder(images, model, processor)
 
 
-def open_index(path: str, model: str, composition: str | None = None, uri: str | None = None) -> ImageSearch:
+def holds_shards(path: str) -> bool:
+    """Return whether an index is one in shards: a URL, or a folder that has parts."""
+    return "://" in path or any(Path(path).glob("part-*.parquet"))
+
+
+def is_index(folder: Path) -> bool:
+    """Return whether a folder is an index, after finishing what a kill left of its replacement."""
+    finish_replacement(folder)
+    return is_gallery(folder)
+
+
+def open_index(
+    path: str, model: str, composition: str | None = None, uri: str | None = None, memory: str | None = None
+) -> ImageSearch:
     """Open the folder of a gallery, by the Milvus database at `uri` if given, or shards at a folder or URL.
 
+    Args:
+        path: folder or URL.
+        model: searches it.
+        composition: of a plain dual encoder.
+        uri: of a Milvus database.
+        memory: limit of shards, see [`ShardedGallery.open`]; by default its own.
+
     Raises:
-        ValueError: if there is neither, or another model made it, or shards are to be searched by a database.
+        ValueError: if there is neither, or another model made it, shards are to be searched by a database, or the
+            limit is for something else than shards.
     """
-    if "://" in path or any(Path(path).glob("part-*.parquet")):
+    if holds_shards(path):
         if uri is not None:
             raise ValueError(f"{path} holds shards, which no --milvus searches: leave --milvus out")
         shards = EmbeddingShards(path)
-        return ShardedGallery(shards, *load(model, shards.made_by["dtype"], composition))
+        encoder, processor = load(model, shards.made_by["dtype"], composition)
+        limit: dict[str, Any] = {} if memory is None else {"memory": memory}
+        return ShardedGallery(shards, encoder, processor, **limit)
+    if memory is not None:
+        raise ValueError(f"--memory limits what shards take, and {path} holds none: leave --memory out")
+    finish_replacement(Path(path))
     kind: IndexName = "milvus" if uri else "exact"
     return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), index=kind, uri=uri)
 

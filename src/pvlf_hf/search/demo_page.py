@@ -7,6 +7,7 @@ from functools import partial, wraps
 from typing import Any
 
 from PIL import Image as PILImage
+from transformers.utils import logging
 
 from .demo_session import MAX_PIXELS, MOST_UPLOADS, Searcher, SearchForm, Session, has_both, open_upload
 from .middleware import MAX_UPLOAD
@@ -15,6 +16,8 @@ try:
     import gradio as gr
 except ImportError as error:
     raise ImportError('the web demo needs Gradio: `pip install "pvlf-hf[demo]"`') from error
+
+logger = logging.get_logger(__name__)
 
 WAITING, KEPT = 100, 600
 """Requests that may wait, and seconds that uploaded files are kept (our choice)."""
@@ -89,7 +92,7 @@ class Page:
                 self.without = gr.Textbox(
                     label="and not …", placeholder="what to avoid", max_length=300, elem_id="without"
                 )
-                columns = [] if self.searcher.gallery.metadata is None else self.searcher.gallery.metadata.column_names
+                columns = self.searcher.gallery.metadata_names
                 self.filter = gr.Textbox(
                     label="Only where …",
                     placeholder='price < 50 and brand in ("Acme", "Zen")',
@@ -290,12 +293,16 @@ def _listen(name: str, events: Sequence[Any], act: Callable[..., Any], *componen
 
 
 def _with_messages(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Show the visitor the message of a `ValueError`."""
+    """Show the visitor the message of a `ValueError`; that images cannot be read is none of theirs."""
 
     @wraps(act)
     def wrapped(*args: Any) -> Any:
         try:
             return act(*args)
+        except OSError as error:
+            logger.error(f"the images cannot be read: {error}")
+            message = "the images cannot be read at the moment: try again later"
+            raise gr.Error(message, duration=8, print_exception=False) from error
         except ValueError as error:
             raise gr.Error(html.escape(str(error), quote=False), duration=8, print_exception=False) from error
 

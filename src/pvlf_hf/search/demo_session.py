@@ -1,7 +1,6 @@
 """State of the web demo: what a visitor has done, and every step from one state to the next."""
 
 import math
-import random
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from ..digests import sequence_digest
 from ..models.image_processing_pvlf import open_image, to_rgb
-from .gallery import Gallery
+from .image_search import ImageSearch
 from .query import FUSION, Explanation, Query, Weights
 from .terms import labelled, read_labelled
 
@@ -120,13 +119,12 @@ class Searcher:
         folder: where the files of displayed images are written.
     """
 
-    def __init__(self, gallery: Gallery, folder: Path) -> None:
+    def __init__(self, gallery: ImageSearch, folder: Path) -> None:
         self.gallery, self.folder = gallery, folder
-        self.row_of = {image_id: row for row, image_id in enumerate(gallery.ids)}
 
     def browse(self) -> Session:
         """Show a few random images to start from."""
-        return Session(shown=tuple(random.sample(self.gallery.ids, min(SHOWN, len(self.gallery)))))
+        return Session(shown=tuple(self.gallery.some_ids(SHOWN)))
 
     def pick(self, session: Session, position: int) -> Session:
         """Make an image of the grid the reference."""
@@ -164,7 +162,7 @@ class Searcher:
         if len(uploads.keys() & weights) >= MOST_UPLOADS:
             raise ValueError(f"{MOST_UPLOADS} of your own images are searched by already: remove a line of them first")
         names = (f"your image {number}" for number in count(1))
-        return next(name for name in names if name not in uploads and name not in self.row_of)
+        return next(name for name in names if name not in uploads and name not in self.gallery)
 
     def search(self, session: Session, text: str, balance: float, *entries: str) -> Session:
         """Search by the reference and the text.
@@ -231,11 +229,11 @@ class Searcher:
         return self.weigh(replace(session, steps=steps, reference=steps[-1].reference), balance)
 
     def file(self, reference: Reference) -> str | None:
-        """Return the WebP file of an image; it is written on first use and named by the row in the gallery."""
+        """Return the WebP file of an image, named by a digest of its id or its pixels; it is written on first use."""
         if reference is None:
             return None
         if isinstance(reference, str):
-            name = str(self.row_of[reference])
+            name = sequence_digest(reference)
         else:
             name = sequence_digest(str(reference.size), reference.tobytes())
         file = self.folder / f"{name}.webp"

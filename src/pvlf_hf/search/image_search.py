@@ -39,8 +39,18 @@ class ImageSearch(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    @property
     @abstractmethod
-    def __contains__(self, image_id: str) -> bool: ...
+    def metadata_names(self) -> list[str]:
+        """Names of the columns of metadata, which filters refer to."""
+
+    @abstractmethod
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return those of some ids that there are, in the same order."""
+
+    @abstractmethod
+    def some_ids(self, number: int) -> list[str]:
+        """Return the ids of random images, all different; fewer where there are fewer."""
 
     @abstractmethod
     def image(self, image_id: str) -> PILImage.Image:
@@ -81,6 +91,12 @@ class ImageSearch(ABC):
         Raises:
             ValueError: if one is unknown.
         """
+
+    def prepare(self) -> None:  # noqa: B027  # most have nothing to do
+        """Do now what the first search would have to wait for, such as building an index; by default nothing."""
+
+    def __contains__(self, image_id: str) -> bool:
+        return bool(self.known([image_id]))
 
     def search(
         self,

@@ -1,5 +1,6 @@
 """Holds the embedded images of a gallery: names, files, embeddings, index and metadata."""
 
+import random
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,23 @@ class IndexedImages(ImageSearch):
             return None
         rows = pa.array([self._row_of[image_id] for image_id in ids], pa.int64())  # none has no type
         return self.metadata.take(rows).to_pylist()
+
+    @property
+    def metadata_names(self) -> list[str]:
+        """Names of the columns of metadata."""
+        return [] if self.metadata is None else self.metadata.column_names
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return those of some ids that the gallery has."""
+        return [image_id for image_id in ids if image_id in self._row_of]
+
+    def some_ids(self, number: int) -> list[str]:
+        """Return the ids of random images."""
+        return random.sample(self.ids, min(number, len(self)))
+
+    def prepare(self) -> None:
+        """Build or load the index, and list the rows of the ids."""
+        self.index, self._row_of  # noqa: B018  # cached
 
     def _choice(self, exclude: Sequence[str], filter: Filter | None) -> tuple[list[int], Tensor | None]:
         """Return the rows that are left out, and those that pass the filter, if there is one."""
@@ -150,9 +168,6 @@ class IndexedImages(ImageSearch):
     @cached_property
     def _row_of(self) -> dict[str, int]:
         return {image_id: row for row, image_id in enumerate(self.ids)}
-
-    def __contains__(self, image_id: str) -> bool:
-        return image_id in self._row_of
 
     def __len__(self) -> int:
         return len(self.ids)

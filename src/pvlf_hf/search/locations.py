@@ -4,6 +4,11 @@ from pathlib import Path, PurePosixPath
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Unreadable(OSError, ValueError):
+    """Raised where stored images cannot be read, whatever was asked for: a file is damaged, gone or replaced."""
 
 
 def open_location(location: str | Path) -> tuple[AbstractFileSystem, str]:
@@ -39,4 +44,16 @@ def files_of(location: str | Path, pattern: str) -> list[str]:
     return sorted(path.name for path in map(PurePosixPath, found) if path.match(pattern))
 
 
-__all__ = ["files_of", "open_location"]
+def stamp_of(files: AbstractFileSystem, path: str) -> str:
+    """Return what tells a file from one that has replaced it.
+
+    Raises:
+        FileNotFoundError: if there is none. Each kind of store raises its own errors, too.
+    """
+    if not isinstance(files, LocalFileSystem):
+        return files.ukey(path)
+    facts = Path(path).stat()  # fsspec's key also tells of hard links that were made
+    return f"{facts.st_size} {facts.st_mtime_ns}"
+
+
+__all__ = ["Unreadable", "files_of", "open_location", "stamp_of"]

@@ -16,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from ..models.image_processing_pvlf import FORMATS, describe, open_image
 from ..models.interface_pvlf import ComposedRetrievalProcessor
+from .image_search import ImageSearch
 from .query import FUSION, Query
 from .result import SearchResult
 from .terms import MOST_TERMS, check_weight, open_reference, unknown_words
@@ -63,13 +64,13 @@ class ParsedRequest(NamedTuple):
         return sum(image.width * image.height for image, _, _ in self.images)
 
 
-def answer(gallery: Any, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()) -> dict[str, Any]:
+def answer(gallery: ImageSearch, request: Mapping[str, Any], uploads: Sequence[PILImage.Image] = ()) -> dict[str, Any]:
     """Search a gallery by a request of plain values.
 
     No file of this machine and no web address is opened for it: images come in `data:` URLs, as ids, or as `uploads`.
 
     Args:
-        gallery: a [`Gallery`].
+        gallery: what is searched.
         request: see `REQUEST`.
         uploads: further reference images, such as the parts of a multipart form.
 
@@ -116,7 +117,7 @@ def read(
     return parsed
 
 
-def query_of(gallery: Any, parsed: ParsedRequest) -> Query:
+def query_of(gallery: ImageSearch, parsed: ParsedRequest) -> Query:
     """Decode the images of a request and encode its query."""
     images = [(open_reference(gallery.processor, image, box), weight) for image, weight, box in parsed.images]
     return gallery.query(images or None, **parsed.terms)

@@ -6,7 +6,8 @@ gets a status of 4xx or 503 and `{"error": "what is wrong and what to do"}`. The
 
 Every request has a thread, which reads it and decodes its images; [`ComputeThread`] encodes those that arrive together
 in one batch. The demo's [`Guard`] limits what a client may send, and the server answers 503 with `Retry-After` when
-`MOST_ADMITTED` queries wait. It answers from the gallery as it was when it was loaded.
+`MOST_ADMITTED` queries wait. It answers from the gallery as it was when it was loaded. Images may be in memory, in
+shards or in a database ([`ImageSearch`]): while shards cannot be read, or a database is away, answers are 503.
 """
 
 import asyncio
@@ -26,10 +27,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+from transformers.utils import logging
+
 from ..models.image_processing_pvlf import MAX_BYTES
 from .api_page import api_page, described
 from .batching import Abandoned, BatchedModel, Budget, ComputeThread, LockedTokenizer
-from .gallery import Gallery
+from .image_search import ImageSearch
 from .middleware import MAX_REQUEST, guards
 from .query import Query
 from .requests import MOST_PIXELS, REQUEST, ParsedRequest, answer_of, open_content, query_of, read
@@ -46,6 +49,8 @@ try:
     from uvicorn.supervisors import Multiprocess
 except ImportError as error:
     raise ImportError('the server needs FastAPI and uvicorn: `pip install "pvlf-hf[serve]"`') from error
+
+logger = logging.get_logger(__name__)
 
 MOST_QUERIES, MOST_ADMITTED = 256, 512
 """Queries of a batch, or inputs to embed, and those that are in work or wait at the same time (our choice)."""
@@ -87,7 +92,7 @@ class Service:
         name: of the model.
     """
 
-    def __init__(self, gallery: Gallery, name: str) -> None:
+    def __init__(self, gallery: ImageSearch, name: str) -> None:
         self.name, self.thread = name, ComputeThread()
         self.gallery, processor = copy.copy(gallery), copy.copy(gallery.processor)
         padding = processor.tokenizer.pad_token_id
@@ -98,7 +103,7 @@ class Service:
 
     def __enter__(self) -> "Service":
         self.thread.__enter__()
-        self.thread.run(lambda: self.gallery.index)  # built once, before the first request
+        self.thread.run(self.gallery.prepare)  # once, before the first request
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -154,8 +159,9 @@ class Service:
 
     async def health(self) -> dict[str, Any]:
         """Return whether the server is ready, its model and the number of images; and what the encoder has done."""
+        images = await to_thread.run_sync(len, self.gallery)  # a database counts them
         done = {"batches": self.thread.batches, "rows": self.thread.rows, "seconds": self.thread.seconds}
-        return {"status": "ready", "model": self.name, "images": len(self.gallery), "encoder": done}
+        return {"status": "ready", "model": self.name, "images": images, "encoder": done}
 
     @contextmanager
     def _admitted(self, request: Request, queries: int = 1) -> Iterator[None]:
@@ -210,6 +216,8 @@ class Service:
     def _answer_or_error(self, request: Any) -> dict[str, Any]:
         try:
             return self._answer(request, [])
+        except OSError:  # not this search alone
+            raise
         except ValueError as error:
             return {"error": str(error)}
 
@@ -252,7 +260,7 @@ class Service:
 
 
 def create_app(
-    gallery: Gallery, name: str, host: str = "127.0.0.1", per_minute: int = PER_MINUTE, page: bool = True
+    gallery: ImageSearch, name: str, host: str = "127.0.0.1", per_minute: int = PER_MINUTE, page: bool = True
 ) -> FastAPI:
     """Make the ASGI application.
 
@@ -405,6 +413,12 @@ def _refuse(_: Request, error: Exception) -> Answer:
     return Answer({"error": str(error)}, 422)
 
 
+def _postpone(_: Request, error: Exception) -> Answer:
+    logger.error(f"the images cannot be read: {error}")
+    sentence = "the images cannot be read at the moment, and the server's log says why: try again later"
+    return Answer({"error": sentence}, 503, headers={"Retry-After": "10"})
+
+
 def _refuse_status(request: Request, error: StarletteHTTPException) -> Answer:
     sentences = {
         404: f"there is no {request.url.path} here: see /docs",
@@ -423,6 +437,7 @@ def _leave(_: Request, error: Exception) -> Response:
 
 
 HANDLERS: dict[type[Exception], Callable[..., Response]] = {
+    OSError: _postpone,
     ValueError: _refuse,
     StarletteHTTPException: _refuse_status,
     Abandoned: _leave,

@@ -4,8 +4,12 @@ A search reads the vectors of all row groups once, for any number of queries, an
 the limit allows, for the next search. Scores are cosines of the stored vectors (`vectors.py`): results of `float32`
 shards equal those of a [`Gallery`] of the same embeddings bit for bit. Where `float16` is beside `int8`, images are
 found if they are among the best `CANDIDATES` by int8, and ranked by float16.
+
+The images are those of the parts that there were at the opening: parts added later are seen by the next opening, and
+once a part is replaced or removed, reading it is refused.
 """
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -168,8 +172,21 @@ class ShardedGallery(ImageSearch):
         values = self._values(rows, self.shards.metadata_names)
         return [values[row] for row in rows]
 
-    def __contains__(self, image_id: str) -> bool:
-        return image_id in self._find([image_id])
+    @property
+    def metadata_names(self) -> list[str]:
+        """Names of the columns of metadata."""
+        return self.shards.metadata_names
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return those of some ids that the shards have; reads the ids of row groups that may hold one."""
+        found = self._find(ids)
+        return [image_id for image_id in ids if image_id in found]
+
+    def some_ids(self, number: int) -> list[str]:
+        """Return the ids of random images; reads the ids of as many row groups, at most."""
+        rows = random.sample(range(len(self)), min(number, len(self)))
+        names = self._names(rows)
+        return [names[row][0] for row in rows]
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -269,11 +286,10 @@ class ShardedGallery(ImageSearch):
             return kept
         names = ["embedding", "scale"] if self.shards.element == "int8" else ["embedding"]
         stored = self.shards.stored(self.shards.read(block, names))
-        size = sum(one.nbytes for one in stored if one is not None)
-        with self._lock:
-            if size <= self._room and block.first not in self._kept:
+        size = _size(stored)
+        with self._lock:  # which copies of this gallery share, as they do what is kept
+            if block.first not in self._kept and size + sum(map(_size, self._kept.values())) <= self._room:
                 self._kept[block.first] = stored
-                self._room -= size
         return stored
 
     def _read_exact(self, block: Block) -> StoredVectors:
@@ -308,6 +324,8 @@ class ShardedGallery(ImageSearch):
                     passes = np.array(pc.fill_null(found, False).to_numpy(zero_copy_only=False))
                     if passes.any():
                         passing[first + group] = torch.from_numpy(passes)
+                if may_pass:
+                    self.shards.check_unchanged(part)
                 first += part.footer.num_row_groups
         return passing
 
@@ -384,6 +402,11 @@ class ShardedGallery(ImageSearch):
                 f'pass memory="{-(-needed // 10**6)}MB" or more'
             )
         return needed
+
+
+def _size(stored: StoredVectors) -> int:
+    """Return the bytes that vectors take."""
+    return sum(one.nbytes for one in stored if one is not None)
 
 
 def _is_combined(query: Query, weights: Weights) -> bool:

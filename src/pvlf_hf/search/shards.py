@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from ..atomic_files import cannot_write, whole
-from .locations import files_of, open_location
+from .locations import Unreadable, files_of, open_location, stamp_of
 from .vectors import Element, StoredVectors, Vectors, check_vectors, decode_vectors, encode_vectors
 
 MADE_BY, FORMAT, VERSION = b"pvlf_hf.made_by", b"pvlf_hf.format", b"1"
@@ -54,6 +54,8 @@ class Part(NamedTuple):
     name: str
     footer: pq.FileMetaData
     schema: pa.Schema
+    stamp: str
+    """What tells the file from one that has replaced it."""
 
 
 class Block(NamedTuple):
@@ -254,8 +256,9 @@ class EmbeddingShards:
         """Read a row group, or some of its columns.
 
         Raises:
-            ValueError: if the file is damaged, an id, digest or embedding is missing, or an embedding is not finite,
-                which is checked when a column is first read.
+            Unreadable: if the file is damaged, an id, digest or embedding is missing, or an embedding is not
+                finite, which is checked when a column is first read; or it was removed or replaced since the shards
+                were opened, so that its rows are no longer those that were counted.
         """
         part, where = (
             block.part,
@@ -266,12 +269,28 @@ class EmbeddingShards:
                 file = pq.ParquetFile(opened, metadata=part.footer)
                 table = file.read_row_group(block.group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{where} cannot be read ({error}): delete the file and have it written again") from error
+            self.check_unchanged(part)
+            raise Unreadable(f"{where} cannot be read ({error}): delete the file and have it written again") from error
+        self.check_unchanged(part)
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
         if unchecked := {*batch.schema.names} - self._checked[block.first]:
             self._check(block, batch, unchecked)
             self._checked[block.first] |= unchecked
         return batch
+
+    def check_unchanged(self, part: Part) -> None:
+        """Raise [`Unreadable`] if the file of a part is no longer the one that was opened."""
+        try:
+            same = stamp_of(self._files, f"{self._root}/{part.name}") == part.stamp
+        except FileNotFoundError:
+            same = False
+        except Exception as error:  # each kind of store raises its own
+            raise Unreadable(f"{self._named(part.name)} cannot be reached ({error}): try again later") from error
+        if not same:
+            raise Unreadable(
+                f"{self._named(part.name)} was replaced or removed since these shards were opened: open them again "
+                "(a server: start it again)"
+            )
 
     def batches(self, columns: Sequence[str] | None = None, rows: int = MOST_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield all rows in order, some columns or all, at most `rows` at a time and never of two row groups."""
@@ -330,9 +349,10 @@ class EmbeddingShards:
 
     def _open_part(self, name: str) -> Part:
         try:
+            stamp = stamp_of(self._files, f"{self._root}/{name}")
             with self._source(name) as opened:
                 file = pq.ParquetFile(opened)
-                return Part(name, file.metadata, file.schema_arrow)
+                return Part(name, file.metadata, file.schema_arrow, stamp)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{self._named(name)} was cut short or is no Parquet file ({str(error).splitlines()[0]}): delete it "
@@ -381,7 +401,7 @@ class EmbeddingShards:
                 bad = pa.array((~finite.view(len(batch), -1).all(dim=1)).numpy())
                 reason = "NaN or infinity"
             row = block.start + pc.index(bad, True).as_py()
-            raise ValueError(
+            raise Unreadable(
                 f"{self._named(block.part.name)}, row {row}: {reason} in column {name!r}; have the file written again"
             )
 

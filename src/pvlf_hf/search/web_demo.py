@@ -33,6 +33,7 @@ from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
 from .demo_page import CSS, Page
 from .demo_session import Searcher
 from .gallery import Gallery
+from .image_search import ImageSearch
 from .middleware import MAX_UPLOAD, guards
 
 try:
@@ -59,24 +60,25 @@ UPLOADS = "GRADIO_TEMP_DIR"
 """Environment variable that names the folder of all files that Gradio keeps."""
 
 
-def build(gallery: Gallery, examples: Sequence[tuple[str, str]] | None = None) -> gr.Blocks:
+def build(gallery: ImageSearch, examples: Sequence[tuple[str, str]] | None = None) -> gr.Blocks:
     """Make the page.
 
     Args:
-        gallery: the gallery to search.
+        gallery: what is searched, in memory, in shards or in a database.
         examples: ids of images and what to change; by default those of `EXAMPLES` whose images the gallery has.
     """
     folder = Path(
         get_upload_folder(), f"shown-{uuid4().hex}"
-    ).resolve()  # files are named by rows, so each page has its own
+    ).resolve()  # files are named by ids, so each page has its own
     folder.mkdir(parents=True)
-    known = set(gallery.ids)
-    chosen = [example for example in EXAMPLES if example[0] in known] if examples is None else examples
-    return Page(Searcher(gallery, folder), chosen).blocks
+    if examples is None:
+        known = set(gallery.known([image_id for image_id, _ in EXAMPLES]))
+        examples = [example for example in EXAMPLES if example[0] in known]
+    return Page(Searcher(gallery, folder), examples).blocks
 
 
 @contextmanager
-def serve(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
+def serve(gallery: ImageSearch, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """Serve the page while the context lasts, and yield its URL; uploads are deleted at the end.
 
     Args:
@@ -125,7 +127,7 @@ def upload_folder() -> Iterator[Path]:
                 os.environ[UPLOADS] = before
 
 
-def mount(app: FastAPI, gallery: Gallery, path: str) -> None:
+def mount(app: FastAPI, gallery: ImageSearch, path: str) -> None:
     """Add the page to a server, within [`upload_folder`]; the server's own middleware guards it."""
     page = build(gallery)
     page.state_session_capacity = SESSIONS
@@ -140,7 +142,7 @@ def _look() -> dict[str, Any]:
     return shown | dict.fromkeys(left_out, False) | {"max_file_size": MAX_UPLOAD}
 
 
-def launch(gallery: Gallery, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = True) -> None:
+def launch(gallery: ImageSearch, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = True) -> None:
     """Serve the page until interrupted; arguments and errors as [`serve`].
 
     Args:

@@ -213,12 +213,26 @@ class MilvusGallery(ImageSearch):
 
     def values_of(self, ids: Sequence[str]) -> list[dict[str, Any]] | None:
         """Return the metadata of images, None if there is no metadata."""
-        names = self.index.schema.columns.names
+        names = self.metadata_names
         if not names:
             return None
         found = self.index.look_up(ids)
         rows = dict(zip(found["id"].to_pylist(), found.select(names).to_pylist(), strict=True))
         return [rows.get(image_id, dict.fromkeys(names)) for image_id in ids]
+
+    @property
+    def metadata_names(self) -> list[str]:
+        """Names of the columns of metadata."""
+        return self.index.schema.columns.names
+
+    def known(self, ids: Sequence[str]) -> list[str]:
+        """Return those of some ids that the store has."""
+        found = set(self.index.look_up(ids)["id"].to_pylist()) if ids else set()
+        return [image_id for image_id in ids if image_id in found]
+
+    def some_ids(self, number: int) -> list[str]:
+        """Return the ids of random images."""
+        return self.index.some_ids(number)
 
     @property
     def ids(self) -> list[str]:
@@ -228,7 +242,7 @@ class MilvusGallery(ImageSearch):
     @property
     def metadata(self) -> pa.Table | None:
         """Metadata of all images, None if there is none."""
-        names = self.index.schema.columns.names
+        names = self.metadata_names
         return self.index.read().select(names) if names else None
 
     def close(self) -> None:
@@ -281,7 +295,7 @@ class MilvusGallery(ImageSearch):
     def _check_known(self, name: str, ids: Sequence[str]) -> None:
         if isinstance(ids, str):
             raise ValueError(f"{name}={ids!r}: pass a list of ids")
-        known = set(self.index.look_up(ids)["id"].to_pylist()) if ids else set()
+        known = set(self.known(ids))
         if unknown := [image_id for image_id in ids if image_id not in known]:
             raise ValueError(f"{name} names {unknown[:3]}, which are not in the gallery; pass ids of its images")
 
@@ -314,9 +328,6 @@ class MilvusGallery(ImageSearch):
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def __contains__(self, image_id: str) -> bool:
-        return len(self.index.look_up([image_id])) > 0
 
     def __repr__(self) -> str:
         return f"MilvusGallery({len(self)} images, {len(self.skipped)} skipped, in {self.index.name})"

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from os import urandom
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ...digests import sequence_digest
 from ...embeddings.similarity import exact_unit_rows
 from .connection import SERVE, MilvusDatabase
 from .schema import COLUMNS, KEY, MADE_BY, MILVUS_NAME, StoreSchema, embedding_column, keys_of
@@ -128,6 +130,16 @@ class MilvusStore:
         with closing(iterator), self.database.doing("read the images"):
             while rows := iterator.next():
                 yield rows
+
+    def some_ids(self, number: int) -> list[str]:
+        """Return the ids of random images: those whose keys, which are digests, follow a random one, in a circle."""
+        start = sequence_digest(urandom(16))
+        found: dict[str, str] = {}
+        for condition in (f'{KEY} >= "{start}"', f'{KEY} < "{start}"'):
+            if (missing := number - len(found)) > 0:
+                rows = self._ask("choose images", "query", filter=condition, limit=missing, output_fields=[KEY, "id"])
+                found |= {row[KEY]: row["id"] for row in rows}
+        return list(found.values())
 
     def read(self) -> pa.Table:
         """Return all rows, in the order of their ids: `id`, `path`, `digest`, metadata and `embedding`."""
