@@ -204,6 +204,10 @@ def serve(
         str | None,
         typer.Option(help="With shards: memory that a worker's searches take, such as 8GB (default: 1.5GB)."),
     ] = None,
+    vectors: Annotated[
+        str | None,
+        typer.Option(help="Numbers compared in memory, float32 to int8; results are the same (default: the fastest)."),
+    ] = None,
     composition: Composition = None,
 ) -> None:
     """Serve an index over HTTP: searches, embeddings and the web page.
@@ -228,7 +232,8 @@ def serve(
 
     The server answers from the index as it was when it started: after `pvlf-hf index`, start it again. With several
     workers, SIGHUP to the first process replaces them one by one, without a gap. A worker takes the memory of the
-    model, and 2 bytes for each number of the embeddings; the index itself is memory-mapped, and shared.
+    model, and 2 bytes for each number of the embeddings (1 with --vectors int8); the index itself is memory-mapped,
+    and shared.
 
     Shards (`pvlf-hf index --engine ray`) are read where they lie, at a folder or URL; what fits into --memory is kept
     there. Parts that are added are seen after a new start; where one is replaced or removed, searches answer 503 until
@@ -240,7 +245,8 @@ def serve(
     check_index(index)
     from pvlf_hf.commands import gallery
 
-    gallery.serve(index, model, host, port, workers, per_minute, composition, milvus, memory)
+    settings = {"uri": milvus, "memory": memory, "vectors": vectors}
+    gallery.serve(index, model, host, port, workers, per_minute, composition, settings)
 
 
 @app.command()

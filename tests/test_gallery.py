@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import numpy as np
@@ -38,7 +39,7 @@ from pvlf_hf.search import indexing as module
 from pvlf_hf.search import vector_index
 from pvlf_hf.search.gallery import Gallery
 from pvlf_hf.search.results_page import search_page
-from pvlf_hf.search.vector_index import COPIES, ExactIndex, half_error_bound, make_index
+from pvlf_hf.search.vector_index import COPIES, ExactIndex, Int8Index, half_error_bound, make_index
 
 EMOJI = Path(__file__).parents[1] / "model_cards" / "pvlf-emoji-tiny"
 TEXT = "the same but green"
@@ -138,6 +139,30 @@ def test_exact_search_allows_for_half_precision(width):
             assert set(found.tolist()) >= set(top_k(query[None], embeds, k)[1][0].tolist())
 
 
+@pytest.mark.parametrize("width", [1, 2, 33, 256])
+def test_exact_search_allows_for_int8(width, monkeypatch):
+    """Search images whose cosines differ by less than int8 resolves, some of which it stores badly."""
+    monkeypatch.setattr(vector_index, "ROWS_AT_ONCE", 700)
+    generator = torch.Generator().manual_seed(width)
+    query = F.normalize(torch.rand(width, generator=generator) + 0.5, dim=0)
+    jitter = 10.0 ** -torch.linspace(0, 6, 3000)[:, None]
+    embeds = F.normalize(query + jitter * torch.randn(3000, width, generator=generator) * width**-0.5, dim=1)
+    embeds[::7] = F.normalize(embeds[::7] * torch.rand(width, generator=generator) ** 8, dim=1)  # one large number
+    index = Int8Index(embeds)
+    assert index.compared.dtype == torch.int8
+    for rows in (None, torch.arange(5, 3000, 3), torch.tensor([7, 8, 2999])):
+        some, exact = embeds if rows is None else embeds[rows], embeds.double() @ query.double()
+        errors = index._cosines(query, rows).double() - (exact if rows is None else exact[rows])
+        assert (errors.abs() <= index._error(width, rows)).all()
+        for k in (1, 3, min(300, len(some))):
+            best = top_k(query[None], some, k)[1][0]
+            found = index.candidates(query, k, rows)
+            assert set(found.tolist()) >= set((best if rows is None else rows[best]).tolist())
+    if width > 1:
+        assert index.moved.max() > 100 * error_bound(width)
+        assert len(index.candidates(query, 1)) < 3000  # and not all are ranked
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_off_by_nearly_its_bound(dtype):
     """All three roundings in one direction: just above the middle between two numbers of the dtype, each."""
@@ -164,6 +189,18 @@ def test_every_copy_gives_the_same_results(build, photos, monkeypatch):
         results.append([(found.ids, found.scores) for found in both])
     assert results[0] == results[1] == results[2] and results[0][1][0][:3] == ["ant.png", "red.png", "zebra.png"]
     assert len(asked) == 3 and len(set(asked)) == 1  # the same gallery
+    for vectors in get_args(vector_index.Copy):
+        gallery = build(vectors=vectors)
+        assert str(gallery.index.compared.dtype) == f"torch.{vectors}" and len(asked) == 3
+        both = gallery.search(photos / "red.png", TEXT, k=6), gallery.search(photos / "red.png", k=4)
+        assert [(found.ids, found.scores) for found in both] == results[0]
+
+
+def test_numbers_of_the_copy_are_checked(build):
+    with pytest.raises(ValueError, match="vectors='int4': choose one of"):
+        build(vectors="int4")
+    with pytest.raises(ValueError, match="vectors='int8' is for index='exact', and the index is 'faiss'"):
+        build(vectors="int8", index="faiss")
 
 
 def test_copy_is_measured_on_the_gallery(monkeypatch):

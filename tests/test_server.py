@@ -295,6 +295,9 @@ def test_shards_are_served_as_they_are_searched(url, gallery, files, made, vecto
     where = ["--model", files / "model", "--milvus", "photos.db"]
     refused = call("serve", location, *where)
     assert refused.exit_code == 1 and "holds shards, which no --milvus searches" in refused.stderr
+    assert (
+        "numbers of their own: leave --vectors out" in call("serve", location, *where[:2], "--vectors", "int8").stderr
+    )
     assert call("serve", location, *where[:2], "--memory", "100MB").exit_code == 0
     with running(apps[0]) as (address, _):
         assert CLIENT.get(address + "/health").json()["images"] == 9
@@ -313,6 +316,14 @@ def test_shards_are_served_as_they_are_searched(url, gallery, files, made, vecto
         ]:
             answer = ask(address, request)
             assert answer.status_code == 422 and said in answer.json()["error"]
+
+
+def test_a_gallery_in_int8_is_served_with_the_same_answers(url, files, monkeypatch):
+    apps = []
+    monkeypatch.setattr(server_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
+    assert call("serve", files / "index", "--model", files / "model", "--vectors", "int8").exit_code == 0
+    with running(apps[0]) as (address, _):
+        assert [asked(address, number) for number in range(12)] == [asked(url, number) for number in range(12)]
 
 
 def test_a_database_is_served_by_one_worker(url, files, monkeypatch, tmp_path):

@@ -29,7 +29,7 @@ from ..search.results_page import search_page
 from ..search.sharded_gallery import ShardedGallery
 from ..search.shards import EmbeddingShards
 from ..search.terms import unknown_words
-from ..search.vector_index import IndexName
+from ..search.vector_index import Copy, IndexName
 from .output import print_json
 
 LISTED = 20
@@ -137,19 +137,18 @@ def serve(
     port: int,
     workers: int,
     per_minute: int,
-    composition: str | None = None,
-    uri: str | None = None,
-    memory: str | None = None,
+    composition: str | None,
+    settings: dict[str, Any],
 ) -> None:
-    """Serve an index over HTTP until interrupted."""
+    """Serve an index over HTTP until interrupted; `settings` are those of [`open_index`]."""
     from ..search import server  # FastAPI is an extra
 
-    if workers > 1 and uri is not None and "://" not in uri:
+    if workers > 1 and (uri := settings["uri"]) is not None and "://" not in uri:
         raise ValueError(
             f"{uri} is a file, which one process at a time can use, and --workers {workers} makes several: leave "
             f"--workers out, or serve the file to them by {SERVE}"
         )
-    server.serve(partial(make_server, path, model, per_minute, composition, uri, memory), host, port, workers)
+    server.serve(partial(make_server, path, model, per_minute, composition, settings), host, port, workers)
 
 
 def make_server(
@@ -157,15 +156,14 @@ def make_server(
     model: str,
     per_minute: int,
     composition: str | None,
-    uri: str | None,
-    memory: str | None,
+    settings: dict[str, Any],
     host: str,
     page: bool,
 ) -> Any:
     """Make the application that serves an index; each worker calls it."""
     from ..search import server
 
-    gallery = open_index(path, model, composition, uri, memory)
+    gallery = open_index(path, model, composition, **settings)
     name = Path(model).resolve().name if Path(model).is_dir() else model  # no folders of this machine
     return server.create_app(gallery, name, host, per_minute, page)
 
@@ -223,7 +221,12 @@ def is_index(folder: Path) -> bool:
 
 
 def open_index(
-    path: str, model: str, composition: str | None = None, uri: str | None = None, memory: str | None = None
+    path: str,
+    model: str,
+    composition: str | None = None,
+    uri: str | None = None,
+    memory: str | None = None,
+    vectors: Copy | None = None,
 ) -> ImageSearch:
     """Open the folder of a gallery, by the Milvus database at `uri` if given, or shards at a folder or URL.
 
@@ -233,14 +236,17 @@ def open_index(
         composition: of a plain dual encoder.
         uri: of a Milvus database.
         memory: limit of shards, see [`ShardedGallery.open`]; by default its own.
+        vectors: numbers that a gallery in memory compares, see [`Gallery.load`].
 
     Raises:
         ValueError: if there is neither, or another model made it, shards are to be searched by a database, or the
-            limit is for something else than shards.
+            limit or the numbers are for something else.
     """
     if holds_shards(path):
         if uri is not None:
             raise ValueError(f"{path} holds shards, which no --milvus searches: leave --milvus out")
+        if vectors is not None:
+            raise ValueError(f"{path} holds shards, which have numbers of their own: leave --vectors out")
         shards = EmbeddingShards(path)
         encoder, processor = load(model, shards.made_by["dtype"], composition)
         limit: dict[str, Any] = {} if memory is None else {"memory": memory}
@@ -249,7 +255,7 @@ def open_index(
         raise ValueError(f"--memory limits what shards take, and {path} holds none: leave --memory out")
     finish_replacement(Path(path))
     kind: IndexName = "milvus" if uri else "exact"
-    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), index=kind, uri=uri)
+    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), index=kind, uri=uri, vectors=vectors)
 
 
 def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:

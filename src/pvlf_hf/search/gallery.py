@@ -42,7 +42,7 @@ from .milvus.filling import from_table
 from .milvus.gallery import MilvusGallery
 from .milvus.store import MilvusOptions, StoreAddress
 from .replacement import finish_replacement
-from .vector_index import IndexName, check_index
+from .vector_index import Copy, IndexName, check_copy, check_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +95,7 @@ class Gallery(IndexedImages):
                 [`MilvusGallery`] with its `uri` (a file ending in .db, or a cluster's URL), `name` (of the gallery in
                 that database; by default one made from the folder, or from the ids) and `options`
                 ([`MilvusOptions`]). Without `path` images are encoded into the store; with it they are kept there,
-                too.
+                too. `vectors` is that of [`~Gallery.load`].
 
         Raises:
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
@@ -182,10 +182,12 @@ class Gallery(IndexedImages):
         uri: str | None = None,
         name: str | None = None,
         options: MilvusOptions | None = None,
+        vectors: Copy | None = None,
         **further: Any,
     ) -> Any:
         """Embed `image` of a dataset, named by `image_id`; other arguments as [`build_gallery`]."""
         _check_place(index, uri, name, options)
+        check_copy(vectors, index)
         ids, is_main = checked_ids(dataset), process_state().is_main_process
         if index == "milvus" and path is None and process_state().num_processes == 1:
             if further.pop("replace", False):
@@ -201,7 +203,7 @@ class Gallery(IndexedImages):
         if index != "milvus" or not is_main:  # the main process searches
             kind: Any = "exact" if index == "milvus" else index
             home = None if path is None else Path(path)
-            return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:], home)
+            return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:], home, vectors)
         images = from_table(made.table, made.embeds, made.metadata, made.made_by)
         gallery = MilvusGallery.of_embedded(images, _address(uri, name, options, path, ids), model, made.processor)
         gallery.skipped = made.skipped
@@ -217,8 +219,13 @@ class Gallery(IndexedImages):
         uri: str | None = None,
         name: str | None = None,
         options: MilvusOptions | None = None,
+        vectors: Copy | None = None,
     ) -> Any:
         """Load a saved gallery; embeddings stay on disk until they are used.
+
+        The exact index compares queries with a copy in memory, and ranks the embeddings on disk of all images that the
+        copy's rounding could hide: `vectors` (`"float32"`, `"float16"`, `"bfloat16"` or `"int8"`, 4, 2, 2 or 1 bytes a
+        number) changes memory and time, and no result. By default it is the fastest that takes 2 bytes or more.
 
         With `index="milvus"` the store of that `name` in the database `uri` is brought in line with the gallery, and
         returned ([`MilvusGallery`]).
@@ -229,6 +236,7 @@ class Gallery(IndexedImages):
         """
         path = Path(path)
         _check_place(index, uri, name, options)
+        check_copy(vectors, index)
         finish_replacement(path)
         table, embeds = read_gallery(path)
         processor, provenance = as_indexed(path, model, processor)
@@ -237,7 +245,8 @@ class Gallery(IndexedImages):
         if index == "milvus":
             images = from_table(table, embeds, columns, provenance)
             return MilvusGallery.of_embedded(images, _address(uri, name, options, path, table.id), model, processor)
-        return cls(table, embeds, provenance, model, processor, index, metadata=columns, folder=path)
+        further: dict[str, Any] = {"metadata": columns, "folder": path, "vectors": vectors}
+        return cls(table, embeds, provenance, model, processor, index, **further)
 
     @classmethod
     def from_milvus(
@@ -291,6 +300,7 @@ class Gallery(IndexedImages):
         uri: str | None = None,
         revision: str | None = None,
         token: str | None = None,
+        vectors: Copy | None = None,
     ) -> "Gallery":
         """Load what [`~Gallery.push_to_hub`] uploaded; arguments and errors as [`~Gallery.load`].
 
@@ -298,7 +308,8 @@ class Gallery(IndexedImages):
             ValueError: if it names local files, which a downloaded gallery must not open. Web URLs are accepted; they
                 are fetched when their images are opened.
         """
-        return cls.load(download_gallery(repo_id, revision, token), model, processor, index, uri)
+        folder = download_gallery(repo_id, revision, token)
+        return cls.load(folder, model, processor, index, uri, vectors=vectors)
 
 
 def _address(

@@ -21,7 +21,7 @@ from .indexing import DecodeOptions, open_cell
 from .nearest import nearest
 from .pages import Ranked
 from .query import Query, Weights
-from .vector_index import LocalIndex, VectorIndex, check_index, make_index
+from .vector_index import Copy, LocalIndex, VectorIndex, check_copy, check_index, make_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,13 +54,18 @@ class IndexedImages(ImageSearch):
         skipped: dict[str, str] | None = None,
         metadata: pa.Table | None = None,
         folder: Path | None = None,
+        vectors: Copy | None = None,
     ) -> None:
         check_index(index)
+        check_copy(vectors, index)
         self.ids, self.paths, self.digests = table
         self.embeds, self.made_by, self.model, self.processor = embeds, made_by, model, processor
         self.index_name, self.skipped, self._sources, self.metadata = index, skipped or {}, sources, metadata
         self.left_out: list[str] = []
-        self._folder = folder  # keeps the gallery, and an index that takes long to build
+        self._vectors, self._folder = (
+            vectors,
+            folder,
+        )  # the folder keeps the gallery, and an index that takes long to build
 
     def row_of(self, image_id: str) -> int:
         """Return the row of an image, an id of the gallery."""
@@ -154,7 +159,7 @@ class IndexedImages(ImageSearch):
         """Index of the embeddings, built or loaded at the first search."""
         content = sequence_digest(self.made_by["fingerprint"], *self.digests)
         file = None if self._folder is None else self._folder / f"{self.index_name}-{content}.index"
-        return make_index(self.index_name, self.embeds, file)
+        return make_index(self.index_name, self.embeds, file, self._vectors)
 
     @cached_property
     def _mean(self) -> Tensor:
