@@ -19,13 +19,14 @@ Database = Annotated[str | None, typer.Option(help="Milvus database that has the
 
 
 class Precision(StrEnum):
-    """Dtypes that a model computes in; `auto` is that of its checkpoint, `fastest` is measured."""
+    """Dtypes that images are embedded in; `auto` is the checkpoint's, `fastest` is measured, `int8` is OpenVINO's."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FASTEST = "fastest"
+    INT8 = "int8"
 
 
 class Engine(StrEnum):
@@ -45,7 +46,8 @@ def index(
     dtype: Annotated[
         Precision,
         typer.Option(
-            help="Dtype of the model; fastest measures float32 and bfloat16 here. Later runs and searches keep it."
+            help="Dtype of the model; fastest measures float32 and bfloat16 here; int8 is calibrated on these images, "
+            "and checked. Later runs and searches keep it."
         ),
     ] = Precision.AUTO,
     openvino: Annotated[
@@ -93,6 +95,10 @@ def index(
     Run it again after an interruption or when images changed: only new images are encoded, deleted ones are dropped.
     Images that cannot be read are skipped, listed and counted.
 
+    --dtype int8 calibrates the image encoder on 300 of the images, for OpenVINO, and refuses the result where it
+    changes the embeddings of 100 others too much. The encoder is kept in --path, for images that are added; queries
+    are in float32. Calibrating takes longer than encoding the same images: it is for large folders and large models.
+
     Any model on the same image encoder searches the index, however it composes queries. With another image encoder
     the new index is built beside the old one, which serves until it is complete.
 
@@ -118,6 +124,8 @@ def index(
         _refuse(alone, "--engine ray does not have it: leave one of them out")
         if dtype is Precision.FASTEST:
             raise typer.BadParameter("the machines of a cluster differ: name the dtype", param_hint="--dtype")
+        if dtype is Precision.INT8:
+            raise typer.BadParameter("int8 is calibrated by one process: leave --engine ray out", param_hint="--dtype")
         given = {name: value for name, value in rays.items() if value is not None}
         options = common | given | {"dtype": dtype.value, "composition": composition}
         return gallery.index_on_cluster(photos, path, model, as_json, options)

@@ -96,7 +96,9 @@ FOLDERS = {
         "query_parts",
         "fastest",
         "encoding",
+        "model_views",
         "openvino_encoder",
+        "int8_encoder",
     ],
     "evaluation": [
         "ranking",
@@ -140,6 +142,7 @@ FOLDERS = {
         "gallery_files",
         "metadata",
         "replacement",
+        "int8_index",
         "building",
         "previews",
         "result",

@@ -50,11 +50,13 @@ def index(
     if holds_shards(str(path)):
         raise ValueError(f"{path} holds shards: choose another folder, or go on with --engine ray")
     finish_replacement(path)
-    encoder, processor = load(model, index_dtype(path, dtype) if dtype in ("auto", "fastest") else dtype, composition)
+    dtype = index_dtype(path, dtype) if dtype in ("auto", "fastest") else dtype
+    encoder, processor = load(model, dtype, composition)
     known = indexed_digests(path, encoder, processor)
-    if openvino:
+    if openvino and dtype != "int8":  # which is OpenVINO's in any case
         encode_by_openvino(encoder)
-    gallery = Gallery.from_folder(folder, encoder, processor, path=path, replace=True, **options)
+    options |= {"replace": True, "int8": dtype == "int8"}
+    gallery = Gallery.from_folder(folder, encoder, processor, path=path, **options)
     new = len(indexed_digests(path, encoder, processor) - known)
     if as_json:
         facts = {"pictures": len(gallery), "new": new, "skipped": gallery.skipped, "left_out": gallery.left_out}
@@ -278,8 +280,8 @@ def index_dtype(path: Path, otherwise: str = "auto") -> str:
 def load(
     name: str, dtype: str, composition: str | None = None
 ) -> tuple[ComposedRetrievalModel, ComposedRetrievalProcessor]:
-    """Load model and processor, on the accelerator if there is one."""
-    model, processor = load_model(name, composition, dtype)
+    """Load model and processor, on the accelerator if there is one; for images in int8 the model is in float32."""
+    model, processor = load_model(name, composition, "float32" if dtype == "int8" else dtype)
     return model.to(PartialState().device), processor
 
 

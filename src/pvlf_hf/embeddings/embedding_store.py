@@ -192,8 +192,8 @@ def _read_header(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
-            covers = {"covers": metadata["covers"]} if "covers" in metadata else {}
-            return {name: metadata[name] for name in ("fingerprint", "dtype")} | covers
+            others = {name: metadata[name] for name in ("covers", "int8") if name in metadata}
+            return {name: metadata[name] for name in ("fingerprint", "dtype")} | others
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged or was not written by pvlf_hf ({error}): delete it, its part is encoded again"

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..embeddings.model_views import inference_view
 from ..models.interface_pvlf import ComposedRetrievalModel, QueryOutput
-from .query_encoding import inference_view
 
 MOST_ROWS, WINDOW = 64, 0.003
 """Rows of a batch, and seconds that a batch waits for requests that are still being decoded (our choice)."""

@@ -11,9 +11,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..embeddings.embedding_store import images_made_by
+from ..embeddings.encoding import image_encoder
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .gallery_files import GalleryTable, as_indexed, gallery_id_of, new_gallery_id, read_columns, write_gallery
 from .indexing import PART, DecodeOptions, IncrementalIndexer, least_side, report
+from .int8_index import ImageRows, int8_place
 from .metadata import gather_metadata, read_metadata
 from .query import check_positive
 from .replacement import locked_gallery, place_to_build, put_in_place
@@ -54,6 +56,7 @@ def build_gallery(
     replace: bool = False,
     metadata: str | Path | pa.Table | None = None,
     exif: bool = False,
+    int8: bool = False,
 ) -> BuiltGallery:
     """Embed `image` of a dataset, named by `image_id`; `skipped` names other images that cannot be read.
 
@@ -72,12 +75,18 @@ def build_gallery(
         state.wait_for_everyone()
         if home:
             processor, provenance = as_indexed(home, model, processor)
-        else:
+        if not home or "int8" in provenance:  # a model searches what another encoder embedded, but does not add to it
             provenance = images_made_by(model, processor)
-        place = home and place_to_build(home, model, processor, provenance, replace)
         options = DecodeOptions(mode, least_side(processor) if draft else None)
+        if home and int8:
+            images = ImageRows(sources, ids, options, processor)
+            place, encoder, provenance = int8_place(home, model, images, provenance, replace, progress)
+            encode = encoder.encoder_of(model)
+        else:
+            encode = image_encoder(model)
+            place = home and place_to_build(home, model, processor, provenance, replace)
         indexer = IncrementalIndexer(sources, options, place, provenance)
-        indexer.run(model, processor, batch_size, progress)
+        indexer.run(model, processor, batch_size, progress, encode)
         reasons = [indexer.bad.get(digest) for digest in indexer.digests]
         skipped = {**(skipped or {}), **{ids[row]: why for row, why in enumerate(reasons) if why is not None}}
         kept = [row for row, why in enumerate(reasons) if why is None]

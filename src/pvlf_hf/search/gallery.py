@@ -95,9 +95,12 @@ class Gallery(IndexedImages):
                 [`MilvusGallery`] with its `uri` (a file ending in .db, or a cluster's URL), `name` (of the gallery in
                 that database; by default one made from the folder, or from the ids) and `options`
                 ([`MilvusOptions`]). Without `path` images are encoded into the store; with it they are kept there,
-                too. `vectors` is that of [`~Gallery.load`].
+                too; `vectors`, that of [`~Gallery.load`]; `int8` (False), encode in int8 by OpenVINO, calibrated on
+                these images, for which the model is in float32 and `path` keeps the encoder (`int8_index.py`):
+                repeated calls and images that are added use the same.
 
         Raises:
+            ImportError: if OpenVINO or NNCF is not installed, with `int8`.
             ValueError: if there is no image, or none that can be read; a link leads out of the folder; `path` holds
                 embeddings of another model; or the index is unknown or cannot be opened. An image that cannot be read
                 is skipped, counted in a warning and listed in `skipped`, and so is what looks like an image by its
@@ -188,8 +191,11 @@ class Gallery(IndexedImages):
         """Embed `image` of a dataset, named by `image_id`; other arguments as [`build_gallery`]."""
         _check_place(index, uri, name, options)
         check_copy(vectors, index)
+        if further.get("int8") and path is None:
+            raise ValueError("int8=True: pass path, a folder that keeps the calibrated encoder with the embeddings")
         ids, is_main = checked_ids(dataset), process_state().is_main_process
         if index == "milvus" and path is None and process_state().num_processes == 1:
+            further.pop("int8", None)
             if further.pop("replace", False):
                 raise ValueError(
                     "replace=True replaces the gallery of a folder: without path, index under another name, search "

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..atomic_files import whole
 from ..embeddings.embedding_store import images_made_by, made_by, read_provenance, read_rows, write_rows
+from ..embeddings.int8_encoder import int8_made_by
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .indexing import EMBEDDINGS
 
@@ -60,13 +61,13 @@ def prepared_as(
     kept: dict[str, str] | None, where: str, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor
 ) -> tuple[ComposedRetrievalProcessor, dict[str, str]]:
     """Return what [`as_indexed`] does, for images of the provenance `kept` that are `where` the warning says."""
-    provenance, images = images_made_by(model, processor), processor.image_processor
+    provenance, images = _searching(kept, images_made_by(model, processor)), processor.image_processor
     if kept in (None, provenance) or not hasattr(images, "do_target_pad"):
         return processor, provenance
     other = copy(processor)
     other.image_processor = copy(images)
     other.image_processor.do_target_pad = not images.do_target_pad
-    if kept != (by_other := images_made_by(model, other)):
+    if kept != (by_other := _searching(kept, images_made_by(model, other))):
         return processor, provenance
     padded = other.image_processor.do_target_pad
     logger.warning(
@@ -75,6 +76,17 @@ def prepared_as(
         "search images prepared by the model's own processor, index them into another folder"
     )
     return other, by_other
+
+
+def _searching(kept: dict[str, str] | None, provenance: dict[str, str]) -> dict[str, str]:
+    """Return the provenance of embeddings in int8 by the encoder of the kept ones, where that was made of this model.
+
+    Its queries, unquantised, search them.
+    """
+    if kept is None or "int8" not in kept or provenance["dtype"] != "float32":
+        return provenance
+    quantised = int8_made_by(provenance, kept["int8"])
+    return quantised if quantised == kept else provenance
 
 
 def check_encoder(

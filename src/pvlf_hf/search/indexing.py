@@ -4,7 +4,7 @@ Each file is read once: its digest and its pixels come from the same bytes. Embe
 others are computed, so that an interruption loses little.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Lock
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..digests import sequence_digest
 from ..embeddings.embedding_store import read_rows, write_rows
-from ..embeddings.encoding import encode_stream, image_encoder
+from ..embeddings.encoding import encode_stream
 from ..models.image_processing_pvlf import check_bytes, check_file, open_image, to_rgb
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 
@@ -74,16 +74,21 @@ class IncrementalIndexer:
         self._saved_tensors = len(self._embeds)
 
     def run(
-        self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor, batch_size: int, progress: bool
+        self,
+        model: ComposedRetrievalModel,
+        processor: ComposedRetrievalProcessor,
+        batch_size: int,
+        progress: bool,
+        encode: Callable[[Tensor], Tensor],
     ) -> None:
-        """Read every image and encode new ones; several processes each take a share."""
+        """Read every image and encode new ones by `encode`; several processes each take a share."""
         state = PartialState()
         rows = range(state.process_index, len(self.sources), state.num_processes)
         reader = _Reader(self, processor)
         blank = processor.process_targets(PILImage.new("RGB", (8, 8)))["pixel_values"]
         show = progress and state.is_main_process
         with tqdm(total=len(rows), desc="indexing", unit="image", disable=not show) as reader.bar:
-            stream = encode_stream(model, reader.prepare, image_encoder(model), rows, batch_size, blank, reader.skip)
+            stream = encode_stream(model, reader.prepare, encode, rows, batch_size, blank, reader.skip)
             with closing(stream) as batches:
                 for batch, embeds in batches:
                     mine = ([reader.digest_at[row] for row in batch], embeds)

@@ -1,16 +1,16 @@
 """Encodes queries of a gallery: images and texts by the model, indexed images by the embeddings that are there."""
 
 from collections.abc import Callable
-from functools import partial, update_wrapper
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..embeddings.encoding import device_of
+from ..embeddings.model_views import inference_view
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..models.modeling_pvlf import PVLFQueryOutput
 from .query import Explanation, Query
@@ -145,33 +145,6 @@ def mean_embedding(embeds: Tensor, weights: Tensor) -> Tensor:
     return F.normalize(_weighted_sum(embeds, weights) / weights.sum(), dim=0)
 
 
-def inference_view(model: ComposedRetrievalModel) -> ComposedRetrievalModel:
-    """Return the model if it is in eval mode, else a copy of its modules in eval mode that shares all weights.
-
-    Other threads may be using the model, one of them for training, so its mode is never changed.
-    """
-    return _view(model, {}) if any(module.training for module in model.modules()) else model
-
-
-def _view(module: Any, views: dict[nn.Module, Any]) -> Any:
-    if module in views:
-        return views[module]
-    view = views[module] = module.__class__.__new__(module.__class__)
-    attributes = vars(module).copy()  # weights, buffers and hooks are shared
-    attributes["training"] = False
-    attributes["_modules"] = {
-        name: child if child is None else _view(child, views) for name, child in module._modules.items()
-    }
-    for name, value in attributes.items():  # Accelerate's hooks keep the module's own methods
-        if isinstance(value, MethodType) and value.__self__ is module:
-            attributes[name] = MethodType(value.__func__, view)
-        elif isinstance(value, partial) and any(argument is module for argument in value.args):
-            arguments = [view if argument is module else argument for argument in value.args]
-            attributes[name] = update_wrapper(partial(value.func, *arguments, **value.keywords), value)
-    view.__dict__.update(attributes)
-    return view
-
-
 def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompts: int) -> Explanation:
     """Explain one row of a composed batch that was computed with attentions; `tokens` are the caption's.
 
@@ -185,4 +158,4 @@ def explanation(output: PVLFQueryOutput, row: int, tokens: list[str], num_prompt
     return Explanation((image, fused, text), tokens, attention, num_prompts)
 
 
-__all__ = ["QueryEncoder", "inference_view"]
+__all__ = ["QueryEncoder"]

@@ -308,6 +308,12 @@ class MilvusGallery(ImageSearch):
         remove_others: bool,
         **options: Any,
     ) -> None:
+        if "int8" in self.made_by:
+            raise ValueError(
+                f"the images of {self.index.name} were embedded in int8, by an encoder in a gallery's folder: add "
+                "images by indexing into that folder, with this database (pvlf-hf index PHOTOS --path FOLDER "
+                "--milvus URI)"
+            )
         columns = self.index.schema.columns
         if exif and not {*EXIF.names} <= {*columns.names}:
             raise ValueError(
