@@ -78,6 +78,7 @@ def build_gallery(
         if not home or "int8" in provenance:  # a model searches what another encoder embedded, but does not add to it
             provenance = images_made_by(model, processor)
         options = DecodeOptions(mode, least_side(processor) if draft else None)
+        place: Path | None
         if home and int8:
             images = ImageRows(sources, ids, options, processor)
             place, encoder, provenance = int8_place(home, model, images, provenance, replace, progress)
