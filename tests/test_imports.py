@@ -81,6 +81,7 @@ FOLDERS = {
         "vocabulary",
         "edits",
         "pairs",
+        "near_pairs",
         "image_signatures",
         "screening",
         "measures",

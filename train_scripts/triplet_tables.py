@@ -5,11 +5,13 @@
     python train_scripts/triplet_tables.py train                 # all of them, one after another; resumes
     python train_scripts/triplet_tables.py tat                   # text-anchored tuning, before and after; resumes
     python train_scripts/triplet_tables.py speed                 # captions a second and memory of level 0
+    python train_scripts/triplet_tables.py speed --near          # with pairs of near captions
 
 `pairs` gives the names of Google's emoji to the pipeline as captions. Which names differ in one attribute, or in two,
-is known, so that the pairs that it finds can be scored. `train` makes N triplets of the training artists' drawings by
-each pipeline, leaves out the pairs of EmojiCIR's validation and test splits, trains PVLF by one small recipe and tests
-it on EmojiCIR's three tiers, beside the hand-written triplets. Numbers go to `model_cards/triplets/results.json`,
+is known, so that the pairs that it finds can be scored. The names are as regular as no captions are; so they are also
+given in 64 wordings, such as "a drawing of red apple as a sticker". `train` makes N triplets of the training artists'
+drawings by each pipeline, leaves out the pairs of EmojiCIR's validation and test splits, trains PVLF by one small
+recipe and tests it on EmojiCIR's three tiers, beside the hand-written triplets. Numbers go to `model_cards/triplets/results.json`,
 tables into its README. `--render_only` renders the committed numbers.
 """
 
@@ -43,7 +45,8 @@ from pvlf_hf.data.emoji_cir import dataset as emoji_cir
 from pvlf_hf.data.emoji_cir.dataset import TIERS, TRAINING_VENDORS, emoji_pairs
 from pvlf_hf.data.making import load_vocabulary
 from pvlf_hf.data.making import pairs as pairs_module
-from pvlf_hf.data.making.edits import find_edit
+from pvlf_hf.data.making.edits import find_edit, find_swap, pick
+from pvlf_hf.data.making.near_pairs import SOURCE, near_pairs
 from pvlf_hf.data.making.pairs import CaptionIndex, Pair, find_pairs, index_captions
 from pvlf_hf.data.making.pipeline import read_jsonl
 from pvlf_hf.data.making.screening import Limits
@@ -69,18 +72,50 @@ HARDER = {"level 0, hard negatives": "--hard_negatives=1 --mine_every=1"}
 """Further arm: triplets of level 0, trained with the negatives that they name, and mined ones."""
 
 
-def write_table(file: Path, vendors: Sequence[str]) -> Path:
-    """Write a table of images, names and artists; return the folder that its image names are relative to."""
+def write_table(file: Path, vendors: Sequence[str], word: Callable[[str], str] = str) -> Path:
+    """Write images, captions made of names, names and artists; return the folder that image names are relative to."""
     images = load_emoji_pictures(vendors).cast_column("image", Image(decode=False))
     paths = [Path(cell["path"]) for cell in images["image"]]
     root = paths[0].parents[1]
-    rows = zip((path.relative_to(root) for path in paths), images["name"], images["vendor"], strict=True)
+    names, files = images["name"][:], (path.relative_to(root) for path in paths)
+    rows = zip(files, map(word, names), names, images["vendor"], strict=True)
     with file.open("w", newline="") as stream:
-        csv.writer(stream).writerows([("image", "caption", "vendor"), *rows])
+        csv.writer(stream).writerows([("image", "caption", "name", "vendor"), *rows])
     return root
 
 
 # ---- pairs ----
+
+
+BEFORE = (
+    "",
+    "a drawing of",
+    "an icon of",
+    "a cartoon of",
+    "a flat picture of",
+    "here is",
+    "an emoji of",
+    "a symbol for",
+)
+AFTER = (
+    "",
+    "on a plain background",
+    "in a simple style",
+    "with soft shading",
+    "for a chat message",
+    "as a sticker",
+    "seen up close",
+    "without a border",
+)
+"""Words around a name in place of which an untidy caption has others; independent of what the name says."""
+
+WORDED = "64 wordings: "
+"""Before what found pairs of worded names."""
+
+
+def worded(name: str) -> str:
+    """Return a name in one of 64 wordings, drawn by its hash."""
+    return f"{pick(BEFORE, f'before {name}')} {name} {pick(AFTER, f'after {name}')}".strip()
 
 
 def measure_pairs() -> dict[str, Any]:
@@ -93,20 +128,24 @@ def measure_pairs() -> dict[str, Any]:
     english = load_vocabulary("en")
     found: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
-        root = write_table(Path(folder) / "t.csv", ["Goog"])
-        index = index_captions(Path(folder) / "t.csv", Path(folder) / "work", english, progress=False)
-        miner = TripletMiner(*load_model(str(BACKBONE)), root)
-        sources: dict[str, Callable[[], Iterator[Pair]]] = {
-            "level 0": lambda: find_pairs(index),
-            "level 1, mined alone": lambda: miner.pairs(index, english, 0),
-        }
-        uncapped = "level 0, no cap on pairs of a key"
-        for name in (uncapped, *sources):
-            cap, pairs_module.PAIRS_OF_KEY = pairs_module.PAIRS_OF_KEY, 10**9 if name == uncapped else 20
-            pairs = edited_pairs(index, sources.get(name, sources["level 0"])(), english)
+        for head, word in (("", str), (WORDED, worded)):
+            table, work = Path(folder) / f"{word.__name__}.csv", Path(folder) / word.__name__
+            root = write_table(table, ["Goog"], word)
+            index = index_captions(table, work, english, kept_columns=("name",), progress=False)
+            cap, pairs_module.PAIRS_OF_KEY = pairs_module.PAIRS_OF_KEY, 10**9
+            of = {"level 0, no cap on pairs of a key": edited_pairs(index, find_pairs(index), english)}
             pairs_module.PAIRS_OF_KEY = cap
-            found[name] = score_pairs(pairs, true, published)
-        index.close()
+            of["level 0"] = edited_pairs(index, find_pairs(index), english)
+            near = edited_pairs(index, near_pairs(index, 0, english), english)
+            of["near captions that no pair of level 0 has"] = {
+                pair: kind for pair, kind in near.items() if pair not in of["level 0"]
+            }
+            of["level 0 with near captions"] = near | of["level 0"]
+            if not head:
+                miner = TripletMiner(*load_model(str(BACKBONE)), root)
+                of["level 1, mined alone"] = edited_pairs(index, miner.pairs(index, english, 0), english)
+            found |= {head + name: score_pairs(pairs, true, published) for name, pairs in of.items()}
+            index.close()
     return {"names": len(names), "pairs": len(true), "published": len(published), "found": found}
 
 
@@ -114,10 +153,11 @@ def edited_pairs(index: CaptionIndex, pairs: Iterator[Pair], vocabulary: Any) ->
     """Return the pairs of names that an edit can be written for, with its kind."""
     kept = {}
     for pair in pairs:
-        a, b = index[pair.reference]["caption"], index[pair.target]["caption"]
-        edit = find_edit(vocabulary.read(a), vocabulary.read(b), vocabulary)
-        if edit is not None and a != b:
-            kept[frozenset((a, b))] = edit.kind
+        a, b = index[pair.reference], index[pair.target]
+        find = find_swap if pair.source == SOURCE else find_edit
+        edit = find(vocabulary.read(a["caption"]), vocabulary.read(b["caption"]), vocabulary)
+        if edit is not None and a["name"] != b["name"]:
+            kept[frozenset((a["name"], b["name"]))] = edit.kind
     return kept
 
 
@@ -236,8 +276,13 @@ LOOKS = "red blue green small large wooden old new striped white black".split()
 PLACES = "street beach field park room kitchen garden bridge".split()
 
 
-def measure_speed(captions: int) -> dict[str, Any]:
-    """Make a tenth as many triplets of random captions, without images; return captions a CPU second, and MiB."""
+def measure_speed(captions: int, near: bool = False) -> dict[str, Any]:
+    """Make a tenth as many triplets of random captions, without images; return captions a CPU second, and MiB.
+
+    Args:
+        captions: number of captions.
+        near: pair near captions, too.
+    """
 
     def draw(words: Sequence[str], row: int, slot: int) -> str:
         return words[id_number(f"{row} {slot}") % len(words)]
@@ -252,14 +297,22 @@ def measure_speed(captions: int) -> dict[str, Any]:
                 d, e = draw(THINGS, row, 3), draw(PLACES, row, 4)
                 number = id_number(f"{row} 5") % max(captions // 300, 1)
                 writer.writerow((f"{row}.jpg", f"a {a} {b} next to a {c} {d}{number} in the {e}"))
-        load_vocabulary("en").grammar.plural("dog")  # inflect is slow to import
+        load_vocabulary("en").grammar.plural("dog")  # inflect is slow to import, and so is scikit-learn
+        if near:
+            import sklearn.feature_extraction.text  # noqa: F401
         start = time.process_time()
-        settings = Making(count=captions // 10, check_images=False)
+        settings = Making(count=captions // 10, check_images=False, near=near)
         report = make_triplets(table, folder, Path(folder) / "out.jsonl", settings, progress=False)
         seconds = time.process_time() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rate = round(captions / seconds)
-    return {"captions": captions, "captions_a_second": rate, "MiB": round(memory), "triplets": report.measures["rows"]}
+    found = {
+        "captions": captions,
+        "captions_a_second": rate,
+        "MiB": round(memory),
+        "triplets": report.measures["rows"],
+    }
+    return found | ({"near": report.measures["sources"].get(SOURCE, 0)} if near else {})
 
 
 # ---- results ----
@@ -296,13 +349,15 @@ def render(results: dict[str, Any]) -> None:
         worst = sorted(one["recall_by_attribute"].items(), key=lambda item: item[1][0] / item[1][1])
         parts.append(f"Level 0, right pairs by kind of edit: {', '.join(kinds)}.")
         parts.append("Level 0, recall by attribute: " + ", ".join(f"{k} {a}/{b}" for k, (a, b) in worst) + ".")
+        parts.append(gains_of_near_captions(pairs["found"]))
     if runs := results.get("train"):
         parts.append(training_table(runs))
     if tuned := results.get("tat"):
         parts.append(tat_table(tuned))
     if speed := results.get("speed"):
         parts += [
-            f"Level 0: {one['captions_a_second']:,} captions a second of one core's time, {one['MiB']} MiB, "
+            f"Level 0{' with near captions' if 'near' in one else ''}: "
+            f"{one['captions_a_second']:,} captions a second of one core's time, {one['MiB']} MiB, "
             f"{one['triplets']:,} triplets of {one['captions']:,} captions."
             for one in speed.values()
         ]
@@ -310,6 +365,20 @@ def render(results: dict[str, Any]) -> None:
     head, _, rest = card.read_text().partition(START)
     with whole(card) as partial:
         partial.write_text(head + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + rest.partition(END)[2])
+
+
+def gains_of_near_captions(found: dict[str, Any]) -> str:
+    """Return where near captions raise the recall of an attribute, for names as they are and worded."""
+    lines = []
+    for head in ("", WORDED):
+        without, with_near = (
+            found[f"{head}level 0{name}"]["recall_by_attribute"] for name in ("", " with near captions")
+        )
+        gains = {kind: (without[kind][0], *with_near[kind]) for kind in without if with_near[kind] != without[kind]}
+        order = sorted(gains, key=lambda kind: gains[kind][0] - gains[kind][1])
+        named = ", ".join("{} {} to {} of {}".format(kind, *gains[kind]) for kind in order)
+        lines.append(f"Near captions raise the recall, {head or 'names as they are: '}{named}.")
+    return "\n\n".join(lines)
 
 
 START, END = "<!-- results: written by train_scripts/triplet_tables.py -->", "<!-- end of results -->"
@@ -343,6 +412,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--captions", type=int, default=200_000)
+    parser.add_argument("--near", action="store_true", help="speed: pair near captions, too")
     parser.add_argument("--dry_run", action="store_true", help="list the runs")
     parser.add_argument("--render_only", action="store_true", help="render the committed numbers")
     args = parser.parse_args(command_line)
@@ -356,7 +426,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
                 continue
             keep(tat={str(seed): run_tat(seed, args.output_dir)})
     elif args.what == "speed":
-        keep(speed={str(args.captions): measure_speed(args.captions)})
+        keep(speed={f"{args.captions}{' near' * args.near}": measure_speed(args.captions, args.near)})
     else:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         keys = [(a, n, s) for n in args.numbers for a in args.arms for s in args.seeds]

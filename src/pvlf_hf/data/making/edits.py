@@ -4,7 +4,7 @@ An [`Edit`] is one change or two. Its kind decides among the wordings of the wor
 by the ids of the triplet, so that it is the same on every machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -26,6 +26,9 @@ KINDS = (
 
 ACCOMPANYING = frozenset({"with", "and", "mit", "und"})
 """Function words before what was added: "with a hat" is "add a hat"."""
+
+SWAPPED = "_"
+"""Stands for the word that is swapped; no word of a caption is equal to it."""
 
 Span = tuple[int, int]
 
@@ -80,6 +83,31 @@ def find_edit(reference: Caption, target: Caption, vocabulary: Vocabulary) -> Ed
     if len(changes) > 2:
         changes = _changed_phrases(reference, target)
     return Edit(reference, target, tuple(changes)) if 1 <= len(changes) <= 2 else None
+
+
+def slots_of(caption: Caption, vocabulary: Vocabulary) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the places of the listed words that can be swapped, and what must agree between two captions for that.
+
+    That is the other listed words in their order, the class of the swapped word, and the noun that it describes.
+    """
+    listed = [at for at, letter in enumerate(caption.classes) if letter in (NUMBER, ATTRIBUTE, PERSON, VERB)]
+    for at in listed:
+        letter = caption.classes[at]
+        of_class = vocabulary.attribute_of.get(caption.words[at], letter) if letter == ATTRIBUTE else letter
+        end = noun_after(caption, at + 1)[1] if letter in (NUMBER, ATTRIBUTE) else 0
+        others = (SWAPPED if one == at else caption.words[one] for one in listed)
+        yield at, (of_class, caption.words[end - 1] if end else "", *others)
+
+
+def find_swap(reference: Caption, target: Caption, vocabulary: Vocabulary) -> Edit | None:
+    """Return the swap of one listed word between two captions, whatever else they say; None if there is not one."""
+    places = {agree: at for at, agree in slots_of(target, vocabulary)}
+    for old, agree in slots_of(reference, vocabulary):
+        new = places.get(agree)
+        if new is not None and reference.words[old] != target.words[new]:
+            change = _change(reference, target, (old, old + 1), (new, new + 1), vocabulary)
+            return Edit(reference, target, (change,))
+    return None
 
 
 def _differences(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int, int, int]]:
@@ -263,4 +291,4 @@ def _counts(edit: Edit, change: Change, vocabulary: Vocabulary, noun: str) -> di
     return {"old": old, "new": new, "nouns": singular if new == one else plural, "plural": plural, "noun": noun}
 
 
-__all__ = ["KINDS", "Change", "Edit", "find_edit", "noun_phrases", "pick", "write_caption"]
+__all__ = ["KINDS", "Change", "Edit", "find_edit", "find_swap", "noun_phrases", "pick", "slots_of", "write_caption"]

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from ...atomic_files import whole
 from ...digests import content_digest, id_number, sequence_digest
 from ..checks import as_path, check_integer
-from .edits import Edit, find_edit, write_caption
+from .edits import Edit, find_edit, find_swap, write_caption
 from .image_signatures import ImageChecks
 from .measures import measure
+from .near_pairs import SOURCE, near_pairs
 from .pairs import CaptionIndex, Pair, find_pairs, index_captions
 from .screening import Limits, Row, Screen, TargetIds, allowances, balanced
 from .triplet_report import TripletReport, opener, report_on
@@ -82,6 +83,7 @@ class Making:
         check_images: open the images of every triplet: left out are those that are missing, broken or look the same.
         kept_columns: columns of the table that go into the output, of both images.
         group: column, such as an artist or an album, of which reference and target have the same value.
+        near: pair further captions that are alike but for a listed word, see [`near_pairs`]; needs scikit-learn.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -96,6 +98,7 @@ class Making:
     check_images: bool = True
     kept_columns: tuple[str, ...] = ("licence", "license")
     group: str | None = None
+    near: bool = False
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed)
@@ -195,6 +198,9 @@ def _run(
     sources: list[tuple[str, Callable[[], Iterator[Pair]]]] = [
         (f"made-{part:05}", partial(find_pairs, index, part)) for part in range(index.parts())
     ]
+    if settings.near:
+        blocks = range(len(index.starts) - 1)
+        sources += [(f"near-{n:05}", partial(near_pairs, index, n, vocabulary, settings.group)) for n in blocks]
     if miner is not None:
         sources.append(("mined", partial(miner.pairs, index, vocabulary, settings.seed)))
     made = []
@@ -309,7 +315,8 @@ def make_rows(
         if reference["image"] == target["image"] or screen.used_up(reference["image"], target["image"]):
             continue
         looked_for[has_two] += 1
-        edit = find_edit(read(reference["caption"]), read(target["caption"]), vocabulary)
+        find = find_swap if pair.source == SOURCE else find_edit
+        edit = find(read(reference["caption"]), read(target["caption"]), vocabulary)
         if edit is None:
             continue
         row: Row = {}
