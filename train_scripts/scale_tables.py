@@ -217,7 +217,7 @@ class Store(NamedTuple):
     most: int = 10**7
 
 
-def in_memory(index: str, most: int) -> Store:
+def in_memory(index: str, most: int, vectors: Any = None) -> Store:
     """Return the store of a gallery in memory."""
 
     def build(number: int, place: Path) -> float:
@@ -226,10 +226,13 @@ def in_memory(index: str, most: int) -> Store:
         start = time.perf_counter()
         table, made_by = GalleryTable(names, [None] * number, names), images_made_by(model, processor)
         Gallery(table, embeds, made_by, model, processor, metadata=prices(0, number)).save(place)
-        _ = Gallery.load(place, model, processor, index).index  # type: ignore[arg-type]
+        _ = opened(place, model, processor).index
         return time.perf_counter() - start
 
-    return Store(build, lambda place, *encoder: Gallery.load(place, *encoder, index), most)  # type: ignore[arg-type]
+    def opened(place: Path, *encoder: Any) -> Gallery:
+        return Gallery.load(place, *encoder, index, vectors=vectors)  # type: ignore[arg-type]
+
+    return Store(build, opened, most)
 
 
 def in_shards(vectors: Vectors, most: int = 10**7) -> Store:
@@ -255,6 +258,7 @@ def in_milvus(most: int) -> Store:
 
 STORES = {
     "in memory, exact": in_memory("exact", 10**6),
+    "in memory, int8": in_memory("exact", 10**6, "int8"),
     "in memory, FAISS": in_memory("faiss", 10**6),
     "Milvus Lite": in_milvus(10**5),
     "shards, float32": in_shards("float32", 10**6),

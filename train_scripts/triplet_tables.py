@@ -11,8 +11,8 @@
 is known, so that the pairs that it finds can be scored. The names are as regular as no captions are; so they are also
 given in 64 wordings, such as "a drawing of red apple as a sticker". `train` makes N triplets of the training artists'
 drawings by each pipeline, leaves out the pairs of EmojiCIR's validation and test splits, trains PVLF by one small
-recipe and tests it on EmojiCIR's three tiers, beside the hand-written triplets. Numbers go to `model_cards/triplets/results.json`,
-tables into its README. `--render_only` renders the committed numbers.
+recipe and tests it on EmojiCIR's three tiers, beside the hand-written triplets. Numbers go to
+`model_cards/triplets/results.json`, tables into its README. `--render_only` renders the committed numbers.
 """
 
 import argparse
