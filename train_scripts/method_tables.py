@@ -23,10 +23,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from demo import first_queries
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, TrainingFreeModel, load_emoji_cir
+from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.fingerprints import image_fingerprint
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least three for an interval")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/method-tables"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each with one thread")
     parser.add_argument("--max_steps", type=int, help="training steps, by default those of each recipe")
     parser.add_argument("--queries", type=int, default=1500, help="test queries to rank; there are 1,500")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
@@ -109,15 +111,12 @@ def main() -> None:
     file = CARD / "results.json"
     if not args.render_only:
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
-        runs = [(name, seed) for name in args.rows for seed in (args.seeds if ROWS[name].seeds else [None])]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda run: train_row(*run, args.output_dir.resolve(), flags, args.jobs), runs))
-        measured = [measure(*run, args.output_dir.resolve(), args.queries) for run in runs]
-        kept = json.loads(file.read_text()) if file.exists() else []
-        new = {(entry["row"], entry["seed"]) for entry in measured}
-        entries = [entry for entry in kept if (entry["row"], entry["seed"]) not in new] + measured
-        entries.sort(key=lambda entry: ([*ROWS].index(entry["row"]), entry["seed"] or 0))
-        file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        folder = args.output_dir.resolve()
+        for name in args.rows:
+            runs = [(name, seed) for seed in (args.seeds if ROWS[name].seeds else [None])]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda run: train_row(*run, folder, flags), runs))
+            keep([measure(*run, folder, args.queries) for run in runs], file)
     entries = json.loads(file.read_text())
     plot(entries, CARD / "recall_against_cost.png")
     card = CARD / "README.md"
@@ -127,14 +126,24 @@ def main() -> None:
     print(rendered(entries))
 
 
+def keep(measured: list[dict[str, Any]], file: Path) -> None:
+    """Write runs into the file of all runs, in place of earlier ones."""
+    kept = json.loads(file.read_text()) if file.exists() else []
+    new = {(entry["row"], entry["seed"]) for entry in measured}
+    entries = [entry for entry in kept if (entry["row"], entry["seed"]) not in new] + measured
+    entries.sort(key=lambda entry: ([*ROWS].index(entry["row"]), entry["seed"] or 0))
+    with whole(file) as partial:
+        partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
 def folder_of(name: str, seed: int | None, folder: Path) -> Path:
     """Return the folder of a run."""
     plain = "".join(letter if letter.isalnum() else "-" for letter in name.casefold())
     return folder / (plain if seed is None else f"{plain}-seed{seed}")
 
 
-def train_row(name: str, seed: int | None, folder: Path, flags: list[str], jobs: int) -> None:
-    """Train a row by its recipe in a process of its own, unless its folder holds a finished run."""
+def train_row(name: str, seed: int | None, folder: Path, flags: list[str]) -> None:
+    """Train a row by its recipe in a process of its own, of one thread, unless its folder holds a finished run."""
     row, home = ROWS[name], folder_of(name, seed, folder)
     if row.recipe is None or (home / "results.json").exists():
         return
@@ -142,7 +151,7 @@ def train_row(name: str, seed: int | None, folder: Path, flags: list[str], jobs:
     print(f"training {name}, seed {seed}; progress in {home / 'log.txt'}", flush=True)
     script, recipe = ROOT / "train_scripts" / "train_pvlf.py", ROOT / "train_scripts" / "configs" / row.recipe
     command = [sys.executable, str(script), str(recipe), f"--output_dir={home}", f"--seed={seed}", *row.flags, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (home / "log.txt").open("w") as log:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
@@ -179,17 +188,21 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
     else:
         model, processor = load_row(name, seed, folder)
         found = [evaluate(model, processor, benchmark) for benchmark in benchmarks]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in training
+        cost = query_milliseconds(model, processor, benchmarks[0].queries)
+        torch.set_num_threads(threads)
         plain = TrainingFreeModel.from_vl_pretrained(str(BACKBONE))
         index = image_fingerprint(plain, PVLFProcessor.from_vl_pretrained(str(BACKBONE)))
         entry |= {
             "trained_weights": trained_weights(home, model) if ROWS[name].recipe else 0,
             "seconds_a_step": seconds_a_step(home) if ROWS[name].recipe else None,
-            "query_ms": query_milliseconds(model, processor, benchmarks[0].queries),
+            "query_ms": cost,
             "own_gallery": image_fingerprint(model, processor) != index,
         }
     entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
-    cost = {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
-    write_results(home / "evaluation" / "results.json", found, cost=cost)  # for `pvlf-hf compare`
+    costs = {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
+    write_results(home / "evaluation" / "results.json", found, cost=costs)  # for `pvlf-hf compare`
     file.write_text(json.dumps(entry), encoding="utf-8")
     return entry
 
@@ -212,7 +225,7 @@ def rendered(entries: list[dict[str, Any]]) -> str:
     (queries,) = {entry["queries"] for entry in entries}
     parts = [
         f"Percent; trained rows: mean ± standard deviation over seeds {', '.join(map(str, seeds))}. {queries} queries "
-        "against 3,633 images by an artist that no training saw. Costs on two cores: seconds of a training step of "
+        "against 3,633 images by an artist that no training saw. Costs of one thread: seconds of a training step of "
         "the recipe's batch, milliseconds of one query without decoding its image, and whether the gallery is another "
         "than the encoder's own."
     ]
