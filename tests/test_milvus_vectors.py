@@ -19,6 +19,7 @@ from test_gallery import counting
 from test_milvus import MADE_BY, TEXT, searches, unit
 from test_search_options import ROWS, make_training_free
 from tiny import make_model, make_processor
+from torch.nn import functional as F
 
 pytest.importorskip("milvus_lite")
 
@@ -31,9 +32,10 @@ from pvlf_hf import Gallery, ShardedGallery
 from pvlf_hf.embeddings.similarity import exact_unit_rows, top_k
 from pvlf_hf.search.milvus.filling import fill_store, from_shards
 from pvlf_hf.search.milvus.gallery import MilvusGallery
-from pvlf_hf.search.milvus.nearest import nearest_in_store, store_recall
+from pvlf_hf.search.milvus.nearest import FEWEST, nearest_in_store, store_recall
 from pvlf_hf.search.milvus.schema import StoreSchema, embeddings_of
 from pvlf_hf.search.milvus.store import MilvusOptions, StoreAddress, create_store, open_store
+from pvlf_hf.search.query import FUSION
 from pvlf_hf.search.shards import shard_table, write_part
 
 FLOAT, HALF = schema_pb2.FloatVector, schema_pb2.Float16Vector
@@ -163,23 +165,47 @@ def test_float16_shards_fill_a_store_bit_for_bit_and_are_found_alike(composition
         assert (found.ids, found.scores) == (expected.ids, expected.scores)
 
 
-def test_rounding_the_query_moves_no_image_out_of_the_results(url, tmp_path):
-    """The order of the server is that of the query in float16: here it is no guide to the best of 600 near images."""
-    centre = unit(1, 64)
-    embeds = centre + 3e-3 * unit(600, 64, seed=1)
-    store = create_store(StoreAddress(url, "near", HALVES), 64, None, MADE_BY)
+def level(queries, count=600):
+    """Return images at about the same angle to queries in all directions: float16 decides between them."""
+    width = queries.shape[1]
+    basis = torch.linalg.qr(queries.double().T).Q
+    aside = unit(count, width, seed=1).double()
+    aside = F.normalize(aside - aside @ basis @ basis.T, dim=1)
+    return F.normalize(F.normalize(queries.double().sum(dim=0), dim=0) + aside, dim=1).float()
+
+
+def ids_of(rows):
+    return [f"{row:06d}'\".jpg" for row in rows.tolist()]
+
+
+def test_rounding_the_query_moves_no_image_out_of_the_results(url):
+    """The server ranks by the query in float16, which is no guide to the best 40 of 600 images at the same angle."""
+    query = unit(1, 16)[0]
+    embeds = level(query[None])
+    store = create_store(StoreAddress(url, "level", HALVES), 16, None, MADE_BY)
     assert fill_store(store, [("all", table_of(embeds))]) == (600, 0, 0)
     stored = embeds.half().float()
-    misled = 0
-    for query in centre + 3e-3 * unit(10, 64, seed=2):
-        scores, best = top_k(query[None], stored, 40)
-        found = nearest_in_store(store, lambda _, query=query: query, 40)
-        assert [int(one[:6]) for one in found.ids] == best[0].tolist() and torch.equal(found.scores, scores[0])
-        first = store.nearest(query, 64)["id"].to_pylist()
-        misled += not {f"{row:06d}'\".jpg" for row in best[0].tolist()} <= {*first}
-    assert misled and store_recall(store, unit(5, 64, seed=3)) == 1
-    assert torch.equal(embeddings_of(store.read(), 64), stored)
+    scores, best = top_k(query[None], stored, 40)
+    assert not {*ids_of(best[0])} <= {*store.nearest(query, FEWEST)["id"].to_pylist()}
+    found = nearest_in_store(store, lambda _: query, 40)
+    assert found.ids == ids_of(best[0]) and torch.equal(found.scores, scores[0])
+    assert torch.equal(found.embeds, stored[best[0]]) and torch.equal(embeddings_of(store.read(), 16), stored)
     assert torch.allclose(store.mean(), exact_unit_rows(stored).mean(dim=0), rtol=0, atol=1e-12)  # float64
+    assert store_recall(store, unit(5, 16, seed=3)) == 1
+
+
+def test_rounding_moves_no_image_out_of_the_results_by_two_similarities(url, photos):
+    made = make_training_free(composition="product")
+    query = Gallery.from_folder(photos, *made, progress=False).query(draw(1), TEXT)
+    width = made[0].embedding_width
+    parts = query.scored_by(FUSION, torch.ones(1, width), torch.zeros(width).double()).parts(0)[0]
+    embeds = level(torch.stack([F.normalize(part.float(), dim=0) for part in parts]))
+    store = create_store(StoreAddress(url, "level_product", HALVES), width, None, MADE_BY)
+    fill_store(store, [("all", table_of(embeds))])
+    stored, mean = embeds.half().float(), store.mean()
+    expected = query.scored_by(FUSION, stored, mean).of_images(0, torch.arange(600)).sort(descending=True, stable=True)
+    found = nearest_in_store(store, lambda images: query.scored_by(FUSION, images, mean), 40)
+    assert found.ids == ids_of(expected.indices[:40]) and torch.equal(found.scores, expected.values[:40])
 
 
 def test_folder_is_indexed_as_float16(url, photos, tmp_path):
