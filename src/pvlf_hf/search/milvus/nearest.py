@@ -51,12 +51,13 @@ def nearest_in_store(store: MilvusStore, scorer: Scorer, number: int, condition:
     """
     whole = scorer(torch.ones(1, store.schema.width))
     vectors = [whole] if isinstance(whole, Tensor) else [(v / v.norm()).float() for v in whole.parts(0)[0]]
+    rounding = [store.schema.asked(vector)[1] for vector in vectors]
     width = min(store.most_results, max(FEWEST, number + number // 4))
     while True:
         sides = [store.nearest(vector, width, condition) for vector in vectors]
         table = _merged(sides)
         embeds = embeddings_of(table, store.schema.width)
-        scores, order, most = _scored(scorer, embeds, table, sides)
+        scores, order, most = _scored(scorer, embeds, table, sides, rounding)
         exhausted = all(len(side) < width for side in sides)
         settled = len(scores) >= number and bool(scores[number - 1] > most)
         if not (exhausted or settled) and width == store.most_results:
@@ -79,7 +80,7 @@ def store_recall(store: MilvusStore, queries: Tensor, k: int = 10, condition: st
     """
     best = TopK(queries, k)
     for rows in store.stream(["embedding"], condition):
-        embeds = torch.from_numpy(np.asarray([row["embedding"] for row in rows], dtype=np.float32))
+        embeds = torch.from_numpy(store.schema.embeddings(rows).astype(np.float32))
         best.add(embeds, torch.zeros(len(rows), dtype=torch.int64))
     shares = []
     for query, wanted in zip(queries, best.scores, strict=True):
@@ -113,22 +114,27 @@ def _merged(sides: list[pa.Table]) -> pa.Table:
     return first.sort_by("id") if len(first) else first
 
 
-def _scored(scorer: Scorer, embeds: Tensor, table: pa.Table, sides: list[pa.Table]) -> tuple[Tensor, Tensor, float]:
-    """Return scores and rows of the table, best first, and the most that an image that was not found can score."""
+def _scored(
+    scorer: Scorer, embeds: Tensor, table: pa.Table, sides: list[pa.Table], rounding: list[float]
+) -> tuple[Tensor, Tensor, float]:
+    """Return scores and rows of the table, best first, and the most that an image that was not found can score.
+
+    The server's order errs twice: in the last image found, and in one that it ranks below.
+    """
     if not len(embeds):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), -torch.inf
     scored = scorer(embeds)
     error = 2 * error_bound(embeds.shape[1]) + 2.0**-22  # of the server's order: it computes 1 - cosine in float32
     if isinstance(scored, Tensor):
         scores, order = top_k(scored[None], embeds, len(embeds))
-        return scores[0], order[0], float(scores.min()) + error
+        return scores[0], order[0], float(scores.min()) + error + 2 * rounding[0]
     best = scored.of_images(0, torch.arange(len(embeds))).sort(descending=True, stable=True)
     row_of = {image_id: row for row, image_id in enumerate(table["id"].to_pylist())}
     most = []
     for half, side in enumerate(sides):
         rows = torch.tensor([row_of[image_id] for image_id in side["id"].to_pylist()])
         length = float(scored.parts(0)[0][half].norm())
-        most.append(scored.similarities(0, rows)[half].min() + length * error)
+        most.append(scored.similarities(0, rows)[half].min() + length * (error + 2 * rounding[half]))
     return best.values, best.indices, float(scored.combine(*most))
 
 

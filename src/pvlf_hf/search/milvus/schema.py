@@ -4,6 +4,8 @@ A collection has the fields `key`, `id`, `path`, `digest` and `embedding`, and o
 numbers, texts, booleans, and dates as whole numbers since 1970. The primary key is a digest of the id, since ids may
 hold quotes, which pymilvus does not escape in its own requests for keys. A column whose name Milvus does not take gets
 a field of another name. What the fields mean is kept in the collection's properties.
+
+Embeddings are FLOAT_VECTOR, or FLOAT16_VECTOR, which Milvus Lite 3.2 does not have.
 """
 
 import base64
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...digests import sequence_digest
+from ..vectors import StoredVectors, storing_error
 
 MADE_BY, COLUMNS = "pvlf_hf.made_by", "pvlf_hf.columns"
 """Properties of a collection: provenance of the embeddings, and Arrow schema of the metadata."""
@@ -39,28 +42,44 @@ STORED: dict[Kind, pa.DataType] = {"text": pa.string(), "boolean": pa.bool_(), "
 """Arrow types of the values that Milvus holds; others are int64."""
 
 
+StoredAs = Literal["float32", "float16"]
+"""Types of the numbers of embeddings that a store holds."""
+
+FIELD_TYPES: dict[StoredAs, str] = {"float32": "FLOAT_VECTOR", "float16": "FLOAT16_VECTOR"}
+"""Names of their types of fields in Milvus."""
+
+
 class StoreSchema(NamedTuple):
-    """Columns of a store: width of the embeddings, and the metadata with the fields that hold it."""
+    """Columns of a store: width and numbers of the embeddings, and the metadata with the fields that hold it."""
 
     width: int
     columns: pa.Schema
     fields: tuple[str, ...]
+    vectors: StoredAs = "float32"
 
     @classmethod
-    def of(cls, width: int, columns: pa.Schema | None) -> "StoreSchema":
+    def of(cls, width: int, columns: pa.Schema | None, vectors: StoredAs = "float32") -> "StoreSchema":
         """Lay out columns of metadata.
 
         Raises:
             ValueError: if Milvus cannot hold a column.
         """
         columns = pa.schema([pa.field(c.name, _plain_type(c)) for c in columns or ()])
-        return cls(width, columns, tuple(_field_name(place, name) for place, name in enumerate(columns.names)))
+        fields = tuple(_field_name(place, name) for place, name in enumerate(columns.names))
+        return cls(width, columns, fields, vectors)
 
     @classmethod
     def read(cls, properties: dict[str, str], fields: Iterable[dict[str, Any]]) -> "StoreSchema":
         """Read what a collection says that it holds."""
-        width = next(field["params"]["dim"] for field in fields if field["name"] == "embedding")
-        return cls.of(int(width), pa.ipc.read_schema(pa.py_buffer(base64.b64decode(properties[COLUMNS]))))
+        embedding = next(field for field in fields if field["name"] == "embedding")
+        vectors = next(vectors for vectors, kind in FIELD_TYPES.items() if embedding["type"].name == kind)
+        columns = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(properties[COLUMNS])))
+        return cls.of(int(embedding["params"]["dim"]), columns, vectors)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of an embedding."""
+        return self.width * np.dtype(self.vectors).itemsize
 
     def field_of(self, column: str) -> str:
         """Return the field that holds a column."""
@@ -81,7 +100,7 @@ class StoreSchema(NamedTuple):
         schema.add_field("id", **text)
         schema.add_field("path", nullable=True, **text)
         schema.add_field("digest", datatype=DataType.VARCHAR, max_length=64)
-        schema.add_field("embedding", datatype=DataType.FLOAT_VECTOR, dim=self.width)
+        schema.add_field("embedding", datatype=DataType[FIELD_TYPES[self.vectors]], dim=self.width)
         kinds = {"text": text, "number": {"datatype": DataType.DOUBLE}, "boolean": {"datatype": DataType.BOOL}}
         for field, column in zip(self.fields, self.columns, strict=True):
             schema.add_field(field, nullable=True, **kinds.get(kind_of(column.type), {"datatype": DataType.INT64}))
@@ -94,7 +113,7 @@ class StoreSchema(NamedTuple):
         for field, column in zip(self.fields, self.columns, strict=True):
             columns[field] = as_stored(batch[column.name].combine_chunks()).to_pylist()
         names = [*columns, "embedding"]
-        embeds = embeddings_of(batch, self.width).numpy()
+        embeds = embeddings_of(batch, self.width).numpy().astype(self.vectors)
         return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), embeds, strict=True)]
 
     def table(self, rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -105,8 +124,28 @@ class StoreSchema(NamedTuple):
             values = pa.array([row[field] for row in rows], stored)
             columns[column.name] = (values.cast(pa.int32()) if _is_short(column.type) else values).cast(column.type)
         if rows and "embedding" in rows[0]:
-            columns["embedding"] = embedding_column([row["embedding"] for row in rows])
+            columns["embedding"] = embedding_column(self.embeddings(rows))
         return pa.table(columns)
+
+    def embeddings(self, rows: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Return the embeddings of rows that Milvus answered, as they are stored: float32 or float16 `(rows, d)`."""
+        cells = [row["embedding"] for row in rows]
+        if self.vectors == "float32":
+            return np.asarray(cells, dtype=np.float32).reshape(-1, self.width)
+        # pymilvus gives the bytes of float16 alone from a search, and in a list from a query.
+        halves = b"".join(cell if isinstance(cell, bytes) else cell[0] for cell in cells)
+        return np.frombuffer(halves, "<f2").reshape(-1, self.width)
+
+    def asked(self, query: Tensor) -> tuple[list[float] | np.ndarray, float]:
+        """Return a query `(d,)` as Milvus takes it, and the most by which that changes its cosine with an image.
+
+        Milvus compares float16 with float16 only, and rounding a query to it can change the order of images.
+        """
+        if self.vectors == "float32":
+            return query.tolist(), 0.0
+        unit = query.double() / query.double().norm().clamp(min=1e-12)
+        halves = unit.half()
+        return halves.numpy(), float(storing_error(StoredVectors(halves[None], None)))
 
     def cast(self, metadata: pa.Table) -> pa.Table:
         """Return columns of metadata in the order and of the types of the store.
@@ -127,7 +166,8 @@ class StoreSchema(NamedTuple):
 
         Raises:
             ValueError: if columns differ, a value does not fit its type or is not finite, a text is too long, a width
-                is another, or an id occurs twice with different digests.
+                is another, an embedding is too large or too small for float16, or an id occurs twice with different
+                digests.
         """
         metadata = self.cast(batch.select([name for name in batch.column_names if name not in OWN]))
         columns = {name: _cast(batch, name, pa.string()) for name in OWN[:3]}
@@ -138,9 +178,19 @@ class StoreSchema(NamedTuple):
                 row = pc.index(bad, True).as_py()
                 value = str(values[row])
                 raise ValueError(f"row {row} ({columns['id'][row]!s:.80}) has {name!r} = {value[:40]!r}: {reason}")
-        embeddings_of(batch, self.width)
+        embeds = embeddings_of(batch, self.width)
         _check_repeats(columns["id"], columns["digest"])
-        return pa.table({**columns, "embedding": batch["embedding"]})
+        if self.vectors == "float32":
+            return pa.table({**columns, "embedding": batch["embedding"]})
+        halves = embeds.half()
+        bad = ~(halves.isfinite().all(dim=1) & halves.any(dim=1))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"row {row} ({columns['id'][row]}) is too large or too small for float16: divide embeddings by their "
+                "norms, or choose another name for a new store of vectors='float32'"
+            )
+        return pa.table({**columns, "embedding": embedding_column(halves)})
 
 
 def keys_of(ids: Iterable[str]) -> list[str]:
@@ -166,8 +216,9 @@ def as_stored(values: pa.Array) -> pa.Array:
 
 
 def embedding_column(embeds: Tensor | np.ndarray | Sequence[Sequence[float]]) -> pa.Array:
-    """Return embeddings `(rows, d)` as a column."""
-    numbers = np.asarray(embeds, dtype=np.float32)
+    """Return embeddings `(rows, d)` as a column of float16, where they are, or float32."""
+    numbers = np.asarray(embeds)
+    numbers = numbers if numbers.dtype == np.float16 else numbers.astype(np.float32)
     return pa.FixedSizeListArray.from_arrays(pa.array(numbers.reshape(-1)), numbers.shape[1])
 
 
@@ -254,4 +305,4 @@ def _check_repeats(ids: pa.Array, digests: pa.Array) -> None:
             )
 
 
-__all__ = ["StoreSchema", "as_stored", "embedding_column", "embeddings_of", "keys_of", "kind_of"]
+__all__ = ["StoreSchema", "StoredAs", "as_stored", "embedding_column", "embeddings_of", "keys_of", "kind_of"]

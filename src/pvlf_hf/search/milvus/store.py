@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from os import urandom
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ...digests import sequence_digest
 from ...embeddings.similarity import exact_unit_rows
 from .connection import SERVE, MilvusDatabase
-from .schema import COLUMNS, KEY, MADE_BY, MILVUS_NAME, StoreSchema, embedding_column, keys_of
+from .schema import COLUMNS, KEY, MADE_BY, MILVUS_NAME, StoredAs, StoreSchema, embedding_column, keys_of
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +35,9 @@ LOOKUP = 1024
 MOST_RESULTS, ANSWER_BYTES = 16_384, 64 * 2**20
 """Milvus's limit of the results of a search, and the most embeddings that one answer carries (our choice)."""
 
+INT8_INDEX = "For int8 in the index, and scores by the embeddings, pass index_type='HNSW_SQ' or 'IVF_SQ8'"
+"""What replaces vectors of int8, and in Milvus Lite of float16."""
+
 
 @dataclass(frozen=True)
 class MilvusOptions:
@@ -43,11 +46,17 @@ class MilvusOptions:
     Args:
         index_type: of the embeddings, when the collection is made: `FLAT` (exact), `AUTOINDEX`, `HNSW`, `IVF_FLAT`,
             ...; a server knows more than Milvus Lite. None takes `FLAT` in Milvus Lite and `AUTOINDEX` on a server.
-            [`store_recall`] measures what an index finds.
+            [`store_recall`] measures what an index finds. `HNSW_SQ` and `IVF_SQ8` keep int8 in the index, which
+            proposes images that are scored by the embeddings.
         index_params: of the index, `{"M": 32, "efConstruction": 200}`.
         search_params: of each search, `{"ef": 128}`.
         consistency: what a search sees: all that was written before (`"Strong"`), or sooner, and less.
         timeout: seconds for which a request to a server is repeated.
+        vectors: numbers of the embeddings, when the collection is made: `"float32"`, which None takes, or `"float16"`,
+            half the size, which a server stores and Milvus Lite 3.2 does not. Scores are of the stored embeddings.
+
+    Raises:
+        ValueError: if `vectors` is none that Milvus stores.
     """
 
     index_type: str | None = None
@@ -55,6 +64,11 @@ class MilvusOptions:
     search_params: dict[str, Any] = field(default_factory=dict)
     consistency: Consistency = "Strong"
     timeout: float = 60.0
+    vectors: StoredAs | None = None
+
+    def __post_init__(self) -> None:
+        if self.vectors not in (None, *get_args(StoredAs)):
+            raise ValueError(f"vectors={self.vectors!r}: a Milvus store holds 'float32' or 'float16'. {INT8_INDEX}")
 
 
 class StoreAddress(NamedTuple):
@@ -95,7 +109,7 @@ class MilvusStore:
     @property
     def most_results(self) -> int:
         """Most results of one search."""
-        return min(MOST_RESULTS, ANSWER_BYTES // (4 * self.schema.width))
+        return min(MOST_RESULTS, ANSWER_BYTES // self.schema.vector_bytes)
 
     def __len__(self) -> int:
         (counted,) = self._ask("count the images", "query", filter="", output_fields=["count(*)"])
@@ -117,13 +131,14 @@ class MilvusStore:
         for start in range(0, len(wanted), LOOKUP):
             listed = ", ".join(f'"{digest}"' for digest in wanted[start : start + LOOKUP])
             rows = self._ask("look up digests", "query", filter=f"digest in [{listed}]", output_fields=fields)
-            found |= {row["digest"]: np.asarray(row["embedding"], dtype=np.float32) for row in rows}
+            embeds = self.schema.embeddings(rows).astype(np.float32)
+            found |= {row["digest"]: embed for row, embed in zip(rows, embeds, strict=True)}
         return found
 
     def stream(self, fields: Sequence[str], condition: str = "") -> Iterator[list[dict[str, Any]]]:
         """Yield all rows that meet a condition, some fields of each, in the order of their keys."""
-        width = 4 * self.schema.width if "embedding" in fields else 0
-        size = max(1, min(MOST_RESULTS, ANSWER_BYTES // (width + 256)))
+        wide = self.schema.vector_bytes if "embedding" in fields else 0
+        size = max(1, min(MOST_RESULTS, ANSWER_BYTES // (wide + 256)))
         iterator = self._ask(
             "read the images", "query_iterator", batch_size=size, filter=condition, output_fields=[KEY, *fields]
         )
@@ -150,7 +165,7 @@ class MilvusStore:
         """Return the mean of the embeddings, each divided by its norm: float64 `(d,)`; reads all of them."""
         total, count = torch.zeros(self.schema.width, dtype=torch.float64), 0
         for rows in self.stream(["embedding"]):
-            embeds = torch.from_numpy(np.asarray([row["embedding"] for row in rows], dtype=np.float32))
+            embeds = torch.from_numpy(self.schema.embeddings(rows).astype(np.float32))
             total, count = total + exact_unit_rows(embeds).sum(dim=0), count + len(rows)
         return total / max(count, 1)
 
@@ -165,7 +180,7 @@ class MilvusStore:
         (hits,) = self._ask(
             f"search with the filter {condition!r}" if condition else "search",
             "search",
-            data=[query.tolist()],
+            data=[self.schema.asked(query)[0]],
             filter=condition,
             limit=limit,
             anns_field="embedding",
@@ -173,9 +188,8 @@ class MilvusStore:
             output_fields=["id", "path", "embedding"],
         )
         rows = [hit["entity"] for hit in hits]
-        embeds = np.asarray([row["embedding"] for row in rows], dtype=np.float32).reshape(-1, self.schema.width)
         columns = {name: pa.array([row[name] for row in rows], pa.string()) for name in ("id", "path")}
-        return pa.table({**columns, "embedding": embedding_column(embeds)})
+        return pa.table({**columns, "embedding": embedding_column(self.schema.embeddings(rows))})
 
     def write(self, table: pa.Table) -> None:
         """Add images, or replace those of the same ids, in as many requests as are needed, one after the other.
@@ -242,11 +256,16 @@ def open_store(address: StoreAddress) -> MilvusStore | None:
         properties = facts["properties"]
         if not {MADE_BY, COLUMNS} <= {*properties}:
             raise ValueError(f"the collection {name} in {database.name} was not made by pvlf_hf: choose another name")
+        schema = StoreSchema.read(properties, facts["fields"])
+        if address.options.vectors not in (None, schema.vectors):
+            raise ValueError(
+                f"{name} in {database.name} stores {schema.vectors} vectors, not {address.options.vectors}: leave "
+                "vectors out, or choose another name for a new store"
+            )
         _complete(database, address)
     except BaseException:
         database.close()
         raise
-    schema = StoreSchema.read(properties, facts["fields"])
     return MilvusStore(database, address, schema, json.loads(properties[MADE_BY]))
 
 
@@ -260,9 +279,9 @@ def create_store(address: StoreAddress, width: int, columns: pa.Schema | None, m
         made_by: provenance of the embeddings.
 
     Raises:
-        ValueError: if Milvus cannot hold a column, or refuses the index.
+        ValueError: if Milvus cannot hold a column or vectors of that kind, or refuses the index.
     """
-    schema = StoreSchema.of(width, columns)
+    schema = StoreSchema.of(width, columns, address.options.vectors or "float32")
     database = MilvusDatabase(address.uri, address.options.timeout)
     try:
         with database.doing(f"make {address.name}"), database.writing():
@@ -274,9 +293,14 @@ def create_store(address: StoreAddress, width: int, columns: pa.Schema | None, m
                 timeout=database.deadline,
             )
         _complete(database, address)
-    except ValueError:
+    except ValueError as error:
         database.close()
         other = open_store(address)
+        if other is None and database.is_lite and schema.vectors != "float32":
+            raise ValueError(
+                f"vectors={schema.vectors!r} cannot be stored by Milvus Lite ({error}): use a server of Milvus, or "
+                f"leave vectors out. {INT8_INDEX}"
+            ) from error
         if other is None or other.schema != schema or other.made_by != made_by:
             raise
         return other
@@ -294,8 +318,9 @@ def _complete(database: MilvusDatabase, address: StoreAddress) -> None:
     with database.doing(f"make the index {index_type} of {name}"), database.writing():
         if not client.list_indexes(name, field_name="embedding"):
             index = client.prepare_index_params()
-            kind: dict[str, Any] = {"index_type": index_type, "params": options.index_params}
-            index.add_index("embedding", metric_type="COSINE", **kind)
+            # Milvus Lite takes them in a field of their own only, as pymilvus no longer sends them; servers take both.
+            params = {"params": options.index_params} if options.index_params else {}
+            index.add_index("embedding", index_type, metric_type="COSINE", params=params)
             client.create_index(name, index, timeout=database.deadline)
         kept = client.describe_index(name, "embedding")["index_type"]
         if options.index_type not in (None, kept):
