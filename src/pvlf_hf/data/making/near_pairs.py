@@ -79,11 +79,11 @@ def _near(
         return
     caption_of, keys, fillers, rests = [], [], [], []
     for at, (caption, salt) in enumerate(zip(captions, salts, strict=True)):
-        for slot, agree in slots_of(caption, vocabulary):
+        for place, agree in slots_of(caption, vocabulary):
             caption_of.append(at)
             keys.append(id_number("\0".join((salt, *agree))))
-            fillers.append(id_number(caption.words[slot]))
-            rests.append(id_number(" ".join((*caption.words[:slot], BLANK, *caption.words[slot + 1 :]))))
+            fillers.append(id_number(caption.words[place]))
+            rests.append(id_number(" ".join((*caption.words[:place], BLANK, *caption.words[place + 1 :]))))
     of, filler, rest = np.array(caption_of, int), np.array(fillers, "<i8"), np.array(rests, "<i8")
     for slot, found, cosines in _products(words, of, np.unique(np.array(keys, "<i8"), return_inverse=True)[1]):
         # Of equal rests a key of a single slot makes the pair already.
