@@ -11,7 +11,7 @@ demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/dem
 test: setup-dev lint  ## lint, type checks and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-core: setup-dev lint  ## the same without the tests marked slow: two to three minutes instead of ten
+test-core: setup-dev lint  ## the same without the tests marked slow: about a third of the time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 setup: .venv/installed
