@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class Int8Quality(NamedTuple):
-    """What the check of a calibration measured on images that it had not seen."""
+    """Measurements of a calibration, on images that it had not seen."""
 
     lowest: float
     """Lowest cosine of an image's embedding with the unquantised one."""

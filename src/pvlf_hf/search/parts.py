@@ -56,7 +56,7 @@ class PlannedPart(NamedTuple):
     name: str
     """File name of the shards, `part-....parquet`."""
     plan: dict[str, Any]
-    """What to read, as JSON can say it."""
+    """Files, rows or row groups to read, as JSON can say it."""
 
     @property
     def broken_name(self) -> str:

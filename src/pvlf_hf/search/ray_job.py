@@ -237,7 +237,7 @@ def _encode_on_actors(
 
 
 class Done(NamedTuple):
-    """What became of a part."""
+    """Outcome of a part."""
 
     broken: int
     """Images that cannot be read."""

@@ -55,7 +55,7 @@ class Part(NamedTuple):
     footer: pq.FileMetaData
     schema: pa.Schema
     stamp: str
-    """What tells the file from one that has replaced it."""
+    """Mark that tells the file from one that has replaced it."""
 
 
 class Block(NamedTuple):

@@ -39,7 +39,7 @@ class EmbeddedImages(NamedTuple):
     width: int
     made_by: dict[str, str]
     columns: pa.Schema | None
-    """Of the metadata."""
+    """Arrow schema of the metadata."""
     batches: Callable[[], Batches]
 
 

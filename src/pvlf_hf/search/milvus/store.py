@@ -36,7 +36,7 @@ MOST_RESULTS, ANSWER_BYTES = 16_384, 64 * 2**20
 """Milvus's limit of the results of a search, and the most embeddings that one answer carries (our choice)."""
 
 INT8_INDEX = "For int8 in the index, and scores by the embeddings, pass index_type='HNSW_SQ' or 'IVF_SQ8'"
-"""What replaces vectors of int8, and in Milvus Lite of float16."""
+"""Remedy in place of vectors of int8, and in Milvus Lite of float16."""
 
 
 @dataclass(frozen=True)
