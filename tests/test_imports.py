@@ -167,6 +167,7 @@ FOLDERS = {
         "api_page",
         "batching",
         "server",
+        "workers",
     ],
     "training": [
         "batches",

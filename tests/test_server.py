@@ -42,6 +42,7 @@ from pvlf_hf_cli import app as command_line
 
 uvicorn = pytest.importorskip("uvicorn")
 server_module = pytest.importorskip("pvlf_hf.search.server")
+workers_module = pytest.importorskip("pvlf_hf.search.workers")
 
 WORDS = {"b": "dress", "c": "stripes", "d": "sleeves"}
 """Letters of the tiny vocabulary, and words of the examples in the help that take their place."""
@@ -291,7 +292,7 @@ def test_shards_are_served_as_they_are_searched(url, gallery, files, made, vecto
     location = f"memory://served-{vectors}"
     gallery_to_shards(files / "index", location, vectors, rows=4)
     shards, apps = ShardedGallery.open(location, *made), []
-    monkeypatch.setattr(server_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
+    monkeypatch.setattr(workers_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
     where = ["--model", files / "model", "--milvus", "photos.db"]
     refused = call("serve", location, *where)
     assert refused.exit_code == 1 and "holds shards, which no --milvus searches" in refused.stderr
@@ -320,7 +321,7 @@ def test_shards_are_served_as_they_are_searched(url, gallery, files, made, vecto
 
 def test_a_gallery_in_int8_is_served_with_the_same_answers(url, files, monkeypatch):
     apps = []
-    monkeypatch.setattr(server_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
+    monkeypatch.setattr(workers_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
     assert call("serve", files / "index", "--model", files / "model", "--vectors", "int8").exit_code == 0
     with running(apps[0]) as (address, _):
         assert [asked(address, number) for number in range(12)] == [asked(url, number) for number in range(12)]
@@ -329,7 +330,7 @@ def test_a_gallery_in_int8_is_served_with_the_same_answers(url, files, monkeypat
 def test_a_database_is_served_by_one_worker(url, files, monkeypatch, tmp_path):
     pytest.importorskip("milvus_lite")
     apps = []
-    monkeypatch.setattr(server_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
+    monkeypatch.setattr(workers_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
     where = ["serve", files / "index", "--model", files / "model", "--milvus", tmp_path / "photos.db"]
     refused = call(*where, "--workers", 2)
     assert refused.exit_code == 1 and "which one process at a time can use, and --workers 2 makes" in refused.stderr
@@ -801,6 +802,32 @@ def test_examples_of_the_help_run_and_no_torch_is_imported(files, tmp_path, monk
         done = subprocess.run([sys.executable, *search], capture_output=True, text=True, check=True)
         assert done.stdout.split()[-1] == "red.png"
         assert not re.search(r"\b(torch|transformers|numpy|pvlf_hf)\b", done.stderr)
+
+
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_server_that_ends_answers_connections_it_has_accepted(sends):
+    """A client that connected just before is answered; one that never sends a request is closed."""
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    protocol = workers_module.PatientProtocol
+    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", lifespan="off", http=protocol))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        wait_until(lambda: server.started)
+        with socket.create_connection(listener.getsockname(), timeout=30) as client:
+            wait_until(lambda: server.server_state.connections)
+            server.should_exit = True
+            time.sleep(0.4)  # the server looks every 0.1 s whether it is to end
+            if sends:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            start, answer = time.perf_counter(), b"".join(iter(lambda: client.recv(4096), b""))  # until it is closed
+        thread.join(30)
+    assert not thread.is_alive() and time.perf_counter() - start < 30
+    assert (answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"ok")) if sends else answer == b""
 
 
 @pytest.mark.slow

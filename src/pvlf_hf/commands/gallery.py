@@ -143,14 +143,15 @@ def serve(
     settings: dict[str, Any],
 ) -> None:
     """Serve an index over HTTP until interrupted; `settings` are those of [`open_index`]."""
-    from ..search import server  # FastAPI is an extra
+    from ..search import workers as processes  # FastAPI is an extra
 
     if workers > 1 and (uri := settings["uri"]) is not None and "://" not in uri:
         raise ValueError(
             f"{uri} is a file, which one process at a time can use, and --workers {workers} makes several: leave "
             f"--workers out, or serve the file to them by {SERVE}"
         )
-    server.serve(partial(make_server, path, model, per_minute, composition, settings), host, port, workers)
+    make = partial(make_server, path, model, per_minute, composition, settings)
+    processes.serve(make, host, port, workers)
 
 
 def make_server(

@@ -14,10 +14,6 @@ import asyncio
 import base64
 import copy
 import json
-import os
-import signal
-import socket
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -39,16 +35,14 @@ from .requests import MOST_PIXELS, REQUEST, ParsedRequest, answer_of, open_conte
 from .terms import MOST_TERMS
 
 try:
-    import uvicorn
     from anyio import CapacityLimiter, to_thread
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
     from starlette.datastructures import UploadFile
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import ClientDisconnect
-    from uvicorn.supervisors import Multiprocess
 except ImportError as error:
-    raise ImportError('the server needs FastAPI and uvicorn: `pip install "pvlf-hf[serve]"`') from error
+    raise ImportError('the server needs FastAPI: `pip install "pvlf-hf[serve]"`') from error
 
 logger = logging.get_logger(__name__)
 
@@ -60,9 +54,6 @@ MOST_BYTES = 2**29
 
 THREADS = 32
 """Requests that are read and decoded at the same time (our choice)."""
-
-GRACE, START = 10, 120
-"""Seconds that requests may take when the server ends, and that a worker may take to start (our choice)."""
 
 PER_MINUTE = 6000
 """Requests that one client may send in a minute (our choice): a hundred a second."""
@@ -306,65 +297,6 @@ def create_app(
     return app
 
 
-def serve(make: Callable[[str, bool], FastAPI], host: str, port: int, workers: int = 1) -> None:
-    """Serve an application until interrupted.
-
-    Args:
-        make: makes the application for a host, with the web page or without; of several workers each calls it, in a
-            process of its own.
-        host: address to listen on.
-        port: port; 0 for a free one.
-        workers: processes.
-
-    Raises:
-        ValueError: if host and port cannot be listened on, and as `make`.
-    """
-    try:
-        listener = socket.create_server((host, port), backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {host}, port {port} ({error}): choose another port") from error
-    listener.setsockopt(
-        socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-    )  # else an answer waits 40 ms for the client's system
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": GRACE}
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        app = make(host, workers == 1)  # of several workers too, so that what is wrong is said before they start
-        print_url(url, f", {workers} workers" if workers > 1 else "")
-        if threading.current_thread() is threading.main_thread():  # the only thread that may
-            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
-        if workers == 1:
-            uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[listener])
-        else:
-            del app
-            # Threads of several processes that wait for the same cores make each other slower.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-            options |= {"factory": True, "workers": workers, "timeout_worker_healthcheck": START}
-            Multiprocess(uvicorn.Config(partial(_of_worker, make, host), **options), sockets=[listener]).run()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        listener.close()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def print_url(url: str, more: str = "") -> None:
-    """Print where the server is."""
-    sys.stdout.write(f"serving at {url}{more}; {url}/docs describes it (Ctrl+C ends it)\n")
-    sys.stdout.flush()
-
-
-def _of_worker(make: Callable[[str, bool], FastAPI], host: str) -> FastAPI:
-    """Make the application of one of several workers; where the index has become unusable, say so and end."""
-    try:
-        return make(host, False)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(3)  # uvicorn starts a worker again unless it ends like this
-
-
 async def _watch(request: Request, gone: threading.Event) -> None:
     """Note when the client of a request that was read has gone."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -445,4 +377,4 @@ HANDLERS: dict[type[Exception], Callable[..., Response]] = {
     Exception: _fail,
 }
 
-__all__ = ["Service", "create_app", "serve"]
+__all__ = ["Service", "create_app"]
