@@ -282,6 +282,15 @@ def test_vectors_that_a_store_does_not_have_are_refused(url, tmp_path):
             create_store(address, 8, None, MADE_BY)
 
 
+def test_an_index_that_milvus_lite_does_not_have_is_refused(url, tmp_path):
+    for place, name in ((str(tmp_path / "lite.db"), "HNWS"), (url, "DISKANN")):
+        with pytest.raises(
+            ValueError, match=f"index_type='{name}': Milvus Lite has FLAT, .*; choose one of them, or use"
+        ):
+            create_store(StoreAddress(place, "none", MilvusOptions(name)), 8, None, MADE_BY)
+        assert open_store(StoreAddress(place, "none")) is None
+
+
 @pytest.mark.parametrize("index_type", ["HNSW_SQ", "IVF_SQ8"])
 def test_index_of_int8_proposes_images_that_are_scored_exactly(index_type, tmp_path):
     params = {"HNSW_SQ": ({"M": 16}, {"ef": 200}), "IVF_SQ8": ({"nlist": 8}, {"nprobe": 8})}[index_type]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import pvlf_hf
 from pvlf_hf.embeddings.embedding_store import images_made_by
 from pvlf_hf.embeddings.similarity import top_k
+from pvlf_hf.search import indexed_images
 from pvlf_hf.search import sharded_gallery as module
 from pvlf_hf.search import shards as shards_module
 from pvlf_hf.search.gallery import Gallery
@@ -97,14 +98,20 @@ ASKED = [
 
 
 @pytest.mark.parametrize("asked", ASKED, ids=str)
-def test_float32_shards_equal_the_gallery_bit_for_bit(gallery, opened, asked):
+def test_float32_shards_equal_the_gallery_bit_for_bit(gallery, opened, asked, monkeypatch):
+    """One query or several, which the gallery in memory compares in one product where no filter narrows it."""
+    products = []
+    monkeypatch.setattr(indexed_images, "FEWEST_AT_ONCE", 2)
+    monkeypatch.setattr(indexed_images, "top_k", lambda *given: products.append(1) or top_k(*given))
     sharded = opened()
     assert len(sharded.shards.blocks) == 14 and len(sharded) == ROWS
     for query in queries_of(gallery):
         assert found(sharded.search(query=query, **asked)) == found(gallery.search(query=query, **asked))
     if "fold" not in asked:
-        many = sharded.search_many(queries_of(gallery), **asked)
-        assert [*map(found, many)] == [found(gallery.search(query=query, **asked)) for query in queries_of(gallery)]
+        each = [found(gallery.search(query=query, **asked)) for query in queries_of(gallery)]
+        for images in (sharded, gallery):
+            assert [*map(found, images.search_many(queries_of(gallery), **asked))] == each
+        assert len(products) == ("filter" not in asked)
 
 
 @pytest.mark.parametrize("vectors", ["float16", "int8", "int8+float16"])
@@ -160,7 +167,8 @@ def test_a_composition_of_two_similarities_is_exact_too(tmp_path, small_groups):
     for asked in ({"k": 8}, {"k": 8, "weights": (1, 0, 0)}):
         ours, theirs = sharded.search(query=query, **asked), gallery.search(query=query, **asked)
         assert ours.ids == theirs.ids and ours.scores == pytest.approx(theirs.scores, abs=1e-7)
-        assert found(sharded.search_many([query], **asked)[0]) == found(ours)
+        for images in (sharded, gallery):
+            assert [*map(found, images.search_many([query] * 9, **asked))] == [found(ours)] * 9
 
 
 def test_shards_in_a_store_are_searched_where_they_are(gallery, opened):

@@ -286,8 +286,7 @@ def measure(name: str, number: int, place: Path, best: tuple[Tensor, Tensor]) ->
     single = [partial(gallery.search, query=query, k=10) for query in queries[:ROUNDS]]
     row["one"] = timed(single)
     row["filtered"] = timed([partial(call, filter="price < 100") for call in single[: ROUNDS // 4]])
-    several = partial(gallery.search_many, queries[:BATCH], 10) if hasattr(gallery, "search_many") else None
-    row["several"] = timed([several] * 5) if several else []
+    row["several"] = timed([partial(gallery.search_many, queries[:BATCH], 10)] * 5)
     found = [list(map(int, gallery.search(query=query, k=MOST_FOUND).ids)) for query in queries[:ROUNDS]]
     row |= recalls(found, best[1][:ROUNDS])
     row["memory"] = resident("VmHWM") - before
@@ -342,12 +341,12 @@ def vectors_markdown(rows: list[Row]) -> str:
 def figures_markdown(rows: list[Row]) -> str:
     """Render what was measured of the stores."""
     heads = ["images", "store", "build", "disk", "memory", "opened and first", "one query: p50", "p95"]
-    heads += ["filtered: p50", f"{BATCH} queries: p50", *(f"recall@{k}" for k in (1, 10, MOST_FOUND))]
+    heads += ["filtered: p50", f"{BATCH} queries: p50", "p95", *(f"recall@{k}" for k in (1, 10, MOST_FOUND))]
     lines = []
     for row in rows:
         sizes = [f"{row[key] / 1e6:,.0f} MB" for key in ("disk", "memory")]
-        times = [seconds(row["first"]), *(seconds(np.quantile(row["one"], q)) for q in (0.5, 0.95))]
-        times += [seconds(np.median(row[key])) if row[key] else "-" for key in ("filtered", "several")]
+        one, several = ([seconds(np.quantile(row[key], q)) for q in (0.5, 0.95)] for key in ("one", "several"))
+        times = [seconds(row["first"]), *one, seconds(np.median(row["filtered"])), *several]
         lines.append([f"{row['images']:,}", row["store"], seconds(row["build"]), *sizes, *times, *recall_cells(row)])
     return as_table(heads, lines)
 
@@ -358,8 +357,9 @@ def recall_cells(row: Row) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """Render seconds with two digits, or milliseconds below one."""
-    return f"{value:,.2g} s" if 1 <= value < 10 else f"{value:,.0f} s" if value >= 10 else f"{1000 * value:.2g} ms"
+    """Render seconds, or milliseconds below one, with two digits at least."""
+    number, unit = (value, "s") if value >= 1 else (1000 * value, "ms")
+    return f"{number:,.1f} {unit}" if number < 10 else f"{number:,.0f} {unit}"
 
 
 def as_table(heads: list[str], lines: list[list[str]]) -> str:

@@ -76,6 +76,10 @@ class ImageSearch(ABC):
     def _ranking(self, query: Query, weights: Weights, choice: Any) -> Ranked:
         """Return the ranking of a query: of the images that may be found, without those of `query.ids`."""
 
+    def _rankings(self, queries: Sequence[Query], weights: Weights, choice: Any, number: int) -> list[Ranked]:
+        """Return the rankings of several queries, at least one; no more than `number` results of each are read."""
+        return [self._ranking(query, weights, choice) for query in queries]
+
     @abstractmethod
     def _embeddings(self, rows: Tensor) -> Tensor:
         """Return the embeddings of rows that a ranking named: float32 `(rows, d)`."""
@@ -156,6 +160,30 @@ class ImageSearch(ABC):
         self._check_made_by(query)
         settings = {"filter": filter, "min_score": min_score, "fold": fold}
         return self._result(query, self._ranking(query, weights, choice), k, offset, settings)
+
+    def search_many(
+        self,
+        queries: Sequence[Query],
+        k: int = 10,
+        *,
+        weights: Weights = FUSION,
+        exclude: Sequence[str] = (),
+        filter: Filter | None = None,
+        offset: int = 0,
+        min_score: float | None = None,
+    ) -> list[SearchResult]:
+        """Search by several encoded queries, each as by [`~ImageSearch.search`], reading images once if possible.
+
+        Images in shards are read once for all queries, and those in memory compared in one matrix product by the exact
+        index. Arguments and errors are those of [`~ImageSearch.search`].
+        """
+        k, offset, choice = check_positive("k", k), check_offset(offset), self._choice(exclude, filter)
+        settings = {"filter": filter, "min_score": check_score("min_score", min_score), "fold": None}
+        for query in queries:
+            self._check_made_by(query)
+        rankings = self._rankings(queries, weights, choice, k + offset) if queries else []
+        found = zip(queries, rankings, strict=True)
+        return [self._result(query, ranked, k, offset, settings) for query, ranked in found]
 
     def _check_made_by(self, query: Query) -> None:
         if query.made_by != self.made_by:

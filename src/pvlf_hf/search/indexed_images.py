@@ -13,18 +13,25 @@ from torch import Tensor
 
 from ..digests import sequence_digest
 from ..embeddings.combined import gallery_mean
+from ..embeddings.similarity import top_k
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from .filters import Filter, passing_rows
 from .gallery_files import GalleryTable
 from .image_search import ImageSearch
 from .indexing import DecodeOptions, open_cell
 from .nearest import nearest
-from .pages import Ranked
+from .pages import Ranked, ranking_without
 from .query import Query, Weights
-from .vector_index import Copy, LocalIndex, VectorIndex, check_copy, check_index, make_index
+from .vector_index import Copy, ExactIndex, LocalIndex, VectorIndex, check_copy, check_index, make_index
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+FEWEST_AT_ONCE = 16
+"""Queries from which one product with the float32 embeddings is faster than a pass of the index for each.
+
+Measured with 10,000 to 1,000,000 images: the times are equal at 3 and at 12 queries.
+"""
 
 
 class IndexedImages(ImageSearch):
@@ -105,14 +112,26 @@ class IndexedImages(ImageSearch):
     def _ranking(self, query: Query, weights: Weights, choice: tuple[list[int], Tensor | None]) -> Ranked:
         excluded, passing = choice
         scored = query.scored_by(weights, self.embeds, self._mean if query.combine else None)
-        left_out = torch.tensor([*excluded, *self._rows_of("ids", query.ids)], dtype=torch.int64)
+        left_out = [*excluded, *self._rows_of("ids", query.ids)]
 
         def ranked(number: int) -> tuple[Tensor, Tensor]:
             scores, rows = nearest(self.index, self.embeds, scored, number + len(left_out), passing)
-            kept = (~torch.isin(rows, left_out)).nonzero()[:number, 0]
-            return scores[kept], rows[kept]
+            return ranking_without(scores, rows, left_out)(number)
 
         return ranked
+
+    def _rankings(
+        self, queries: Sequence[Query], weights: Weights, choice: tuple[list[int], Tensor | None], number: int
+    ) -> list[Ranked]:
+        """Return the rankings of several queries, by one product with the embeddings of all images where that pays."""
+        excluded, passing = choice
+        plain = passing is None and not any(query.is_combined(weights) for query in queries)
+        if not plain or not isinstance(self.index, ExactIndex) or len(queries) < FEWEST_AT_ONCE:
+            return super()._rankings(queries, weights, choice, number)
+        left_out = [[*excluded, *self._rows_of("ids", query.ids)] for query in queries]
+        embeds = torch.stack([query.embed(weights) for query in queries])
+        best = top_k(embeds, self.embeds, min(len(self), number + max(map(len, left_out))))
+        return [ranking_without(*one) for one in zip(*best, left_out, strict=True)]
 
     def _embeddings(self, rows: Tensor) -> Tensor:
         return self.embeds[rows]

@@ -1,6 +1,6 @@
 """Pages of results: offset, score cut-off, and near-duplicates folded into the best of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,12 @@ class Hit(NamedTuple):
     row: int
     score: float
     folded: list[int]
+
+
+def ranking_without(scores: Tensor, rows: Tensor, left_out: Sequence[int]) -> Ranked:
+    """Return the ranking of what was found, best first, without some rows; -inf scores what was not found."""
+    found = (scores > -torch.inf) & ~torch.isin(rows, torch.tensor(left_out, dtype=torch.int64))
+    return lambda number: (scores[found][:number], rows[found][:number])
 
 
 def page_of(
@@ -75,4 +81,4 @@ def fold_duplicates(
     return hits, False
 
 
-__all__ = ["Hit", "page_of"]
+__all__ = ["Hit", "page_of", "ranking_without"]

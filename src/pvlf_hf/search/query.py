@@ -89,6 +89,10 @@ class Query:
     ids: tuple[str, ...] = ()
     away: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
+    def is_combined(self, weights: Weights) -> bool:
+        """Return whether images are scored by two similarities, not by an embedding of the query."""
+        return self.combine is not None and weights[1] != 0
+
     def scored_by(self, weights: Weights, embeds: Tensor, mean: Tensor | None = None) -> Tensor | CombinedScores:
         """Return what a gallery is searched by: the query's embedding, or scores that are combined.
 

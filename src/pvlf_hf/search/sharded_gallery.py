@@ -33,9 +33,8 @@ from .filters import Filter, applied
 from .gallery_files import prepared_as
 from .image_search import ImageSearch
 from .indexing import DecodeOptions, open_cell
-from .pages import Ranked
-from .query import FUSION, Query, Weights, check_offset, check_positive, check_score
-from .result import SearchResult
+from .pages import Ranked, ranking_without
+from .query import Query, Weights
 from .shards import Block, EmbeddingShards
 from .vectors import StoredVectors, decode_vectors
 
@@ -125,35 +124,6 @@ class ShardedGallery(ImageSearch):
         """
         return cls(EmbeddingShards(location), model, processor, memory)
 
-    def search_many(
-        self,
-        queries: Sequence[Query],
-        k: int = 10,
-        *,
-        weights: Weights = FUSION,
-        exclude: Sequence[str] = (),
-        filter: Filter | None = None,
-        offset: int = 0,
-        min_score: float | None = None,
-    ) -> list[SearchResult]:
-        """Search by several encoded queries, reading the shards once; arguments and errors as [`~Gallery.search`]."""
-        k, offset, choice = check_positive("k", k), check_offset(offset), self._choice(exclude, filter)
-        settings = {"filter": filter, "min_score": check_score("min_score", min_score), "fold": None}
-        if not queries:
-            return []
-        for query in queries:
-            self._check_made_by(query)
-        rankings: list[Ranked]
-        if any(_is_combined(query, weights) for query in queries):
-            rankings = [self._ranking(query, weights, choice) for query in queries]
-        else:
-            left_out = [self._left_out(query, choice) for query in queries]
-            embeds = torch.stack([query.embed(weights) for query in queries])
-            best = self._best(embeds, k + offset + max(map(len, left_out)), choice)
-            rankings = [_without(*one) for one in zip(*best, left_out, strict=True)]
-        found = zip(queries, rankings, strict=True)
-        return [self._result(query, ranked, k, offset, settings) for query, ranked in found]
-
     def image(self, image_id: str) -> PILImage.Image:
         """Open an image, RGB; see [`ImageSearch.image`]."""
         (row,) = self._rows_of("image", [image_id])
@@ -204,15 +174,24 @@ class ShardedGallery(ImageSearch):
         left_out = self._left_out(query, choice)
 
         def ranked(number: int) -> tuple[Tensor, Tensor]:
-            if _is_combined(query, weights):
+            if query.is_combined(weights):
                 scores, rows = self._best_combined(query, weights, number + len(left_out), choice)
             else:
                 scores, rows = (
                     one[0] for one in self._best(query.embed(weights)[None], number + len(left_out), choice)
                 )
-            return _without(scores, rows, left_out)(number)
+            return ranking_without(scores, rows, left_out)(number)
 
         return ranked
+
+    def _rankings(self, queries: Sequence[Query], weights: Weights, choice: Choice, number: int) -> list[Ranked]:
+        """Return the rankings of several queries, reading the shards once."""
+        if any(query.is_combined(weights) for query in queries):
+            return super()._rankings(queries, weights, choice, number)
+        left_out = [self._left_out(query, choice) for query in queries]
+        embeds = torch.stack([query.embed(weights) for query in queries])
+        best = self._best(embeds, number + max(map(len, left_out)), choice)
+        return [ranking_without(*one) for one in zip(*best, left_out, strict=True)]
 
     def _left_out(self, query: Query, choice: Choice) -> list[int]:
         return [*choice.excluded, *self._rows_of("ids", query.ids)]
@@ -407,16 +386,6 @@ class ShardedGallery(ImageSearch):
 def _size(stored: StoredVectors) -> int:
     """Return the bytes that vectors take."""
     return sum(one.nbytes for one in stored if one is not None)
-
-
-def _is_combined(query: Query, weights: Weights) -> bool:
-    return query.combine is not None and weights[1] != 0
-
-
-def _without(scores: Tensor, rows: Tensor, left_out: Sequence[int]) -> Ranked:
-    """Return the ranking of what was found, without some rows."""
-    found = (scores > -torch.inf) & ~torch.isin(rows, torch.tensor(left_out, dtype=torch.int64))
-    return lambda number: (scores[found][:number], rows[found][:number])
 
 
 def parse_memory(memory: int | str) -> int:

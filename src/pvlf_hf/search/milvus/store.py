@@ -38,6 +38,9 @@ MOST_RESULTS, ANSWER_BYTES = 16_384, 64 * 2**20
 INT8_INDEX = "For int8 in the index, and scores by the embeddings, pass index_type='HNSW_SQ' or 'IVF_SQ8'"
 """Remedy in place of vectors of int8, and in Milvus Lite of float16."""
 
+LITE_INDEXES = ("FLAT", "AUTOINDEX", "HNSW", "HNSW_SQ", "IVF_FLAT", "IVF_SQ8")
+"""Index types of Milvus Lite 3.2, which takes every other name without a word and then compares all images."""
+
 
 @dataclass(frozen=True)
 class MilvusOptions:
@@ -283,6 +286,12 @@ def create_store(address: StoreAddress, width: int, columns: pa.Schema | None, m
     """
     schema = StoreSchema.of(width, columns, address.options.vectors or "float32")
     database = MilvusDatabase(address.uri, address.options.timeout)
+    if database.is_lite and (wanted := address.options.index_type) not in (None, *LITE_INDEXES):
+        database.close()
+        raise ValueError(
+            f"index_type={wanted!r}: Milvus Lite has {', '.join(LITE_INDEXES)}; choose one of them, or use a "
+            "server of Milvus, which has more"
+        )
     try:
         with database.doing(f"make {address.name}"), database.writing():
             database.client.create_collection(
