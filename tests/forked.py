@@ -65,7 +65,7 @@ class Forked:
     Args:
         command: begins with `-c` and code, `-m` and a module, or a file.
         files: for its standard output and error, new or appended to.
-        env: must have one OMP thread, if it says so.
+        env: one OMP thread, unless it says another number.
         cwd: folder that it runs in.
     """
 
@@ -73,12 +73,12 @@ class Forked:
 
     def __init__(self, command, files, *, env=None, cwd=None):
         env = dict(os.environ if env is None else env)
-        assert env.setdefault("OMP_NUM_THREADS", "1") == "1", "PyTorch is imported already, with one thread"
+        threads = env.setdefault("OMP_NUM_THREADS", "1")
         ours = {"PYTHONPATH", *(name for name in os.environ if env.get(name) == os.environ[name])}
         read = {name for name in env if name.startswith("PYTHON")} - ours - {"PYTHONIOENCODING"}
         assert not read, f"{read} are read when Python starts"
         job = {"command": [*map(str, command)], "env": env, "cwd": str(cwd or Path.cwd()), "files": [*map(str, files)]}
-        self._server = _server()
+        self._server = _server(threads)
         self._server.stdin.write(json.dumps(job).encode() + b"\n")
         self.pid, self.returncode = int(self._server.stdout.readline()), None
 
@@ -108,9 +108,9 @@ class Forked:
 
 
 @cache
-def _server():
-    """Start the process that is forked; it ends with this one."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+def _server(threads):
+    """Start the process that is forked, in which PyTorch has as many threads; it ends with this one."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": threads}
     command, pipe = [sys.executable, __file__], subprocess.PIPE
     # Without buffers: a line that is read ahead would not be seen by `select`.
     server = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, cwd="/", env=env)

@@ -131,6 +131,11 @@ def test_two_protocols_in_a_column_are_refused():
         ValueError, match=r"a and b measured squares/val under two protocols.*reference 'kept' and 'rem"
     ):
         compare(runs_of(a=[kept], b=[removed]))
+    other = replace(kept, counts={**kept.counts, "gallery": kept.counts["gallery"] + 3})
+    with pytest.raises(
+        ValueError, match=r"two protocols.*: number of gallery '\d+' and '\d+'. Evaluate both under one"
+    ):
+        compare(runs_of(a=[kept], b=[other]))
     fewer = replace(kept, per_query={**kept.per_query, "query_id": tuple(reversed(kept.per_query["query_id"]))})
     with pytest.raises(ValueError, match="a and b measured squares/val on different queries"):
         compare(runs_of(a=[kept], b=[fewer]))

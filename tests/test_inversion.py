@@ -658,6 +658,13 @@ def test_truncated_template_raises():
     processor.process_queries(IMAGE, "a " * 60)
     with pytest.raises(ValueError, match=r"shorten it, or pass a shorter template"):
         processor.process_queries(IMAGE, "a " * 74)
+    whole = processor.process_queries(IMAGE, "a " * 60)["input_ids"]
+    for settings in ({"truncation": True}, {"text_kwargs": {"truncation": True}}):
+        cut = processor.process_queries(IMAGE, "a " * 74, **settings)["input_ids"]
+        assert cut.shape[1] == 77 and torch.equal(cut[0, -5:], whole[0, -5:])  # the template's end is kept
+    with pytest.raises(ValueError, match=r"caption 0 has \d+ tokens in the template .* \(20\): shorten it"):
+        processor.process_queries(IMAGE, "a " * 60, max_length=20)
+    assert processor.process_queries(IMAGE, "a " * 60, max_length=20, truncation=True)["input_ids"].shape == (1, 20)
 
 
 def test_a_row_without_its_placeholder_is_refused():
@@ -798,6 +805,15 @@ def test_custom_template_is_saved(tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path)
     ids = again.process_queries(IMAGE, "is red")["input_ids"]
     assert torch.equal(ids, processor.process_queries(IMAGE, "is red")["input_ids"]) and 265 in ids[0]
+
+
+def test_a_checkpoint_is_not_loaded_as_that_of_another_method(tmp_path):
+    """Pic2Word's and SEARLE's weights have the same names."""
+    make_model("pic2word").save_pretrained(tmp_path)
+    for load in (InversionModel.from_pretrained, AutoModel.from_pretrained, InversionConfig.from_pretrained):
+        with pytest.raises(ValueError, match="method='searle': this is a checkpoint of 'pic2word'; load it without"):
+            load(tmp_path, method="searle")
+        load(tmp_path, method="pic2word")
 
 
 def test_fresh_weights_are_those_of_pytorch(tmp_path):

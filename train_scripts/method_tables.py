@@ -31,11 +31,12 @@ from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, TrainingF
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.data.emoji_cir.dataset import TIERS
-from pvlf_hf.embeddings.fingerprints import image_fingerprint
+from pvlf_hf.embeddings.embedding_store import images_made_by
 from pvlf_hf.evaluation.costs import query_milliseconds
 from pvlf_hf.evaluation.results import write_results
-from pvlf_hf.evaluation.scoring import evaluate
+from pvlf_hf.evaluation.scoring import evaluate_all
 from pvlf_hf.evaluation.significance import seed_interval
+from pvlf_hf.search.gallery_files import prepared_as
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = ROOT / "model_cards" / "blip-emoji-tiny"
@@ -187,24 +188,29 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
         entry |= {"trained_weights": 0, "seconds_a_step": None, "query_ms": None, "own_gallery": False}
     else:
         model, processor = load_row(name, seed, folder)
-        found = [evaluate(model, processor, benchmark) for benchmark in benchmarks]
+        found = evaluate_all(model, processor, benchmarks)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in training
         cost = query_milliseconds(model, processor, benchmarks[0].queries)
         torch.set_num_threads(threads)
-        plain = TrainingFreeModel.from_vl_pretrained(str(BACKBONE))
-        index = image_fingerprint(plain, PVLFProcessor.from_vl_pretrained(str(BACKBONE)))
         entry |= {
             "trained_weights": trained_weights(home, model) if ROWS[name].recipe else 0,
             "seconds_a_step": seconds_a_step(home) if ROWS[name].recipe else None,
             "query_ms": cost,
-            "own_gallery": image_fingerprint(model, processor) != index,
+            "own_gallery": has_own_gallery(model, processor),
         }
     entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
     costs = {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
     write_results(home / "evaluation" / "results.json", found, cost=costs)  # for `pvlf-hf compare`
     file.write_text(json.dumps(entry), encoding="utf-8")
     return entry
+
+
+def has_own_gallery(model: Any, processor: Any) -> bool:
+    """Return whether a row searches other embeddings than the index of the plain encoder."""
+    plain = TrainingFreeModel.from_vl_pretrained(str(BACKBONE)), PVLFProcessor.from_vl_pretrained(str(BACKBONE))
+    index = images_made_by(*plain)
+    return prepared_as(index, "the index", model, processor)[1] != index
 
 
 def trained_weights(home: Path, model: Any) -> int:

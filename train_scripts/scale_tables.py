@@ -397,7 +397,7 @@ def paper_markdown(rows: list[Row]) -> str:
         [
             f"{number:,}",
             name,
-            f"{number / rate / 3600:,.0f}",
+            f"{number / rate / 3600:,.1f}",
             f"${number / rate / 3600 * price:,.0f}" if price else "-",
         ]
         for number in (10**6, 10**8, 10**9)

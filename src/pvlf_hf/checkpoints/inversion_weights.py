@@ -238,7 +238,12 @@ def compare_clip(tensors: Tensors, model: InversionModel) -> float:
     scale = theirs.pop("logit_scale", None)
     ours = model.backbone.state_dict()
     if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in ours):
-        raise ValueError("the CLIP in it has other weights than the backbone: pass the CLIP that it was trained on")
+        missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        other = sorted(name for name in ours.keys() & theirs.keys() if theirs[name].shape != ours[name].shape)
+        raise ValueError(
+            f"the CLIP in it has other weights than the backbone (missing {missing[:3]}, unknown {unknown[:3]}, of "
+            f"another shape {other[:3]}): pass the CLIP that it was trained on"
+        )
     different = [name for name, tensor in ours.items() if not torch.allclose(tensor.float(), theirs[name], atol=1e-3)]
     if different:
         logger.warning(

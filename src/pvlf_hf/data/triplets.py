@@ -156,7 +156,7 @@ def benchmark_from_triplets(name: str, triplets: Dataset) -> CIRBenchmark:
         name=name,
         queries=queries.rename_column("target_image_id", "target_id"),
         gallery=gallery,
-        protocol=Protocol(name="own", gallery="every image of the triplets"),
+        protocol=Protocol(name="own", gallery="every image of the triplets", revision=triplets_digest(triplets)),
     )
 
 

@@ -195,7 +195,7 @@ def _check_protocols(runs: Sequence[Run]) -> dict[str, Evaluation]:
     for run in runs:
         for benchmark, evaluation in run.evaluations.items():
             name, first = firsts.setdefault(benchmark, (run.name, evaluation))
-            mine, theirs = _protocol(evaluation), _protocol(first)
+            mine, theirs = (_protocol(one) | _sizes(one) for one in (evaluation, first))
             if different := [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]:
                 pairs = "; ".join(f"{key} {theirs.get(key)!r} and {mine.get(key)!r}" for key in sorted(different))
                 raise ValueError(
@@ -205,6 +205,11 @@ def _check_protocols(runs: Sequence[Run]) -> dict[str, Evaluation]:
             if evaluation.per_query["query_id"] != first.per_query["query_id"]:
                 raise ValueError(f"{name} and {run.name} measured {benchmark} on different queries: evaluate again")
     return {benchmark: first for benchmark, (_, first) in firsts.items()}
+
+
+def _sizes(evaluation: Evaluation) -> dict[str, str]:
+    """Return the numbers of queries and gallery images, in which data sets of one name may differ."""
+    return {f"number of {what}": f"{number:,}" for what, number in evaluation.counts.items()}
 
 
 def _protocol(evaluation: Evaluation) -> dict[str, str]:

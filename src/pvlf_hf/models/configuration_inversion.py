@@ -240,8 +240,15 @@ class InversionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the configuration from a dictionary, see [`DualEncoderConfig.from_dict`]."""
+        """Build the configuration from a dictionary, see [`DualEncoderConfig.from_dict`].
+
+        Raises:
+            ValueError: as there, and for another `method` than the dictionary's, whose weights would not fit it.
+        """
         refuse_other_family(cls, config_dict)
+        made, asked = config_dict.get("method", cls.method), kwargs.get("method")
+        if asked not in (None, made):
+            raise ValueError(f"method={asked!r}: this is a checkpoint of {made!r}; load it without method")
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -131,12 +131,19 @@ class InversionProcessor(PVLFProcessor):
         if images is None or text is None:
             return super().__call__(images, text, target_images, return_tensors, **kwargs)
         return self._with_prompts(
-            super().__call__(images, self.fill_template(text), target_images, return_tensors, **kwargs)
+            super().__call__(images, self._sentences(text, kwargs), target_images, return_tensors, **kwargs)
         )
 
     def process_captions(self, text: str | Iterable[str], return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
         """Prepare relative captions in the template, see [`ComposedRetrievalProcessor.process_captions`]."""
-        return self._with_prompts(super().__call__(None, self.fill_template(text), None, return_tensors, **kwargs))
+        return self._with_prompts(
+            super().__call__(None, self._sentences(text, kwargs), None, return_tensors, **kwargs)
+        )
+
+    def _sentences(self, text: str | Iterable[str], settings: dict[str, Any]) -> list[str]:
+        """Put captions into the template by the settings of a call, alone or in its `text_kwargs`."""
+        asked = {**(settings.get("text_kwargs") or {}), **settings}
+        return self.fill_template(text, asked.get("truncation"), asked.get("max_length"))
 
     def _with_prompts(self, batch: BatchFeature) -> BatchFeature:
         """Add the prompts of a method that optimises tokens, as tensors or arrays like the captions."""
@@ -164,27 +171,32 @@ class InversionProcessor(PVLFProcessor):
         batch = super().__call__(images, **kwargs)
         return BatchFeature({**batch, **self._tokenize(self.prompts[:1] * len(batch["pixel_values"]), "pt")})
 
-    def fill_template(self, text: str | Iterable[str]) -> list[str]:
+    def fill_template(
+        self, text: str | Iterable[str], truncation: bool | None = None, max_length: int | None = None
+    ) -> list[str]:
         """Put captions into the template.
 
         Args:
             text: one or a batch of relative captions.
+            truncation: cut captions that are too long, instead of refusing them; by default the processor's.
+            max_length: tokens of a sentence; by default `max_text_length`.
 
         Raises:
             ValueError: naming the first caption that holds the placeholder, or is too long for the template.
         """
         captions = [text] if isinstance(text, str) else list(text)
         self._tokenize(captions, "np")  # raises if an item is not a caption
-        if self.truncation:
-            captions = [self._cut(caption) for caption in captions]
+        longest = self.max_text_length if max_length is None else max_length
+        if self.truncation if truncation is None else truncation:
+            captions = [self._cut(caption, longest) for caption in captions]
         sentences = [self.template.replace("{caption}", caption) for caption in captions]
         special = self.tokenizer.num_special_tokens_to_add()
         for row, ids in enumerate(self._tokens_of(sentences)):
             length = len(ids) + special
-            if excess := max(0, length - self.max_text_length):
+            if excess := max(0, length - longest):
                 raise ValueError(
                     f"caption {row} has {length} tokens in the template {self.template!r}, {excess} more than the "
-                    f"text encoder reads ({self.max_text_length}): shorten it, or pass a shorter template, or "
+                    f"text encoder reads ({longest}): shorten it, or pass a shorter template, or "
                     "truncation=True to cut it off"
                 )
             if ids.count(self.placeholder_id) != self._placeholders:
@@ -194,12 +206,12 @@ class InversionProcessor(PVLFProcessor):
                 )
         return sentences
 
-    def _cut(self, caption: str) -> str:
+    def _cut(self, caption: str, longest: int) -> str:
         """Cut a caption to the tokens that the template leaves."""
         template, first = (self._encodings([one])[0] for one in (self.template.replace("{caption}", ""), caption))
-        left = self.max_text_length - sum(template.attention_mask)
+        left = max(0, longest - sum(template.attention_mask))
         ends = [end for (_, end), special in zip(first.offsets, first.special_tokens_mask, strict=True) if not special]
-        return caption if len(ends) <= left else caption[: ends[left - 1]]
+        return caption if len(ends) <= left else caption[: ends[left - 1] if left else 0]
 
     def _tokens_of(self, sentences: list[str]) -> list[list[int]]:
         return list(map(all_tokens, self._encodings(sentences)))

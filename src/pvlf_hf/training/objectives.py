@@ -305,8 +305,9 @@ def keep_features(
     facts = SAMPLES[inner.config.method]
     if not facts.takes_features or collator.crop_scale < 1 or samples.format["type"] == "custom":
         raise ValueError(
-            f"features of images cannot be kept for {inner.config.method}: it reads all tokens of an image, or its "
-            "images are cropped (crop_scale) or transformed when they are read; leave feature_cache out"
+            f"features of images cannot be kept for {inner.config.method}: its objective reads all tokens of an image "
+            "or sets of images, or its images are cropped (crop_scale) or transformed when they are read; leave "
+            "feature_cache out"
         )
     digests, images = image_digests(samples, "image"), opened(samples.select_columns("image"))
     processor = collator.processor
