@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from torch.nn import functional as F
 
 from pvlf_hf.search import shards as module
-from pvlf_hf.search.locations import Unreadable
+from pvlf_hf.search.locations import Unreadable, open_location
+from pvlf_hf.search.parts import find_parts, read_cells
 from pvlf_hf.search.shards import EmbeddingShards, read_broken, shard_table, write_broken, write_part
 from pvlf_hf.search.vectors import decode_vectors, encode_vectors, storing_error
 
@@ -128,6 +130,40 @@ def test_parts_that_do_not_fit_are_named(location):
         shard_table(["a"], [None], ["b"], unit_rows(1), "int8", pa.table({"digest": [1]}))
     with pytest.raises(ValueError, match="vectors='int4': choose one of"):
         shard_table(["a"], [None], ["b"], unit_rows(1), "int4")
+
+
+class StoreError(Exception):
+    """An error of a store's own kind."""
+
+
+@pytest.mark.parametrize("kind", [PermissionError, TimeoutError, ConnectionResetError, StoreError])
+def test_a_store_that_cannot_be_reached_is_not_taken_for_damage(kind, monkeypatch):
+    """Nobody is told to delete a file whose content may be good."""
+    location, refusing = f"memory://refusing-{uuid4().hex}", []
+    write_part(location, "part-0.parquet", table_of(0, 50), MADE_BY)
+    opened = MemoryFileSystem._open
+
+    def refuse(self, path, *arguments, **settings):
+        if refusing:
+            raise kind("refused")
+        return opened(self, path, *arguments, **settings)
+
+    monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
+    shards, files = EmbeddingShards(location), open_location(location)
+    refusing.append(True)
+    plan = {"kind": "parquet", "file": f"{location}/part-0.parquet"}
+    for call in (
+        lambda: EmbeddingShards(location),
+        lambda: list(shards.batches()),
+        lambda: list(read_cells(plan)),
+        lambda: find_parts(location, 10, (), "embedding", "id"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"part-0.parquet.* cannot be read \(refused\): check that .* the login"
+        ) as found:
+            call()
+        assert "delete" not in str(found.value) and "replace" not in str(found.value)
+    assert files[0].exists(f"{files[1]}/part-0.parquet")
 
 
 def test_a_part_that_is_cut_short_or_of_others_is_named(tmp_path):

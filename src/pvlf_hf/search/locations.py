@@ -1,7 +1,9 @@
 """Opens locations: folders, and URLs of object stores that fsspec knows."""
 
+import tarfile
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -56,4 +58,18 @@ def stamp_of(files: AbstractFileSystem, path: str) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-__all__ = ["Unreadable", "files_of", "open_location", "stamp_of"]
+def is_damage(error: Exception) -> bool:
+    """Return whether an error is of a file's content, and not of reaching the file.
+
+    Those of Arrow and of archives are; for some content Arrow raises a plain `OSError` without a number. Each kind of
+    store raises its own errors where it cannot be reached.
+    """
+    of_content = isinstance(error, pa.ArrowException | tarfile.TarError)
+    return of_content or (type(error) is OSError and error.errno is None)
+
+
+REACHABLE = "check that it is there and may be read, and of a store that it answers, and the login; then try again"
+"""Remedy where a file cannot be reached, whose content may be good."""
+
+
+__all__ = ["REACHABLE", "Unreadable", "files_of", "is_damage", "open_location", "stamp_of"]

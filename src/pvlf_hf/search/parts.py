@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..digests import sequence_digest
 from .image_folder import find_images, image_endings, is_hidden
-from .locations import open_location
+from .locations import REACHABLE, Unreadable, is_damage, open_location
 from .shards import OPENED_AT_ONCE, RESERVED
 
 logger = logging.get_logger(__name__)
@@ -211,7 +211,9 @@ def _opened(files: AbstractFileSystem, path: str, columns: dict[str, str]) -> tu
         with files.open(path, "rb") as opened:
             file = pq.ParquetFile(opened)
             schema, footer = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # each kind of store raises its own
+        if not is_damage(error):
+            raise Unreadable(f"{path} cannot be read ({error}): {REACHABLE}") from error
         raise ValueError(
             f"{path} cannot be read, is no Parquet file or was cut short ({str(error).splitlines()[0]}): replace it, "
             "or take it away"
@@ -271,8 +273,11 @@ def read_cells(plan: Mapping[str, Any]) -> Iterator[Cell]:
     try:
         with files.open(path, "rb") as opened:
             yield from _cells_of_archive(plan, opened) if plan["kind"] == "tar" else _cells_of_rows(plan, opened)
-    except (OSError, pa.ArrowException, tarfile.TarError) as error:
-        raise ValueError(f"{plan['file']} cannot be read ({error}): replace it, or take it away") from error
+    except Exception as error:  # each kind of store raises its own
+        if isinstance(error, ValueError) and not is_damage(error):
+            raise  # of a row, which it names
+        remedy = "replace it, or take it away" if is_damage(error) else REACHABLE
+        raise Unreadable(f"{plan['file']} cannot be read ({error}): {remedy}") from error
 
 
 def _cells_of_rows(plan: Mapping[str, Any], opened: Any) -> Iterator[Cell]:

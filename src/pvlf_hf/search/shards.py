@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from ..atomic_files import cannot_write, whole
-from .locations import Unreadable, files_of, open_location, stamp_of
+from .locations import REACHABLE, Unreadable, files_of, is_damage, open_location, stamp_of
 from .vectors import Element, StoredVectors, Vectors, check_vectors, decode_vectors, encode_vectors
 
 MADE_BY, FORMAT, VERSION = b"pvlf_hf.made_by", b"pvlf_hf.format", b"1"
@@ -268,9 +268,10 @@ class EmbeddingShards:
             with self._source(part.name) as opened:
                 file = pq.ParquetFile(opened, metadata=part.footer)
                 table = file.read_row_group(block.group, columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # each kind of store raises its own
             self.check_unchanged(part)
-            raise Unreadable(f"{where} cannot be read ({error}): delete the file and have it written again") from error
+            remedy = "delete the file and have it written again" if is_damage(error) else REACHABLE
+            raise Unreadable(f"{where} cannot be read ({error}): {remedy}") from error
         self.check_unchanged(part)
         (batch,) = table.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
         if unchecked := {*batch.schema.names} - self._checked[block.first]:
@@ -353,7 +354,9 @@ class EmbeddingShards:
             with self._source(name) as opened:
                 file = pq.ParquetFile(opened)
                 return Part(name, file.metadata, file.schema_arrow, stamp)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # each kind of store raises its own
+            if not is_damage(error):
+                raise Unreadable(f"{self._named(name)} cannot be read ({error}): {REACHABLE}") from error
             raise ValueError(
                 f"{self._named(name)} was cut short or is no Parquet file ({str(error).splitlines()[0]}): delete it "
                 "and have it written again"
