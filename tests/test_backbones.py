@@ -97,7 +97,8 @@ def test_embeddings_equal_those_of_transformers(published, kind):
     for ours, embeds in zip((image, text), theirs, strict=True):
         wanted = F.normalize(embeds.pooler_output, dim=-1)
         error = dot_error(width // 2 + 4) * wanted.abs()  # the square root halves the norm's rounding error
-        assert ((ours - wanted).abs() <= error).all() and error.max() < 1e-6
+        difference = (ours - wanted).abs()
+        assert (difference <= error).all() and difference.max() < 1e-6  # the bound is higher where a value exceeds 0.6
     assert (text[0] - text[1]).norm() > 0.01 and (image[0] - image[1]).norm() > 1e-3
 
 
