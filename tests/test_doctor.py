@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import datasets
@@ -11,6 +12,7 @@ from miniatures import make_all, make_circo, make_cirr, make_fashioniq, make_ici
 from tiny import make_processor
 from typer.testing import CliRunner
 
+from pvlf_hf.data import circled, edir, icir
 from pvlf_hf.data.cirr import load_cirr
 from pvlf_hf.data.doctor import (
     examine,
@@ -339,18 +341,87 @@ def test_newer_data_sets_are_examined(newer, name, tmp_path):
         return examine(name, data / name, **options)
 
     data = shutil.copytree(newer, tmp_path / "data", copy_function=os.link)
+    always = {"layout"} if name == "l-cirr" else set()
     healthy = report(check_counts=False)
-    assert healthy.findings == () and all(counts["files"] == counts["images"] for counts in healthy.counts.values())
-    assert {finding.kind for finding in report().findings} == ({"counts"} if name != "circled" else set())
+    assert {finding.kind for finding in healthy.findings} == always
+    assert all(counts["files"] == counts["images"] for counts in healthy.counts.values())
+    assert {finding.kind for finding in report().findings} == {"counts", *always}
     image, annotation = NEWER[name]
     next((data / name).glob(image)).unlink()
     findings = report(check_counts=False).findings
-    assert {finding.kind for finding in findings} == {"missing"} and "easier than published" in findings[0].effect
+    assert {finding.kind for finding in findings} == {"missing", *always}
+    assert "easier than published" in findings[-1].effect
     file = data / name / annotation
     file.unlink()
     file.write_bytes(b"{")
     (finding,) = report().findings
     assert finding.kind == "annotations" and file.name in finding.message
+
+
+# By data set: the part that is examined, and what is said of its numbers.
+COUNTED = {
+    "icir": (
+        "icir/test",
+        ["5 queries, published are 1883", "2 instances, published are 202", "14 images.*about 750,000"],
+    ),
+    "circled": (
+        "circled/circo_val",
+        ["4 sessions, published are 54", "10 queries, published are 141", "18 images, published are 123403"],
+    ),
+    "edir": (
+        "edir/test",
+        ["5 queries, published are 5000", "11 gallery images, published are 28645", "2 subcat.*, published are 15"],
+    ),
+    "refined-cirr": ("refined-cirr/val", ["6 of the 10 queries of CIRR's val split", "14 images, published are 2297"]),
+    "refined-fashioniq": (
+        "refined-fashioniq/val/dress",
+        ["12 images, published are 3817", "5 of the 6 queries of FashionIQ's dress"],
+    ),
+    "l-cirr": ("l-cirr/val", ["5 of the 10 queries of CIRR's val split", "14 images, published are 2297"]),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_numbers_are_compared_with_those_published(newer, name, tmp_path):
+    data = shutil.copytree(newer, tmp_path / "data", copy_function=shutil.copy)
+    if name == "refined-fashioniq":
+        edit(data / name / "refined_fiq.dress.val.json", lambda rows: rows.pop())
+    where, expected = COUNTED[name]
+    found = [f for f in examine(name, data / name).findings if f.kind == "counts" and f.where == where]
+    assert len(found) == len(expected)
+    for message in expected:
+        (finding,) = [f for f in found if re.search(message, f.message)]
+        assert finding.severity == ("warning" if "queries of" in message else "error")
+
+
+def test_published_numbers_give_no_findings(newer, monkeypatch):
+    monkeypatch.setattr(circled, "EXPECTED_COUNTS", {"cirr_val": (2, 2, 0, 0, 0)})
+    monkeypatch.setattr(circled.cirr, "EXPECTED_COUNTS", {"val": (10, 14)})
+    monkeypatch.setattr(edir, "EXPECTED_COUNTS", {"queries": 5, "gallery images": 11, "subcategories": 2})
+    monkeypatch.setattr(icir, "EXPECTED_COUNTS", {"queries": 5, "instances": 2})
+    monkeypatch.setattr(icir, "ABOUT_IMAGES", 14)
+    for name in ("edir", "icir"):
+        assert examine(name, newer / name).findings == ()
+    assert examine("circled", newer / "circled", "cirr_val").findings == ()
+    circled.load_circled(newer / "circled", "cirr_val")
+    for loader, name in ((edir.load_edir, "edir"), (icir.load_icir, "icir")):
+        loader(newer / name)
+
+
+def test_sessions_of_circled_are_those_of_its_card():
+    published = {subset: circled.expected_counts(subset) for subset in circled.SUBSETS}
+    assert sum(counts["sessions"] for counts in published.values()) == 22608
+    averages = {subset: round(counts["queries"] / counts["sessions"], 2) for subset, counts in published.items()}
+    assert averages["fashioniq_dress_val"] == 2.73 and averages["cirr_train"] == 2.5 and averages["circo_val"] == 2.61
+
+
+def test_pairs_that_fashioniq_does_not_have_are_reported(newer, tmp_path):
+    data = shutil.copytree(newer, tmp_path / "data", copy_function=shutil.copy)
+    edit(data / "refined-fashioniq/refined_fiq.val.json", lambda rows: rows[3].update(target="B000000000"))
+    findings = examine("refined-fashioniq", data / "refined-fashioniq", check_counts=False).findings
+    assert [finding.where for finding in findings] == [f"refined-fashioniq/val/{name}" for name in ("shirt", "toptee")]
+    assert findings[0].severity == "error" and findings[0].message.startswith("1 rows of ")
+    assert findings[0].examples[0].startswith("row 3 (") and "B000000000" in findings[0].examples[0]
 
 
 def test_shards_that_are_not_unpacked_are_reported(tmp_path):

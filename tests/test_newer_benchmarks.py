@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 from functools import partial
@@ -22,6 +23,7 @@ from pvlf_hf.data import pinpoint
 from pvlf_hf.data.benchmark import CIRBenchmark, Protocol, groups_of
 from pvlf_hf.data.circled import load_circled
 from pvlf_hf.data.cirr import load_cirr
+from pvlf_hf.data.doctor import examine
 from pvlf_hf.data.edir import load_edir
 from pvlf_hf.data.fashioniq import compose_captions
 from pvlf_hf.data.genecis import load_genecis
@@ -303,6 +305,63 @@ def test_refined_fashioniq_takes_the_pairs_of_the_category(originals, category, 
     assert len(load(f"refined-fashioniq/{category}", originals, only_refined=True).queries) == 5
 
 
+@pytest.mark.parametrize("name", ["refined-fashioniq/shirt"])
+def test_rows_that_are_no_pair_raise_or_are_left_out(data, name, caplog):
+    """In the file for all categories, a row of another category is no error; one of none is."""
+    file = data / "refined-fashioniq/refined_fiq.val.json"
+    records = read(file)
+    for number in (2, 9):  # one of shirt's six, and one of toptee's
+        records[number]["target"] = f"B00000000{number}"
+    write_json(file, records)
+    with pytest.raises(
+        ValueError, match=r"2 rows of .* are no pair of .*: row 2 \(.*B000000002\), row 9 .*allow_miss"
+    ):
+        load(name, data)
+    part = load(name, data, allow_missing=True)
+    assert len(part.queries) == 5 and part.protocol.missing == "none; 2 rows that are no pair of FashionIQ"
+    assert "B000000009" in caplog.text
+    shutil.move(file, file.with_name("refined_fiq.shirt.val.json"))  # the category's own file has no other pairs
+    with pytest.raises(ValueError, match="7 rows of .* are no pair"):
+        load(name, data)
+
+
+@pytest.mark.parametrize("name", ["refined-cirr", "l-cirr", "refined-fashioniq/dress"])
+def test_files_that_have_a_part_of_the_split_are_said_to(data, name, caplog, monkeypatch):
+    """Counts of the original data set are as published here, and the file is short."""
+    monkeypatch.setattr("pvlf_hf.data.cirr.EXPECTED_COUNTS", {"val": (10, 14)})
+    monkeypatch.setattr("pvlf_hf.data.fashioniq.EXPECTED_COUNTS", {"val": {"dress": (6, 12)}})
+    folder, loader = LOADERS[name]
+    if name.endswith("dress"):
+        file = data / folder / "refined_fiq.dress.val.json"
+        assert len(loader(data / folder).queries) == 6 and not caplog.text  # whole
+        write_json(file, read(file)[:4])
+    loader(data / folder)
+    assert re.search(r"\d of the \d+ queries of .*see that it was downloaded whole", caplog.text)
+
+
+@pytest.mark.parametrize("name", ["l-cirr"])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"1": "a long text"}, "holds a dict, expected list"),
+        ([{"pair_id": 1, "text": "long"}], "row 0 has no 'pairid'; it has"),
+        (None, "is not under"),
+    ],
+)
+def test_another_layout_of_l_cirr_is_said(data, name, content, problem):
+    file = data / "l-cirr/cap.rc2.val.json"
+    file.unlink() if content is None else write_json(file, content)
+    expected = "not verified; expected is a JSON list of objects with CIRR's 'pairid' and the long 'caption'"
+    with pytest.raises(ValueError, match=f"{problem}.*{expected}.*cap.rc2.val.json"):
+        load(name, data)
+    (finding,) = examine(name, data / name).findings
+    assert finding.kind == "annotations" and expected in finding.message
+    (data / "cirr/cirr/captions/cap.rc2.val.json").unlink()
+    with pytest.raises(ValueError, match=r"cap.rc2.val.json is not under .*/cirr; looked") as raised:
+        load(name, data)
+    assert "not verified" not in str(raised.value)  # the fault is in CIRR's own files
+
+
 def test_edir_joins_its_three_files(originals):
     benchmark, root = load("edir", originals), originals / "edir"
     queries, corpus, instances = (
@@ -530,6 +589,7 @@ def rows(change):
             lines(lambda r: r[1:]),
             "instances.jsonl: query q0 has 0 positives, expected one",
         ),
+        ("edir", "queries.jsonl", lines(lambda r: r[1:]), r"1 qid are not in queries.jsonl, first: \['q0'\]"),
         ("edir", "corpus.jsonl", lines(lambda r: [*r, r[0]]), "1 id are given more than once"),
     ],
 )

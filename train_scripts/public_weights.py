@@ -29,7 +29,7 @@ SIZES: dict[str, tuple[int, int | None]] = {
     "icir": (icir.EXPECTED_COUNTS["queries"], 750_000),  # about as many
     "pinpoint": (pinpoint.EXPECTED_COUNTS["pinpoint_licensed.parquet"], None),
     "genecis": (sum(genecis.EXPECTED_COUNTS.values()), None),
-    "edir": (edir.EXPECTED_COUNTS["queries"], edir.EXPECTED_COUNTS["images"]),
+    "edir": (edir.EXPECTED_COUNTS["queries"], edir.EXPECTED_COUNTS["gallery images"]),
 }
 
 

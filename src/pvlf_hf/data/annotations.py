@@ -118,6 +118,25 @@ def check_counts_of(name: str, **actual_and_expected: tuple[int, int]) -> None:
             )
 
 
+def coverage_problem(file: Path, named: int, split: str, queries: int) -> str | None:
+    """Return what is wrong with a file that rewrites the captions of a split, if it does not have every query.
+
+    Its authors publish no number of rows that could be checked.
+
+    Args:
+        file: the file.
+        named: queries of the split that it has.
+        split: name of the split.
+        queries: queries of the split.
+    """
+    if named == queries:
+        return None
+    return (
+        f"{file} has {named} of the {queries} queries of {split}. How many the published file has is not verified; "
+        "see that it was downloaded whole"
+    )
+
+
 def make_benchmark(
     name: str,
     rows: Sequence[Mapping[str, Any]],

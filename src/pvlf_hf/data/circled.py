@@ -24,17 +24,17 @@ from .checks import as_path, check_choice
 from .examination import Tree
 
 EXPECTED_COUNTS = {
-    "fashioniq_dress_train": 3027,
-    "fashioniq_dress_val": 1360,
-    "fashioniq_shirt_train": 3518,
-    "fashioniq_shirt_val": 1500,
-    "fashioniq_toptee_train": 3810,
-    "fashioniq_toptee_val": 1506,
-    "cirr_train": 6874,
-    "cirr_val": 959,
-    "circo_val": 54,
+    "fashioniq_dress_train": (1583, 920, 323, 144, 57),
+    "fashioniq_dress_val": (745, 358, 163, 64, 30),
+    "fashioniq_shirt_train": (2376, 752, 251, 101, 38),
+    "fashioniq_shirt_val": (990, 333, 110, 48, 19),
+    "fashioniq_toptee_train": (2253, 1002, 359, 126, 70),
+    "fashioniq_toptee_val": (934, 392, 119, 45, 16),
+    "cirr_train": (4581, 1496, 513, 219, 65),
+    "cirr_val": (718, 166, 41, 23, 11),
+    "circo_val": (36, 5, 11, 2, 0),
 }
-"""Sessions of every subset."""
+"""Sessions of two, three, four, five and six turns of every subset, of the data set's card."""
 
 SUBSETS = tuple(EXPECTED_COUNTS)
 
@@ -59,7 +59,8 @@ def load_circled(
             `fashioniq/` or `circo/` beside `root`.
         allow_missing: leave out images without a file and the turns that name them as reference or as one of the
             positives, with a warning and a note in the protocol, instead of raising.
-        check_counts: raise unless there is the published number of sessions.
+        check_counts: raise unless there are the published numbers of sessions, of turns (the queries) and of images of
+            the gallery.
 
     Returns:
         The benchmark. `session_id` and `turn` are the annotation's; `target_ids` its `ground_truth_ids`. The gallery
@@ -75,8 +76,9 @@ def load_circled(
     base = root.parent / subset.partition("_")[0] if images is None else as_path("images", images)
     file, rows, gallery, folders = read_sessions(root, subset, base)
     if check_counts:
-        sessions = {row["session_id"] for row in rows}
-        check_counts_of(f"circled/{subset}", sessions=(len(sessions), EXPECTED_COUNTS[subset]))
+        actual = {"queries": len(rows), "sessions": _sessions(rows), "images": len(gallery)}
+        expected = expected_counts(subset)
+        check_counts_of(f"circled/{subset}", **{what: (actual[what], n) for what, n in expected.items()})
     protocol = Protocol(
         name=f"circled-{subset.replace('_', '-')}",
         gallery=f"the gallery of {subset.replace('_', ' ')}",
@@ -114,6 +116,24 @@ def read_sessions(
     return file, rows, gallery, folders
 
 
+def expected_counts(subset: str) -> dict[str, int]:
+    """Return the published numbers of sessions, of their turns and of images of the gallery of a subset."""
+    by_turns = EXPECTED_COUNTS[subset]
+    name, *parts = subset.split("_")
+    if name == "circo":
+        images = circo.EXPECTED_IMAGES
+    elif name == "cirr":
+        images = cirr.EXPECTED_COUNTS[parts[0]][1]
+    else:
+        images = fashioniq.EXPECTED_COUNTS[parts[1]][parts[0]][1]
+    turns = sum(length * sessions for length, sessions in enumerate(by_turns, 2))
+    return {"sessions": sum(by_turns), "queries": turns, "images": images}
+
+
+def _sessions(rows: list[dict[str, Any]]) -> int:
+    return len({row["session_id"] for row in rows})
+
+
 def _image_id(value: int | str, subset: str) -> str:
     """Return an id as the data set's own loader spells it: CIRCO's is a number, also written as a file name."""
     text = str(value).removesuffix(".png").removesuffix(".jpg")
@@ -140,7 +160,8 @@ def read_trees(root: Path, split: str) -> list[Tree]:
     for subset in subsets:
         _, rows, images, folders = read_sessions(root, subset, root.parent / subset.partition("_")[0])
         load = partial(load_circled, root, subset, allow_missing=True, check_counts=False)
-        trees.append(Tree(f"circled/{subset}", rows, images, folders, load))
+        expected, counted = expected_counts(subset), {"sessions": _sessions(rows)}
+        trees.append(Tree(f"circled/{subset}", rows, images, folders, load, expected, counted=counted))
     return trees
 
 

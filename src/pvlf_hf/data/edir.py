@@ -19,7 +19,10 @@ HUB_ID = "EDIR-BENCH/EDIR"
 
 SPLITS = ("test",)
 
-EXPECTED_COUNTS = {"queries": 5000, "images": 28645}
+EXPECTED_COUNTS = {"queries": 5000, "gallery images": 28645, "subcategories": 15}
+"""Queries and subcategories are the paper's. The corpus is that of the public files, as mteb's task
+`EDIRIT2IRetrieval` counts it. According to that task the paper's corpus has further distractors, so figures of the
+paper do not compare."""
 
 FILES = ("queries.jsonl", "corpus.jsonl", "instances.jsonl")
 
@@ -34,7 +37,7 @@ def load_edir(root: str | Path, allow_missing: bool = False, check_counts: bool 
             `media/`, `images/` or directly).
         allow_missing: leave out images without a file and the queries that name them, with a warning and a note in
             the protocol, instead of raising.
-        check_counts: raise unless there are the published numbers of queries and images.
+        check_counts: raise unless there are the published numbers of queries, images of the corpus and subcategories.
 
     Returns:
         The benchmark. `target_id` is the one positive of the query's instance, `category` its subcategory. The gallery
@@ -47,7 +50,7 @@ def load_edir(root: str | Path, allow_missing: bool = False, check_counts: bool 
     files = [find_file(root, [name]) for name in FILES]
     rows, images = read_queries(*files)
     if check_counts:
-        actual = {"queries": len(rows), "images": len(images)}
+        actual = {"queries": len(rows), **_counted(rows, images)}
         check_counts_of("edir/test", **{what: (actual[what], n) for what, n in EXPECTED_COUNTS.items()})
     protocol = Protocol(
         name="edir",
@@ -70,6 +73,11 @@ def read_queries(queries: Path, corpus: Path, instances: Path) -> tuple[list[dic
         check_unique(file, what, (str(record[what]) for record in records))
     check_records(queries, numbered([record["metadata"] for record in asked], "metadata of row"), {"subcategory": str})
     positive_of = {str(record["qid"]): record["pos"] for record in answers}
+    ids = {str(record["id"]) for record in asked}
+    if unknown := [qid for qid in positive_of if qid not in ids]:
+        raise ValueError(
+            f"{instances}: {len(unknown)} qid are not in {queries.name}, first: {unknown[:3]}; download both again"
+        )
     rows = []
     for record in asked:
         positives = positive_of.get(str(record["id"]), [])
@@ -98,6 +106,10 @@ def _read_lines(file: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def _counted(rows: list[dict[str, Any]], images: dict[str, list[str]]) -> dict[str, int]:
+    return {"gallery images": len(images), "subcategories": len({row["category"] for row in rows})}
+
+
 def read_trees(root: Path, split: str) -> list[Tree]:
     """Read what the doctor examines."""
     rows, images = read_queries(*(find_file(root, [name]) for name in FILES))
@@ -108,7 +120,8 @@ def read_trees(root: Path, split: str) -> list[Tree]:
             {**{row["reference_id"]: [row["reference_id"]] for row in rows}, **images},
             [root / folder for folder in IMAGE_FOLDERS],
             lambda: load_edir(root, allow_missing=True, check_counts=False),
-            {"queries": EXPECTED_COUNTS["queries"]},
+            EXPECTED_COUNTS,
+            counted=_counted(rows, images),
         )
     ]
 

@@ -92,9 +92,11 @@ class Tree:
             are outside of the gallery, too.
         folders: folders that may hold the images.
         load: function that loads it as evaluation or training would, leaving out missing images.
-        expected: published numbers of `"queries"` (or `"triplets"`) and `"images"`.
+        expected: published numbers of `"queries"` (or `"triplets"`), `"images"` and what `counted` has.
         is_training: whether rows are training triplets and not queries.
         findings: findings about the annotations themselves.
+        counted: numbers of other things, such as `"sessions"`.
+        count_findings: findings about numbers that `expected` does not cover; left out with those.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Tree:
     expected: Mapping[str, int] = field(default_factory=dict)
     is_training: bool = False
     findings: tuple[Finding, ...] = ()
+    counted: Mapping[str, int] = field(default_factory=dict)
+    count_findings: tuple[Finding, ...] = ()
 
     @property
     def row_type(self) -> str:
@@ -132,10 +136,11 @@ def examine_trees(
     counts = {}
     for tree in trees:
         paths = max((paths_in(folder, tree.images) for folder in tree.folders), key=len)
-        counts[tree.name] = {tree.row_type: len(tree.rows), "images": len(tree.images), "files": len(paths)}
+        of_files = {"images": len(tree.images), "files": len(paths)}
+        counts[tree.name] = {tree.row_type: len(tree.rows), **tree.counted, **of_files}
         findings += tree.findings
         if check_counts:
-            findings += _examine_counts(tree, counts[tree.name])
+            findings += [*_examine_counts(tree, counts[tree.name]), *tree.count_findings]
         unlisted = _examine_listing(tree)
         findings += unlisted + _examine_names(tree, paths) + _examine_files(tree, paths)
         findings += _examine_captions(tree, tokenizer)
@@ -144,10 +149,21 @@ def examine_trees(
     return Report(subject, counts, tuple(findings))
 
 
-def _examine_counts(tree: Tree, counts: Mapping[str, int]) -> list[Finding]:
+def other_count(severity: Severity, where: str, message: str) -> Finding:
+    """Return the finding that there are other numbers of rows or images than published."""
     effect = "the annotations are not the published ones, so the numbers do not compare with published ones"
+    return Finding(severity, "counts", where, message, effect)
+
+
+def partly_rewritten(where: str, problem: str | None) -> tuple[Finding, ...]:
+    """Return the finding that a file rewrites a part of a split, if there is a problem."""
+    effect = "if it is a part of the published file, the numbers do not compare with published ones"
+    return () if problem is None else (Finding("warning", "counts", where, problem, effect),)
+
+
+def _examine_counts(tree: Tree, counts: Mapping[str, int]) -> list[Finding]:
     return [
-        Finding("error", "counts", tree.name, f"{counts[what]} {what}, published are {expected}", effect)
+        other_count("error", tree.name, f"{counts[what]} {what}, published are {expected}")
         for what, expected in tree.expected.items()
         if counts[what] != expected
     ]

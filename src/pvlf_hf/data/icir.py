@@ -16,7 +16,7 @@ from ..models.image_processing_pvlf import check_bytes
 from .annotations import check_counts_of, find_file, make_benchmark
 from .benchmark import CIRBenchmark, NamedProtocol, Protocol
 from .checks import as_path
-from .examination import Finding, Tree
+from .examination import Finding, Tree, other_count
 from .image_files import escapes_folder
 
 HUB_ID = "billpsomas/icir"
@@ -24,6 +24,13 @@ HUB_ID = "billpsomas/icir"
 SPLITS = ("test",)
 
 EXPECTED_COUNTS = {"queries": 1883, "instances": 202}
+"""Numbers of the data set's card."""
+
+ABOUT_IMAGES = 750_000
+"""Images as the card rounds them. A number that is more than `TOLERANCE` away is of a table that is cut off."""
+
+TOLERANCE = 0.05
+"""Share of `ABOUT_IMAGES` (our choice)."""
 
 FOLDERS = ("", "annotations/")
 """Folders of the annotations: of the archive, and of the data set on the Hub."""
@@ -40,7 +47,7 @@ def load_icir(root: str | Path, allow_missing: bool = False, check_counts: bool 
             the images are unpacked once, see [`unpack_shards`].
         allow_missing: leave out images without a file and the queries that name them as reference or as one of the
             positives, with a warning and a note in the protocol, instead of raising.
-        check_counts: raise unless there are the published numbers of queries and instances.
+        check_counts: raise unless there are the published numbers of queries and instances, and about that of images.
 
     Returns:
         The benchmark. Ids are the paths of the annotations; `group_id` the instance; `target_ids` the instance's
@@ -55,6 +62,8 @@ def load_icir(root: str | Path, allow_missing: bool = False, check_counts: bool 
         instances = {row["group_id"] for row in found.rows}
         actual = {"queries": len(found.rows), "instances": len(instances)}
         check_counts_of("icir/test", **{what: (actual[what], n) for what, n in EXPECTED_COUNTS.items()})
+        if problem := _size_problem(found):
+            raise ValueError(f"icir/test: {problem}. Pass check_counts=False if the data is meant to be partial.")
     if is_packed(root):
         unpack_shards(root)
     protocol = Protocol(
@@ -109,6 +118,17 @@ def read_annotations(root: Path) -> Annotations:
         rows.append({"reference_id": path, "caption": text, "group_id": instance, **labels})
     references = {path: _names(path) for path, _, _ in queries}
     return Annotations((files[0], files[1]), rows, references, {path: _names(path) for path in groups}, groups)
+
+
+def _size_problem(found: Annotations) -> str | None:
+    """Return what is wrong with the number of images, or None."""
+    images = len({**found.references, **found.images})
+    if abs(images - ABOUT_IMAGES) <= TOLERANCE * ABOUT_IMAGES:
+        return None
+    return (
+        f"{found.files[1].name} and {found.files[0].name} list {images:,} images, but the data set's card states "
+        f"about {ABOUT_IMAGES:,}; download them again"
+    )
 
 
 def _read_table(file: Path) -> list[list[str]]:
@@ -198,8 +218,10 @@ def read_trees(root: Path, split: str) -> list[Tree]:
             {**found.references, **found.images},
             [root],
             lambda: load_icir(root, allow_missing=True, check_counts=False),
-            {"queries": EXPECTED_COUNTS["queries"]},
+            EXPECTED_COUNTS,
             findings=(packed,) if is_packed(root) else (),
+            counted={"instances": len({row["group_id"] for row in found.rows})},
+            count_findings=(other_count("error", "icir/test", problem),) if (problem := _size_problem(found)) else (),
         )
     ]
 
