@@ -53,7 +53,8 @@ def compare(
         list[str] | None, typer.Option(help="Metric to show, such as recall@5; repeat it (default: the usual ones).")
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Folder of the data sets: the labels of submission files, validation split.")
+        Path | None,
+        typer.Option(help="Folder of the data sets: annotations to score submission files by, validation split."),
     ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Write comparison.md, .html (with plots) and .json here.")
@@ -66,7 +67,9 @@ def compare(
     pvlf-hf compare PVLF=outputs/pvlf-*/results.json TransAgg=outputs/transagg/results.json --against TransAgg
 
     All values of a column are measured under one protocol, or the command refuses. p-values are corrected for the
-    number of tests in the table (Holm).
+    number of tests in the table (Holm). A file without NAME= is called by its model, or else by the nearest folder
+    with a name of its own (not `evaluation`); two of one name are refused. Submission files are scored by annotations
+    alone, without images.
     """
     from pvlf_hf.commands import compare
 

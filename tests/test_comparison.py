@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from statistics import fmean
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from pvlf_hf.commands.compare import read_all
 from pvlf_hf.data.circo import load_circo
 from pvlf_hf.data.cirr import load_cirr
-from pvlf_hf.evaluation.comparison import Column, Run, compare, read_runs
+from pvlf_hf.evaluation.comparison import Column, Run, compare, informative_name, read_runs
 from pvlf_hf.evaluation.comparison_page import render_html, render_markdown
 from pvlf_hf.evaluation.metrics import METRICS
 from pvlf_hf.evaluation.results import intervals, write_results
@@ -248,6 +249,34 @@ def test_files_are_named_or_refused(results, tmp_path):
         assert code == 1 and message in error
 
 
+@pytest.mark.parametrize(
+    ("paths", "name"),
+    [
+        (["outputs/pic2word-seed0/evaluation"], "pic2word-seed0"),
+        (["outputs/searle/model", "elsewhere/evaluation"], "searle"),  # the model that the file records comes first
+        (["model", "runs/searle/evaluation"], "searle"),
+        (["openai/clip-vit-base-patch32", "outputs/mine"], "clip-vit-base-patch32"),
+        (["outputs/mine/Evaluation/results"], "mine"),
+        ([".", "/evaluation"], "evaluation"),  # nothing else is known
+        (["outputs/evaluation"], "evaluation"),
+    ],
+)
+def test_rows_are_named_by_the_first_informative_folder(paths, name):
+    assert informative_name(*paths) == name
+
+
+def test_results_in_folders_of_one_name_are_told_apart(tmp_path):
+    """Results that do not record a model, in `NAME/evaluation`, as `method_tables.py` writes them."""
+    for seed, name in enumerate(("pic2word", "searle")):
+        write_results(tmp_path / name / "evaluation" / "results.json", [measured(seed)])
+    files = [tmp_path / name / "evaluation" / "results.json" for name in ("pic2word", "searle")]
+    code, text, _ = invoke(*files)
+    assert code == 0 and "| pic2word | " in text and "| searle | " in text
+    write_results(tmp_path / "again" / "searle" / "evaluation" / "results.json", [measured(3)])
+    code, _, error = invoke(*files, tmp_path / "again" / "searle" / "evaluation" / "results.json")
+    assert code == 1 and "are both called 'searle': name them, NAME=" in error
+
+
 def test_results_of_two_protocols_in_one_file_are_refused(tmp_path):
     write_results(tmp_path / "results.json", [measured(0), measured(0, reference="removed")])
     with pytest.raises(ValueError, match="measures squares/val under two protocols"):
@@ -257,6 +286,38 @@ def test_results_of_two_protocols_in_one_file_are_refused(tmp_path):
 def embeddings(benchmark, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(len(rows), 8, generator=generator) for rows in (benchmark.queries, benchmark.gallery)]
+
+
+def test_submission_files_of_this_package_are_called_by_model_and_method(tmp_path):
+    make_cirr(tmp_path / "cirr")
+    cirr = load_cirr(tmp_path / "cirr", check_counts=False)
+    files = []
+    for seed, method in enumerate(("composed", "text")):
+        folder = tmp_path / "mine/evaluation/submissions" / method / "cirr-val"
+        files += write_cirr_submission(folder, cirr, *embeddings(cirr, seed))
+    runs = read_all(list(map(str, files)), tmp_path)
+    assert [run.name for run in runs] == ["mine", "mine: text"]
+    assert all("recall_subset@1" in run.evaluations["cirr/val"].metrics for run in runs)
+
+
+def test_submission_files_are_scored_without_images(tmp_path):
+    """The annotations alone score as they do beside the images, in one column with a model's own results."""
+    make_cirr(tmp_path / "cirr"), make_circo(tmp_path / "circo")
+    cirr, circo = (load(tmp_path / n, check_counts=False) for load, n in ((load_cirr, "cirr"), (load_circo, "circo")))
+    files = [write_cirr_submission(tmp_path / "peer", cirr, *embeddings(cirr, 0))[0]]
+    files.append(write_circo_submission(tmp_path / "peer", circo, *embeddings(circo, 1)))
+    with_images = read_all(list(map(str, files)), tmp_path)
+    own = [Run("own", {b.name: score(b, *embeddings(b, 5))}) for b in (cirr, circo)]
+    shutil.rmtree(tmp_path / "cirr/dev"), shutil.rmtree(tmp_path / "circo/COCO2017_unlabeled/unlabeled2017")
+    with pytest.raises(ValueError, match="no row has its images"):
+        load_cirr(tmp_path / "cirr", check_counts=False)
+    alone = read_all(list(map(str, files)), tmp_path)
+    assert alone == with_images and compare([*alone, *own], against="own").tests == 4
+    queries = load_cirr(tmp_path / "cirr", check_counts=False, with_images=False).queries
+    assert queries["reference"][:] == [None] * len(queries)
+    next(tmp_path.glob("circo/**/image_info_unlabeled2017.json")).unlink()
+    code, _, error = invoke(files[1], "--data-root", tmp_path)
+    assert code == 1 and "image_info_unlabeled2017.json is not under" in error
 
 
 def test_submission_files_of_peers_are_rows(tmp_path):
@@ -276,6 +337,12 @@ def test_submission_files_of_peers_are_rows(tmp_path):
         assert all(cell.p_value == 1 for cell in comparison.rows["peer"].values())
     code, text, _ = invoke(f"peer={recall}", "--data-root", tmp_path)
     assert code == 0 and "| peer | " in text and "cirr/val R@1" in text
+    # called by their folder; those of another folder of that name are not taken for the same method's
+    code, text, _ = invoke(recall, subset, circo_file, "--data-root", tmp_path)
+    assert code == 0 and text.count("| peer | ") == 1
+    other, _ = write_cirr_submission(tmp_path / "other" / "peer", cirr, *embeddings(cirr, 2))
+    code, _, error = invoke(other, subset, "--data-root", tmp_path)
+    assert code == 1 and "are both called 'peer': name them, NAME=" in error
     code, _, error = invoke(f"peer={recall}")
     assert code == 1 and "is a submission file: pass --data-root, whose cirr/ has the labels" in error
     with pytest.raises(ValueError, match="holds what another file of this method does"):

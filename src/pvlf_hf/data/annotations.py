@@ -146,6 +146,7 @@ def make_benchmark(
     allow_missing: bool,
     outside: Mapping[str, Sequence[str]] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    with_images: bool = True,
 ) -> CIRBenchmark:
     """Join annotated queries and the image files of a gallery.
 
@@ -159,12 +160,18 @@ def make_benchmark(
             target or as a member of the subset. Negatives without a file are taken off their lists.
         outside: reference images that are not in the gallery, as `gallery`.
         groups: by image id, the groups that it is ranked in; where only some images are in a gallery.
+        with_images: look for the files; without, image columns hold None, and rankings can be scored but not made.
 
     Raises:
         ValueError: if a query names an image that is not in the gallery, none of the images is found, or some are
             not and `allow_missing` is False.
     """
-    kept, paths = _with_files(name, rows, {**(outside or {}), **gallery}, folders, allow_missing)
+    listed = {**(outside or {}), **gallery}
+    _check_listed(name, rows, listed)
+    kept: Sequence[Mapping[str, Any]] = rows
+    paths: Mapping[str, str | None] = dict.fromkeys(listed)
+    if with_images:
+        kept, paths = _with_files(name, rows, listed, folders, allow_missing)
     images = {i: paths[i] for i in gallery if i in paths}
     if len(images) < len(gallery) or len(kept) < len(rows):
         missing = f"{len(gallery) - len(images)} gallery images, {len(rows) - len(kept)} queries"
@@ -204,13 +211,24 @@ def make_triplets(
     Raises:
         ValueError: as [`make_benchmark`].
     """
-    named = {i: images[i] for row in rows for i in named_images(row) if i in images}
+    _check_listed(name, rows, images)
+    named = {i: images[i] for row in rows for i in named_images(row)}
     kept, paths = _with_files(name, rows, named, folders, allow_missing)
     if len(kept) < len(rows):
         lost = len(rows) - len(kept)
         logger.warning("%s: %d of %d triplets left out because files are missing", name, lost, len(rows))
     files = {column: [paths[row[f"{column}_id"]] for row in kept] for column in ("reference", "target")}
     return _dataset({**files, **_columns(kept)}, "reference", "target")
+
+
+def _check_listed(name: str, rows: Sequence[Mapping[str, Any]], images: Mapping[str, Sequence[str]]) -> None:
+    """Raise a `ValueError` if a row names an image that is not listed."""
+    every = (i for row in rows for i in (*named_images(row), *row.get("negative_ids", ())))
+    if unknown := list(dict.fromkeys(i for i in every if i not in images)):
+        raise ValueError(
+            f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
+            "Do the two annotation files belong together?"
+        )
 
 
 def _with_files(
@@ -221,12 +239,6 @@ def _with_files(
     allow_missing: bool,
 ) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
     """Return the rows whose images all have a file, and by image id the paths of images that have one."""
-    every = (i for row in rows for i in (*named_images(row), *row.get("negative_ids", ())))
-    if unknown := list(dict.fromkeys(i for i in every if i not in images)):
-        raise ValueError(
-            f"{name}: {len(unknown)} images that the captions name are not in the gallery, first: {unknown[:3]}. "
-            "Do the two annotation files belong together?"
-        )
     if outside := [n for names in images.values() for n in names if escapes_folder(folders[0], n)]:
         raise ValueError(f"{name}: {len(outside)} image names leave their folder, first: {outside[:3]}")
     folder, paths = max(((f, paths_in(f, images)) for f in folders), key=lambda candidate: len(candidate[1]))

@@ -43,6 +43,7 @@ def load_circo(
     reference: Literal["removed", "kept"] = "kept",
     allow_missing: bool = False,
     check_counts: bool = True,
+    with_images: bool = True,
 ) -> CIRBenchmark:
     """Load a split for evaluation.
 
@@ -54,6 +55,7 @@ def load_circo(
         allow_missing: leave out images without a file and the queries that name them as reference or as one of the
             positives, with a warning and a note in the protocol, instead of raising.
         check_counts: raise unless split and gallery have their published numbers of queries and images.
+        with_images: look for the images; without, image columns hold None, and rankings of others can be scored.
 
     Returns:
         The benchmark. Ids are COCO's numbers in digits (`"271520"`). `caption` is the relative caption alone, without
@@ -81,7 +83,8 @@ def load_circo(
         metrics="circo",
         revision=annotations_digest(annotations, listing),
     )
-    return make_benchmark(f"circo/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
+    folders = [root / folder for folder in IMAGE_FOLDERS]
+    return make_benchmark(f"circo/{split}", rows, images, folders, protocol, allow_missing, with_images=with_images)
 
 
 def read_queries(file: Path, has_targets: bool) -> list[dict[str, Any]]:

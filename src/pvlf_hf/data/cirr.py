@@ -38,6 +38,7 @@ def load_cirr(
     allow_missing: bool = False,
     check_counts: bool = True,
     labels: Literal["hard", "graded"] = "hard",
+    with_images: bool = True,
 ) -> CIRBenchmark:
     """Load a split for evaluation.
 
@@ -50,6 +51,7 @@ def load_cirr(
         check_counts: raise unless the split has its published numbers of queries and images.
         labels: `"hard"`, the one target as the field reports; or `"graded"`, all images that people judged
             (`target_soft`): the target counts 1, others of a grade above 0 as much as that; those below are negatives.
+        with_images: look for the images; without, image columns hold None, and rankings of others can be scored.
 
     Returns:
         The benchmark. The gallery is every image of the split, whether a query names it or not. `target_id` is the
@@ -73,7 +75,8 @@ def load_cirr(
         metrics="graded" if labels == "graded" else "cirr",
         revision=revision,
     )
-    return make_benchmark(f"cirr/{split}", rows, images, [root / f for f in IMAGE_FOLDERS], protocol, allow_missing)
+    folders = [root / folder for folder in IMAGE_FOLDERS]
+    return make_benchmark(f"cirr/{split}", rows, images, folders, protocol, allow_missing, with_images=with_images)
 
 
 def load_cirr_train(root: str | Path, allow_missing: bool = False, check_counts: bool = True) -> Dataset:

@@ -20,6 +20,9 @@ from .metrics import metrics_named
 from .results import Evaluation, intervals, read_results
 from .significance import holm, paired_test, seed_interval
 
+USUAL_FOLDERS = ("evaluation", "evaluations", "results", "submissions", "model", "output", "outputs")
+"""Names of folders that results of every method are in, and which do not tell methods apart."""
+
 LEVEL = 0.05
 """Probability of a false finding among all tests of a comparison, below which a difference is marked."""
 
@@ -110,12 +113,24 @@ class Comparison:
         return {"against": self.against, "tests": self.tests, "rows": rows, "protocols": self.protocols}
 
 
+def informative_name(*paths: str | Path) -> str:
+    """Return the last part of a path that says which method it is of: `"mine"` of `outputs/mine/evaluation`.
+
+    Args:
+        paths: paths or Hub names; the first that has such a part counts. Without any, the last part of the last path.
+    """
+    parts = [[part for part in Path(path).parts if part not in ("/", ".", "..")] for path in paths]
+    informative = (part for own in parts for part in reversed(own) if part.casefold() not in USUAL_FOLDERS)
+    return next(informative, next((own[-1] for own in reversed(parts) if own), ""))
+
+
 def read_runs(file: str | Path, name: str | None = None) -> list[Run]:
     """Read the methods of a results file of [`write_results`].
 
     Args:
         file: usually `results.json`; the values of every query must be beside it.
-        name: name of the model; by default the last part of the name that the file records, or else its folder's.
+        name: name of the row; by default that of [`informative_name`], of the model that the file records, or else
+            of its folder.
 
     Returns:
         A run for each method to embed queries: the model's own is called `name`, a baseline `"name: text"`, or `name`
@@ -131,10 +146,11 @@ def read_runs(file: str | Path, name: str | None = None) -> list[Run]:
         raise ValueError(f"{file} cannot be read as results: {error}") from error
     if not isinstance(facts, dict) or "evaluations" not in facts:
         raise ValueError(f"{file} holds no results of `pvlf-hf evaluate`: it has no key 'evaluations'")
-    recorded = facts.get("arguments", {}).get("model") or str(file.resolve().parent)
     evaluations = read_results(file)
     alone = name is not None and len({evaluation.method for evaluation in evaluations}) == 1
-    name = name or Path(recorded).name
+    if name is None:
+        recorded = facts.get("arguments", {}).get("model")
+        name = informative_name(*([recorded] if recorded else []), file.parent, file.resolve().parent)
     runs: dict[str, Run] = {}
     for evaluation in evaluations:
         row = name if alone or evaluation.method == "composed" else f"{name}: {evaluation.method}"
