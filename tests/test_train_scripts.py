@@ -13,15 +13,17 @@ import pytest
 import yaml
 from forked import run_python
 from hub_server import serving
+from inverted import make_tokenizer, tiny_clip
 from PIL import Image
 from processes import run_in_processes
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoModel, AutoProcessor, CLIPModel, HfArgumentParser
 from typer.testing import CliRunner
 
 from pvlf_hf import load_triplets, write_shards
+from pvlf_hf.checkpoints.loading import load_model
 from pvlf_hf.commands.evaluate import EvaluationArguments
 from pvlf_hf.commands.train import parse_arguments
-from pvlf_hf.data.protocols import PROTOCOLS
+from pvlf_hf.data.protocols import DATA_SETS, PROTOCOLS
 from pvlf_hf_cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -162,18 +164,60 @@ def test_help_shows_usage(script):
 
 
 @pytest.mark.parametrize("name", list(public_weights.ROWS))
-def test_recipes_of_public_weights_are_commands(name, tmp_path):
-    *convert, evaluation = public_weights.commands(name, str(tmp_path), str(tmp_path))
+def test_recipes_of_public_weights_are_commands(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    *made, evaluation = public_weights.commands(name, str(tmp_path), str(tmp_path))
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(shlex.split(evaluation)[2:])
     assert set(args.protocols) <= PROTOCOLS.keys() and args.output_dir.startswith(str(tmp_path))
-    for command in convert:
-        done = CliRunner().invoke(app, shlex.split(command)[1:])
-        assert done.exit_code == 1 and "error: " in done.stderr  # the arguments are right, the file is not here
+    assert (args.model in (public_weights.CLIP_L, public_weights.BLIP_B)) == (not made)
+    for command in made:
+        program, *arguments = shlex.split(command)
+        if program == "python":
+            compile(arguments[1], command, "exec")
+        elif arguments[0] == "train":
+            model_args, _, training_args = parse_arguments(arguments[1:])
+            assert model_args.method == "pvlf" and training_args.output_dir == args.model
+        else:
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 1 and "error: " in done.stderr  # the arguments are right, the file is not here
+
+
+def test_rows_and_columns_of_public_weights_are_whole():
+    """Every method that the package has, and every benchmark of 2026 that it loads."""
+    rows = " ".join(public_weights.ROWS)
+    for name in ("CompoDiff", "SEARLE-OTI", "CLIP-L, untrained", "BLIP-B, untrained", "PVLF, BLIP-B", "PVLF, CLIP-L"):
+        assert name in rows
+    measured = {p for column in public_weights.COLUMNS.values() for p in column.protocols}
+    folders = {PROTOCOLS[protocol].folder for protocol in measured}
+    assert folders == {*DATA_SETS} - {"laion-cir"}  # which is for training alone
+    assert sum(name.startswith("circled-") for name in measured) == 5
+
+
+def test_model_of_an_optimised_token_is_saved_by_its_command(tmp_path):
+    vl_config = tiny_clip("searle_oti")[0]
+    vl_config.text_config.max_position_embeddings = 77
+    CLIPModel(vl_config).save_pretrained(tmp_path / "clip")
+    make_tokenizer().save_pretrained(tmp_path / "clip")
+    settings = {"encoder": str(tmp_path / "clip"), "method": "searle_oti", "folder": str(tmp_path / "model")}
+    exec(public_weights.SAVE.format(**settings), {})
+    model, processor = load_model(str(tmp_path / "model"))
+    assert model.config.method == "searle_oti" and model.config.placeholder_id == processor.placeholder_id
 
 
 @pytest.mark.slow
 def test_hours_of_public_weights_follow_the_number_of_images():
-    hours = public_weights.hours(public_weights.BLIP_B)
-    assert hours["pinpoint"] is None and 0 < hours["cirr-val"] < hours["circo-val"] < hours["icir"] < 1
+    hours = public_weights.hours("TransAgg")
+    assert hours["PinPoint"] is None and 0 < hours["CIRR"] < hours["CIRCO"] < hours["i-CIR"] < 1
+    assert hours["training"] is None and public_weights.hours("PVLF, BLIP-B")["training"] > 1
+    query, image = public_weights.operations("TransAgg")
+    per_hour = public_weights.PEAK_FLOPS * public_weights.UTILISATION * 3600
+    assert hours["CIRR"] == pytest.approx((4181 * query + 2297 * image) / per_hour)
+    known = [name for name, facts in public_weights.COLUMNS.items() if None not in facts.images.values()]
+    again = hours["CIRCLED"] - public_weights.CIRCLED_QUERIES * query / per_hour  # its images are in other columns
+    again += 2 * 2297 * image / per_hour + public_weights.FASHION_IQ[1] * image / per_hour
+    assert hours["all"] == pytest.approx(sum(hours[name] for name in known) - again)
+    plain, _ = public_weights.operations("SEARLE")
+    assert public_weights.operations("SEARLE-OTI")[0] > 10 * plain
+    assert 1 < public_weights.operations("CompoDiff")[0] / plain < 5
     text = public_weights.rendered(["CLIP-L, sum", "SEARLE"], "data")
     assert text.count("pvlf-hf evaluate") == 2 and "'SEARLE=outputs/public/searle/evaluation/results.json'" in text
