@@ -314,22 +314,31 @@ def card(
     benchmark: Annotated[
         list[str] | None, typer.Option(help="Benchmark on the Hub, emoji-cir=you/emoji-cir; repeat it.")
     ] = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Upload the folder as --name, and pin the example to that commit.")
+    ] = False,
 ) -> None:
     """Write the model card of a checkpoint, and .eval_results/.
 
     \b
-    pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause
+    pvlf-hf card outputs/mine --name you/pvlf-mine --license bsd-3-clause --push
 
     An existing card keeps its author's text.
     """
     from pvlf_hf import write_card
+    from pvlf_hf.checkpoints.pushing import push_checkpoint
 
     given = {"license": license, "base_model": base_model, "revision": revision}
     ids = dict(one.split("=", 1) for one in benchmark or () if "=" in one)
     if len(ids) != len(benchmark or ()):
         raise typer.BadParameter("write NAME=OWNER/DATASET, each name once", param_hint="--benchmark")
-    file = write_card(folder, name, results, hub_ids=ids, **{key: value for key, value in given.items() if value})
-    typer.echo(str(file))
+    known: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if push and (name is None or revision is not None):
+        raise typer.BadParameter("needs --name, and takes no --revision: it is the commit that is made")
+    if push:
+        typer.echo(f"https://huggingface.co/{name}, loads {push_checkpoint(folder, str(name), results, ids, **known)}")
+    else:
+        typer.echo(str(write_card(folder, name, results, hub_ids=ids, **known)))
 
 
 class Subject(StrEnum):

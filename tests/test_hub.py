@@ -72,20 +72,21 @@ import json
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, create_repo, upload_folder
+from huggingface_hub import HfApi
 
-from pvlf_hf.checkpoints.model_card import write_card
+from pvlf_hf.checkpoints.pushing import push_checkpoint
 
 folder = Path(sys.argv[1]) / "measured"
 protocol = {"name": "emoji-cir", "gallery": "all", "reference": "removed", "metrics": "cirr", "revision": "v1"}
 metrics, counts = {"recall@1": 0.25, "recall@10": 0.5}, {"queries": 4, "gallery": 9}
 evaluation = {"benchmark": "emoji-cir/test/plain", "method": "composed", "metrics": metrics, "counts": counts}
 results = {"evaluations": [{**evaluation, "protocol": protocol}]}
-create_repo("you/measured")
-for revision in (None, "known"):  # the commit is known once the model is there
-    pin = revision and HfApi().model_info("you/measured").sha
-    write_card(folder, "you/measured", results, revision=pin, hub_ids={"emoji-cir": "you/emoji-cir"})
-    upload_folder(repo_id="you/measured", folder_path=folder)
+(folder / "checkpoint-4").mkdir(parents=True)
+(folder / "checkpoint-4" / "optimizer.pt").write_bytes(b"of the run")
+(folder / "config.json").write_text("{}")
+(folder / "results.json").write_text(json.dumps(results))
+ids = {"emoji-cir": "you/emoji-cir"}
+pin = push_checkpoint(folder, "you/measured", hub_ids=ids, license="mit", base_model="you/base")
 entries = HfApi().model_info("you/measured", expand=["evalResults"]).eval_results
 (folder / "read.json").write_text(json.dumps([[e.dataset_id, e.task_id, e.value, e.source_url] for e in entries]))
 (folder / "pin.txt").write_text(pin)
@@ -370,6 +371,11 @@ def test_the_hub_reads_the_results(hub, folder, tmp_path):
     assert pin in repository.commits and pin != repository.branches["main"]
     card = repository.commits[repository.branches["main"]].files["README.md"].content.decode()
     assert f'from_pretrained("you/measured", revision="{pin}", trust_remote_code=True)' in card
+    assert "base_model: you/base" in card and "license: mit" in card
+    files = {"config.json", "results.json", "README.md", ".eval_results/emoji-cir.yaml"}
+    assert files == {*repository.commits[pin].files}  # nothing of the run's own checkpoints
+    first = repository.commits[pin].files["README.md"].content.decode()
+    assert 'Pass revision="<commit>"' in first  # what can be said before there is a commit
 
 
 def test_read_only_token_raises(published, folder):

@@ -118,6 +118,7 @@ FOLDERS = {
         "loading",
         "eval_results",
         "model_card",
+        "pushing",
         "golden",
         "weight_names",
         "convert",

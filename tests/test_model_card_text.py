@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from typer.testing import CliRunner
 from pvlf_hf.checkpoints.eval_results import eval_result_entries, task_id
 from pvlf_hf.checkpoints.model_card import render_card, results_tables, write_card
 from pvlf_hf.data.emoji_cir.captions import TIERS
-from pvlf_hf.evaluation.metrics import METRICS
-from pvlf_hf.evaluation.results import write_results
+from pvlf_hf.evaluation.metrics import METRICS, metrics_named
+from pvlf_hf.evaluation.results import read_results, write_results
 from pvlf_hf.evaluation.scoring import score
 from pvlf_hf_cli import app
 
@@ -217,6 +218,9 @@ def test_eval_results_state_the_headline_of_each_benchmark(tmp_path):
     """Read back by the library's own parser: percent, of the model and not of its baselines."""
     results = {"evaluations": EMOJI}
     write_card(tmp_path, "you/mine", results, hub_ids=IDS)
+    assert "source_url" not in (tmp_path / ".eval_results/emoji-cir.yaml").read_text()  # no such file would be there
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_card(tmp_path, "you/mine", hub_ids=IDS)
     (file,) = (tmp_path / ".eval_results").iterdir()
     entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
     assert file.name == "emoji-cir.yaml" and {entry.dataset_id for entry in entries} == {"you/emoji-cir"}
@@ -250,9 +254,54 @@ def test_tasks_of_emoji_cir_are_those_that_are_measured():
 def test_new_cards_lead_with_what_the_hub_indexes(results):
     card = render_card(results, "you/mine", license="mit")
     assert list(yaml.safe_load(card.split("---")[1]))[:3] == ["library_name", "pipeline_tag", "base_model"]
-    for name in ("pvlf-emoji-tiny", "blip-emoji-tiny"):
-        shipped = (ROOT / "model_cards" / name / "README.md").read_text()
-        assert list(yaml.safe_load(shipped.split("---")[1]))[:2] == ["library_name", "pipeline_tag"]
+
+
+def test_shipped_cards_lead_with_what_the_hub_indexes():
+    cards = {
+        name: ModelCard.load(ROOT / "model_cards" / name / "README.md")
+        for name in ("pvlf-emoji-tiny", "blip-emoji-tiny")
+    }
+    for card in cards.values():
+        assert list(yaml.safe_load(card.content.split("---")[1]))[:2] == ["library_name", "pipeline_tag"]
+    # the name of blip-emoji-tiny on the Hub, which pvlf-emoji-tiny is built on, is known when it is pushed
+    assert cards["pvlf-emoji-tiny"].data.base_model is None
+    assert cards["blip-emoji-tiny"].data.base_model == "sentence-transformers/paraphrase-MiniLM-L3-v2"
+
+
+@pytest.mark.parametrize("name", ["pvlf-emoji-tiny", "blip-emoji-tiny"])
+def test_figures_of_shipped_cards_equal_the_results_file(name):
+    facts = json.loads((ROOT / "model_cards" / name / "results.json").read_text())
+    listed = ModelCard.load(ROOT / "model_cards" / name / "README.md").data.to_dict()["model-index"][0]["results"]
+    stated = {r["dataset"]["name"]: {m["type"]: m["value"] for m in r["metrics"]} for r in listed}
+    if name == "pvlf-emoji-tiny":
+        assert stated == {f"emoji-cir/test/{tier}": metrics for tier, metrics in facts["metrics"].items()}
+        assert stated == {e["benchmark"]: e["metrics"] for e in facts["evaluations"]}
+        read = read_results(ROOT / "model_cards" / name / "results.json")  # with the values of every query
+        assert [metrics_named("cirr").means(e.per_query) for e in read] == [e.metrics for e in read]
+    else:
+        assert [*stated.values()] == [facts["metrics"]]
+
+
+def test_shipped_cards_are_those_that_the_code_writes():
+    sys.path.insert(0, str(ROOT / "train_scripts"))
+    from shipped_cards import shipped_cards
+
+    for file, text in shipped_cards().items():
+        assert file.read_text(encoding="utf-8") == text, "run `python train_scripts/shipped_cards.py`"
+
+
+def test_shipped_card_is_completed_by_a_push():
+    """With what is known then: the names on the Hub and the commit."""
+    folder = ROOT / "model_cards" / "pvlf-emoji-tiny"
+    card, facts = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
+    pushed = render_card(facts, "you/tiny", card, revision="0123abc", base_model="you/blip-emoji-tiny")
+    front = yaml.safe_load(pushed.split("---")[1])
+    assert [*front][:3] == ["library_name", "pipeline_tag", "base_model"]
+    assert front["base_model"] == "you/blip-emoji-tiny" and front["model-index"][0]["results"]
+    assert section(pushed, "usage").count('"you/tiny", revision="0123abc"') == 2
+    assert by_hand(pushed) == by_hand(card)
+    entries = eval_result_entries(facts, "you/tiny", {"emoji-cir": "you/emoji-cir"})["emoji-cir"]
+    assert {e.task_id: e.value for e in entries}["test-plain-recall_at_10"] == 82.8
 
 
 def test_usage_is_pinned_to_a_known_revision(results):
@@ -269,5 +318,13 @@ def test_card_command_pins_and_names_benchmarks(tmp_path):
     done = CliRunner().invoke(app, ["card", str(tmp_path), *options])
     assert done.exit_code == 0 and (tmp_path / ".eval_results/emoji-cir.yaml").exists()
     assert 'revision="0123abc"' in (tmp_path / "README.md").read_text()
+    for given in (
+        [],
+        ["--name", "you/mine", "--revision", "0123abc"],
+        ["--name", "mine"],
+    ):  # a push needs a name alone
+        done = CliRunner().invoke(app, ["card", str(tmp_path), "--push", *given])
+        assert done.exit_code == (1 if given == ["--name", "mine"] else 2), done.stderr
+        assert ("has no owner" if done.exit_code == 1 else "needs --name, and takes no --revision") in done.stderr
     done = CliRunner().invoke(app, ["card", str(tmp_path), "--benchmark", "emoji-cir"])
     assert done.exit_code == 2 and "NAME=OWNER/DATASET" in done.stderr

@@ -7,7 +7,8 @@ Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags 
 written to `model_cards/emoji-cir/results.json` and rendered as tables and a plot into that card, and as a summary into
 README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
 After an interruption the same command does the runs that are missing; runs of another recipe raise an error.
-`--render_only` renders the committed numbers and updates the checkpoint's copy of the code.
+`--render_only` renders the committed numbers, with what the Hub indexes (`shipped_cards.py`), and updates the
+checkpoint's copy of the code.
 """
 
 import argparse
@@ -25,12 +26,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from demo import draw_sheet
+from shipped_cards import write_shipped_cards
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import CIRBenchmark, Evaluation, load_emoji_cir, load_emoji_cir_train, write_golden
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
+from pvlf_hf.evaluation.results import write_results
 from pvlf_hf.evaluation.scoring import evaluate_all
 from pvlf_hf.evaluation.significance import seed_interval
 
@@ -123,6 +126,7 @@ def main() -> None:
     for file, text in renderings(results).items():
         file.write_text(filled(file.read_text(encoding="utf-8"), text), encoding="utf-8")
         print(text)
+    write_shipped_cards()
 
 
 def train_one(name: str, seed: int, folder: Path, jobs: int, flags: list[str]) -> None:
@@ -193,7 +197,7 @@ def publish(folder: Path) -> None:
         "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations},
         "by_overlap": recall_by_overlap(evaluations, benchmarks),
     }
-    (CHECKPOINT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(CHECKPOINT / "results.json", evaluations, **results)
 
 
 def recall_by_overlap(evaluations: list[Evaluation], benchmarks: list[CIRBenchmark]) -> dict[str, dict[str, float]]:

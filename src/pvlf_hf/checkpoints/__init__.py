@@ -15,5 +15,6 @@ __getattr__, __all__ = lazy_names(
         "golden": "check_golden write_golden",
         "loading": "load_model",
         "model_card": "render_card write_card",
+        "pushing": "push_checkpoint",
     },
 )

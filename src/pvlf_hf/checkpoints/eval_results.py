@@ -66,10 +66,11 @@ def write_eval_results(
     """Write `.eval_results/<data set>.yaml` into a checkpoint's folder, and return the files.
 
     Files of data sets that the results do not hold are left as they are; arguments are those of
-    [`eval_result_entries`].
+    [`eval_result_entries`]. Entries name a source only if the folder has the `results.json` that will be there.
     """
     files = []
-    for data_set, entries in eval_result_entries(results, name, hub_ids).items():
+    source = name if (Path(folder) / "results.json").is_file() else None
+    for data_set, entries in eval_result_entries(results, source, hub_ids).items():
         file = Path(folder) / FOLDER / f"{data_set}.yaml"
         with whole(file) as partial:
             partial.write_text(yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")

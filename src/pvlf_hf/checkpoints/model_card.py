@@ -159,7 +159,7 @@ def render_card(
         gap = "\n" if card.endswith("\n") or not card else "\n\n"
         headed = [f"{heading}\n\n{_marked(section, text)}\n" for section, (heading, text) in sections.items()]
         card += (gap + "\n".join(headed)).replace("\n", line_end)
-    return _with_metadata(card, _metadata(results, name, metadata), line_end)
+    return with_metadata(card, _metadata(results, name, metadata), line_end)
 
 
 def _usage(name: str, revision: str | None) -> str:
@@ -312,7 +312,7 @@ def _span(card: str, section: str) -> tuple[int, int] | None:
     return starts[0][0], ends[0][1]
 
 
-def _with_metadata(card: str, stated: Mapping[str, Any], line_end: str) -> str:
+def with_metadata(card: str, stated: Mapping[str, Any], line_end: str = "\n") -> str:
     """Return the card with keys of its YAML block replaced, removed (None) or added; defaults are only added.
 
     A leading key is added after the leading ones before it, any other at the end.
@@ -377,4 +377,4 @@ def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = 
     return "\n".join([f"| {evaluation.benchmark} | |", "| --- | --- |", *cells])
 
 
-__all__ = ["PICTURE", "render_card", "results_tables", "write_card"]
+__all__ = ["PICTURE", "render_card", "results_tables", "with_metadata", "write_card"]
