@@ -39,7 +39,7 @@ _NAMES_OF = {
     """,
     "checkpoints": """
         check_golden convert_case convert_compodiff convert_inversion convert_salesforce_blip convert_transagg
-        load_model render_card write_card write_golden
+        load_model push_checkpoint render_card write_card write_golden
     """,
     "search": """
         EmbeddingShards Explanation Gallery MilvusGallery MilvusOptions Query SearchResult ShardedGallery TripletMiner
