@@ -218,7 +218,9 @@ def test_eval_results_state_the_headline_of_each_benchmark(tmp_path):
     """Read back by the library's own parser: percent, of the model and not of its baselines."""
     results = {"evaluations": EMOJI}
     write_card(tmp_path, "you/mine", results, hub_ids=IDS)
-    assert "huggingface.co" not in (tmp_path / ".eval_results/emoji-cir.yaml").read_text()  # no such file would be there
+    assert (
+        "huggingface.co" not in (tmp_path / ".eval_results/emoji-cir.yaml").read_text()
+    )  # no such file would be there
     (tmp_path / "results.json").write_text(json.dumps(results))
     write_card(tmp_path, "you/mine", hub_ids=IDS)
     (file,) = (tmp_path / ".eval_results").iterdir()

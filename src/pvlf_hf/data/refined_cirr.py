@@ -1,7 +1,8 @@
 """Refined-CIRR: captions of CIRR's validation split, rewritten where they were unclear (CoLLM, CVPR 2025).
 
 The split has 4,181 queries on 2,297 images, see `pvlf_hf.data.cirr`. A file that has fewer of them is loaded with a
-warning, because its authors' number of rows could not be read.
+warning, because its authors' number of rows could not be read. The name of the file and its keys `pairid`, `caption`
+and `is_refined` are those that public code reads.
 
 Annotations: <https://huggingface.co/datasets/chuonghm/Refined-CIRR>; images and gallery are CIRR's.
 """

@@ -1,7 +1,9 @@
 """Refined-FashionIQ: one rewritten caption for pairs of FashionIQ's validation split (CoLLM, CVPR 2025).
 
 FashionIQ's split has 2,017, 2,038 and 1,961 queries of dress, shirt and toptee. Files that have fewer of them are
-loaded with a warning, because their authors' number of rows could not be read.
+loaded with a warning, because their authors' number of rows could not be read. The keys `candidate`, `target`,
+`captions` and `is_refined` are those that public code reads from this data set. Names of files, and that `captions` is
+a list, are not verified: its page could not be read.
 
 Annotations: <https://huggingface.co/datasets/chuonghm/Refined-FashionIQ>; images and galleries are FashionIQ's.
 """
