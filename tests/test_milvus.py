@@ -561,9 +561,13 @@ class Importer(BaseHTTPRequestHandler):
             jobs.append(pa.concat_tables([pq.read_table(file) for (file,) in request["files"]]))
             self.server.seen.append((request["collectionName"], self.headers["Authorization"]))
             answer = {"jobId": str(len(jobs) - 1)}
+        elif self.path.endswith("/list"):
+            answer = {"records": [{"jobId": job, "state": state} for job, state in self.server.left.items()]}
         else:
             looks = self.server.looks[request["jobId"]] = self.server.looks.get(request["jobId"], 0) + 1
             state = self.server.fail if self.server.fail and looks > 1 else "Completed" if looks > 1 else "Importing"
+            if state == "Completed" and request["jobId"] in self.server.left:
+                self.server.import_left()
             answer = {"state": state, "progress": 50 * looks, "reason": "no more memory"}
         content = json.dumps({"code": 0, "data": answer}).encode()
         self.send_response(200)
@@ -584,7 +588,7 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
     columns = values(90)
     table = table_of(unit(90, 8), **{name: columns[name] for name in columns.column_names})
     http = ThreadingHTTPServer(("127.0.0.1", 0), Importer)
-    http.jobs, http.seen, http.looks, http.fail = [], [], {}, None
+    http.jobs, http.seen, http.looks, http.fail, http.left = [], [], {}, None, {}
     threading.Thread(target=http.serve_forever, daemon=True).start()
     options = {
         "bucket": f"file://{tmp_path}/bucket",
@@ -597,23 +601,32 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
         old = table.slice(10, 5).set_column(2, "digest", pa.array(["old"] * 5))
         store.write(old)
         batches = [("first", table.slice(0, 40)), ("second", table.slice(40, 30)), ("third", table.slice(70, 20))]
+        http.left = {"9": "Completed", "7": "Importing"}  # of earlier runs
+        http.import_left = lambda: store.write(table.slice(80))  # what such a job adds is not imported again
         filled = milvus_bulk.import_into(store, batches, remove_others=True, file_bytes=4000, **options)
-        assert filled == (80, 10, 0) and len(store) == 10  # the five old rows are gone, an import replaces nothing
-        assert [len(job) for job in http.jobs] == [80] and http.seen == [("bulk", "Bearer root:x")]
+        assert filled == (70, 20, 0) and {*http.looks} == {"7", "0"}
+        assert len(store) == 25 and store.read().slice(0, 15).select(table.column_names).equals(
+            store.schema.fitted(table.slice(0, 15)).select(table.column_names)
+        )  # an import replaces nothing: the five old rows are upserted, and none is removed
+        assert [len(job) for job in http.jobs] == [65] and http.seen == [("bulk", "Bearer root:x")]
         assert not list((tmp_path / "bucket").iterdir())
         rows = [row for job in http.jobs for row in job.to_pylist()]
-        assert [row["id"] for row in rows] == table["id"].to_pylist()[10:]
+        assert [row["id"] for row in rows] == table["id"].to_pylist()[15:80]
         store.client.upsert("bulk", rows)
         assert store.read().select(table.column_names).equals(store.schema.fitted(table).select(table.column_names))
-        http.fail = "Failed"
+        http.fail, http.left = "Failed", {}
         with pytest.raises(
             ValueError, match="Milvus cannot import files of .*bucket .job 1: no more memory.: remove what it names"
         ):
             milvus_bulk.import_into(
                 store,
-                [("new", table_of(unit(3, 8), 90, **{n: columns[n][:3] for n in columns.column_names}))],
+                [
+                    ("new", table_of(unit(3, 8), 90, **{n: columns[n][:3] for n in columns.column_names})),
+                    ("old", table.slice(0, 3).set_column(2, "digest", pa.array(["changed"] * 3))),
+                ],
                 **options,
             )
+        assert len(store) == 90  # a job that fails costs none of the images that the store had
         with pytest.raises(ValueError, match="is a file of Milvus Lite, which imports no files"):
             milvus_bulk.BulkImport(
                 create_store(StoreAddress(str(tmp_path / "lite.db"), "bulk"), 8, None, MADE_BY), **options

@@ -1,5 +1,9 @@
 """Fills a Milvus store by bulk import: files in the object storage of a cluster, which its servers read themselves.
 
+An import adds rows and replaces none. Images whose id the store has already are therefore written by upserts, and only
+new ones are imported: at no time does the store lack an image that it had. Jobs that an interrupted run has left are
+waited for before images are compared with the store. One process at a time imports into a store.
+
 Milvus Lite has no such import; [`fill_store`] writes to it by upserts. The files are those of `pymilvus.bulk_writer`
 and are tested up to that boundary: read back, and their import requested over HTTP. A cluster was not at hand.
 
@@ -20,13 +24,17 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from transformers.utils import logging as transformers_logging
 
 from ...atomic_files import cannot_write
 from ..locations import open_location
 from .filling import Batches, Filled, fill_store
 from .store import MilvusStore
+
+logger = transformers_logging.get_logger(__name__)
 
 FILE_BYTES = 128 * 2**20
 """Bytes of a file, before it is compressed (our choice, as pymilvus's)."""
@@ -36,6 +44,13 @@ MOST_FILES = 1000
 
 POLL = 1.0
 """Seconds between two looks at a job (our choice)."""
+
+
+JOBS = 1000
+"""Most jobs that a cluster is asked to list (our choice)."""
+
+ENDED = ("Completed", "Failed")
+"""States of a job that does nothing any more."""
 
 
 def import_into(store: MilvusStore, batches: Batches, remove_others: bool = False, **options: Any) -> Filled:
@@ -48,6 +63,7 @@ def import_into(store: MilvusStore, batches: Batches, remove_others: bool = Fals
         **options: of [`BulkImport`].
     """
     importer = BulkImport(store, **options)
+    importer.wait_for_jobs()
     filled = fill_store(store, batches, remove_others, importer.write)
     importer.finish()
     return filled
@@ -92,11 +108,27 @@ class BulkImport:
         self._waiting: list[pa.Table] = []
         self._uploaded: list[str] = []
 
+    def wait_for_jobs(self) -> None:
+        """Wait for the jobs of this store that earlier runs requested.
+
+        Raises:
+            OSError: if a job does not get on.
+        """
+        from pymilvus.bulk_writer import list_import_jobs
+
+        with self.store.database.doing(f"list the import jobs of {self.store.name}"):
+            found = list_import_jobs(collection_name=self.store.name, page_size=JOBS, **self._login)
+        for job in found.json()["data"].get("records") or []:
+            if job["state"] not in ENDED:
+                logger.warning(f"waiting for the import job {job['jobId']}, which an earlier run requested")
+                self._wait_for(job["jobId"])
+
     def write(self, table: pa.Table) -> None:
-        """Take rows, and upload a file when there are enough; older rows of the same ids are removed before."""
-        known = self.store.look_up(table["id"].to_pylist())["id"].to_pylist()
-        self.store.remove(known)  # an import replaces nothing: its rows would be there twice
-        self._waiting.append(table)
+        """Take rows: upsert those whose id the store has, and upload a file of the others when there are enough."""
+        known = self.store.look_up(table["id"].to_pylist())["id"]
+        replaced = pc.is_in(table["id"], known.combine_chunks())
+        self.store.write(table.filter(replaced))
+        self._waiting.append(table.filter(pc.invert(replaced)))
         if sum(part.nbytes for part in self._waiting) >= self.file_bytes:
             self._upload()
         if len(self._uploaded) == MOST_FILES:
@@ -128,26 +160,36 @@ class BulkImport:
 
     def _import(self) -> None:
         """Have the cluster import what was uploaded, wait for it, and delete the files."""
-        from pymilvus.bulk_writer import bulk_import, get_import_progress
+        from pymilvus.bulk_writer import bulk_import
 
         # Milvus names files by their path in the bucket.
         in_place = isinstance(self.files, LocalFileSystem)
         keys = [[file if in_place else file.lstrip("/").partition("/")[2]] for file in self._uploaded]
-        database = urlsplit(self.store.database.uri).path.strip("/")
-        known = {"url": self.url, "api_key": self.api_key, "db_name": database}
         with self.store.database.doing(f"import files of {self.bucket}"):
-            job = bulk_import(collection_name=self.store.name, files=keys, **known).json()["data"]["jobId"]
+            answer = bulk_import(collection_name=self.store.name, files=keys, **self._login)
+        job = answer.json()["data"]["jobId"]
+        state = self._wait_for(job)
+        for file in self._uploaded:
+            self.files.rm_file(file)
+        self._uploaded = []
+        if state["state"] == "Failed":
+            raise ValueError(
+                f"Milvus cannot import files of {self.bucket} (job {job}: {state.get('reason')}): remove what it "
+                "names, and fill again; what is imported is not imported again"
+            )
+
+    def _wait_for(self, job: str) -> dict[str, Any]:
+        """Return the last state of a job, completed or failed; raise an `OSError` where it does not get on."""
+        from pymilvus.bulk_writer import get_import_progress
+
         end = time.monotonic() + self.timeout
         state: dict[str, Any] = {}
-        while state.get("state") != "Completed":
+        while True:
             before = state
             with self.store.database.doing(f"say how far the import {job} is"):
-                state = get_import_progress(job_id=job, **known).json()["data"]
-            if state["state"] == "Failed":
-                raise ValueError(
-                    f"Milvus cannot import files of {self.bucket} (job {job}: {state.get('reason')}): remove what it "
-                    "names, and fill again; what is imported is not imported again"
-                )
+                state = get_import_progress(job_id=job, **self._login).json()["data"]
+            if state["state"] in ENDED:
+                return state
             if state != before:
                 end = time.monotonic() + self.timeout
             elif time.monotonic() > end:
@@ -155,11 +197,12 @@ class BulkImport:
                     f"the import of files of {self.bucket} (job {job}) has not got on for {self.timeout:g} s: look at "
                     "the cluster's data nodes, and fill again; what is imported is not imported again"
                 )
-            if state["state"] != "Completed":
-                time.sleep(POLL)
-        for file in self._uploaded:
-            self.files.rm_file(file)
-        self._uploaded = []
+            time.sleep(POLL)
+
+    @property
+    def _login(self) -> dict[str, str]:
+        database = urlsplit(self.store.database.uri).path.strip("/")
+        return {"url": self.url, "api_key": self.api_key, "db_name": database}
 
 
 def write_import_file(store: MilvusStore, table: pa.Table, folder: Path) -> Path:
