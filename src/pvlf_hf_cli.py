@@ -98,7 +98,10 @@ def search(
     context: typer.Context,
     index: Annotated[
         str | None,
-        typer.Argument(help="Folder or URL that `pvlf-hf index` made; none with --server.", show_default=False),
+        typer.Argument(
+            help="Folder or URL that `pvlf-hf index` made, or name of a store in --milvus; none with --server.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[str | None, MODEL] = None,
     server: Annotated[
@@ -146,6 +149,7 @@ def search(
     pvlf-hf search photos.gallery --image dress.jpg --text "without sleeves" -k 5 --sheet result.html
     pvlf-hf search photos.gallery --image dress.jpg --text "in blue" --weights 1,1,0    # more of the image
     pvlf-hf search photos.gallery --text "2:red dress" --text "-stripes" --filter "price < 50" --fold 0.98
+    pvlf-hf search photos --milvus http://127.0.0.1:19530 --text "red dress"    # a store that others may change
     pvlf-hf search --server http://127.0.0.1:8000 --image dress.jpg --text "without sleeves"
     """
     if sheet and sheet.suffix not in (".png", ".html"):
@@ -164,7 +168,8 @@ def search(
     if index is None or model is None:
         missing = "INDEX" if index is None else "--model"
         raise typer.BadParameter("it is needed, unless a --server searches", param_hint=missing)
-    check_index(index)
+    if milvus is None:
+        check_index(index)
     from pvlf_hf.commands import gallery
 
     gallery.search(index, model, terms, settings, k, parts, sheet, explain, as_json, composition, milvus)
@@ -189,7 +194,12 @@ def check_for_server(context: typer.Context) -> None:
 
 @app.command(no_args_is_help=True)
 def serve(
-    index: Annotated[str, typer.Argument(help="Folder or URL that `pvlf-hf index` made.", show_default=False)],
+    index: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or URL that `pvlf-hf index` made, or name of a store in --milvus.", show_default=False
+        ),
+    ],
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
@@ -242,7 +252,8 @@ def serve(
     for module in ("fastapi", "uvicorn", "python_multipart"):
         if find_spec(module) is None:
             raise ImportError(f'the server needs {module}: `pip install "pvlf-hf[serve]"`')
-    check_index(index)
+    if milvus is None:
+        check_index(index)
     from pvlf_hf.commands import gallery
 
     settings = {"uri": milvus, "memory": memory, "vectors": vectors}
@@ -255,7 +266,9 @@ def demo(
     images: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of images, or a folder or URL that `pvlf-hf index` made; without, emoji.", show_default=False
+            help="Folder of images, folder or URL that `pvlf-hf index` made, or name of a store in --milvus; without, "
+            "emoji.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",

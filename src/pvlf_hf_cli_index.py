@@ -15,7 +15,12 @@ Model = Annotated[str, MODEL]
 Composition = Annotated[
     str | None, typer.Option(help="How a plain dual encoder composes queries: slerp, sum or product (default: slerp).")
 ]
-Database = Annotated[str | None, typer.Option(help="Milvus database that has the index, too: a .db file or a URL.")]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        help="Milvus database to search: a .db file or a URL. INDEX is a folder, or the name of a store there."
+    ),
+]
 
 
 class Precision(StrEnum):
@@ -83,7 +88,12 @@ def index(
     id_column: Annotated[
         str | None, typer.Option(help="With ray: column of Parquet files that names them (default: image_id).")
     ] = None,
-    milvus: Database = None,
+    milvus: Annotated[
+        str | None, typer.Option(help="Milvus database to fill, too: a .db file or a URL. Its other stores stay.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --milvus: name of the store (default: one kept in --path; ray needs it).")
+    ] = None,
     composition: Composition = None,
     as_json: Json = False,
 ) -> None:
@@ -112,11 +122,16 @@ def index(
     PHOTOS and --path are folders or URLs that every machine sees. PHOTOS may also hold Parquet files with a column of
     images, or the .tar files of a WebDataset. Without --address Ray runs on this machine. A repeated call goes on
     where one ended; images that cannot be read are listed in broken-*.parquet in --path.
+
+    With --milvus a store of a Milvus database is made to hold these images and no others. `pvlf-hf search NAME
+    --milvus URI` searches it as it is then, with what others add and remove.
     """
     from pvlf_hf.commands import gallery
 
+    if milvus is None:
+        _refuse({"name": name}, "it names a store: pass --milvus with it")
     ours: dict[str, Any] = {"include_hidden": include_hidden, "metadata": metadata, "exif": exif}
-    alone = ours | {"openvino": openvino, "milvus": milvus}
+    alone = ours | {"openvino": openvino}
     columns = {"image_column": image_column, "id_column": id_column}
     rays: dict[str, Any] = {"address": address, "workers": workers, "vectors": vectors, **columns}
     common: dict[str, Any] = {"batch_size": batch_size, "draft": draft}
@@ -126,11 +141,13 @@ def index(
             raise typer.BadParameter("the machines of a cluster differ: name the dtype", param_hint="--dtype")
         if dtype is Precision.INT8:
             raise typer.BadParameter("int8 is calibrated by one process: leave --engine ray out", param_hint="--dtype")
-        given = {name: value for name, value in rays.items() if value is not None}
+        if milvus and name is None:
+            raise typer.BadParameter("--engine ray with --milvus needs the name of a store", param_hint="--name")
+        given = {option: value for option, value in rays.items() if value is not None}
         options = common | given | {"dtype": dtype.value, "composition": composition}
-        return gallery.index_on_cluster(photos, path, model, as_json, options)
+        return gallery.index_on_cluster(photos, path, model, as_json, options, milvus, name)
     _refuse(rays, "it has an effect with --engine ray only")
-    ours |= {"index": "milvus", "uri": milvus} if milvus else {}
+    ours |= {"index": "milvus", "uri": milvus, "name": name} if milvus else {}
     gallery.index(Path(photos), model, Path(path), dtype.value, openvino, as_json, composition, common | ours)
 
 

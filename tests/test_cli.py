@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from pvlf_hf import Gallery
-from pvlf_hf.commands.gallery import index_dtype, open_or_embed
+from pvlf_hf.commands.gallery import index_dtype, open_index, open_or_embed
 from pvlf_hf.search.gallery_files import TABLE
 from pvlf_hf.search.shard_sets import gallery_to_shards
 from pvlf_hf.search.sharded_gallery import ShardedGallery
@@ -122,6 +122,39 @@ def test_index_and_search_use_a_milvus_database(photos, models, tmp_path):
     assert call("search", tmp_path / "kept", *where, *asked).stdout == exact.stdout and "red.png" in exact.stdout
     again = ["search", tmp_path / "kept", "--model", models[0], "--milvus", tmp_path / "no" / "photos.db", *asked]
     assert "there is no folder" in error(call(*again))
+
+
+@pytest.mark.slow
+def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path, caplog):
+    """Searching changes no store, and `index` brings it in line."""
+    pytest.importorskip("milvus_lite")
+    uri, asked = tmp_path / "photos.db", ["--model", models[0], "--text", TEXT, "-k", 12, "--json"]
+
+    def found(index):
+        return {one["id"] for one in json.loads(call("search", index, "--milvus", uri, *asked).stdout)["results"]}
+
+    where = ["--model", models[0], "--milvus", uri, "--path"]
+    assert call("index", photos, *where, tmp_path / "kept", "--name", "named").exit_code == 0
+    assert call("index", photos, *where, tmp_path / "kept").exit_code == 0
+    opened = open_index(str(tmp_path / "kept"), str(models[0]), uri=str(uri))
+    opened.add([photos / "red.png"], ["added"])
+    opened.remove(["blue.png"])
+    opened.close()
+    changed = {*gallery.ids, "added"} - {"blue.png"}
+    assert found(tmp_path / "kept") == changed and found("named") == {*gallery.ids}
+    opened = open_index(str(tmp_path / "kept"), str(models[0]), uri=str(uri))
+    opened.remove(["added"])
+    assert "holds 8 images, and" not in caplog.text
+    opened.close()
+    assert found(tmp_path / "kept") == changed - {"added"} and "holds 8 images, and" in caplog.text
+    assert call("index", photos, *where, tmp_path / "kept").exit_code == 0
+    assert found(tmp_path / "kept") == {*gallery.ids}
+    for wrong in ("nobody", tmp_path / "nowhere"):
+        message = error(call("search", wrong, "--milvus", uri, *asked))
+        assert "neither the folder of an index nor the name of a store" in message and "'named']" in message
+    missing = tmp_path / "none.db"
+    assert "there is no database" in error(call("search", "named", "--milvus", missing, *asked))
+    assert not missing.exists()
 
 
 NOT_WAITED_FOR = {
@@ -419,8 +452,8 @@ def test_the_demo_opens_indices_shards_and_folders(index, photos, gallery, model
     gallery_to_shards(index, tmp_path / "shards")
     opened = open_or_embed(str(tmp_path / "shards"), str(models[0]))
     assert isinstance(opened, ShardedGallery) and opened.known(gallery.ids) == gallery.ids
-    with pytest.raises(ValueError, match="--milvus has the images of an index: name the folder"):
-        open_or_embed(str(photos), str(models[0]), uri="photos.db")
+    with pytest.raises(ValueError, match="--milvus holds several stores: name one, or the folder"):
+        open_or_embed(None, str(models[0]), uri="photos.db")
     for folder in (index, photos):
         opened = open_or_embed(str(folder), str(models[0]))
         assert opened.ids == gallery.ids and opened.embeds.allclose(

@@ -3,6 +3,7 @@
 import datetime
 import json
 import random
+import re
 import shutil
 import threading
 import time
@@ -381,7 +382,7 @@ def test_names_and_models_are_kept_apart(uri, photos, made, tmp_path):
     named.index.client.create_collection("foreign", dimension=4)
     with pytest.raises(ValueError, match="collection foreign in .* was not made by pvlf_hf: choose another name"):
         Gallery.from_milvus(uri, "foreign", *made)
-    with pytest.raises(ValueError, match="there is no gallery missing in .*all.db: fill it with"):
+    with pytest.raises(ValueError, match=r"no gallery missing in .*all.db, which holds \[.*'photos_2'.*\]: fill it"):
         Gallery.from_milvus(uri, "missing", *made)
     with pytest.raises(ValueError, match="name='my photos': a store's name has letters, digits and _"):
         Gallery.from_milvus(uri, "my photos", *made)
@@ -403,7 +404,10 @@ def test_saved_gallery_and_shards_fill_a_store(uri, photos, table, made, tmp_pat
             local.ids[rows], local.paths[rows], local.digests[rows], local.embeds[rows], "int8", part
         )
         write_part(tmp_path / "shards", f"part-{number}.parquet", made_table, local.made_by)
+    again = shard_table(local.ids[1:2], [None], local.digests[1:2], local.embeds[1:2], "int8", columns.slice(1, 1))
+    write_part(tmp_path / "shards", "part-3.parquet", again, local.made_by)  # the same image again is left out
     gallery = MilvusGallery.of_embedded(from_shards(tmp_path / "shards"), StoreAddress(uri, "shards"), *made)
+    (tmp_path / "shards" / "part-3.parquet").unlink()
     stored = EmbeddingShards(tmp_path / "shards")
     assert gallery.ids == local.ids and gallery.metadata.equals(local.metadata)
     query = F.normalize(torch.randn(local.embeds.shape[1], generator=torch.Generator().manual_seed(0)), dim=0)
@@ -459,6 +463,25 @@ def test_bad_batches_are_named(uri):
         with pytest.raises(ValueError, match=f"part-7: {message}"):
             fill_store(store, [("part-7", table)])
     assert len(store) == 0
+    batches = [
+        (f"part-{n}", table_of(unit(2, 4), 2 * n, price=[1, 2], weight=[1.0, 2.0], text=["a", "b"])) for n in range(9)
+    ]
+    for twice in (
+        [*batches, ("part-9", batches[3][1])],
+        [
+            *batches,
+            (
+                "part-9",
+                batch().set_column(0, "id", pa.array(["a", "a"])).set_column(2, "digest", pa.array(["b", "b"])),
+            ),
+        ],
+    ):
+        repeated_id = twice[-1][1]["id"][0].as_py()
+        with pytest.raises(
+            ValueError, match=re.escape(f"part-9: the id {repeated_id!r} occurs twice in it, or in an")
+        ):
+            fill_store(store, twice)
+        assert len(store) == 18
     with pytest.raises(
         ValueError, match="column 'tags' of the metadata is list.*, which a Milvus store does not hold"
     ):

@@ -374,20 +374,28 @@ def assert_kept(parts, location):
 
 @pytest.mark.slow
 def test_the_command_prints_its_outcome_alone(cluster, photos, tiny_checkpoint, tmp_path, capfd):
-    """Run it on Parquet, one image broken and one repeated, and search what it has written."""
+    """Run it on Parquet, one image broken and one repeated, fill a store with the others, and search it."""
+    pytest.importorskip("milvus_lite")
     files = sorted(photos.glob("0/*.png"))
     contents = [*(file.read_bytes() for file in files), b"no image", files[0].read_bytes()]
     columns = {"photo": contents, "key": [*map(str, range(11)), "0"], "price": [*range(12)]}
     pq.write_table(pa.table(columns), tmp_path / "table.parquet")
     command = ["index", tmp_path / "table.parquet", "--path", tmp_path / "shards", "--engine", "ray", "--json"]
     command += ["--model", tiny_checkpoint, "--image-column", "photo", "--id-column", "key"]
+    command += ["--milvus", tmp_path / "photos.db"]
+    assert "needs the name of a store" in CliRunner().invoke(app, [*map(str, command)]).stderr
+    command += ["--name", "table"]
     done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
     facts = {"images": 11, "encoded": 1, "found": 0, "broken": 1, "repeated": 1}
+    facts["store"] = {"written": 10, "kept": 0, "removed": 0}
     assert json.loads(done.stdout) == {"path": str(tmp_path / "shards")} | facts
     assert capfd.readouterr() == ("", "")
     assert EmbeddingShards(tmp_path / "shards").vectors == "float16"
     (row,) = read_broken(tmp_path / "shards").to_pylist()
     assert row["id"] == "10" and "cannot identify image file" in row["reason"]
+    asked = ["search", "table", *command[command.index("--model") :][:2], *command[-4:-2], "--text", "red", "-k", "11"]
+    found = CliRunner().invoke(app, [*map(str, asked), "--filter", "price < 5", "--json"], catch_exceptions=False)
+    assert {one["id"] for one in json.loads(found.stdout)["results"]} == {*"01234"}
 
 
 @pytest.mark.slow

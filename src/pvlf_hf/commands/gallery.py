@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import typer
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
+from transformers.utils import logging
 
 from pvlf_hf_client import print_found, warn_of
 
@@ -21,6 +22,10 @@ from ..search.gallery import Gallery
 from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance
 from ..search.image_search import ImageSearch
 from ..search.milvus.connection import SERVE
+from ..search.milvus.filling import bring_in_line, from_shards
+from ..search.milvus.gallery import MilvusGallery
+from ..search.milvus.schema import MILVUS_NAME
+from ..search.milvus.store import StoreAddress, names_of_stores, open_store
 from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
@@ -29,8 +34,10 @@ from ..search.results_page import search_page
 from ..search.sharded_gallery import ShardedGallery
 from ..search.shards import EmbeddingShards
 from ..search.terms import unknown_words
-from ..search.vector_index import Copy, IndexName
+from ..search.vector_index import Copy, IndexName, check_copy
 from .output import print_json
+
+logger = logging.get_logger(__name__)
 
 LISTED = 20
 """Skipped images that `index` prints; `--json` has them all."""
@@ -74,17 +81,34 @@ def index(
         typer.echo(f"left out {count} ({listed}); --include-hidden indexes them")
 
 
-def index_on_cluster(source: str, location: str, model: str, as_json: bool, options: dict[str, Any]) -> None:
-    """Embed images on the workers of Ray, and print what was encoded."""
+def index_on_cluster(
+    source: str,
+    location: str,
+    model: str,
+    as_json: bool,
+    options: dict[str, Any],
+    uri: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Embed images on the workers of Ray, fill a store from the shards if one is given, and print what was done."""
     from ..search.ray_job import index_by_ray  # Ray is an extra
 
+    address = None if uri is None or name is None else StoreAddress(uri, name)
+    if address is not None:
+        store = open_store(address)  # what cannot be opened is said before images are encoded
+        if store is not None:
+            store.database.close()
     with redirect_stdout(sys.stderr):  # Ray says there when it has replaced a process
         shards, encoded, found, broken, repeated = index_by_ray(
             source, location, model, progress=not as_json, **options
         )
+    filled = None
+    if address is not None:
+        store, filled = bring_in_line(from_shards(location), address, progress=not as_json)
+        store.database.close()
     if as_json:
         facts = {"images": len(shards), "encoded": encoded, "found": found, "broken": broken, "repeated": repeated}
-        print_json(path=location, **facts)
+        print_json(path=location, **facts, **({"store": filled._asdict()} if filled else {}))
         return
     typer.echo(f"{location}: {len(shards)} images; {encoded} parts encoded, {found} found done")
     if broken:
@@ -93,6 +117,8 @@ def index_on_cluster(source: str, location: str, model: str, as_json: bool, opti
         typer.echo(
             f"{repeated} images repeat id and content of another: pvlf_hf.search.shard_sets.merge_shards drops them"
         )
+    if filled:
+        typer.echo(f"{address}: {filled.written} images written, {filled.kept} as they were, {filled.removed} removed")
 
 
 def search(
@@ -108,7 +134,7 @@ def search(
     composition: str | None = None,
     uri: str | None = None,
 ) -> None:
-    """Search an index, or the Milvus database that holds it too, and print or draw the results."""
+    """Search an index, or a store of a Milvus database, and print or draw the results."""
     gallery = open_index(path, model, composition, uri)
     warn_of([word for text in terms["texts"] for word in unknown_words(gallery.processor.tokenizer, text)])
     images, texts, ids = (terms[name] or None for name in ("images", "texts", "ids"))
@@ -199,10 +225,10 @@ def open_or_embed(
     images: str | None, name: str, composition: str | None = None, uri: str | None = None
 ) -> ImageSearch:
     """Open an index ([`open_index`]), or embed a folder in memory, or Google's emoji, kept in Hugging Face's cache."""
-    if images and (holds_shards(images) or is_index(Path(images))):
+    if images and (uri is not None or holds_shards(images) or is_index(Path(images))):
         return open_index(images, name, composition, uri)
     if uri is not None:
-        raise ValueError("--milvus has the images of an index: name the folder that `pvlf-hf index` made, too")
+        raise ValueError("--milvus holds several stores: name one, or the folder that `pvlf-hf index` made")
     model, processor = load(name, "auto", composition)
     if not images:
         from ..data.emoji_cir.dataset import TEST_VENDOR, load_emoji_pictures
@@ -231,10 +257,12 @@ def open_index(
     memory: str | None = None,
     vectors: Copy | None = None,
 ) -> ImageSearch:
-    """Open the folder of a gallery, by the Milvus database at `uri` if given, or shards at a folder or URL.
+    """Open the folder of a gallery, shards at a folder or URL, or a store in the Milvus database at `uri` if given.
+
+    A store is opened as it is: what others have added to it stays. One that is not there is filled from the folder.
 
     Args:
-        path: folder or URL.
+        path: folder or URL; of a store the folder that it was filled from, or its name.
         model: searches it.
         composition: of a plain dual encoder.
         uri: of a Milvus database.
@@ -247,7 +275,10 @@ def open_index(
     """
     if holds_shards(path):
         if uri is not None:
-            raise ValueError(f"{path} holds shards, which no --milvus searches: leave --milvus out")
+            raise ValueError(
+                f"{path} holds shards, which no --milvus searches: leave --milvus out, or give the name of the store "
+                "that was filled from them"
+            )
         if vectors is not None:
             raise ValueError(f"{path} holds shards, which have numbers of their own: leave --vectors out")
         shards = EmbeddingShards(path)
@@ -256,9 +287,34 @@ def open_index(
         return ShardedGallery(shards, encoder, processor, **limit)
     if memory is not None:
         raise ValueError(f"--memory limits what shards take, and {path} holds none: leave --memory out")
+    if uri is not None and not is_index(Path(path)):
+        check_copy(vectors, "milvus")
+        return open_store_of(StoreAddress(uri, path), model, composition)
     finish_replacement(Path(path))
     kind: IndexName = "milvus" if uri else "exact"
-    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), index=kind, uri=uri, vectors=vectors)
+    encoder, processor = load(model, index_dtype(Path(path)), composition)
+    gallery = Gallery.load(path, encoder, processor, index=kind, uri=uri, vectors=vectors, update=False)
+    if uri is not None and len(gallery) != (rows := pq.read_metadata(Path(path) / TABLE).num_rows):
+        logger.warning(
+            f"{uri} holds {len(gallery)} images, and {path} {rows}: the search is among those of the database; "
+            "`pvlf-hf index --milvus` makes them equal"
+        )
+    return gallery
+
+
+def open_store_of(address: StoreAddress, model: str, composition: str | None) -> MilvusGallery:
+    """Open a store by its name, with a model in the dtype that made its embeddings."""
+    if "://" not in address.uri and not Path(address.uri).exists():
+        raise ValueError(f"there is no database {address.uri}: fill it with `pvlf-hf index --milvus {address.uri}`")
+    store = open_store(address) if MILVUS_NAME.fullmatch(address.name) else None
+    if store is None:
+        raise ValueError(
+            f"{address.name} is neither the folder of an index nor the name of a store in {address.uri}, which holds "
+            f"{names_of_stores(address)}: name one of them"
+        )
+    dtype = store.made_by["dtype"]
+    store.database.close()
+    return MilvusGallery.open(address, *load(model, dtype, composition))
 
 
 def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:

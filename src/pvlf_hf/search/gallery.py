@@ -210,8 +210,9 @@ class Gallery(IndexedImages):
             kind: Any = "exact" if index == "milvus" else index
             home = None if path is None else Path(path)
             return cls(made.table, made.embeds, made.made_by, model, made.processor, kind, *made[4:], home, vectors)
-        images = from_table(made.table, made.embeds, made.metadata, made.made_by)
-        gallery = MilvusGallery.of_embedded(images, _address(uri, name, options, path, ids), model, made.processor)
+        images, address = from_table(*made[:2], made.metadata, made.made_by), _address(uri, name, options, path, ids)
+        progress = further.get("progress", True)
+        gallery = MilvusGallery.of_embedded(images, address, model, made.processor, progress)
         gallery.skipped = made.skipped
         return gallery
 
@@ -226,6 +227,7 @@ class Gallery(IndexedImages):
         name: str | None = None,
         options: MilvusOptions | None = None,
         vectors: Copy | None = None,
+        update: bool = True,
     ) -> Any:
         """Load a saved gallery; embeddings stay on disk until they are used.
 
@@ -234,7 +236,8 @@ class Gallery(IndexedImages):
         number) changes memory and time, and no result. By default it is the fastest that takes 2 bytes or more.
 
         With `index="milvus"` the store of that `name` in the database `uri` is brought in line with the gallery, and
-        returned ([`MilvusGallery`]).
+        returned ([`MilvusGallery`]): images that others have added to the store are removed from it. With
+        `update=False` a store that is there is opened as it is.
 
         Raises:
             ValueError: if there is no gallery in the folder, its two files do not belong together, another model made
@@ -249,8 +252,11 @@ class Gallery(IndexedImages):
         check_encoder(path, model, processor, provenance)
         columns = metadata_of(path)
         if index == "milvus":
+            address = _address(uri, name, options, path, table.id)
+            if not update and (kept := MilvusGallery.existing(address, model, processor)) is not None:
+                return kept
             images = from_table(table, embeds, columns, provenance)
-            return MilvusGallery.of_embedded(images, _address(uri, name, options, path, table.id), model, processor)
+            return MilvusGallery.of_embedded(images, address, model, processor)
         further: dict[str, Any] = {"metadata": columns, "folder": path, "vectors": vectors}
         return cls(table, embeds, provenance, model, processor, index, **further)
 

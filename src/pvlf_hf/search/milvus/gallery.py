@@ -28,12 +28,12 @@ from ..indexing import DecodeOptions, as_dataset, open_cell, report
 from ..metadata import EXIF, align, read_metadata
 from ..pages import Ranked
 from ..query import Query, Weights
-from .filling import Batches, EmbeddedImages, Filled, fill_store
+from .filling import Batches, EmbeddedImages, Filled, bring_in_line, fill_store
 from .filters import milvus_filter
 from .indexing import StoreIndexer
 from .nearest import Found, nearest_in_store
 from .schema import StoreSchema, embeddings_of
-from .store import MilvusStore, StoreAddress, create_store, open_store
+from .store import MilvusStore, StoreAddress, check_maker, create_store, names_of_stores, open_store
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,11 +73,11 @@ class MilvusGallery(ImageSearch):
         Raises:
             ValueError: if there is none, another model made it, or the database cannot be opened.
         """
-        found = cls._opened(address, model, processor)
+        found = cls.existing(address, model, processor)
         if found is None:
             raise ValueError(
-                f"there is no gallery {address}: fill it with Gallery.from_folder(..., index='milvus', uri=..., "
-                f"name={address.name!r}), or check the name"
+                f"there is no gallery {address}, which holds {names_of_stores(address)}: fill it with "
+                f"Gallery.from_folder(..., index='milvus', uri=..., name={address.name!r}), or check the name"
             )
         return found
 
@@ -99,7 +99,7 @@ class MilvusGallery(ImageSearch):
         """
         ids, unread = [str(image_id) for image_id in dataset["image_id"][:]], skipped or {}
         given = None if metadata is None else align(read_metadata(metadata), ids, [*unread])
-        gallery = cls._opened(address, model, processor)
+        gallery = cls.existing(address, model, processor)
         if gallery is None:
             columns = pa.schema([*(() if given is None else given.schema), *(EXIF if exif else ())])
             made_by = images_made_by(model, processor)
@@ -116,8 +116,11 @@ class MilvusGallery(ImageSearch):
         address: StoreAddress,
         model: ComposedRetrievalModel,
         processor: ComposedRetrievalProcessor,
+        progress: bool = True,
     ) -> "MilvusGallery":
         """Bring a gallery in line with embedded images (`from_shards`, `from_table`); it is made where there is none.
+
+        Images that the store holds beside them are removed.
 
         Raises:
             ValueError: if they are of another model, or do not fit the store.
@@ -128,27 +131,19 @@ class MilvusGallery(ImageSearch):
                 "the embeddings were made by another model or processor, or in another dtype: open them with the one "
                 f"that made them ({images.made_by})"
             )
-        gallery = cls._opened(address, model, processor)
-        if gallery is None:
-            gallery = cls(create_store(address, images.width, images.columns, images.made_by), model, processor)
-        gallery.fill(images.batches(), remove_others=True)
-        return gallery
+        store, _ = bring_in_line(images, address, progress)
+        return cls(store, model, processor)
 
     @classmethod
-    def _opened(
+    def existing(
         cls, address: StoreAddress, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor
     ) -> "MilvusGallery | None":
-        """Open a gallery, None where there is none."""
+        """Open a gallery, None where there is none; errors as [`~MilvusGallery.open`]."""
         store = open_store(address)
         if store is None:
             return None
         processor, provenance = prepared_as(store.made_by, str(address), model, processor)
-        if store.made_by != provenance:
-            store.database.close()
-            raise ValueError(
-                f"{store.database.name} holds an index of another model or processor as {address.name!r}, which must "
-                "not be mixed: choose another file, database or name, or drop this collection"
-            )
+        check_maker(store, provenance)
         return cls(store, model, processor)
 
     def add(

@@ -272,6 +272,26 @@ def open_store(address: StoreAddress) -> MilvusStore | None:
     return MilvusStore(database, address, schema, json.loads(properties[MADE_BY]))
 
 
+def check_maker(store: MilvusStore, made_by: dict[str, str]) -> None:
+    """Raise a `ValueError`, and close the store, if embeddings made by a model do not belong into it."""
+    if store.made_by != made_by:
+        store.database.close()
+        raise ValueError(
+            f"{store.database.name} holds an index of another model or processor as {store.name!r}, which must not be "
+            "mixed: choose another file, database or name, or drop this collection"
+        )
+
+
+def names_of_stores(address: StoreAddress) -> list[str]:
+    """Return the names of all collections of an address's database; errors as [`open_store`]."""
+    database = MilvusDatabase(address.uri, address.options.timeout)
+    try:
+        with database.doing("list what it holds"):
+            return sorted(database.client.list_collections(timeout=database.deadline))
+    finally:
+        database.close()
+
+
 def create_store(address: StoreAddress, width: int, columns: pa.Schema | None, made_by: dict[str, str]) -> MilvusStore:
     """Make an empty store; one that another client makes at the same time is opened instead.
 
@@ -340,4 +360,12 @@ def _complete(database: MilvusDatabase, address: StoreAddress) -> None:
         client.load_collection(name, timeout=database.deadline)
 
 
-__all__ = ["MilvusOptions", "MilvusStore", "StoreAddress", "create_store", "open_store"]
+__all__ = [
+    "MilvusOptions",
+    "MilvusStore",
+    "StoreAddress",
+    "check_maker",
+    "create_store",
+    "names_of_stores",
+    "open_store",
+]
