@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -125,8 +126,9 @@ def test_index_and_search_use_a_milvus_database(photos, models, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path, caplog):
+def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path, caplog, monkeypatch):
     """Searching changes no store, and `index` brings it in line."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     pytest.importorskip("milvus_lite")
     uri, asked = tmp_path / "photos.db", ["--model", models[0], "--text", TEXT, "-k", 12, "--json"]
 

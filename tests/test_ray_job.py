@@ -100,17 +100,23 @@ def assert_same(shards, gallery):
 
 def test_a_folder_is_encoded_as_by_the_gallery(photos, encode, tiny_model, tiny_processor):
     shards, reports, sources = encode(photos)
-    assert [len(part.plan["names"]) for part in sources.parts] == [20, 20, 20] and [*map(sum, reports)] == [20, 20, 20]
+    assert [len(part.plan["names"]) for part in sources.parts] == [20, 20, 20] and reports == [(20, 0, {})] * 3
     assert shards.made_by == images_made_by(tiny_model, tiny_processor)
     assert_same(shards, gallery_of(photos, tiny_model, tiny_processor))
 
 
-def test_images_of_a_store_have_their_urls(photos, encode, tiny_model, tiny_processor):
+def test_images_of_a_store_have_their_urls(photos, encode, tiny_model, tiny_processor, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     store = f"memory://photos-{uuid4().hex}"
     for file in photos.glob("[01]/*.png"):
         with fsspec.open(f"{store}/{file.relative_to(photos)}", "wb") as opened:
             opened.write(file.read_bytes())
-    shards, _, _ = encode(store)
+    for name in ("drawing.svg", "notes.txt", "LICENSE", ".thumbnails/a.png", "0/._000.png", ".thumbnails/b.txt"):
+        fsspec.filesystem("memory").pipe_file(f"{store}/{name}", b"x")
+    shards, _, sources = encode(store)
+    assert [*sources.skipped] == ["drawing.svg"] and "SVG" in sources.skipped["drawing.svg"]
+    assert sources.left_out == {".txt": 1, "": 1}
+    assert "left out 2 files in hidden or system folders" in caplog.text
     columns, embeds = rows_of(shards)
     gallery = gallery_of(photos, tiny_model, tiny_processor)
     assert columns["id"] == gallery.ids[:20] and columns["digest"] == gallery.digests[:20]
@@ -172,7 +178,7 @@ def test_columns_and_files_that_are_left_out_are_named(photos, tmp_path, caplog,
     (tables / "1.parquet").unlink()
     (tables / ".cache").mkdir()
     (tables / ".cache" / "2.parquet").touch()
-    ((part,), _) = find_parts(tables, ROWS, ())
+    (part,), _, _ = find_parts(tables, ROWS, ())
     assert not metadata_schema(part.plan).names and "left out 1 files in hidden or system folders" in caplog.text
     assert "columns ['path', 'tags'] of" in caplog.text and "do not become metadata" in caplog.text
     (tables / "a.png").write_bytes(picture(0))
@@ -193,7 +199,7 @@ def test_what_a_store_refuses_is_no_broken_image(photos, encode):
     store = f"refusing://{uuid4().hex}"
     Refusing().pipe_file(f"{store}/a.png", b"a")
     _, reports, _ = encode(store)
-    assert reports == [(0, 1)]
+    assert reports == [(0, 1, {})]
     Refusing().pipe_file(f"{store}/b.png", b"a")
     with pytest.raises(OSError, match="b.png cannot be read .AccessDenied.: check that the store answers"):
         encode(store)
@@ -207,8 +213,15 @@ def test_webdatasets_are_read(photos, encode, tmp_path):
                 archive.add(file, file.name)
                 note = tarfile.TarInfo(f"{file.stem}.json")
                 archive.addfile(note, io.BytesIO())
+            for name, content in {"no-ending": picture(1000), "._a.png": b"", "a.svg": b"<svg/>"}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
     shards, reports, _ = encode(tmp_path / "tars")
-    assert [report.images for report in reports] == [10, 10] and rows_of(shards)[0]["id"][10] == "00001.tar/010.png"
+    assert reports == [(11, 1, {".json": 10, ".png": 1})] * 2
+    assert rows_of(shards)[0]["id"][9:12] == ["00000.tar/009.png", "00000.tar/no-ending", "00001.tar/010.png"]
+    broken = read_broken(shards.location).to_pylist()
+    assert [(row["id"], "SVG" in row["reason"]) for row in broken] == [(f"0000{n}.tar/a.svg", True) for n in range(2)]
     tar = tmp_path / "tars" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:9000])
     with pytest.raises(ValueError, match="00001.tar cannot be read .*replace it, or take it away"):
@@ -226,7 +239,7 @@ def test_broken_images_are_listed_with_reasons(encode, tmp_path):
         broken = number in (3, 7) or 20 <= number < 40
         (folder / f"{number:02d}.png").write_bytes(content[: len(content) // 2] if broken else content)
     shards, reports, _ = encode(folder)
-    assert reports == [(18, 2), (0, 20), (5, 0)] and len(shards) == 23
+    assert reports == [(18, 2, {}), (0, 20, {}), (5, 0, {})] and len(shards) == 23
     broken = read_broken(tmp_path / "shards").to_pylist()
     assert [row["id"] for row in broken] == ["03.png", "07.png", *(f"{n}.png" for n in range(20, 40))]
     assert all(row["reason"] and row["path"].endswith(row["id"]) for row in broken)
@@ -309,7 +322,7 @@ def test_a_full_disk_is_no_fault_of_ray(photos, tiny_model, tiny_processor, tmp_
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert re.search(f"cannot write {part.name} in .*shards .*free disk space", done.error)
-    assert actor.encode(part, []) == (0, "") and [*(tmp_path / "shards").iterdir()] == [
+    assert actor.encode(part, []) == (0, {}, "") and [*(tmp_path / "shards").iterdir()] == [
         tmp_path / "shards" / part.name
     ]
 
@@ -386,7 +399,7 @@ def test_the_command_prints_its_outcome_alone(cluster, photos, tiny_checkpoint, 
     assert "needs the name of a store" in CliRunner().invoke(app, [*map(str, command)]).stderr
     command += ["--name", "table"]
     done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
-    facts = {"images": 11, "encoded": 1, "found": 0, "broken": 1, "repeated": 1}
+    facts = {"images": 11, "encoded": 1, "found": 0, "broken": 1, "repeated": 1, "left_out": {}}
     facts["store"] = {"written": 10, "kept": 0, "removed": 0}
     assert json.loads(done.stdout) == {"path": str(tmp_path / "shards")} | facts
     assert capfd.readouterr() == ("", "")

@@ -99,20 +99,23 @@ def index_on_cluster(
         if store is not None:
             store.database.close()
     with redirect_stdout(sys.stderr):  # Ray says there when it has replaced a process
-        shards, encoded, found, broken, repeated = index_by_ray(
-            source, location, model, progress=not as_json, **options
-        )
+        job = index_by_ray(source, location, model, progress=not as_json, **options)
+    shards, encoded, found, broken, repeated, left_out = job
     filled = None
     if address is not None:
         store, filled = bring_in_line(from_shards(location), address, progress=not as_json)
         store.database.close()
     if as_json:
-        facts = {"images": len(shards), "encoded": encoded, "found": found, "broken": broken, "repeated": repeated}
+        facts = job._asdict() | {"images": len(shards)}
+        facts.pop("shards")
         print_json(path=location, **facts, **({"store": filled._asdict()} if filled else {}))
         return
     typer.echo(f"{location}: {len(shards)} images; {encoded} parts encoded, {found} found done")
     if broken:
         typer.echo(f"{broken} images cannot be read: broken-*.parquet in {location} lists them")
+    if left_out:
+        listed = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in left_out.items())
+        typer.echo(f"left out {sum(left_out.values())} files that are no images ({listed})")
     if repeated:
         typer.echo(
             f"{repeated} images repeat id and content of another: pvlf_hf.search.shard_sets.merge_shards drops them"

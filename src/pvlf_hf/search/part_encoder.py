@@ -1,5 +1,6 @@
 """Encodes parts of images into shards, by the encoder of the one-machine path; whoever decodes may be elsewhere."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,10 +39,11 @@ Decoder = Callable[[list[Cell]], Callable[[], list[Decoded]]]
 
 
 class PartReport(NamedTuple):
-    """Numbers of images of a part that were encoded, and that could not be read."""
+    """Numbers of images of a part that were encoded, and that could not be read, and of other files by ending."""
 
     images: int
     broken: int
+    left_out: Counter[str]
 
 
 def decode_cells(
@@ -108,7 +110,8 @@ class PartEncoder:
         kept: list[tuple[Cell, str]] = []
         broken: list[tuple[str, str | None, str]] = []
         embeds = [torch.empty(0, self.model.embedding_width)]
-        windows = _groups(read_cells(part.plan), BATCHES_AHEAD * self.batch_size)
+        left_out: Counter[str] = Counter()
+        windows = _groups(read_cells(part.plan, left_out), BATCHES_AHEAD * self.batch_size)
         for cells, wait in _one_ahead((cells, self.decoder(cells)) for cells in windows):
             decoded = wait()
             reasons = {row: one.reason for row, one in enumerate(decoded) if one.reason is not None}
@@ -123,7 +126,7 @@ class PartEncoder:
         if broken:
             write_broken(self.location, part.broken_name, broken)
         write_part(self.location, part.name, table, self.made_by)
-        return PartReport(len(kept), len(broken))
+        return PartReport(len(kept), len(broken), left_out)
 
     def _encode(self, decoded: list[Decoded], rows: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         def prepare(row: int) -> Tensor:

@@ -4,8 +4,10 @@ They lie in a folder or an object store. A part becomes one file of shards. Its 
 its inputs and of what encodes them: a later run knows which parts are done, and a part that changed has a new name.
 """
 
+import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from transformers.utils import logging
 
 from ..digests import sequence_digest
+from ..models.image_formats_pvlf import recognise, refusal
 from .image_folder import find_images, image_endings, is_hidden
 from .locations import REACHABLE, Unreadable, is_damage, open_location
 from .shards import OPENED_AT_ONCE, RESERVED
@@ -70,10 +73,12 @@ class Sources(NamedTuple):
     parts: list[PlannedPart]
     skipped: dict[str, str]
     """Files that look like images and are not decoded, by their names in the folder, with the reason."""
+    left_out: Counter[str]
+    """Numbers of other files by ending, which are no images, for all that the endings tell."""
 
 
 class Listing(NamedTuple):
-    """Files below a location that may hold images; none in hidden and system folders."""
+    """Files below a location; none in hidden and system folders."""
 
     files: AbstractFileSystem
     root: str
@@ -102,10 +107,13 @@ def find_parts(
 ) -> Sources:
     """List the images of a location, in parts of at most `rows` images, or of one row group or archive.
 
+    In a folder and in archives, content tells what is an image; in an object store the endings of the names do.
+
     Args:
         source: folder or fsspec URL that holds image files, `*.parquet` with a column of images, or `*.tar` of a
             WebDataset; or one such file. Image files are named by their path in it, those of an archive by that of the
-            archive and their own. Numbers, texts and dates beside the images of Parquet files are their metadata.
+            archive and their own. Numbers, texts and dates beside the images of Parquet files are their metadata;
+            texts beside those of an archive are not.
         rows: images of a part at most, where the source allows it.
         settings: all that embeddings depend on beside the images.
         image_column: column of Parquet files: of images as `datasets` writes them, their content, or absolute paths
@@ -122,6 +130,7 @@ def find_parts(
     if len(held := [kind for kind, paths in kinds.items() if paths]) > 1:
         raise ValueError(f"{source} holds {' and '.join(held)} files: pass a location that holds one kind")
     skipped: dict[str, str] = {}
+    left_out = Counter(map(_ending, {*listing.states} - {path for paths in kinds.values() for path in paths}))
     if kinds[".parquet"]:
         plans = _parquet_plans(listing, kinds[".parquet"], rows, {"image": image_column, "id": id_column})
     elif kinds[".tar"]:
@@ -133,7 +142,12 @@ def find_parts(
         paths = kinds["image"]
         if isinstance(listing.files, LocalFileSystem):
             images = find_images(Path(listing.root))
-            paths, skipped = [str(file) for file in images.files], images.skipped
+            paths, skipped, left_out = [str(file) for file in images.files], images.skipped, Counter()
+        else:
+            not_decoded = image_endings()[1]
+            unread = listing.ending(*not_decoded)
+            skipped = {listing.name(path): refusal(not_decoded[_ending(path)]) for path in unread}
+            left_out -= Counter(map(_ending, unread))
         plans = _file_plans(listing, paths, rows)
     if not plans:
         first = f", first of those that are not decoded: {[*skipped.items()][:3]}" if skipped else ""
@@ -142,7 +156,8 @@ def find_parts(
         )
     digests = (sequence_digest(*settings, json.dumps(plan))[:16] for plan in plans)
     named = zip(digests, plans, strict=True)
-    return Sources([PlannedPart(f"part-{n:06d}-{one}.parquet", plan) for n, (one, plan) in enumerate(named)], skipped)
+    parts = [PlannedPart(f"part-{n:06d}-{one}.parquet", plan) for n, (one, plan) in enumerate(named)]
+    return Sources(parts, skipped, left_out)
 
 
 def _list(source: str | Path) -> Listing:
@@ -152,11 +167,11 @@ def _list(source: str | Path) -> Listing:
     except Exception as error:  # each kind of store raises its own
         raise ValueError(f"{source} cannot be listed ({error}): check the path, the login and its rights") from error
     listing = Listing(files, root, {path: _state(info) for path, info in sorted(found.items())})
-    paths = listing.ending(*image_endings()[0], ".parquet", ".tar")
-    hidden = [path for path in paths if is_hidden(Path(listing.name(path)))]
-    if hidden:
-        logger.warning(f"left out {len(hidden)} files in hidden or system folders, first: {hidden[:3]}")
-    return listing._replace(states={path: listing.states[path] for path in sorted({*paths} - {*hidden})})
+    hidden = {path for path in found if is_hidden(Path(listing.name(path)))}
+    kinds = (*image_endings()[0], *image_endings()[1], ".parquet", ".tar")
+    if left_out := sorted(hidden & {*listing.ending(*kinds)}):
+        logger.warning(f"left out {len(left_out)} files in hidden or system folders, first: {left_out[:3]}")
+    return listing._replace(states={path: state for path, state in listing.states.items() if path not in hidden})
 
 
 def _ending(path: str) -> str:
@@ -260,8 +275,12 @@ def metadata_schema(plan: Mapping[str, Any]) -> pa.Schema:
         return _metadata_of(pq.read_schema(opened), plan)
 
 
-def read_cells(plan: Mapping[str, Any]) -> Iterator[Cell]:
+def read_cells(plan: Mapping[str, Any], left_out: Counter[str]) -> Iterator[Cell]:
     """Yield the images of a part, undecoded.
+
+    Args:
+        plan: of the part.
+        left_out: counts what else an archive holds, by ending.
 
     Raises:
         ValueError: if its file cannot be read, or a row has no id.
@@ -272,7 +291,9 @@ def read_cells(plan: Mapping[str, Any]) -> Iterator[Cell]:
     files, path = open_location(plan["file"])
     try:
         with files.open(path, "rb") as opened:
-            yield from _cells_of_archive(plan, opened) if plan["kind"] == "tar" else _cells_of_rows(plan, opened)
+            yield from (
+                _cells_of_archive(plan, opened, left_out) if plan["kind"] == "tar" else _cells_of_rows(plan, opened)
+            )
     except Exception as error:  # each kind of store raises its own
         if isinstance(error, ValueError) and not is_damage(error):
             raise  # of a row, which it names
@@ -297,14 +318,18 @@ def _cells_of_rows(plan: Mapping[str, Any], opened: Any) -> Iterator[Cell]:
             row += 1
 
 
-def _cells_of_archive(plan: Mapping[str, Any], opened: Any) -> Iterator[Cell]:
-    endings = image_endings()[0]
+def _cells_of_archive(plan: Mapping[str, Any], opened: Any, left_out: Counter[str]) -> Iterator[Cell]:
+    decoded, not_decoded = image_endings()
     with tarfile.open(fileobj=opened, mode="r|*") as archive:
-        for member in archive:
-            if member.isfile() and _ending(member.name) in endings:
-                content = archive.extractfile(member)
-                assert content is not None  # of a file
-                yield Cell(f"{plan['name']}/{member.name}", None, content.read(), {})
+        for member in filter(tarfile.TarInfo.isfile, archive):
+            file = archive.extractfile(member)
+            assert file is not None  # of a file
+            ending, content = _ending(member.name), file.read()
+            is_image = ending in decoded or ending in not_decoded or recognise(io.BytesIO(content)) is not None
+            if is_image and not is_hidden(Path(member.name)):
+                yield Cell(f"{plan['name']}/{member.name}", None, content, {})
+            else:
+                left_out[ending] += 1
 
 
 __all__ = ["Cell", "PlannedPart", "Sources", "find_parts", "metadata_schema", "read_cells"]

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -54,6 +55,8 @@ class JobReport(NamedTuple):
     """Images that this call could not read; `read_broken` lists all."""
     repeated: int
     """Images that repeat the id of another with the same content; `merge_shards` drops them."""
+    left_out: dict[str, int]
+    """Numbers of files that are no images, by ending, which this call found in stores and archives."""
 
 
 def index_by_ray(
@@ -117,16 +120,17 @@ def index_by_ray(
     settings = [json.dumps(made_by, sort_keys=True), vectors, str(options)]
     sources = find_parts(source, rows, settings, image_column, id_column)
     missing = _missing(location, sources.parts, made_by, vectors)
-    broken = len(sources.skipped)
+    broken, left_out = len(sources.skipped), sources.left_out
     if missing:
         encoder = (made_by, options, location, vectors, batch_size)
         with _connected(address), tqdm(total=len(missing), unit="part", disable=not progress) as bar:
             for found in _encode_on_actors(missing, (loaded, processor), encoder, workers):
-                broken += found
+                broken += found.broken
+                left_out += found.left_out
                 bar.update()
     shards = _finished(source, location, sources)
     repeated = len(repeated_rows([shards]))
-    return JobReport(shards, len(missing), len(sources.parts) - len(missing), broken, repeated)
+    return JobReport(shards, len(missing), len(sources.parts) - len(missing), broken, repeated, dict(left_out))
 
 
 def _everywhere(place: str | Path) -> str:
@@ -209,8 +213,8 @@ def _check_answers(address: str) -> None:
 
 def _encode_on_actors(
     parts: list[PlannedPart], model: tuple[Any, Any], encoder: tuple[Any, ...], workers: int | None
-) -> Iterator[int]:
-    """Yield the number of each part's images that cannot be read, as it is done.
+) -> Iterator["Done"]:
+    """Yield the outcome of each part, as it is done.
 
     Raises:
         OSError: if a part cannot be encoded.
@@ -231,7 +235,7 @@ def _encode_on_actors(
         for done in pool.map_unordered(lambda one, part: one.encode.remote(part, kept), parts):
             if done.error:
                 raise OSError(f"{done.error.rstrip('.')}. {GOES_ON}")
-            yield done.broken
+            yield done
     except ray.exceptions.RayError as error:
         raise OSError(f"Ray's workers failed ({' '.join(str(error).split())}). {GOES_ON}") from error
 
@@ -241,6 +245,8 @@ class Done(NamedTuple):
 
     broken: int
     """Images that cannot be read."""
+    left_out: Counter[str]
+    """Numbers of other files by ending."""
     error: str
     """Reason that it could not be encoded, or an empty text."""
 
@@ -269,9 +275,10 @@ class EncoderActor:
         """
         self.encoder = self.encoder or self._load(*model)
         try:
-            return Done(self.encoder.encode(part).broken, "")
+            report = self.encoder.encode(part)
+            return Done(report.broken, report.left_out, "")
         except (OSError, ValueError) as error:
-            return Done(0, str(getattr(error, "cause", error)))  # of a task that decodes
+            return Done(0, Counter(), str(getattr(error, "cause", error)))  # of a task that decodes
 
     def _load(self, model: Any, processor: Any) -> PartEncoder:
         import ray
