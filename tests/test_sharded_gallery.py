@@ -208,6 +208,15 @@ def test_statistics_rule_out_row_groups(gallery, opened, monkeypatch):
     assert {*read} == {0, 450}
 
 
+def test_embeddings_of_another_width_are_refused(gallery, tmp_path):
+    table = shard_table(["a"], ["a"], ["a"], torch.ones(1, 33), "float16")
+    write_part(tmp_path, "part-0.parquet", table, gallery.made_by)
+    with pytest.raises(
+        ValueError, match="part-0.parquet holds embeddings of 33 numbers, and those of the model .* 32"
+    ):
+        ShardedGallery.open(tmp_path, gallery.model, gallery.processor)
+
+
 def test_vectors_stay_in_memory_as_far_as_the_limit_allows(gallery, opened, monkeypatch):
     query = queries_of(gallery)[1]
     read = []
@@ -366,7 +375,8 @@ def resident(name):
 
 torch.set_num_threads(1)
 model, processor = make_model(), make_processor()
-vectors = torch.nn.functional.normalize(torch.randn(20, 256), dim=1)
+model.__class__ = type("Wider", (type(model),), {"embedding_width": 64})  # than its tower, which embeds nothing here
+vectors = torch.nn.functional.normalize(torch.randn(20, 64), dim=1)
 warm = ShardedGallery.open(sys.argv[1], model, processor)
 queries = [Query((), "", vector, None, vector, warm.made_by) for vector in vectors]
 warm.search_many(queries[:2], filter="number < 5")  # imports, and what libraries set up once
@@ -381,11 +391,11 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("vectors", "limit", "parts"), [("float32", "420MB", 14), ("int8+float16", "240MB", 11)])
+@pytest.mark.parametrize(("vectors", "limit", "parts"), [("float32", "300MB", 40), ("int8+float16", "150MB", 26)])
 def test_searches_stay_within_their_memory(vectors, limit, parts, tmp_path, tiny_model, tiny_processor):
-    """Search shards larger than the limit in a process of its own."""
+    """Search shards larger than the limit, half of which keeps vectors, in a process of its own."""
     made_by, rows = images_made_by(tiny_model, tiny_processor), 32_768
-    embeds = F.normalize(torch.randn(rows, 256), dim=1)
+    embeds = F.normalize(torch.randn(rows, 64), dim=1)
     names = [f"{row}.jpg" for row in range(rows)]
     table = shard_table(names, names, names, embeds, vectors, pa.table({"number": pa.array(range(rows), pa.int64())}))
     write_part(tmp_path / "small", "part-0.parquet", table.slice(0, 2000), made_by)
@@ -402,4 +412,4 @@ def test_searches_stay_within_their_memory(vectors, limit, parts, tmp_path, tiny
     )
     assert done.returncode == 0, done.stderr[-2000:]
     grown = int(done.stdout)
-    assert 0.2 * parse_memory(limit) < grown < parse_memory(limit), f"{grown:,}"
+    assert 0.5 * parse_memory(limit) < grown < parse_memory(limit), f"{grown:,}"
