@@ -5,9 +5,10 @@
     python train_scripts/scale_tables.py --numbers 100000 --stores shards --write
 
 `vectors` compares what the stored sizes of vectors find with what float32 finds, for the queries of the shipped
-checkpoint. `figures` makes sets of random embeddings, fills each store with them and measures it in a process of its
-own. `paper` carries the measured figures on to 10^8 and 10^9 images. After an interruption the same command writes the
-parts that are missing. Numbers go to `--output_dir`; `--write` replaces the tables of SCALE.md.
+checkpoint, and `indexes` does so for indexes that are not exact. `figures` makes sets of random embeddings, fills each
+store with them and measures it in a process of its own. `paper` carries the measured figures on to 10^8 and 10^9
+images. After an interruption the same command writes the parts that are missing. Numbers go to `--output_dir`;
+`--write` replaces the tables of SCALE.md.
 
 A random set has concepts of Zipf's frequencies, a hundred images each on average. A concept is normal, with variance
 1/i in direction i, and an image is its concept plus half as much variation of its own. Then the nearest image of an
@@ -47,7 +48,7 @@ from pvlf_hf.search.gallery_files import GalleryTable
 from pvlf_hf.search.image_search import ImageSearch
 from pvlf_hf.search.milvus.filling import from_shards
 from pvlf_hf.search.milvus.gallery import MilvusGallery
-from pvlf_hf.search.milvus.store import StoreAddress
+from pvlf_hf.search.milvus.store import LITE_INDEXES, MilvusOptions, StoreAddress
 from pvlf_hf.search.query import Query
 from pvlf_hf.search.sharded_gallery import ShardedGallery
 from pvlf_hf.search.shards import shard_table, write_part
@@ -105,6 +106,41 @@ def vectors_table(folder: Path) -> list[Row]:
             rows.append(
                 {"images": len(embeds), "vectors": vectors, "bytes a vector": bytes_of(gallery)} | recalls(best, exact)
             )
+    return rows
+
+
+INDEXES: dict[str, dict[str, Any]] = {
+    "in memory, float32": {"vectors": "float32"},
+    "in memory, int8": {"vectors": "int8"},
+    "in memory, FAISS": {"index": "faiss"},
+    **{
+        f"Milvus Lite, {kind}": {"index": "milvus", "name": kind, "options": MilvusOptions(index_type=kind)}
+        for kind in LITE_INDEXES
+        if kind != "AUTOINDEX"  # one of the others
+    },
+}
+"""Options of `Gallery.load` by the name of the index; those that the index itself takes are its defaults."""
+
+
+def indexes_table(folder: Path) -> list[Row]:
+    """Compare what each index of float32 vectors finds with the exact ranking, for EmojiCIR's queries."""
+    found = emoji_embeddings(folder / "emoji.safetensors")
+    model, processor = load_model(str(CHECKPOINT))
+    made_by = images_made_by(model, processor)
+    queries = [Query((), "", query, None, query, made_by) for query in found["queries"]]
+    rows = []
+    for embeds in (found["google"], found["training"]):
+        exact = top_k(found["queries"], embeds, MOST_FOUND)[1]
+        place, names = folder / f"emoji-{len(embeds)}", list(map(str, range(len(embeds))))
+        table = GalleryTable(names, [None] * len(embeds), names)
+        Gallery(table, embeds, made_by, model, processor).save(place)
+        for name, options in tqdm(INDEXES.items(), f"{len(embeds):,} images", leave=False):
+            uri = {"uri": str(folder / f"emoji-{len(embeds)}.db")} if options.get("index") == "milvus" else {}
+            gallery = Gallery.load(place, model, processor, **options, **uri)
+            best = [list(map(int, result.ids)) for result in gallery.search_many(queries, MOST_FOUND)]
+            rows.append({"images": len(embeds), "index": name} | recalls(best, exact))
+            if uri:
+                gallery.close()
     return rows
 
 
@@ -338,6 +374,12 @@ def vectors_markdown(rows: list[Row]) -> str:
     return as_table(heads, lines)
 
 
+def indexes_markdown(rows: list[Row]) -> str:
+    """Render the recalls of indexes."""
+    lines = [[f"{row['images']:,}", row["index"], *recall_cells(row)] for row in rows]
+    return as_table(["images", "index", *(f"recall@{k}" for k in (1, 10, MOST_FOUND))], lines)
+
+
 def figures_markdown(rows: list[Row]) -> str:
     """Render what was measured of the stores."""
     heads = ["images", "store", "build", "disk", "memory", "opened and first", "one query: p50", "p95"]
@@ -368,45 +410,89 @@ def as_table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 ENCODERS = {
-    "ViT-B/32 on an RTX 3080, 1,500 images/s": (1500, None),
-    "ViT-H/14 on an L4, 75 images/s, $0.81 an hour": (75, 0.81),
+    "ViT-B/32 on an RTX 3080": (1500, None),
+    "ViT-H/14 on an L4": (75, 0.81),
 }
-"""Published rates: clip-retrieval's README, and vecstore's article on a million images (50 to 100 images a second)."""
+"""Published images a second, and dollars an hour: clip-retrieval's README, and vecstore's article on a million images,
+which says 50 to 100 images a second."""
+
+STORAGE, MEMORY = 0.023, 0.126 / 16
+"""List prices in dollars: of object storage, a GB and month (S3 Standard), and of a server's memory, a GB and hour
+(r6i.large, on demand, 16 GB with two cores); both in us-east-1."""
+
+HOURS = 730
+"""Of a month."""
+
+GRAPH_BYTES = 2 * 32 * 4
+"""Of an image in an HNSW graph with M = 32: 2 M links of four bytes in the lowest layer, which has nearly all."""
+
+LARGE = (10**8, 10**9)
 
 
 def paper_markdown(rows: list[Row]) -> str:
-    """Carry the figures of the largest measured shards of each size of vectors on to 10^8 and 10^9 images."""
+    """Say how what was measured grows, and carry it on to 10^8 and 10^9 images."""
+    return "\n\n".join([growth_markdown(rows), shards_markdown(rows), encoding_markdown(), servers_markdown()])
+
+
+def growth_markdown(rows: list[Row]) -> str:
+    """Render how many times as much ten times as many images cost, for each store from its smallest to its largest."""
+    lines = []
+    for store in dict.fromkeys(row["store"] for row in rows):
+        some = sorted((row for row in rows if row["store"] == store), key=lambda row: row["images"])
+        small, large = some[0], some[-1]
+        if large["images"] > small["images"]:
+            tens = np.log10(large["images"] / small["images"])
+            costs = [(np.median(large[key]), np.median(small[key])) for key in ("build", "disk", "memory", "one")]
+            times = [f"{(more / less) ** (1 / tens):.1f}" for more, less in costs]
+            lines.append([store, f"{small['images']:,} to {large['images']:,}", *times])
+    return as_table(["store", "measured from", "build", "disk", "memory", "one query"], lines)
+
+
+def shards_markdown(rows: list[Row]) -> str:
+    """Render the sizes of shards, from the largest that were measured."""
     lines = []
     for vectors in ("int8", "int8+float16"):
         name = f"shards, {vectors}"
         row = max((row for row in rows if row["store"] == name), key=lambda row: row["images"])
-        for number in (10**8, 10**9):
+        for number in LARGE:
             factor = number / row["images"]
+            disk = row["disk"] * factor / 1e9
+            search = seconds(float(np.median(row["one"])) * factor)
+            parts = f"{-(-number // ROWS_PER_PART):,}"
+            lines.append([f"{number:,}", name, f"{disk:,.0f} GB", f"${disk * STORAGE:,.0f}", parts, search])
+    return as_table(["images", "store", "disk", "storage a month", "parts", "one exact search"], lines)
+
+
+def encoding_markdown() -> str:
+    """Render what encoding takes at published rates."""
+    lines = []
+    for number in (10**6, *LARGE):
+        for name, (rate, price) in ENCODERS.items():
+            hours = number / rate / 3600
+            several = [f"{hours / gpus:,.1f}" for gpus in (1, 8, 64)]
             lines.append(
-                [
-                    f"{number:,}",
-                    name,
-                    f"{row['disk'] * factor / 1e9:,.0f} GB",
-                    f"{-(-number // ROWS_PER_PART):,}",
-                    seconds(float(np.median(row["one"])) * factor),
-                    f"{number * (WIDTH + 4) / 1e9:,.0f} GB",
-                ]
+                [f"{number:,}", f"{name}, {rate:,} images/s", *several, f"${hours * price:,.0f}" if price else "-"]
             )
-    stores = as_table(["images", "store", "disk", "parts", "one exact search", "int8 alone in memory"], lines)
-    lines = [
-        [
-            f"{number:,}",
-            name,
-            f"{number / rate / 3600:,.1f}",
-            f"${number / rate / 3600 * price:,.0f}" if price else "-",
-        ]
-        for number in (10**6, 10**8, 10**9)
-        for name, (rate, price) in ENCODERS.items()
-    ]
-    return f"{stores}\n\n{as_table(['images', 'encoded by', 'GPU hours', 'price'], lines)}"
+    return as_table(["images", "encoded by", "hours on 1 GPU", "on 8", "on 64", "price"], lines)
 
 
-RENDERED = {"vectors": vectors_markdown, "figures": figures_markdown, "paper": paper_markdown}
+def servers_markdown() -> str:
+    """Render the memory of servers that hold all vectors, with an HNSW graph or without, and its price a month."""
+    lines = []
+    for number in LARGE:
+        for vectors, size in (("float32", 4 * WIDTH), ("float16", 2 * WIDTH), ("int8", WIDTH + 4)):
+            costs = [number * bytes_each / 1e9 for bytes_each in (size, size + GRAPH_BYTES)]
+            cells = [f"{gigabytes:,.0f} GB, ${gigabytes * MEMORY * HOURS:,.0f}" for gigabytes in costs]
+            lines.append([f"{number:,}", vectors, *cells])
+    return as_table(["images", "vectors in memory", "compared all", "with an HNSW graph"], lines)
+
+
+RENDERED = {
+    "vectors": vectors_markdown,
+    "indexes": indexes_markdown,
+    "figures": figures_markdown,
+    "paper": paper_markdown,
+}
 
 
 def main() -> None:
@@ -421,8 +507,8 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figures: list[Row] = []
     for name in args.only:
-        if name == "vectors":
-            rows = vectors_table(args.output_dir)
+        if name in ("vectors", "indexes"):
+            rows = {"vectors": vectors_table, "indexes": indexes_table}[name](args.output_dir)
         else:
             rows = figures = figures or figures_table(args.output_dir, args.numbers, args.stores)
         (args.output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")

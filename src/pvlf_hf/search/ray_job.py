@@ -2,6 +2,9 @@
 
 Each part (`parts.py`) is handed to one of the actors, which have the model and a GPU each. Ray starts an actor again
 that was killed. Parts that are there are left out, so that a repeated call goes on where one ended.
+
+Ray Data, which is made for such jobs, has no blocks whose names and contents are the same in the next run: without
+them a finished part could not be told from one that changed. Actors and tasks, on which it is built, are used instead.
 """
 
 import json
