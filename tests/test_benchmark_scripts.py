@@ -84,7 +84,7 @@ def test_tables_of_scale_measure_stores(benchmark, monkeypatch, tmp_path):
     assert [row["recall@50"] for row in rows] == pytest.approx([1, 1, 0.98, 1], abs=0.02)
     memory, _, int8, _ = (row["disk"] for row in rows)
     assert 1000 * 260 < int8 < 0.5 * memory
-    assert page.read_text().count("old") == 1 and "| 100,000,000 | shards, int8 |" in page.read_text()
+    assert page.read_text().count("old") == 2 and "| 100,000,000 | shards, int8 |" in page.read_text()
 
 
 @pytest.mark.slow

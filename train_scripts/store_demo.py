@@ -17,7 +17,7 @@ where the shards took 0.14 and 0.19.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 
@@ -116,16 +116,8 @@ def move(gallery: MilvusGallery, leaving: range, coming: range, stop: Event, mov
 
 def fill(address: StoreAddress, shards: Path, count: int, model: AutoModel, processor: AutoProcessor) -> MilvusGallery:
     """Fill the store from the shards, and print the rate."""
-    images = from_shards(shards)
-
-    def batches() -> Iterator[tuple[str, pa.Table]]:
-        with tqdm(total=count, desc="filling the store", unit="image", unit_scale=True) as bar:
-            for title, batch in images.batches():
-                yield title, batch
-                bar.update(len(batch))
-
     start = time.perf_counter()
-    gallery = MilvusGallery.of_embedded(images._replace(batches=batches), address, model, processor)
+    gallery = MilvusGallery.of_embedded(from_shards(shards), address, model, processor)
     seconds = time.perf_counter() - start
     print(f"filled {address} with {count:,} images in {seconds:,.0f} s: {count / seconds:,.0f} a second", flush=True)
     return gallery
