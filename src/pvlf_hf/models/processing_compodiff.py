@@ -20,8 +20,8 @@ class CompoDiffProcessor(PVLFProcessor):
         tokenizer: that of the text encoder; its padding token matters.
         max_text_length: tokens of every caption, special tokens included.
         padding: see [`PVLFProcessor`]; the model takes `"max_length"` alone.
-        truncation: cut captions that are longer, instead of refusing them. On other families than CLIP (ours) they are
-            cut where other models on that family cut them.
+        truncation: cut captions that are longer, with a log message, instead of refusing them. On other families than
+            CLIP (ours) they are cut where other models on that family cut them.
     """
 
     def __init__(
