@@ -31,7 +31,17 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoProcessor, CLIPModel, pipeline
 
-from pvlf_hf import Gallery, InversionConfig, InversionModel, InversionProcessor, TrainingFreeModel
+from pvlf_hf import (
+    CASEModel,
+    CompoDiffModel,
+    Gallery,
+    InversionConfig,
+    InversionModel,
+    InversionProcessor,
+    PVLFModel,
+    PVLFProcessor,
+    TrainingFreeModel,
+)
 from pvlf_hf.checkpoints.inversion_weights import translate_mapping
 from pvlf_hf.models.configuration_inversion import METHODS
 from pvlf_hf.models.loss_inversion import alignment_loss, cosine_distance, nt_xent
@@ -649,6 +659,22 @@ def test_a_row_without_its_placeholder_is_refused():
         model.get_pseudo_words(io["pixel_values"])
     with pytest.raises(ValueError, match=r"3 reference images but 4 captions"):
         model.get_query_features(io["pixel_values"][:3], io["query_input_ids"])
+
+
+@pytest.mark.parametrize(
+    "kind", [InversionModel, InversionProcessor, PVLFModel, PVLFProcessor, CASEModel, CompoDiffModel]
+)
+def test_a_model_is_no_dual_encoder_to_build_on(kind, tmp_path):
+    reference_model("searle").save_pretrained(tmp_path)
+    make_processor("searle").save_pretrained(tmp_path)
+    advice = (
+        r"is a composed retrieval model \(model_type 'textual_inversion'\), .* load it by AutoModel.from_pretrained "
+        "and AutoProcessor.from_pretrained, or pass the dual encoder that it was built on"
+    )
+    with pytest.raises(ValueError, match=advice):
+        kind.from_vl_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is InversionModel
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is InversionProcessor
 
 
 @pytest.mark.parametrize(

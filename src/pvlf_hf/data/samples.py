@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from datasets import Dataset, Features, Image
+
 from .checks import as_path, check_columns
 from .image_files import check_image_files
 from .tables import read_table

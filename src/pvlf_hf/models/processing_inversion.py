@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_inversion import METHODS, InversionConfig
+from .configuration_pvlf import load_vl_config
 from .processing_pvlf import Padding, PVLFProcessor, all_tokens, as_captions
 
 
@@ -82,7 +83,7 @@ class InversionProcessor(PVLFProcessor):
         """
         names = ("template", "placeholder", "unpublished_backbone")
         settings = {name: kwargs.pop(name) for name in names if name in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        config = load_vl_config(name_or_path, **kwargs)
         return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs), method, **settings)
 
     @classmethod

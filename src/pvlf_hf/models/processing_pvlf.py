@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import transformers
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     BatchEncoding,
     BatchFeature,
@@ -17,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from .configuration_pvlf import BACKBONES
+from .configuration_pvlf import BACKBONES, load_vl_config
 from .image_processing_pvlf import PVLFImageProcessor
 from .interface_pvlf import ComposedRetrievalProcessor
 
@@ -87,7 +86,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         Raises:
             ValueError: for a checkpoint of another kind, or without a tokenizer.
         """
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        config = load_vl_config(name_or_path, **kwargs)
         if config.model_type not in BACKBONES:
             raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {[*BACKBONES]}")
         advice = "save the original's tokenizer there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
@@ -248,8 +247,8 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             log = logger.info if self._warned_of_cuts else logger.warning
             self._warned_of_cuts = True
             log(
-                f"caption {row}, {captions[row][:60]!r}, has {length} tokens and is cut to {longest}: what its end says "
-                "has no effect. Shorten it, set max_text_length if the text encoder has more positions, or pass "
+                f"caption {row}, {captions[row][:60]!r}, has {length} tokens and is cut to {longest}: what its end "
+                "says has no effect. Shorten it, set max_text_length if the text encoder has more positions, or pass "
                 "truncation=True if this is meant"
             )
 
