@@ -116,7 +116,7 @@ PARTS = {"text": text_passes, "tokens": optimised_tokens, "samples": samples}
 
 def main() -> None:
     """Measure, print Markdown and write JSON."""
-    args = parser_of("benchmark_methods.py", __doc__, PARTS, rounds=7).parse_args()
+    args = parser_of("benchmark_methods.py", __doc__, PARTS, rounds=5).parse_args()
     parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
     measure("benchmark_methods.py", parts, args)
 
