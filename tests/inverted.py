@@ -40,6 +40,12 @@ def query_of(method):
     return io["cirr_query" if "cirr_query" in io else "query"]
 
 
+def prompts_of(method):
+    """Return "a photo of" with the placeholder of Pic2Word or Context-I2W before the end token."""
+    ids = io_of(method)["train_prompt_ids"][0].tolist()
+    return torch.tensor([[*ids[:4], PLACEHOLDERS[method], *ids[4:-1]]]).expand(4, -1)
+
+
 def clip_tensors(method):
     return load_file(FIXTURES / f"{'context_i2w_' if method == 'context_i2w' else ''}clip_tiny.safetensors")
 

@@ -118,10 +118,13 @@ def test_samples_of_a_table_beside_a_folder(tmp_path):
         load_samples(table, ("image",), tmp_path)
 
 
-def test_sets_hold_images_of_one_concept(tmp_path):
+def test_sets_hold_images_of_one_concept(tmp_path, caplog):
     rows = squares(tmp_path, copies=5).shuffle(seed=0)
     sets = image_sets(rows, 2)
     assert len(sets) == 2 * len(COLOURS)  # the fifth image of a concept does not fill a set
+    assert "6 of 30 images are in no set of 2 images" in caplog.text
+    caplog.clear()
+    assert len(image_sets(rows)) == len(COLOURS) and not caplog.text
     for row in sets:
         colours = {row[name].getpixel((0, 0)) for name in ("image_0", "image_1")}
         assert len(colours) == 1 and row["concept"] in row["caption"]
@@ -247,6 +250,32 @@ def test_cached_features_give_the_loss_of_the_images(tmp_path):
     assert trainer.data_collator([*trainer.train_dataset])["image_features"].shape == exact.shape
 
 
+def test_sets_of_cached_features_give_the_loss_of_their_images(tmp_path):
+    """PALAVRA reads no more of the images of a set than their features."""
+    rows, settings = squares(tmp_path, copies=5), {"max_steps": 1, "train_sampling_strategy": "sequential"}
+    by_images = make_trainer(tmp_path, "palavra", rows, make_model("palavra"), **settings)
+    model, cache = make_model("palavra"), str(tmp_path / "features")
+    trainer = make_trainer(tmp_path, "palavra", rows, model, feature_cache=cache, **settings)
+    encoded = []
+    model.backbone.vision_model.register_forward_hook(lambda *_: encoded.append(1))
+    trainer._keep_features()
+    assert trainer.train_dataset.column_names == ["caption", "concept", *(f"image_{i}_digest" for i in range(5))]
+    passes, batches = len(encoded), []
+    for one in (by_images, trainer):
+        torch.manual_seed(0)  # of the template
+        batches.append(one.data_collator([*one.train_dataset]))
+    assert batches[0]["pixel_values"].shape == (6, 5, 3, 32, 32) and batches[1]["image_features"].shape == (6, 5, 48)
+    exact, kept = (model(**batch, return_loss=True).loss.detach() for batch in batches)
+    assert len(encoded) == passes + 1  # the batch of images alone
+    # Features are kept in float16, and those of two squares of one colour are nearly equal.
+    torch.testing.assert_close(kept, exact, rtol=100 * torch.finfo(torch.float16).eps, atol=0)
+    found = batches[1]["image_features"].float()
+    with torch.no_grad():
+        features = model.encode_images(batches[0]["pixel_values"].flatten(0, 1))[1].unflatten(0, (6, 5))
+    torch.testing.assert_close(found, features, atol=1e-3, rtol=torch.finfo(torch.float16).eps)
+    trainer.train()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pic2word", "lincir"])
 def test_resumed_training_equals_the_uninterrupted_one(method, tmp_path):
@@ -310,8 +339,14 @@ def test_mismatched_training_sets_raise(tmp_path):
         make_trainer(tmp_path, "pic2word", holes, per_device_train_batch_size=2)
     with pytest.raises(ValueError, match="takes a datasets.Dataset with the columns"):
         make_trainer(tmp_path, "pic2word", rows.to_iterable_dataset())
-    with pytest.raises(ValueError, match="features of images cannot be kept for context_i2w"):
-        make_trainer(tmp_path, "context_i2w", rows, feature_cache=str(tmp_path / "features")).train()
+    cache = {"feature_cache": str(tmp_path / "features")}
+    for method, settings, reason in (
+        ("context_i2w", {}, "for context_i2w: its objective reads all tokens of an image; leave feature_cache out"),
+        ("lincir", {}, "for lincir: its objective reads no images"),
+        ("pic2word", {"crop_scale": 0.9}, r"for pic2word: its images are cropped at random \(crop_scale\)"),
+    ):
+        with pytest.raises(ValueError, match=f"features of images cannot be kept {reason}"):
+            make_trainer(tmp_path, method, rows, **cache, **settings).train()
     triplets = rows.rename_column("image", "reference").add_column("target", [str(tmp_path / "red-0.png")] * 12)
     with pytest.raises(ValueError, match="crop_scale crops single images"):
         make_trainer(tmp_path, "pic2word", triplets, crop_scale=0.9)

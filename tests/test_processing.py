@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import BertTokenizer, CLIPTokenizer
 
-from pvlf_hf import CompoDiffProcessor
+from pvlf_hf import CASEProcessor, CompoDiffProcessor
 from pvlf_hf.models.image_processing_pvlf import PVLFImageProcessor
 from pvlf_hf.models.processing_pvlf import PVLFProcessor, all_tokens
 
@@ -210,6 +210,42 @@ def test_threads_share_a_processor(name):
     finally:
         sys.setswitchinterval(switching)
     assert found == expected * 50
+
+
+def long_processors():
+    """Yield the name of each processor that cuts captions, the processor, and the tokens that it keeps."""
+    images = make_processor().image_processor
+    yield "pvlf on blip", make_processor(max_text_length=7), 7
+    yield "pvlf on clip", make_processor(clip_tokenizer(), max_text_length=6), 6
+    yield "case", CASEProcessor(images, bert_tokenizer(), max_text_length=9, train_text_length=5), 9
+    yield "compodiff on blip", CompoDiffProcessor(images, bert_tokenizer(), 8, truncation=True), 8
+    yield "inversion on blip", inverted.make_processor("searle", truncation=True), 77
+
+
+@pytest.mark.parametrize(("name", "processor", "longest"), [*long_processors()])
+def test_no_caption_is_cut_without_a_message(name, processor, longest, caplog):
+    caplog.set_level("INFO", logger="pvlf_hf")
+    captions, images = ["red", "the same dress but red " * 20], [IMAGE, IMAGE]
+    calls = [lambda **given: processor.process_queries(images, captions, **given)]
+    calls += [lambda **given: processor.process_captions(captions, **given)]
+    calls += [lambda **given: processor(text=captions, **given)]
+    for number, call in enumerate(calls):
+        caplog.clear()
+        assert call()["input_ids"].shape[1] == longest
+        (record,) = caplog.records
+        assert record.levelname == ("INFO" if number else "WARNING")
+        template = processor.template if "inversion" in name and number < 2 else "{caption}"
+        whole = processor.tokenizer(template.replace("{caption}", captions[1]), truncation=False)["input_ids"]
+        assert "caption 1, 'the same dress but red the" in record.message
+        assert f"has {len(whole)} tokens and is cut to {longest}: what its end says has no effect" in record.message
+        caplog.clear()
+        assert call(truncation=True)["input_ids"].shape[1] == longest and not caplog.records
+    caplog.clear()
+    processor.process_queries(IMAGE, "red")
+    assert not caplog.records
+    if name == "case":
+        processor(text=captions, **processor.training_settings)
+        assert "is cut to 5" in caplog.text
 
 
 def test_all_tokens_of_a_caption_are_known_though_it_was_cut_off():

@@ -230,7 +230,7 @@ def test_vpt_on_a_plain_vit_equals_its_own_code(run, figure):
     names = [f"{run}.transformer.{name}" for name in ("prompt_embeddings", "deep_prompt_embeddings")]
     own = [theirs[name].clone().requires_grad_() for name in names if name in theirs]
     prompts = torch.cat(own) if own else None
-    if run == "deep_projected":  # one Linear for all layers, which we do not offer
+    if run == "deep_projected":  # VPT has one Linear for all layers, which no setting offers: only insertion is ours
         prompts = F.linear(prompts, *(theirs[f"{run}.transformer.prompt_proj.{kind}"] for kind in ("weight", "bias")))
     tokens = encoder.image_tokens(io["images"], prompts)
     hidden = io[f"{run}.hidden"]

@@ -1,6 +1,6 @@
 """Cost of a query by methods of other papers: text passes, optimised tokens, sampling (others: benchmark.py).
 
-    python train_scripts/benchmark_methods.py              # text encoder of CLIP ViT-L/14: some minutes
+    python train_scripts/benchmark_methods.py --write      # text encoder of CLIP ViT-L/14; tables of PERFORMANCE.md
     python train_scripts/benchmark_methods.py --size tiny  # to check that it runs
 
 Alternatives are timed in turn. Weights, images and captions are random: speed does not depend on them. Image encoders
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import Table, measure, parser_of, side_by_side
+from measuring import Table, Timing, measure, parser_of, side_by_side
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -61,9 +61,16 @@ def text_passes(size: str, rounds: int) -> list[Table]:
                 images = model.encode_images(torch.randn(batch, 3, side, side))
             alternatives[method] = partial(text_pass, model, *images, ids)
         with torch.inference_mode():
-            timings = side_by_side(alternatives, rounds, calls=16 // batch)
-        tables.append(Table(f"Text pass of {batch} queries, {size}", timings, {}))
+            timings = side_by_side(alternatives, rounds, calls=4 if batch == 1 else 1)
+        title = f"Text pass of {batch} {'query' if batch == 1 else 'queries'}, {size}"
+        tables.append(Table(title, timings, {"more time": more_time(timings)}))
     return tables
+
+
+def more_time(timings: dict[str, Timing]) -> list[str]:
+    """Return how much longer each alternative takes than the first, in percent: the median over the rounds."""
+    first = next(iter(timings.values()))
+    return [f"{100 / timing.speedup_over(first)[0] - 100:+.1f} %" for timing in timings.values()]
 
 
 def text_pass(model: InversionModel, tokens: Tensor, features: Tensor, ids: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ PARTS = {"text": text_passes, "tokens": optimised_tokens, "samples": samples}
 
 def main() -> None:
     """Measure, print Markdown and write JSON."""
-    args = parser_of("benchmark_methods.py", __doc__, PARTS, rounds=7).parse_args()
+    args = parser_of("benchmark_methods.py", __doc__, PARTS, rounds=5).parse_args()
     parts = {name: partial(part, args.size, args.rounds) for name, part in PARTS.items()}
     measure("benchmark_methods.py", parts, args)
 

@@ -6,9 +6,11 @@
 All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody published most of them: the table says
 what the methods do on these drawings, not what the published models do on photographs. A trained row is
 `train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time. After an
-interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`; tables and the
-plot of recall against cost into that folder. `--render_only` renders the committed numbers. The values of every query
-are in `outputs/method-tables/*/evaluation`: `pvlf-hf compare NAME=.../results.json ...` makes a table with tests.
+interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`, and those of
+memory, which need no finished training, to `memory.json` beside it (`--memory_only` counts them alone); tables and
+the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. The values of
+every query are in `outputs/method-tables/*/evaluation`: `pvlf-hf compare NAME=.../results.json ...` makes a table
+with tests.
 """
 
 import argparse
@@ -17,19 +19,23 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from demo import first_queries
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, set_seed
 
-from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, TrainingFreeModel, load_emoji_cir
+from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, PVLFTrainer, TrainingFreeModel, load_emoji_cir
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands.evaluate import baselines
+from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.embedding_store import images_made_by
 from pvlf_hf.evaluation.costs import query_milliseconds
@@ -89,7 +95,9 @@ ROWS = {
     "image (VPT)": Row("methods/vpt.yaml"),
     "image (VPT), gallery too": Row("methods/vpt.yaml", ("--prompt_gallery=true",)),
     "both, independent (IVLP)": Row("methods/ivlp.yaml"),
+    "both, independent (IVLP), gallery too": Row("methods/ivlp.yaml", ("--prompt_gallery=true",)),
     "both, linear (MaPLe)": Row("methods/maple.yaml"),
+    "both, linear (MaPLe), gallery too": Row("methods/maple.yaml", ("--prompt_gallery=true",)),
     "fusion (PVLF)": Row("methods/pvlf.yaml"),
 }
 PLACES = [*ROWS][[*ROWS].index("no prompts") :]
@@ -107,10 +115,16 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, help="training steps, by default those of each recipe")
     parser.add_argument("--queries", type=int, default=1500, help="test queries to rank; there are 1,500")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
+    parser.add_argument("--memory_only", action="store_true", help="measure the memory of the rows' steps alone")
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
-    file = CARD / "results.json"
+    file, memory = CARD / "results.json", CARD / "memory.json"
     if not args.render_only:
+        known = json.loads(memory.read_text()) if memory.exists() else {}
+        wanted = [name for name in args.rows if ROWS[name].recipe and (args.memory_only or name not in known)]
+        known |= {name: step_megabytes(name) for name in wanted}
+        write_json(memory, {name: known[name] for name in ROWS if name in known})
+    if not (args.render_only or args.memory_only):
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
         folder = args.output_dir.resolve()
         for name in args.rows:
@@ -118,13 +132,13 @@ def main() -> None:
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda run: train_row(*run, folder, flags), runs))
             keep([measure(*run, folder, args.queries) for run in runs], file)
-    entries = json.loads(file.read_text())
+    entries, known = json.loads(file.read_text()), json.loads(memory.read_text())
     plot(entries, CARD / "recall_against_cost.png")
     card = CARD / "README.md"
     before, rest = card.read_text(encoding="utf-8").split(START)
-    text = f"{before}{START}\n{rendered(entries)}\n{END}{rest.split(END, 1)[1]}"
+    text = f"{before}{START}\n{rendered(entries, known)}\n{END}{rest.split(END, 1)[1]}"
     card.write_text(text, encoding="utf-8")
-    print(rendered(entries))
+    print(rendered(entries, known))
 
 
 def keep(measured: list[dict[str, Any]], file: Path) -> None:
@@ -133,8 +147,13 @@ def keep(measured: list[dict[str, Any]], file: Path) -> None:
     new = {(entry["row"], entry["seed"]) for entry in measured}
     entries = [entry for entry in kept if (entry["row"], entry["seed"]) not in new] + measured
     entries.sort(key=lambda entry: ([*ROWS].index(entry["row"]), entry["seed"] or 0))
+    write_json(file, entries)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
     with whole(file) as partial:
-        partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def folder_of(name: str, seed: int | None, folder: Path) -> Path:
@@ -225,35 +244,107 @@ def seconds_a_step(home: Path) -> float:
     return 1 / float(rates[-1])
 
 
-def rendered(entries: list[dict[str, Any]]) -> str:
-    """Render all tables in Markdown."""
+@contextmanager
+def kept_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Collect what is kept for the backward pass: bytes of each storage by its address, without the model's weights.
+
+    Kept storages are alive until the backward pass, so that no two of them have one address.
+    """
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+class MeasuringTrainer(PVLFTrainer):
+    """Trainer that knows how many bytes the last step kept for its backward pass."""
+
+    kept_bytes = 0
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, see the base class."""
+        with kept_for_backward(model) as kept:
+            loss = super().compute_loss(model, *args, **kwargs)
+        self.kept_bytes = sum(kept.values())
+        return loss
+
+
+def step_megabytes(name: str) -> float:
+    """Return the megabytes that a step of a row's recipe keeps for its backward pass, in float32 and for its batch.
+
+    Weights, their gradients and the moments of AdamW come on top. It is counted, not timed: other work on the machine
+    makes no difference.
+    """
+    print(f"counting the memory of a step of {name}", flush=True)
+    row = ROWS[name]
+    with TemporaryDirectory() as folder:
+        recipe = str(ROOT / "train_scripts" / "configs" / str(row.recipe))
+        flags = [*row.flags, f"--output_dir={folder}", "--max_steps=1", "--save_strategy=no", "--report_to=none"]
+        model_args, data_args, args = parse_arguments([recipe, *flags, "--disable_tqdm=true"])
+        if args.feature_cache:
+            args.feature_cache = folder
+        if model_args.method == "searle":  # the words that are distilled need not be good ones
+            model_args.settings = [*(model_args.settings or ()), "inversion_steps=1"]
+        set_seed(0)
+        model, processor = model_args.build()
+        rows = enough_rows(data_args.load(model_args.method)[0], args)
+        trainer = MeasuringTrainer(model, args, rows, processing_class=processor)
+        trainer.train()
+    return round(trainer.kept_bytes / 1e6, 1)
+
+
+def enough_rows(rows: Any, args: Any) -> Any:
+    """Return the rows of a few batches: of one value of `batch_by`, or images of the same concepts together."""
+    order = range(len(rows))
+    if args.batch_by:
+        values = rows[args.batch_by][:]
+        order = [row for row in order if values[row] == values[0]]
+    elif "concept" in rows.column_names:
+        order = sorted(order, key=rows["concept"][:].__getitem__)
+    return rows.select(order[: 8 * args.per_device_train_batch_size])
+
+
+def rendered(entries: list[dict[str, Any]], memory: dict[str, float]) -> str:
+    """Render all tables in Markdown, rows that were not measured among them."""
     seeds = sorted({entry["seed"] for entry in entries if entry["seed"] is not None})
     (queries,) = {entry["queries"] for entry in entries}
     parts = [
         f"Percent; trained rows: mean ± standard deviation over seeds {', '.join(map(str, seeds))}. {queries} queries "
         "against 3,633 images by an artist that no training saw. Costs of one thread, the least of all runs: seconds "
-        "of a training step of the recipe's batch, milliseconds of one query without decoding its image, and whether "
-        "the gallery is another than the encoder's own.",
+        "of a training step of the recipe's batch; megabytes that such a step keeps for its backward pass in float32, "
+        "beside weights, gradients and the optimiser's moments; milliseconds of one query without decoding its image; "
+        "and whether the gallery is another than the encoder's own.",
         "![Plain R@10 against the time of a query](recall_against_cost.png)",
     ]
     for title, names in TABLES.items():
-        known = [name for name in names if any(entry["row"] == name for entry in entries)]
-        if known:
-            parts.append(f"### {title}\n\n{table(entries, known)}\n\n{differences(entries, known)}")
+        parts.append(f"### {title}\n\n{table(entries, names, memory)}\n\n{differences(entries, names)}")
     return "\n\n".join(parts)
 
 
-def table(entries: list[dict[str, Any]], names: list[str]) -> str:
-    """Render rows with recalls and costs."""
-    heads = ["", *(f"{tier} R@{k}" for tier, k in COLUMNS), "trained weights", "s a step", "ms a query", "own gallery"]
+def table(entries: list[dict[str, Any]], names: list[str], memory: dict[str, float]) -> str:
+    """Render rows with recalls and costs; a row without entries says that it was not measured."""
+    costs_of_a_row = ["trained weights", "s a step", "MB a step", "ms a query", "own gallery"]
+    heads = ["", *(f"{tier} R@{k}" for tier, k in COLUMNS), *costs_of_a_row]
     lines = [heads, ["---"] * len(heads)]
     for name in names:
         own = [entry for entry in entries if entry["row"] == name]
+        kept = f"{memory[name]:,.0f}" if name in memory else "-"
+        if not own:
+            missing = ["not measured yet", *["-"] * (len(COLUMNS) - 1)]
+            lines.append([name, *missing, "-", "-", kept, "-", "-"])
+            continue
         recalls = [cell([100 * entry["metrics"][tier][f"recall@{k}"] for entry in own]) for tier, k in COLUMNS]
         costs = [least([entry[key] for entry in own]) for key in ("seconds_a_step", "query_ms")]
         step, query = ("-" if cost is None else f"{cost:.2f}" if cost < 10 else f"{cost:,.0f}" for cost in costs)
         trained = f"{own[0]['trained_weights']:,}" if own[0]["trained_weights"] else "-"
-        lines.append([name, *recalls, trained, step, query, "yes" if own[0]["own_gallery"] else "no"])
+        lines.append([name, *recalls, trained, step, kept, query, "yes" if own[0]["own_gallery"] else "no"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

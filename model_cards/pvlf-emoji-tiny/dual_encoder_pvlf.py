@@ -6,11 +6,12 @@ It embeds images and captions; a subclass says how the two become a query.
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
 from .backbones_pvlf import DUAL_ENCODERS, gather_tokens, load_pretrained_dual_encoder
+from .configuration_pvlf import load_vl_config
 from .interface_pvlf import ComposedRetrievalModel, normalize
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ class DualEncoderModel(ComposedRetrievalModel):
         attention = {
             "": kwargs.pop("attn_implementation", None)
         }  # not the encoders': the library's BLIP has eager only
-        vl_config = AutoConfig.from_pretrained(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
+        vl_config = load_vl_config(name_or_path, **{k: v for k, v in kwargs.items() if k != "dtype"})
         config = cls.config_class(vl_config=vl_config, **settings)  # type: ignore[call-arg, misc]
         encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, cls.may_be_new, **kwargs)
         model = cls._from_config(config, attn_implementation=attention)

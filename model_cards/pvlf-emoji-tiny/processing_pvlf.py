@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import transformers
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     BatchEncoding,
     BatchFeature,
@@ -15,10 +14,13 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
-from .configuration_pvlf import BACKBONES
+from .configuration_pvlf import BACKBONES, load_vl_config
 from .image_processing_pvlf import PVLFImageProcessor
 from .interface_pvlf import ComposedRetrievalProcessor
+
+logger = logging.get_logger(__name__)
 
 Padding = Literal["longest", "max_length"]
 
@@ -34,7 +36,8 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         image_processor: [`PVLFImageProcessor`] with the image size of the backbone.
         tokenizer: the backbone's tokenizer: BERT for BLIP, CLIP's for CLIP.
         max_text_length: captions are truncated to this many tokens, special tokens included. Source: TransAgg, 35 for
-            BLIP (default) and 77 for CLIP.
+            BLIP (default) and 77 for CLIP. The first caption that is cut is named by a warning, further ones by log
+            messages of the level INFO; `truncation=True` in a call says that it is meant.
         padding: "longest" pads captions to the longest of the batch. "max_length" pads them to `max_text_length`, for
             a model that does not mask padding, such as the baseline in training; one that does gives the same result.
 
@@ -68,6 +71,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
             raise ValueError(f"padding must be 'longest' or 'max_length', got {padding!r}")
         self.max_text_length = max_text_length
         self.padding = padding
+        self._warned_of_cuts = False
 
     @classmethod
     def from_vl_pretrained(cls, name_or_path: str, **kwargs: Any) -> "PVLFProcessor":
@@ -82,7 +86,7 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         Raises:
             ValueError: for a checkpoint of another kind, or without a tokenizer.
         """
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        config = load_vl_config(name_or_path, **kwargs)
         if config.model_type not in BACKBONES:
             raise ValueError(f"{name_or_path} is a {config.model_type!r} checkpoint; PVLF needs one of {[*BACKBONES]}")
         advice = "save the original's tokenizer there: AutoTokenizer.from_pretrained(original).save_pretrained(folder)"
@@ -221,28 +225,32 @@ class PVLFProcessor(ComposedRetrievalProcessor):
     def _tokenize(
         self, text: str | Iterable[str], return_tensors: str, settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        if unknown := {*(settings or {})} - {*TEXT_SETTINGS, "return_tensors"}:
+        settings = settings or {}
+        if unknown := {*settings} - {*TEXT_SETTINGS, "return_tensors"}:
             raise TypeError(f"{sorted(unknown)} are no settings for captions: choose from {sorted(TEXT_SETTINGS)}")
-        if not isinstance(text, str | Iterable):
-            raise ValueError(f"text is {text!r}: pass a caption or a list of captions")
-        captions = [text] if isinstance(text, str) else list(text)
-        if not captions:
-            raise ValueError("text is empty: pass at least one caption")
-        for index, caption in enumerate(captions):
-            if not isinstance(caption, str):
-                raise ValueError(f"caption {index} is {caption!r}, not a string")
-            if half := next((letter for letter in caption if "\ud800" <= letter <= "\udfff"), None):
-                raise ValueError(
-                    f"caption {index} contains {half!r}, a lone surrogate, which is not a valid character: it was "
-                    "read with a wrong encoding, or a character was cut in two"
-                )
-            if not caption.strip():
-                raise ValueError(
-                    f"caption {index} is empty: say what changes, or search by the image alone with "
-                    "processor(images=...) and the model's get_image_features"
-                )
-        tokens = self._encode(captions, {"return_tensors": return_tensors, **(settings or {})})
+        captions = as_captions(text)
+        tokens = self._encode(captions, {"return_tensors": return_tensors, **settings})
+        if not settings.get("truncation"):
+            special = self.tokenizer.num_special_tokens_to_add() if settings.get("add_special_tokens", True) else 0
+            lengths = {
+                row: len(all_tokens(encoding)) + special
+                for row, encoding in enumerate(tokens.encodings or ())
+                if encoding.overflowing
+            }
+            self._report_cuts(captions, lengths, settings.get("max_length"))
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _report_cuts(self, captions: list[str], lengths: dict[int, int], max_length: int | None) -> None:
+        """Log the captions that are cut, by their row and number of tokens."""
+        longest = self.max_text_length if max_length is None else max_length
+        for row, length in lengths.items():
+            log = logger.info if self._warned_of_cuts else logger.warning
+            self._warned_of_cuts = True
+            log(
+                f"caption {row}, {captions[row][:60]!r}, has {length} tokens and is cut to {longest}: what its end "
+                "says has no effect. Shorten it, set max_text_length if the text encoder has more positions, or pass "
+                "truncation=True if this is meant"
+            )
 
     def _encode(self, captions: list[str], settings: dict[str, Any] | None = None) -> BatchEncoding:
         """Tokenize captions.
@@ -258,6 +266,29 @@ class PVLFProcessor(ComposedRetrievalProcessor):
         }
         # On the right whatever the tokenizer says: BLIP's text embedding is the token at position 0.
         return self.tokenizer(captions, **{**defaults, **(settings or {})}, padding_side="right")
+
+
+def as_captions(text: str | Iterable[str]) -> list[str]:
+    """Return captions as a list; raise a `ValueError` for an item that is none."""
+    if not isinstance(text, str | Iterable):
+        raise ValueError(f"text is {text!r}: pass a caption or a list of captions")
+    captions = [text] if isinstance(text, str) else list(text)
+    if not captions:
+        raise ValueError("text is empty: pass at least one caption")
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {index} is {caption!r}, not a string")
+        if half := next((letter for letter in caption if "\ud800" <= letter <= "\udfff"), None):
+            raise ValueError(
+                f"caption {index} contains {half!r}, a lone surrogate, which is not a valid character: it was "
+                "read with a wrong encoding, or a character was cut in two"
+            )
+        if not caption.strip():
+            raise ValueError(
+                f"caption {index} is empty: say what changes, or search by the image alone with "
+                "processor(images=...) and the model's get_image_features"
+            )
+    return captions
 
 
 def all_tokens(caption: Any) -> list[int]:
@@ -297,4 +328,4 @@ def _check_counts(data: dict[str, Any]) -> None:
 
 PVLFProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PVLFProcessor", "all_tokens"]
+__all__ = ["PVLFProcessor", "all_tokens", "as_captions"]

@@ -17,6 +17,7 @@ or from Python, with a gallery that is embedded once:
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -84,6 +85,8 @@ class OnnxEncoder:
                 f"{len(images)} images and {len(captions)} captions: a query is one of each, and no caption is empty"
             )
         tokens = self.tokenizer.encode_batch(list(captions))
+        if cut := [row for row, encoding in enumerate(tokens) if encoding.overflowing]:
+            warnings.warn(f"captions {cut[:5]} are too long: what their ends say has no effect", stacklevel=2)
         inputs = {
             "pixel_values": self.pixel_values(images),
             "input_ids": np.array([t.ids for t in tokens], dtype=np.int64),

@@ -3,6 +3,7 @@
 Samples are a `datasets.Dataset` with some of the columns of `SAMPLE_COLUMNS`.
 """
 
+import logging
 from pathlib import Path
 
 from datasets import Dataset, Features, Image
@@ -10,6 +11,8 @@ from datasets import Dataset, Features, Image
 from .checks import as_path, check_columns
 from .image_files import check_image_files
 from .tables import read_table
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_COLUMNS = ("image", "caption", "concept")
 """`image`: `datasets.Image`; `caption`: str, describes the image by itself; `concept`: str, names what is seen in it,
@@ -65,7 +68,7 @@ def image_sets(samples: Dataset, size: int = 5) -> Dataset:
 
     Returns:
         A row for each `size` images of a concept: `image_0`, `image_1`, ..., and the first one's `caption` and
-        `concept`. Images beyond the last full set of their concept are left out.
+        `concept`. Images beyond the last full set of their concept are left out; a log message says how many.
 
     Raises:
         ValueError: if no concept has so many images.
@@ -78,6 +81,14 @@ def image_sets(samples: Dataset, size: int = 5) -> Dataset:
     if not sets:
         most = max(map(len, rows_of.values()), default=0)
         raise ValueError(f"samples: no concept has the {size} images of a set, but {most} at most")
+    if left := len(samples) - size * len(sets):
+        logger.warning(
+            "%d of %d images are in no set of %d images of their concept and do not train: name more images by the "
+            "same concept to use them",
+            left,
+            len(samples),
+            size,
+        )
     cells = samples.with_format(None).cast_column("image", Image(mode=samples.features["image"].mode, decode=False))
     texts = samples.select([rows[0] for rows in sets]).select_columns(["caption", "concept"])
     columns = {f"image_{i}": cells.select([rows[i] for rows in sets])["image"][:] for i in range(size)}

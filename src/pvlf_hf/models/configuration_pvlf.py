@@ -391,6 +391,26 @@ def refuse_other_family(kind: type[PreTrainedConfig], config_dict: dict[str, Any
         )
 
 
+def load_vl_config(name_or_path: str, **kwargs: Any) -> Any:
+    """Load the configuration of a pretrained dual encoder.
+
+    Args:
+        name_or_path: Hub name or local folder.
+        **kwargs: passed to `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+
+    Raises:
+        ValueError: if it is that of a model that was built on one.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    if hasattr(config, "vl_config"):
+        raise ValueError(
+            f"{name_or_path} is a composed retrieval model (model_type {config.model_type!r}), and from_vl_pretrained "
+            "builds on a pretrained dual encoder: load it by AutoModel.from_pretrained and "
+            "AutoProcessor.from_pretrained, or pass the dual encoder that it was built on"
+        )
+    return config
+
+
 def joint_width(vl_config: PreTrainedConfig) -> int:
     """Return the width `d` of the joint space of a dual encoder's configuration."""
     return attrgetter(BACKBONES[vl_config.model_type].width_field)(vl_config)
@@ -398,4 +418,4 @@ def joint_width(vl_config: PreTrainedConfig) -> int:
 
 PVLFConfig.register_for_auto_class()
 
-__all__ = ["BACKBONES", "BackboneSpec", "DualEncoderConfig", "PVLFConfig"]
+__all__ = ["BACKBONES", "BackboneSpec", "DualEncoderConfig", "PVLFConfig", "load_vl_config"]

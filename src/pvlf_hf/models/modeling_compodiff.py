@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .backbones_pvlf import load_pretrained_dual_encoder
 from .configuration_compodiff import CompoDiffConfig
+from .configuration_pvlf import load_vl_config
 from .denoiser_compodiff import Denoiser, Memory, SelfAttention
 from .dual_encoder_pvlf import DualEncoderModel
 from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
@@ -93,7 +94,7 @@ class CompoDiffModel(DualEncoderModel):
                 f"{sorted(refused)}: the checkpoint is its own vl_config, and a device is set by model.to()"
             )
         files = {name: value for name, value in kwargs.items() if name != "dtype"}
-        own = AutoConfig.from_pretrained(name_or_path, **files)
+        own = load_vl_config(name_or_path, **files)
         if text_encoder is None:
             config = CompoDiffConfig(vl_config=own, **settings)
             encoder = load_pretrained_dual_encoder(name_or_path, config.vl_config, **kwargs)

@@ -106,15 +106,16 @@ def reconstruction(
 
 def cycle(
     model: Any,
-    pixel_values: Tensor,
     input_ids: Tensor,
     caption_ids: Tensor,
     align_ids: Tensor,
+    pixel_values: Tensor | None = None,
     teacher_words: Tensor | None = None,
     name_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     caption_attention_mask: Tensor | None = None,
     align_attention_mask: Tensor | None = None,
+    image_features: Tensor | None = None,
 ) -> ComposedRetrievalOutput:
     """Train the mapping network to turn a set of images of one object into a token for its name (PALAVRA).
 
@@ -122,18 +123,20 @@ def cycle(
 
     Args:
         model: the model.
-        pixel_values: `(batch, set, 3, height, width)`.
         input_ids: int64 `(batch, n)`, sentences with the placeholder for the object's name.
         caption_ids: int64 `(batch, k)`, the sentences as they are.
         align_ids: int64 `(batch, j)`, captions of the first image of each set.
+        pixel_values: `(batch, set, 3, height, width)`.
         teacher_words: `(batch, w)`, embedding of the first token of each name.
         name_ids: int64 `(batch,)`, those tokens, in place of their embeddings.
         attention_mask: `(batch, n)`, 0 for padding.
         caption_attention_mask: `(batch, k)`, 0 for padding.
         align_attention_mask: `(batch, j)`, 0 for padding.
+        image_features: `(batch, set, d)`, see [`encoded`].
     """
-    features = F.normalize(model.encode_images(pixel_values.flatten(0, 1))[1], dim=-1).detach()
-    sets = features.unflatten(0, pixel_values.shape[:2])
+    if image_features is None and pixel_values is not None:
+        image_features = model.encode_images(pixel_values.flatten(0, 1))[1].unflatten(0, pixel_values.shape[:2])
+    sets = F.normalize(encoded(model, None, image_features)[1], dim=-1).detach()
     words = model.mapping(sets)
     if teacher_words is None:
         teacher_words = model.get_input_embeddings()(name_ids).detach()

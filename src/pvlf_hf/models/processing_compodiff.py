@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig, BatchEncoding, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_compodiff import CompoDiffConfig
+from .configuration_pvlf import load_vl_config
 from .processing_pvlf import Padding, PVLFProcessor, all_tokens
 
 
@@ -20,8 +21,8 @@ class CompoDiffProcessor(PVLFProcessor):
         tokenizer: that of the text encoder; its padding token matters.
         max_text_length: tokens of every caption, special tokens included.
         padding: see [`PVLFProcessor`]; the model takes `"max_length"` alone.
-        truncation: cut captions that are longer, instead of refusing them. On other families than CLIP (ours) they are
-            cut where other models on that family cut them.
+        truncation: cut captions that are longer, with a log message, instead of refusing them. On other families than
+            CLIP (ours) they are cut where other models on that family cut them.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class CompoDiffProcessor(PVLFProcessor):
         if text_encoder is None:
             return super().from_vl_pretrained(name_or_path, **kwargs)  # type: ignore[return-value]
         texts = super().from_vl_pretrained(text_encoder, **kwargs)
-        vl_config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        vl_config = load_vl_config(name_or_path, **kwargs)
         images = cls.for_backbone(vl_config, texts.tokenizer).image_processor
         return cls(images, texts.tokenizer, texts.max_text_length)
 

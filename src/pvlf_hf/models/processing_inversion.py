@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_inversion import METHODS, InversionConfig
-from .processing_pvlf import Padding, PVLFProcessor, all_tokens
+from .configuration_pvlf import load_vl_config
+from .processing_pvlf import Padding, PVLFProcessor, all_tokens, as_captions
 
 
 class InversionProcessor(PVLFProcessor):
@@ -24,8 +25,8 @@ class InversionProcessor(PVLFProcessor):
         method: a name in `METHODS`, which gives the next two.
         template: sentence with `{caption}` and the placeholder in it, by default the method's.
         placeholder: word of one token that stands for the reference image, by default the method's.
-        truncation: cut captions that are too long for the template, instead of refusing them. On other families than
-            CLIP (ours) they are cut, as other models on that family do.
+        truncation: cut captions that are too long for the template, with a log message, instead of refusing them. On
+            other families than CLIP (ours) they are cut, as other models on that family do.
 
     Attributes:
         placeholder_id (`int`): id of that token, which [`InversionConfig`] must have, too.
@@ -82,7 +83,7 @@ class InversionProcessor(PVLFProcessor):
         """
         names = ("template", "placeholder", "unpublished_backbone")
         settings = {name: kwargs.pop(name) for name in names if name in kwargs}
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        config = load_vl_config(name_or_path, **kwargs)
         return cls.for_backbone(config, AutoTokenizer.from_pretrained(name_or_path, **kwargs), method, **settings)
 
     @classmethod
@@ -184,13 +185,16 @@ class InversionProcessor(PVLFProcessor):
         Raises:
             ValueError: naming the first caption that holds the placeholder, or is too long for the template.
         """
-        captions = [text] if isinstance(text, str) else list(text)
-        self._tokenize(captions, "np")  # raises if an item is not a caption
+        captions = as_captions(text)
         longest = self.max_text_length if max_length is None else max_length
-        if self.truncation if truncation is None else truncation:
-            captions = [self._cut(caption, longest) for caption in captions]
-        sentences = [self.template.replace("{caption}", caption) for caption in captions]
         special = self.tokenizer.num_special_tokens_to_add()
+        sentences = [self.template.replace("{caption}", caption) for caption in captions]
+        if self.truncation if truncation is None else truncation:
+            lengths = {row: len(ids) + special for row, ids in enumerate(self._tokens_of(sentences))}
+            if truncation is None:
+                self._report_cuts(captions, {r: length for r, length in lengths.items() if length > longest}, longest)
+            captions = [self._cut(caption, longest) for caption in captions]
+            sentences = [self.template.replace("{caption}", caption) for caption in captions]
         for row, ids in enumerate(self._tokens_of(sentences)):
             length = len(ids) + special
             if excess := max(0, length - longest):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets import Image as ImageColumn
 from PIL import Image
 from torch import Tensor, nn
 
@@ -63,11 +64,11 @@ class SampleCollator:
         """
         return self.samples.collate(self, rows)
 
-    def images(self, rows: Rows) -> dict[str, Tensor]:
+    def images(self, rows: Rows, column: str = "image") -> dict[str, Tensor]:
         """Return `pixel_values` `(batch, 3, height, width)`, or `image_features` `(batch, d)` computed before."""
         if self.features is not None:
-            return {"image_features": torch.stack([self.features[row["image_digest"]][0] for row in rows])}
-        images = [row["image"] for row in rows]
+            return {"image_features": torch.stack([self.features[row[digest_name(column)]][0] for row in rows])}
+        images = [row[column] for row in rows]
         if self.crop_scale < 1:
             images = [random_crop(image, self.crop_scale) for image in images]
         return {"pixel_values": self.processor.process_targets(images)["pixel_values"]}
@@ -77,6 +78,11 @@ class SampleCollator:
         batch = self.processor(text=texts)
         prefix = f"{name}_" if name else ""
         return {f"{prefix or 'input_'}ids": batch["input_ids"], f"{prefix}attention_mask": batch["attention_mask"]}
+
+
+def digest_name(column: str) -> str:
+    """Return the name of the column of digests that takes the place of a column of images."""
+    return f"{column}_digest"
 
 
 def random_crop(image: Image.Image, scale: float) -> Image.Image:
@@ -167,13 +173,13 @@ def _images_with_teachers(collator: SampleCollator, rows: Rows) -> dict[str, Ten
 def _sets_of_images(collator: SampleCollator, rows: Rows) -> dict[str, Tensor]:
     """Make a batch of PALAVRA: sets of images of one concept, its name, and a caption."""
     processor = collator.processor
-    names = sorted(name for name in rows[0] if name.startswith("image_"))
-    pixels = [collator.images([{"image": row[name]} for row in rows])["pixel_values"] for name in names]
+    names = sorted({name.removesuffix("_digest") for name in rows[0] if name.startswith("image_")})
+    images = [collator.images(rows, name) for name in names]
     template = OTI_PROMPTS[int(torch.randint(len(OTI_PROMPTS), ()))]
     names_of_rows = [row["concept"] for row in rows]
     first_tokens = [ids[0] for ids in processor.tokenizer(names_of_rows, add_special_tokens=False)["input_ids"]]
     return {
-        "pixel_values": torch.stack(pixels, dim=1),
+        **{name: torch.stack([one[name] for one in images], dim=1) for name in images[0]},
         "name_ids": torch.tensor(first_tokens),
         **collator.texts([template.replace("$", processor.placeholder)] * len(rows)),
         **collator.texts([template.replace("$", name) for name in names_of_rows], "caption"),
@@ -213,7 +219,7 @@ SAMPLES = {
     "context_i2w": Samples(("image", "caption"), _images_and_masked_captions),
     "searle": Samples(("image", "caption", "concept"), _images_with_teachers, takes_features=True, distils=True),
     "lincir": Samples(("caption",), _masked_captions),
-    "palavra": Samples(("image", "caption", "concept"), _sets_of_images, prepare=image_sets),
+    "palavra": Samples(("image", "caption", "concept"), _sets_of_images, prepare=image_sets, takes_features=True),
 }
 """Name of a method to what its own objective trains on."""
 
@@ -296,24 +302,33 @@ def keep_features(
         progress: show progress bars.
 
     Returns:
-        The training set with the column `image_digest` in place of the images.
+        The training set with digests in place of the images, in columns of their own, see [`digest_name`].
 
     Raises:
-        ValueError: if the objective reads more of an image than its feature, or images are changed when they are read.
+        ValueError: if the objective reads more of an image than its feature, or none, or images are changed when they
+            are read.
     """
     inner: Any = unwrap(model)
     facts = SAMPLES[inner.config.method]
-    if not facts.takes_features or collator.crop_scale < 1 or samples.format["type"] == "custom":
+    columns = [name for name, kind in samples.features.items() if isinstance(kind, ImageColumn)]
+    if not facts.takes_features:
+        why = f"its objective reads {'all tokens of an image' if columns else 'no images'}"
+    else:
+        why = "its images are cropped at random (crop_scale)" if collator.crop_scale < 1 else ""
+        why = why or ("its images are transformed when they are read" if samples.format["type"] == "custom" else "")
+    if why:
         raise ValueError(
-            f"features of images cannot be kept for {inner.config.method}: its objective reads all tokens of an image "
-            "or sets of images, or its images are cropped (crop_scale) or transformed when they are read; leave "
-            "feature_cache out"
+            f"features of images cannot be kept for {inner.config.method}: {why}; leave feature_cache out"
         )
-    digests, images = image_digests(samples, "image"), opened(samples.select_columns("image"))
+    digests_of = {name: image_digests(samples, name) for name in columns}
+    images = {name: opened(samples.select_columns(name)) for name in columns}
+    places = [(name, row) for name in columns for row in range(len(samples))]
+    digests = [digests_of[name][row] for name, row in places]
     processor = collator.processor
 
     def pixels(rows: list[int]) -> Tensor:
-        return processor.process_targets([images[row]["image"] for row in rows])["pixel_values"].to(inner.device)
+        asked = [images[name][row][name] for name, row in (places[i] for i in rows)]
+        return processor.process_targets(asked)["pixel_values"].to(inner.device)
 
     def encode(rows: list[int]) -> tuple[list[Tensor], list[int]]:
         return [feature[None] for feature in inner.encode_images(pixels(rows))[1]], [0] * len(rows)
@@ -329,7 +344,9 @@ def keep_features(
             collator.teacher_words = _teacher_words(inner, processor, digests, pixels, folder, progress)
     finally:
         model.train(was_training)
-    return samples.add_column("image_digest", digests).remove_columns("image")
+    for name in columns:
+        samples = samples.add_column(digest_name(name), digests_of[name])  # before removal: it may be the only column
+    return samples.remove_columns(columns)
 
 
 def _teacher_words(

@@ -123,10 +123,11 @@ def try_schedule(args: TrainingArguments) -> None:
 def cosine_factor(step: int, warmup: int, total: int, floor: float, num_cycles: float = 0.5) -> float:
     """Return the learning rate at a step as a share of the group's own, from 1 down to `floor`.
 
-    `num_cycles` counts whole periods, as in the library: half of one falls once.
+    `num_cycles` counts whole periods, as in the library: half of one falls once. The first step of a warm-up trains at
+    `1 / warmup` and the last one at 1, as in Pic2Word's code; in the library's schedules the first one does nothing.
     """
     if step < warmup:
-        return step / warmup
+        return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) * (1 + cos(2 * pi * num_cycles * progress)) / 2
 
