@@ -176,8 +176,9 @@ def numbered(positions):
     ]
 
 
-def test_interrupted_builds_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 40)
+@pytest.mark.parametrize(("limit", "value"), [("SHARD_BYTES", 40), ("SHARD_SECONDS", 0)])
+def test_interrupted_builds_resume(tmp_path, monkeypatch, limit, value):
+    monkeypatch.setattr(feature_cache, limit, value)
     digests = [sequence_digest(str(n)) for n in range(30)]
     encoded = []
 

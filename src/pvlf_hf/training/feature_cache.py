@@ -7,6 +7,7 @@ identifies a row in it. Any change yields another fingerprint or digest, so that
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ logger = logging.get_logger(__name__)
 
 SHARD_BYTES = 64 * 2**20
 """Bytes after which a shard is written (our choice): an interruption loses at most these, about 220 images of BLIP."""
+
+SHARD_SECONDS = 60
+"""Seconds after which one is written (our choice), for small features that take long, as optimised pseudo words."""
 
 
 class FeatureCache:
@@ -137,15 +141,17 @@ class FeatureCache:
     ) -> None:
         batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
         shard: dict[str, tuple[Tensor, int]] = {}
+        written = time.monotonic()
         for batch in tqdm(batches, f"caching {what}", disable=not (progress and PartialState().is_main_process)):
             tokens, positions = encode(batch)
             if batch is batches[0]:
                 self._announce(tokens, len(share), what)
             kept = [t.to("cpu", torch.float16) for t in tokens]
             shard |= {digests[b]: entry for b, entry in zip(batch, zip(kept, positions, strict=True), strict=True)}
-            if batch is batches[-1] or sum(t.nbytes for t, _ in shard.values()) >= SHARD_BYTES:
+            full = sum(t.nbytes for t, _ in shard.values()) >= SHARD_BYTES
+            if full or batch is batches[-1] or time.monotonic() - written >= SHARD_SECONDS:
                 self._write(shard)
-                shard = {}
+                shard, written = {}, time.monotonic()
 
     def _announce(self, tokens: list[Tensor], samples: int, what: str) -> None:
         size = sum(t.numel() * 2 for t in tokens) / len(tokens) * samples
