@@ -49,7 +49,8 @@ ARMS = {
     },
 }
 """Where prompts sit."""
-OTHERS = ("pvlf_text-blip", "pvlf_sum-clip", "pvlf_maple-blip", "training_free-blip", "training_free-siglip", "case-blip")
+FREE = ("training_free-blip", "training_free-siglip")
+OTHERS = ("pvlf_text-blip", "pvlf_sum-clip", "pvlf_maple-blip", *FREE, "case-blip")
 KINDS = [*(f"pvlf-{family}" for family in FAMILIES), *OTHERS, *DIFFUSED, *INVERSIONS]
 
 
