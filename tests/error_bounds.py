@@ -266,6 +266,12 @@ def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
     return {name: 6 * scale * (2 * square.max()).sqrt().item() for name, square in spread.items()}
 
 
+def function_error(compute, *tensors, **options):
+    """Return [`rounding`] of a function of tensors, which returns one: how far apart two computations of it may be."""
+    empty = torch.nn.Module()
+    return rounding(lambda _, given: {"value": compute(*given)}, empty, [*tensors], **options)["value"]
+
+
 def assert_within(ours, theirs, bound):
     """Assert that two dictionaries of tensors differ by at most `bound()`, a number by name; equal ones need none.
 
