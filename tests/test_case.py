@@ -9,7 +9,7 @@ import torch
 from dual_encoders import save_dual_encoder, tokenizer_of
 from error_bounds import function_error, rounding, training_error
 from forked import run_without_package
-from fused import FIXTURES, case_inputs, case_model, io_of, relative, tensors_of, within
+from fused import FIXTURES, TOLERANCES, case_inputs, case_model, io_of, relative, tensors_of, within
 from PIL import Image
 from processes import run_in_processes
 from reference import CONFIGS
@@ -178,7 +178,7 @@ def compare_gradients(model, prefix):
     names = [name for name in io_of("case_blip") if name.startswith(prefix)]
     for name in names:
         ours = model.get_parameter(f"backbone.{name.removeprefix(prefix)}").grad
-        assert relative(ours, io_of("case_blip")[name]) < 1e-5, name
+        assert relative(ours, io_of("case_blip")[name]) < TOLERANCES["gradient"], name
     assert all(p.grad is None for module in model.image_side.values() for p in module.parameters())
     return len(names)
 

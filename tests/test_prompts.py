@@ -11,6 +11,7 @@ from fused import (
     ARMS,
     FIXTURES,
     GRADIENTS,
+    TOLERANCES,
     io_of,
     prompted_clip,
     prompted_ids,
@@ -65,10 +66,10 @@ def test_queries_loss_and_gradients_equal_the_reference(arm, figure):
     model, io = prompted_model(arm), io_of("prompts_clip")
     output = model(**prompted_batch(arm))
     within(output.query_embeds, io[f"{arm}.query_sum"])
-    within(output.loss[None], io[f"{arm}.loss_nce"], atol=1e-4)
+    within(output.loss[None], io[f"{arm}.loss_nce"], atol=TOLERANCES["loss"])
     if f"{arm}.loss_nce_frozen_gallery" in io:
         model.config.prompt_gallery = False
-        within(model(**prompted_batch(arm)).loss[None], io[f"{arm}.loss_nce_frozen_gallery"], atol=1e-4)
+        within(model(**prompted_batch(arm)).loss[None], io[f"{arm}.loss_nce_frozen_gallery"], atol=TOLERANCES["loss"])
         model.config.prompt_gallery = True
     if model.prompts is None:
         assert not output.loss.requires_grad
@@ -86,7 +87,10 @@ def compare_gradients(model, prefix, names):
     for name, theirs in names.items():
         rows = [theirs] if isinstance(theirs, str) else theirs
         expected = torch.stack([io[prefix + row] for row in rows])
-        assert relative(found[f"prompts.{name}"], expected[0] if isinstance(theirs, str) else expected) < 1e-5, name
+        assert (
+            relative(found[f"prompts.{name}"], expected[0] if isinstance(theirs, str) else expected)
+            < TOLERANCES["gradient"]
+        ), name
 
 
 @pytest.mark.parametrize("arm", ["coop_end", "vpt_shallow", "vpt_deep", "ivlp", "maple"])
@@ -102,9 +106,9 @@ def test_features_logits_and_the_classification_loss_equal_the_reference(arm):
     if arm.startswith("vpt"):  # its text is another sentence there
         return
     logits = 100 * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    within(logits, io[f"{arm}.logits"], atol=1e-4)
+    within(logits, io[f"{arm}.logits"], atol=TOLERANCES["logits"])
     loss = F.cross_entropy(logits, io["labels"])
-    within(loss[None], io[f"{arm}.loss"], atol=1e-4)
+    within(loss[None], io[f"{arm}.loss"], atol=TOLERANCES["loss"])
     loss.backward()
     compare_gradients(model, f"{arm}.grad.", GRADIENTS[arm])
 
@@ -166,7 +170,7 @@ def test_each_wrong_detail_moves_the_features(detail, effect):
     """By the order of what was measured with the reference, and far more than the tolerance."""
     ours, theirs = wrong(detail)
     moved = (ours - theirs).abs().max().item()
-    assert moved < 1e-5 if effect == 0 else effect / 4 < moved < 4 * effect
+    assert moved < TOLERANCES["features"] if effect == 0 else effect / 4 < moved < 4 * effect
 
 
 VIT_NAMES = (
@@ -240,7 +244,7 @@ def test_vpt_on_a_plain_vit_equals_its_own_code(run, figure):
     if own:
         F.cross_entropy(logits, io["labels"]).backward()
         for name, prompt in zip(names, own, strict=False):
-            assert relative(prompt.grad, io[name.replace("transformer", "grad.transformer")]) < 1e-5
+            assert relative(prompt.grad, io[name.replace("transformer", "grad.transformer")]) < TOLERANCES["gradient"]
     figure(f"{run} within 1e-5")
 
 
