@@ -738,8 +738,8 @@ def test_threads_that_index_with_one_model_restore_its_mode(photos, tiny_process
     "Two galleries of one model in one Milvus database keep their own images, also when one of them is indexed again",
     broken=(
         "src/pvlf_hf/search/gallery.py",
-        'f"gallery_{gallery_id}" if gallery_id else f"images_{sequence_digest(*sorted(ids))[:16]}"',
-        '"images"',
+        "return StoreAddress(str(uri), name, options or MilvusOptions())",
+        'return StoreAddress(str(uri), "images", options or MilvusOptions())',
     ),
 )
 @pytest.mark.slow
