@@ -220,7 +220,10 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
     try:
         image = Image.open(stream, formats=formats)
-    except (UnidentifiedImageError, RuntimeError) as error:  # RuntimeError: JPEG XL's decoder, which decodes on opening
+    except (
+        UnidentifiedImageError,
+        RuntimeError,
+    ) as error:  # RuntimeError: JPEG XL's decoder, which decodes on opening
         if kind is None:
             why = "it is not an image, or it is damaged"
         else:
