@@ -220,14 +220,9 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
     try:
         image = Image.open(stream, formats=formats)
-    except (
-        UnidentifiedImageError,
-        RuntimeError,
-    ) as error:  # RuntimeError: JPEG XL's decoder, which decodes on opening
-        if kind is None:
-            why = "it is not an image, or it is damaged"
-        else:
-            why = damage(kind) if decodes(kind) else refusal(kind)
+    except (UnidentifiedImageError, RuntimeError) as error:  # the latter of JPEG XL, which is decoded on opening
+        known = kind and (damage(kind) if decodes(kind) else refusal(kind))
+        why = known or "it is not an image, or it is damaged"
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
     check_pixels(*image.size)
     if image.format == "JXL" and not getattr(image, "jpeg", False):
