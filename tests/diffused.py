@@ -1,7 +1,6 @@
 """CompoDiff by the reference implementation, as tensors: its tiny denoiser under our names, and small models of ours.
 
-`tests/fixtures/compodiff` was computed with the public code at tiny random sizes, in float32. Tolerances are those
-measured there against float64.
+`tests/fixtures/compodiff` was computed with the public code at tiny random sizes, in float32.
 """
 
 import copy
@@ -27,6 +26,7 @@ TOLERANCES = {
     "grad_rel": 1e-4,
     "schedule": 1e-5,
 }
+"""Those that the fixtures came with: 3 to 33 times what the reference in float32 differs from itself in float64."""
 
 
 @cache

@@ -15,7 +15,7 @@ from squares import QUERIES, draw
 from tiny import make_model, make_processor
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModel, AutoProcessor
 
 
@@ -244,16 +244,16 @@ def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
     """
     half = dtype in (torch.float16, torch.bfloat16)
     carried = dtype if half else torch.float32
-    inputs = tree_map(lambda t: t.double() if t.is_floating_point() and not half else t, inputs)
+    inputs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() and not half else t, inputs)
 
     def run(seed):
         copied, rounded, random = copy.deepcopy(model).double(), Rounded(carried, seed), torch.random.get_rng_state()
         if half and seed is not None:
             for weight in copied.parameters():
                 rounded.move(weight.data, roundoff(dtype) / 3**0.5 * weight.data.abs())
-        given = tree_map(torch.clone, inputs)
+        given = tree_map_only(Tensor, torch.clone, inputs)
         if stored is not None and seed is not None:
-            for kept in (t for t in tree_leaves(given) if t.is_floating_point()):
+            for kept in (t for t in tree_leaves(given) if isinstance(t, Tensor) and t.is_floating_point()):
                 rounded.move(kept, roundoff(stored) / 3**0.5 * kept.abs())
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), rounded:
             found = {name: out.detach().double() for name, out in compute(copied, given).items()}
@@ -264,6 +264,12 @@ def rounding(compute, model, inputs, dtype=torch.float32, stored=None, draws=8):
     spread = {name: torch.stack([(run[name] - truth[name]) ** 2 for run in moved]).mean(dim=0) for name in truth}
     scale = roundoff(dtype) / roundoff(carried)
     return {name: 6 * scale * (2 * square.max()).sqrt().item() for name, square in spread.items()}
+
+
+def function_error(compute, *tensors, **options):
+    """Return [`rounding`] of a function of tensors, which returns one: how far apart two computations of it may be."""
+    empty = torch.nn.Module()
+    return rounding(lambda _, given: {"value": compute(*given)}, empty, [*tensors], **options)["value"]
 
 
 def assert_within(ours, theirs, bound):
@@ -301,6 +307,16 @@ def embeds_of(model, inputs):
 def embedding_error(model, inputs, dtype=torch.float32):
     """Return [`rounding`] of [`embeds_of`]."""
     return rounding(embeds_of, model, inputs, dtype)
+
+
+@torch.no_grad()
+def images_error(model, processor, images):
+    """Return how far apart two computations of the embeddings of images, opened ones or files, may be."""
+
+    def embeds(model, inputs):
+        return {"images": model.get_image_features(**inputs).pooler_output}
+
+    return rounding(embeds, model, dict(processor.process_targets(images)))["images"]
 
 
 @cache

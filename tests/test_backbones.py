@@ -145,7 +145,7 @@ def test_images_are_normalised_as_the_checkpoint_says(published, tmp_path):
     ours = PVLFProcessor.from_vl_pretrained(folder).image_processor
     spec = BACKBONES[original.config.model_type]
     for mean, std in ((theirs.image_mean, theirs.image_std), (spec.image_mean, spec.image_std)):
-        assert [*ours.image_mean] == pytest.approx([*mean]) and [*ours.image_std] == pytest.approx([*std])
+        assert [*ours.image_mean] == [*mean] and [*ours.image_std] == [*std]
     (square,) = random_images(1)
     square = square.resize((32, 32))
     pixels = theirs(square, return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"]

@@ -262,8 +262,14 @@ def test_search_uses_the_dtype_of_the_index(photos, models, tmp_path, openvino):
     assert scores == pytest.approx(expected.scores, abs=squares_error(dtype=torch.bfloat16)["similarity"])
 
 
+@pytest.mark.reliability(
+    9,
+    "Results whose names a console or pipe cannot encode (Japanese and Cyrillic in cp1252) are all printed, "
+    "with escapes",
+    broken=("src/pvlf_hf_cli.py", '            stream.reconfigure(errors="backslashreplace")', "            pass"),
+)
 @pytest.mark.slow
-def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
+def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path, figure):
     assert INDEX == TABLE  # the command line checks for the index before it imports the package
     (tmp_path / "photos").mkdir()
     for row, name in enumerate(["日本.png", "b.png", "c.png"]):
@@ -279,6 +285,7 @@ def test_names_that_the_console_cannot_encode_are_escaped(models, tmp_path):
     assert done.returncode == 0 and sorted(names) == [r"\u65e5\u672c.png", "b.png", "c.png"]
     assert "a blank is shown instead: the image 'b.png' cannot be opened" in done.stderr
     assert Image.open(tmp_path / "sheet.png").height > 100
+    figure("3 of 3 results, one of them gone")
 
 
 def test_index_names_what_it_left_out(models, tmp_path):

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from inverted import FIXTURES, clip_tensors, io_of, make_tokenizer, mapping_tensors, query_of, tiny_clip, within
+from inverted import (
+    FIXTURES,
+    TOLERANCES,
+    clip_tensors,
+    io_of,
+    make_tokenizer,
+    mapping_tensors,
+    query_of,
+    tiny_clip,
+    within,
+)
 from safetensors.torch import save_file
 from test_convert import load_as_printed
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
@@ -138,7 +148,7 @@ def test_converted_checkpoint_gives_the_references_queries(method, clips, tmp_pa
     assert model.config.placeholder_id == processor.placeholder_id
     io = io_of(method)
     ids = io["cirr_input_ids" if "cirr_input_ids" in io else "query_input_ids"]
-    within(model.get_query_features(io["pixel_values"], ids).pooler_output, query_of(method), atol=2e-6)
+    within(model.get_query_features(io["pixel_values"], ids).pooler_output, query_of(method), atol=TOLERANCES["query"])
     if method in ("pic2word", "context_i2w"):
         assert model.config.temperature == tiny_clip(method)[2]
     with pytest.raises(ValueError, match="is not an empty folder"):

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features
 from datasets import Image as DatasetImage
 from forked import run_python
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from squares import draw
 from tiny import make_processor
 from transformers import pipeline
@@ -20,6 +20,7 @@ from pvlf_hf.models import image_processing_pvlf as door
 from pvlf_hf.search import demo_session
 from pvlf_hf.search.image_folder import find_images
 
+DAMAGED = "^cannot identify image file: it is {} image that is damaged or incomplete: copy or export it again$"
 ENDINGS = {"HEIF": "heic", "JXL": "jxl", "AVIF": "avif"}
 
 
@@ -195,14 +196,17 @@ def test_bombs_of_added_decoders_are_refused(monkeypatch, figure):
         with pytest.raises(ValueError, match="80 x 48 pixels, more than PIL.Image.MAX_IMAGE_PIXELS = 3000"):
             door.open_rgb(content)
     for cut in (contents[0][:2], *(contents[1][:end] for end in (12, 20, 40))):
-        with pytest.raises(ValueError, match="damaged JPEG XL"):
+        with pytest.raises(ValueError, match="a JPEG XL image that is damaged or incomplete: copy"):
             door.open_rgb(cut)
     assert not reached
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     for content in contents:
         assert door.open_rgb(content).size == (80, 48)
-    with pytest.raises(RuntimeError):
-        door.open_rgb(contents[0][: len(contents[0]) // 2])
+    for damaged in (contents[0][: len(contents[0]) // 2], b"\xff\x0a" + bytes(64)):
+        with pytest.raises(UnidentifiedImageError, match=DAMAGED.format("a JPEG XL")):  # no words of its decoder
+            door.open_rgb(damaged)
+    with pytest.raises(UnidentifiedImageError, match=DAMAGED.format("a HEIC")):
+        door.open_rgb(b"\0\0\0\x18ftypheic" + bytes(64))
     figure(f"{len(heic)} of HEIC, {len(contents) + 5} of JPEG XL")
 
 
@@ -251,7 +255,17 @@ def test_every_brand_of_heic_is_recognised(brand):
     assert formats.format_of(avif[:8] + brand + avif[12:]) is formats.AVIF  # its brand stands among the others
 
 
-def test_what_looks_like_an_image_is_counted_and_named(tmp_path, pillow_alone):
+@pytest.mark.reliability(
+    9,
+    "What looks like an image by its ending or its first bytes and is not decoded is counted and named with "
+    "the remedy: Photoshop, icons, SVG, camera raw of four makers, with and without an ending",
+    broken=(
+        "src/pvlf_hf/search/image_folder.py",
+        "            skipped[printable] = refusal(kind)",
+        "            pass",
+    ),
+)
+def test_what_looks_like_an_image_is_counted_and_named(tmp_path, pillow_alone, figure):
     files = {
         "a.psd": b"8BPS",
         "layers": b"8BPS",
@@ -276,6 +290,7 @@ def test_what_looks_like_an_image_is_counted_and_named(tmp_path, pillow_alone):
         kind = kinds.get(name, "a camera raw")
         remedy = ', or pip install "pvlf-hf[raw]"' if kind == "a camera raw" else ""
         assert reason == f"it is {kind} image, which is not decoded: convert it to JPEG or PNG{remedy}"
+    figure(f"{len(files)} named, {len(silent)} of other files not")
 
 
 def test_metadata_of_macos_is_left_out(tmp_path, tiny_model, tiny_processor):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from error_bounds import dot_error
 from forked import run_python
 from PIL import Image
 from test_cli import call, error
@@ -109,7 +110,9 @@ def test_quality_is_that_of_the_plain_definition():
         kept.append(len({*near} & {*near_now}) / int8_encoder.NEIGHBOURS)
     cosines = [float(a @ b) for a, b in zip(exact, quantised, strict=True)]
     found = int8_quality(exact, quantised)
-    assert found == pytest.approx((min(cosines), sorted(cosines)[14], np.mean(kept)), abs=1e-6)
+    error = 2 * dot_error(6 + 4)  # of both cosines; the norms round, too
+    assert found[:2] == pytest.approx((min(cosines), sorted(cosines)[14]), rel=0, abs=error)
+    assert found.kept == pytest.approx(np.mean(kept), rel=dot_error(30))
     assert 0.3 < found.kept < 0.95
 
 
@@ -145,7 +148,7 @@ def test_added_images_are_embedded_by_the_kept_encoder(index, more_photos, no_ca
     assert gallery.embeds[[gallery.row_of(name) for name in before.ids]].equal(before.embeds[rows])
     encode = Int8Encoder.load(index / ENCODER).encoder_of(make_model())
     added = gallery.embeds[gallery.row_of("new.png")][None]
-    torch.testing.assert_close(added, embeddings(encode, more_photos, ["new.png"]))
+    assert torch.equal(added, embeddings(encode, more_photos, ["new.png"]))
     exact = make_model()(target_pixel_values=pixels(77)).target_embeds
     assert F.cosine_similarity(added, exact).item() < 1 - 1e-5  # not the unquantised model's
 
@@ -200,11 +203,12 @@ def test_another_model_gets_another_encoder(index, photos):
     other = make_model(seed=1)
     with pytest.raises(ValueError, match="another model or processor"):
         Gallery.from_folder(photos, other, make_processor(), index, **OPTIONS)
-    Gallery.from_folder(photos, other, make_processor(), index, replace=True, **OPTIONS)
+    # One by one, as below: in larger batches other roundings would decide between two levels of 8 bits.
+    Gallery.from_folder(photos, other, make_processor(), index, replace=True, batch_size=1, **OPTIONS)
     assert (index / ENCODER).read_bytes() != old
     gallery = Gallery.load(index, other, make_processor())
     encode = Int8Encoder.load(index / ENCODER).encoder_of(other)
-    torch.testing.assert_close(gallery.embeds, embeddings(encode, photos, gallery.ids))
+    assert torch.equal(gallery.embeds, embeddings(encode, photos, gallery.ids))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from forked import run_without_package
 from inverted import (
     FIXTURES,
     PALAVRA_NAMES,
+    TOLERANCES,
     io_of,
     make_model,
     make_processor,
@@ -74,9 +75,9 @@ def test_queries_equal_the_reference(method):
     model, io = reference_model(method), io_of(method)
     query = model.get_query_features(io["pixel_values"], io[QUERIES[method]])
     within(model.encode_images(io["pixel_values"])[1], io["image_features"])
-    within(query.image_embeds, F.normalize(io["image_features"], dim=-1), atol=2e-6)
+    within(query.image_embeds, F.normalize(io["image_features"], dim=-1), atol=TOLERANCES["query"])
     within(query.pseudo_words, io["pseudo_word"])
-    within(query.pooler_output, query_of(method), atol=2e-6)
+    within(query.pooler_output, query_of(method), atol=TOLERANCES["query"])
     if "query_raw" in io:
         within(model.encode_text(io[QUERIES[method]], None, query.pseudo_words), io["query_raw"])
     words = model.get_pseudo_words(io["pixel_values"], io[QUERIES[method]])
@@ -89,7 +90,7 @@ def test_two_captions_of_fashioniq_are_the_mean_of_both_orders(method):
     model, io = reference_model(method), io_of(method)
     orders = ("fashioniq_input_ids", "fashioniq_input_ids_reversed")
     embeds = sum(model.get_query_features(io["pixel_values"], io[order]).pooler_output for order in orders)
-    within(F.normalize(embeds, dim=-1), io["fashioniq_query"], atol=2e-6)
+    within(F.normalize(embeds, dim=-1), io["fashioniq_query"], atol=TOLERANCES["query"])
 
 
 @torch.no_grad()
@@ -183,9 +184,9 @@ def test_losses_and_gradients_equal_the_reference(method):
         own = model.mapping.get_parameter(ours[theirs]).grad
         own = own.T if theirs in ("proj", "proj_local") else own
         if theirs == "local_gate":  # small by cancellation
-            within(own, gradient, atol=1e-6)
+            within(own, gradient, atol=TOLERANCES["gate"])
         else:
-            assert relative(own, gradient) < 1e-4, theirs
+            assert relative(own, gradient) < TOLERANCES["gradient"], theirs
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
 
 
@@ -323,7 +324,7 @@ def test_attention_is_causal_in_every_implementation(attention):
     model.set_attn_implementation(attention)
     assert model.backbone.text_model.config._attn_implementation == attention
     query = model.get_query_features(io["pixel_values"], io["query_input_ids"])
-    within(query.pooler_output, io["query"], atol=2e-6)
+    within(query.pooler_output, io["query"], atol=TOLERANCES["query"])
 
 
 @torch.no_grad()
@@ -429,8 +430,8 @@ def test_four_steps_of_searle_oti_equal_the_reference():
     steps = map(Sentences, io["oti.template_ids"], io["oti.replaced_ids"], io["oti.regularised_ids"])
     optimized = optimize_searle(model._encode_words, features, io["oti.init"], steps)
     within(torch.tensor(optimized.losses), io["oti.losses"])
-    within(optimized.words, io["oti.tokens"], atol=5e-6)
-    within(optimized.averaged, io["oti.ema_tokens"], atol=2e-6)
+    within(optimized.words, io["oti.tokens"], atol=TOLERANCES["weights"])
+    within(optimized.averaged, io["oti.ema_tokens"], atol=TOLERANCES["average"])
     alone = optimize_searle(model._encode_words, features, io["oti.init"], map(Sentences, io["oti.template_ids"]))
     assert (alone.words - io["oti.tokens"]).abs().max() > 1e-3
 
@@ -447,7 +448,7 @@ def test_queries_of_palavra_equal_the_reference():
     within(words, io["object_token_single"])
     raw = model.encode_text(io["query_input_ids"], None, words)
     within(raw, io["query_raw"])
-    within(F.normalize(raw, dim=-1), io["query"], atol=2e-6)
+    within(F.normalize(raw, dim=-1), io["query"], atol=TOLERANCES["query"])
 
 
 def test_the_second_stage_of_palavra_equals_the_reference():
@@ -459,7 +460,7 @@ def test_the_second_stage_of_palavra_equals_the_reference():
     inputs = (features, io["object_token"], coarse, io["stage2_ids"], range(3))
     optimized = optimize_palavra(model._encode_words, *inputs)
     within(torch.tensor(optimized.losses), io["stage2_losses"])
-    within(optimized.words, io["stage2_token"], atol=5e-6)
+    within(optimized.words, io["stage2_token"], atol=TOLERANCES["weights"])
 
 
 def test_training_of_palavra_equals_the_reference():
@@ -481,7 +482,7 @@ def test_training_of_palavra_equals_the_reference():
             own = model.text_map.get_parameter(name.removeprefix("align_grad.layers.0.")).grad
         else:
             own = model.mapping.get_parameter(renamed(name.removeprefix("grad."), PALAVRA_NAMES)).grad
-        assert relative(own, gradient) < 1e-4, name
+        assert relative(own, gradient) < TOLERANCES["gradient"], name
 
 
 @pytest.mark.parametrize("method", ["searle_oti", "palavra"])

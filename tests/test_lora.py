@@ -3,13 +3,25 @@
 import pytest
 import torch
 from error_bounds import embedding_error, rounding
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from squares import make_benchmark, square_triplets
 from tiny import BACKBONES, make_inputs, make_model
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
 from pvlf_hf import Gallery, PVLFModel, PVLFTrainer, PVLFTrainingArguments, evaluate
+from pvlf_hf.embeddings.embedding_store import EmbeddingStore
+from pvlf_hf.embeddings.openvino_encoder import encode_by_openvino
+from pvlf_hf.export import export_program
+from pvlf_hf.sentence_transformer import PVLFSentenceModule
 
 # Attention matrices: fused in BLIP's ViT, BERT's, and the names that CLIP's encoders and our fusion share.
 ATTENTION = r".*(qkv|attention\.self\.(query|value)|self_attn\.(q_proj|v_proj))"
@@ -190,3 +202,66 @@ def test_adapters_train_under_activation_checkpointing(backbone):
     model.activation_checkpointing_disable()
     for name, error in rounding(adapter_gradients, model, make_inputs(backbone)).items():
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=0, atol=error, msg=name)
+
+
+# --- prompt learning -------------------------------------------------------------------------------------------------
+
+PROMPT_LEARNING = (PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig, MultitaskPromptTuningConfig)
+
+
+def with_prompts(kind):
+    """Wrap a model for prompt learning, with sizes that PEFT cannot find in a configuration of two encoders."""
+    sizes = {"token_dim": 20, "num_layers": 2, "num_attention_heads": 4, "num_virtual_tokens": 4}
+    return get_peft_model(make_model(), kind(task_type="FEATURE_EXTRACTION", **sizes))
+
+
+@pytest.mark.parametrize("kind", PROMPT_LEARNING)
+def test_prompt_learning_is_refused_by_the_trainer(kind, squares, tmp_path, tiny_processor):
+    refused = f"{kind.__name__} is prompt learning.*use an adapter such as LoraConfig"
+    with pytest.raises(ValueError, match=refused):
+        make_trainer(with_prompts(kind), tmp_path, squares, tiny_processor)
+    with pytest.raises(ValueError, match=refused):
+        make_model().add_adapter(kind(num_virtual_tokens=4))
+    args = PVLFTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_train_batch_size=4)
+    made = {"model_init": lambda: with_prompts(kind), "processing_class": tiny_processor}
+    with pytest.raises(ValueError, match=refused):
+        PVLFTrainer(args=args, train_dataset=squares, **made).train()
+
+
+ENTRIES = {
+    "evaluate": lambda model, processor, folder: evaluate(model, processor, make_benchmark(), progress=False),
+    "a store": lambda model, processor, folder: EmbeddingStore(folder / "store").claim(model, processor),
+    "a gallery": lambda model, processor, folder: Gallery.from_folder(folder / "images", model, processor),
+    "a search": lambda model, processor, folder: gallery_of(folder, model, processor).search(text="red"),
+    "the pipeline": lambda model, processor, folder: pipeline(
+        "composed-image-retrieval", model=model, processor=processor, image_processor=processor.image_processor
+    ),
+    "sentence-transformers": lambda model, processor, folder: PVLFSentenceModule(model, processor),
+    "export": lambda model, processor, folder: export_program(model.eval(), "query"),
+    "OpenVINO": lambda model, processor, folder: encode_by_openvino(model),
+}
+
+
+def gallery_of(folder, model, processor):
+    """Return the gallery of a plain model, with another one in its place."""
+    gallery = Gallery.from_folder(folder / "images", make_model(), processor, progress=False)
+    gallery.model = model
+    return gallery
+
+
+@pytest.mark.reliability(
+    9,
+    "A model that PEFT wrapped for prompt learning is refused wherever it enters: the plain model would answer "
+    "in its place",
+    broken=(
+        "src/pvlf_hf/models/interface_pvlf.py",
+        '    if getattr(settings, "is_prompt_learning", False):',
+        "    if False:",
+    ),
+)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_prompt_learning_is_refused_wherever_a_model_enters(entry, squares, tmp_path, tiny_processor, figure):
+    """The vectors of such an adapter never reach the methods that embed: the plain model would answer."""
+    with pytest.raises(ValueError, match="PromptTuningConfig is prompt learning"):
+        ENTRIES[entry](with_prompts(PromptTuningConfig), tiny_processor, tmp_path)
+    figure(entry)

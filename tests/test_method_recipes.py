@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from inverted import io_of, make_processor, prompts_of, reference_model, within
+from inverted import TOLERANCES, io_of, make_processor, prompts_of, reference_model, within
 from PIL import Image
 
 from pvlf_hf import PVLFTrainer
@@ -81,7 +81,7 @@ def test_three_steps_by_the_recipe_equal_the_reference(method, tmp_path):
     trainer, io = trained(method, tmp_path), io_of(method)
     within(torch.stack(trainer.losses), io["trace.loss" if method == "pic2word" else "train.losses"])
     for theirs, ours in TRACES[method].items():
-        within(trainer.model.mapping.get_parameter(ours), io[theirs], atol=5e-6)
+        within(trainer.model.mapping.get_parameter(ours), io[theirs], atol=TOLERANCES["weights"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from functools import cached_property
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, infer_auto_device_map
+from accelerate.utils import FullyShardedDataParallelPlugin, compute_module_sizes
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from diffused import make_model as make_compodiff
 from diffused import make_processor as make_compodiff_processor
 from dual_encoders import FAMILIES, tokenizer_of
@@ -38,6 +40,7 @@ DIFFUSED = ("compodiff-clip", "compodiff-blip")
 ARMS = {
     "pvlf": {"num_prompts": 3},
     "pvlf_text": {"prompt_location": "text", "num_prompts": 4},
+    "pvlf_sum": {"prompt_location": "text", "num_prompts": 4, "composition": "sum"},
     "pvlf_maple": {
         "prompt_location": "both",
         "prompt_coupling": "linear",
@@ -46,7 +49,8 @@ ARMS = {
     },
 }
 """Where prompts sit."""
-OTHERS = ("pvlf_text-blip", "pvlf_maple-blip", "training_free-blip", "training_free-siglip", "case-blip")
+FREE = ("training_free-blip", "training_free-siglip")
+OTHERS = ("pvlf_text-blip", "pvlf_sum-clip", "pvlf_maple-blip", *FREE, "case-blip")
 KINDS = [*(f"pvlf-{family}" for family in FAMILIES), *OTHERS, *DIFFUSED, *INVERSIONS]
 
 
@@ -257,8 +261,9 @@ def test_eager_and_sdpa_agree(case):
 
 
 def test_hidden_states_and_attentions_keep_their_gradients(case):
-    if not case.kind.startswith("pvlf"):
-        with pytest.raises((ValueError, TypeError), match="output_hidden_states|output_attentions"):
+    if not case.model.explains:
+        refused = "output_hidden_states|output_attentions|neither attentions nor hidden states"
+        with pytest.raises((ValueError, TypeError), match=refused):
             case.model(**case.query, output_hidden_states=True, output_attentions=True)
         return
     output = case.model(**case.query, output_hidden_states=True, output_attentions=True)
@@ -318,15 +323,41 @@ def test_input_embeddings_are_replaced_and_resized(case):
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
-def layer_classes(model):
-    """Return the classes of all modules in lists of layers."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
-    return {type(layer).__name__ for layers in lists for layer in layers if any(layer.children())}
+def layers_of(model):
+    """Return the layers of encoders, fusion, mapping and denoiser by name: the modules in lists of several."""
+    lists = [part for part in model.named_modules() if isinstance(part[1], torch.nn.ModuleList) and len(part[1]) > 1]
+    return {f"{name}.{i}": layer for name, layers in lists for i, layer in enumerate(layers) if any(layer.children())}
 
 
 def test_no_split_modules_cover_every_layer(saved):
     case, _ = saved
-    assert layer_classes(case.model) and layer_classes(case.model) <= {*case.model._no_split_modules}
+    layers, sides = layers_of(case.model), (case.model.image_side, case.model.text_side)
+    for side in sides if case.kind != "context_i2w" else ():  # whose encoders have one layer each
+        assert {id(m) for part in side.values() for m in part.modules()} & {id(m) for m in layers.values()}
+    assert (getattr(case.model, "fusion", None) is not None) == any(name.startswith("fusion") for name in layers)
+    assert {type(layer).__name__ for layer in layers.values()} <= {*case.model._no_split_modules}
+
+
+def test_device_maps_cut_no_layer(saved):
+    """By Accelerate's function for `device_map="auto"`, on a device that has room for a part of the model."""
+    model, parts = saved[0].model, []
+    for percent in range(5, 100, 5):
+        room = {"cpu": percent * compute_module_sizes(model)[""] // 100, "disk": 10**12}
+        places = infer_auto_device_map(model, room, no_split_module_classes=[*model._no_split_modules])
+        for layer in layers_of(model):
+            assert sum(not place or f"{layer}.".startswith(f"{place}.") for place in places) == 1, (layer, places)
+        parts.append(len({*places.values()}))
+    assert 2 in parts  # some are cut, though not within a layer
+
+
+def test_every_layer_is_a_unit_of_fsdp(saved):
+    """By Accelerate's function for FSDP 2, which is told no class."""
+    model = saved[0].model
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    is_unit, layers = fsdp2_prepare_auto_wrap_policy(plugin, model), layers_of(model)
+    units = {name for name, module in model.named_modules() if is_unit(module)}
+    assert layers.keys() <= units
+    assert not [unit for unit in units for layer in layers if unit.startswith(f"{layer}.")]  # none within another
 
 
 @pytest.mark.parametrize("device", ["cpu", "disk"])

@@ -334,9 +334,19 @@ def test_clip_configs_with_the_old_end_token_pool_at_the_end():
     assert torch.equal(old(**inputs).similarity, new(**inputs).similarity)
 
 
+@pytest.mark.reliability(
+    9,
+    "CLIP pools captions at their end, whatever the configuration calls the end token, and with added tokens: "
+    "never at position 0",
+    broken=(
+        "src/pvlf_hf/models/backbones_pvlf.py",
+        "torch.where(is_end.any(dim=1), is_end.argmax(dim=1), positions[-1])",
+        "is_end.argmax(dim=1)",
+    ),
+)
 @torch.no_grad()
 @pytest.mark.parametrize("end_token", [2, 79, 49407])
-def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end_token):
+def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end_token, figure):
     """Pool by the mask; without one at the end token, else at the row's last token. 95 is an added token."""
     vl_config = {**CONFIGS["clip"], "text_config": {**CONFIGS["clip"]["text_config"], "vocab_size": 99}}
     vl_config["text_config"]["eos_token_id"] = end_token
@@ -346,6 +356,7 @@ def test_clip_pools_at_the_end_of_a_caption_whatever_its_end_token_is_called(end
     assert encoder.text_tokens(captions, None)[1].tolist() == [4, 4]
     captions[1, 2] = end_token if end_token < 99 else 3
     assert encoder.text_tokens(captions, None)[1].tolist() == [4, 2 if end_token == 79 else 4]
+    figure(f"end token {end_token}")
 
 
 @torch.no_grad()

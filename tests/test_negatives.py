@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from error_bounds import rounding, training_error
 from processes import run_in_processes
 from squares import square_triplets
+from torch.utils._pytree import tree_map
 from transformers import TrainerCallback
 
 from pvlf_hf import PVLFTrainer, PVLFTrainingArguments, load_triplets
@@ -76,6 +78,7 @@ def test_the_loss_is_that_of_all_targets_and_negatives(tiny_model, tiny_processo
         def on_step_end(self, args, state, control, **kwargs):
             batches.append(kwargs)
 
+    tiny_model.config.temperature = 0.1  # 0.01 would magnify rounding
     settings = {"hard_negatives": 2, "feature_cache": str(tmp_path / "cache") if cached else None}
     trainer = trainer_of(tiny_model, tiny_processor, triplets, tmp_path / "run", [Spy()], **settings)
     trainer.train()
@@ -83,17 +86,27 @@ def test_the_loss_is_that_of_all_targets_and_negatives(tiny_model, tiny_processo
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["target_ids"]) == 18
     model = trainer.model.eval()
-    with torch.no_grad():
-        loss = trainer.compute_loss(model, batch)
-        inputs = {name: value for name, value in batch.items() if name != "target_ids"}
-        output = model(**inputs, return_loss=False)
+    inputs = {name: value for name, value in batch.items() if name != "target_ids"}
     c = model.config
-    assert output.target_embeds.shape[0] == 18 and output.query_embeds.shape[0] == 6
-    expected = focal_info_nce(
-        output.query_embeds, output.target_embeds, c.temperature, c.alpha, c.gamma, target_ids=batch["target_ids"]
-    )
-    own = focal_info_nce(output.query_embeds, output.target_embeds[:6], c.temperature, c.alpha, c.gamma)
-    assert loss == pytest.approx(expected.item(), abs=1e-5) and loss > own
+
+    def losses(model, inputs):
+        """Return the loss with the targets and negatives of the batch, and that with each query's target alone."""
+        output = model(**inputs, return_loss=False)
+        queries, targets, settings = output.query_embeds, output.target_embeds, (c.temperature, c.alpha, c.gamma)
+        assert targets.shape[0] == 18 and queries.shape[0] == 6
+        loss = focal_info_nce(queries, targets, *settings, target_ids=batch["target_ids"])
+        return {"loss": loss, "own": focal_info_nce(queries, targets[:6], *settings)}
+
+    with torch.no_grad():
+        loss, expected = trainer.compute_loss(model, batch), losses(model, inputs)
+        error = rounding(losses, model, in_float32(inputs))["loss"]
+    assert error < (expected["loss"] - expected["own"]) / 100
+    assert loss == pytest.approx(expected["loss"].item(), rel=0, abs=error)
+
+
+def in_float32(batch):
+    """Return a batch with its features, which the cache keeps in float16, in float32."""
+    return tree_map(lambda t: t.float() if t.is_floating_point() else t, batch)
 
 
 def test_kept_features_of_negatives_are_those_of_their_images(tiny_model, tiny_processor, triplets, tmp_path):
@@ -109,8 +122,15 @@ def test_kept_features_of_negatives_are_those_of_their_images(tiny_model, tiny_p
     model = trainer.model.eval()
     with torch.no_grad():
         expected = model.get_image_features(images["target_pixel_values"]).pooler_output
-        found = model(**{k: v for k, v in kept.items() if k != "target_ids"}, return_loss=False).target_embeds
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+        kept = {name: value for name, value in kept.items() if name != "target_ids"}
+
+        def embeds(model, inputs):
+            return {"targets": model(**inputs, return_loss=False).target_embeds}
+
+        found = embeds(model, kept)["targets"]
+        error = rounding(embeds, model, in_float32(kept), stored=torch.float16)["targets"]
+    assert error < 0.01
+    torch.testing.assert_close(found, expected, atol=error, rtol=0)
 
 
 def test_negatives_that_are_not_trained_with_are_not_read(tiny_model, tiny_processor, triplets, tmp_path):
@@ -210,14 +230,18 @@ def test_models_and_data_that_take_no_negatives(tiny_model, tiny_processor, trip
         trainer_of(case_model(), tiny_processor, triplets, tmp_path, hard_negatives=1)
 
 
-def first_loss(folder, rows_of_all):
-    """Return the loss of the first step on the first twelve triplets, two negatives each."""
+def model_and_processor():
     from tiny import make_model, make_processor
 
-    triplets = load_triplets(folder / "t.jsonl", folder)
+    return make_model("blip", dropout=0.0, temperature=0.1), make_processor()  # 0.01 would magnify rounding
+
+
+def first_loss(folder, rows_of_all):
+    """Return the loss of the first step on the first twelve triplets, two negatives each."""
+    triplets, (model, processor) = load_triplets(folder / "t.jsonl", folder), model_and_processor()
     settings = {"per_device_train_batch_size": rows_of_all // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 1}
     settings |= {"hard_negatives": 2, "train_sampling_strategy": "sequential", "logging_steps": 1, "use_cpu": True}
-    trainer = trainer_of(make_model("blip", dropout=0.0), make_processor(), triplets, folder / "run", **settings)
+    trainer = trainer_of(model, processor, triplets, folder / "run", **settings)
     trainer.train()
     return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
@@ -227,4 +251,8 @@ def test_two_processes_share_their_negatives(triplets):
     folder = Path(triplets.with_format("arrow")[0]["target"][0]["path"].as_py()).parent
     (alone,) = run_in_processes(1, first_loss, folder, 12)
     together = run_in_processes(2, first_loss, folder, 12)
-    assert together[0] == pytest.approx(alone, abs=1e-4)
+    rows, (model, processor) = RowsWithNegatives(triplets, 2), model_and_processor()
+    model.set_finetuning("frozen")
+    batch = PVLFCollator(processor)([rows[row] for row in range(12)])
+    error = training_error(model.train(), dict(batch), 1, 1e-4)["losses"]
+    assert together[0] == pytest.approx(alone, rel=0, abs=error)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from datasets import Image as DatasetImage
+from error_bounds import MEAN_ERROR, embedding_error, rounding, squares_error
 from PIL import ExifTags, Image
 from squares import COLOURS, draw, save_squares
 from test_gallery import counting, index_options
@@ -261,7 +262,8 @@ def test_exif_gives_time_and_location(made, tmp_path, monkeypatch):
     found = gallery.metadata.take([gallery.row_of("there.jpg")]).to_pylist()[0]
     assert str(found["exif_date"]) == "2023-08-05 10:11:12"
     assert (found["exif_width"], found["exif_height"], found["price"]) == (20, 40, 2)
-    assert found["exif_latitude"] == pytest.approx(-41.51) and found["exif_longitude"] == pytest.approx(2.25)
+    place = found["exif_latitude"], found["exif_longitude"]
+    assert place == pytest.approx((-41.51, 2.25), rel=MEAN_ERROR)  # of degrees, minutes and seconds
     near = "exif_latitude < -41 and 2 < exif_longitude < 3 and exif_date >= '2023-08-01'"
     assert gallery.search(text="red", filter=near).ids == ["there.jpg"]
     assert gallery.search(text="red", filter="exif_date is null").ids == ["plain.png"]
@@ -275,30 +277,45 @@ def test_exif_gives_time_and_location(made, tmp_path, monkeypatch):
 
 def test_weighted_terms_equal_the_formula(gallery, made):
     model, processor = made
-    images, texts = [draw(0), draw(4)], {"red": 2.0, TEXT: 1.0}
+    images, texts, weights = [draw(0), draw(4)], {"red": 2.0, TEXT: 1.0}, (3.0, 1.0)
     query = gallery.query([(images[0], 3.0), images[1]], texts=texts)
-    with torch.no_grad():
-        total, of_images, of_texts = 0, 0, 0
-        for image, a in zip(images, (3.0, 1.0), strict=True):
-            v = model.get_image_features(**processor.process_targets(image)).pooler_output[0]
-            of_images = of_images + a * v
-            for text, b in texts.items():
-                output = model.get_query_features(**processor.process_queries(image, text))
-                total = total + a * b * output.pooler_output[0]
-        for text, b in texts.items():
-            of_texts = of_texts + b * model.get_text_features(**processor(text=text)).pooler_output[0]
-        away = model.get_text_features(**processor(text="dog")).pooler_output[0]
-    close = {"rtol": 0, "atol": 1e-5}
-    torch.testing.assert_close(query.fused, F.normalize(total, dim=0), **close)
-    torch.testing.assert_close(query.image_embeds, F.normalize(of_images, dim=0), **close)
-    torch.testing.assert_close(query.text_embeds, F.normalize(of_texts, dim=0), **close)
-    assert query.text == f"2:red, {TEXT}"
     negative = gallery.query([(images[0], 3.0), images[1]], texts={**texts, "dog": -0.5})
-    torch.testing.assert_close(negative.fused, query.fused, **close)
-    expected = F.normalize(query.fused - 0.5 * away, dim=0)
-    torch.testing.assert_close(negative.embed(), expected, **close)
+    inputs = {
+        "images": [dict(processor.process_targets(image)) for image in images],
+        "texts": [dict(processor(text=text)) for text in (*texts, "dog")],
+        "pairs": [[dict(processor.process_queries(image, text)) for text in texts] for image in images],
+        **targets_of(processor, "targets"),
+    }
+
+    def defined(model, inputs):
+        total, of_images, of_texts = 0, 0, 0
+        for pixels, pairs, a in zip(inputs["images"], inputs["pairs"], weights, strict=True):
+            of_images = of_images + a * model.get_image_features(**pixels).pooler_output[0]
+            for pair, b in zip(pairs, texts.values(), strict=True):
+                total = total + a * b * model.get_query_features(**pair).pooler_output[0]
+        *toward, away = (model.get_text_features(**ids).pooler_output[0] for ids in inputs["texts"])
+        for text, b in zip(toward, texts.values(), strict=True):
+            of_texts = of_texts + b * text
+        found = {"fused": total, "image_embeds": of_images, "text_embeds": of_texts}
+        found = {name: F.normalize(vector, dim=0) for name, vector in found.items()}
+        found["embed"] = F.normalize(found["fused"] - 0.5 * away, dim=0)
+        return {**found, "scores": model.get_image_features(inputs["targets"]).pooler_output @ found["embed"]}
+
+    with torch.no_grad():
+        expected, error = defined(model, inputs), rounding(defined, model, inputs)
+    for name in ("fused", "image_embeds", "text_embeds"):
+        torch.testing.assert_close(getattr(query, name), expected[name], rtol=0, atol=error[name])
+    assert query.text == f"2:red, {TEXT}"
+    torch.testing.assert_close(negative.fused, query.fused, rtol=0, atol=error["fused"])
+    torch.testing.assert_close(negative.embed(), expected["embed"], rtol=0, atol=error["embed"])
     scores = gallery.search(query=negative, k=9).scores
-    assert scores == pytest.approx((gallery.embeds @ expected).sort(descending=True).values.tolist(), abs=1e-5)
+    wanted = expected["scores"].sort(descending=True).values.tolist()
+    assert scores == pytest.approx(wanted, rel=0, abs=error["scores"])
+
+
+def targets_of(processor, name):
+    """Return the pixels of the nine squares."""
+    return {name: processor.process_targets([draw(row) for row in range(9)])["pixel_values"]}
 
 
 def test_search_by_weighted_ids_equals_the_formula(gallery, photos, made):
@@ -328,7 +345,10 @@ def test_indexed_images_are_composed_without_their_files(composition, photos, tm
     opened = gallery.search(folder / "red.png", TEXT, k=9, exclude=["red.png"])
     (folder / "red.png").unlink()
     found = gallery.search(ids=["red.png"], text=TEXT, k=9)
-    assert found.ids == opened.ids and found.scores == pytest.approx(opened.scores, abs=1e-5)
+    model, processor = gallery.model, gallery.processor
+    inputs = {**processor(images=[draw(0)], text=[TEXT]), **targets_of(processor, "target_pixel_values")}
+    error = embedding_error(model, inputs)["similarity"]
+    assert found.ids == opened.ids and found.scores == pytest.approx(opened.scores, rel=0, abs=error)
     away = gallery.search(ids={"red.png": 1, "blue.png": -1}, texts={TEXT: 1, "dog": -1}, k=9)
     assert away.scores != found.scores and len(away.ids) == 7
     with pytest.raises(ValueError, match="formula and has none|returns no aggregation"):
@@ -493,7 +513,19 @@ def test_command_line_search_equals_python_search(gallery, photos, table, checkp
     )
     results = json.loads(done.stdout)["results"]
     assert [one["id"] for one in results] == expected.ids
-    assert [one["score"] for one in results] == pytest.approx(expected.scores, abs=1e-6)
+    model, processor = gallery.model, gallery.processor
+    inputs = {"query": dict(processor.process_queries(draw(0), TEXT)), "away": dict(processor(text=["dog", "hat"]))}
+    inputs |= targets_of(processor, "targets")
+
+    def scores(model, inputs):
+        query = model.get_query_features(**inputs["query"]).pooler_output[0]
+        dog, hat = model.get_text_features(**inputs["away"]).pooler_output
+        direction = F.normalize(query - 0.5 * dog - hat, dim=0)
+        return {"scores": model.get_image_features(inputs["targets"]).pooler_output @ direction}
+
+    with torch.no_grad():
+        error = rounding(scores, model, inputs)["scores"]
+    assert [one["score"] for one in results] == pytest.approx(expected.scores, rel=0, abs=error)
     assert {"price", "exif_width"} <= results[0]["metadata"].keys() and results[0]["path"].endswith(results[0]["id"])
     done = call(*search, "--id", "red.png", "--id", "-blue.png", "--box", "0,0,9,9")
     assert done.exit_code == 1 and "is a part of one image, and the query has 0" in done.stderr
@@ -587,7 +619,8 @@ def test_web_page_supports_every_option_of_search(gallery, tmp_path):
 
     def shown(session, text="", **form):
         session = searcher.search(session, text, 0, *SearchForm(**form))
-        return list(session.shown), pytest.approx(session.scores, abs=1e-6), list(session.folded)
+        scores = pytest.approx(session.scores, rel=0, abs=squares_error()["similarity"])
+        return list(session.shown), scores, list(session.folded)
 
     def found(*args, **options):
         result = gallery.search(*args, k=SHOWN, **options)

@@ -148,7 +148,9 @@ def test_training_free_model_can_be_fine_tuned(pretrained):
     truth, error = exact_loss(output.query_embeds, output.target_embeds, 0.07, gamma=0.0)
     assert (output.loss - truth.value).abs() <= error.value
     logits = output.query_embeds.double() @ output.target_embeds.double().T / 0.07
-    torch.testing.assert_close(truth.value, F.cross_entropy(logits, torch.arange(3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        truth.value, F.cross_entropy(logits, torch.arange(3)), rtol=dot_error(100, torch.float64), atol=0
+    )
     output.loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     model.set_finetuning("text")

@@ -129,6 +129,8 @@ class PVLFFusionLayer(GradientCheckpointingLayer):
 class PVLFFusion(nn.Module):
     """The fusion Transformer with its context prompts (section 3.2): no positions, no final norm (TransAgg)."""
 
+    _no_split_modules = ["PVLFFusionLayer"]  # the model collects them from its parts, and names none that it lacks
+
     def __init__(self, config: PVLFConfig) -> None:
         super().__init__()
         self.config = config

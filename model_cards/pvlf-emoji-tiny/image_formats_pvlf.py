@@ -140,9 +140,17 @@ def make_ready(kind: ImageFormat | None) -> bool:
 
 def refusal(kind: ImageFormat) -> str:
     """Return that a format is not decoded, and the remedy."""
-    article = "an" if kind.name[0] in "AEIO" else "a"
     remedy = f", or {kind.needs}" if kind.needs else ""
-    return f"it is {article} {kind.name} image, which is not decoded: convert it to JPEG or PNG{remedy}"
+    return f"it is {_with_article(kind.name)} image, which is not decoded: convert it to JPEG or PNG{remedy}"
+
+
+def damage(kind: ImageFormat) -> str:
+    """Return that an image of a format is damaged, and the remedy."""
+    return f"it is {_with_article(kind.name)} image that is damaged or incomplete: copy or export it again"
+
+
+def _with_article(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIO" else f"a {name}"
 
 
 def jxl_size(content: bytes) -> tuple[int, int]:
@@ -153,7 +161,7 @@ def jxl_size(content: bytes) -> tuple[int, int]:
     """
     stream = content if content.startswith(b"\xff\x0a") else _codestream(content)
     if len(stream) < 12:
-        raise ValueError("it is a damaged JPEG XL image")
+        raise ValueError(f"cannot identify image file: {damage(JPEG_XL)}")
     bits = int.from_bytes(stream[2:12], "little")
 
     def take(number: int) -> int:

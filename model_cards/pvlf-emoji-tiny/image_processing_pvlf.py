@@ -30,7 +30,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .image_formats_pvlf import JPEG_XL, RAW, ImageFormat, beginning, jxl_size, make_ready, recognise, refusal
+from .image_formats_pvlf import JPEG_XL, RAW, ImageFormat, beginning, damage, jxl_size, make_ready, recognise, refusal
 
 ImageInput = str | Path | Image.Image | np.ndarray | torch.Tensor
 """A file, an `http(s):` or `data:` URL, a PIL image, a (H, W[, C]) array or a (C, H, W) tensor."""
@@ -220,8 +220,9 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     formats = None if FORMATS is None else [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in all
     try:
         image = Image.open(stream, formats=formats)
-    except UnidentifiedImageError as error:
-        why = "it is not an image, or it is damaged" if kind is None or decodes(kind) else refusal(kind)
+    except (UnidentifiedImageError, RuntimeError) as error:  # the latter of JPEG XL, which is decoded on opening
+        known = kind and (damage(kind) if decodes(kind) else refusal(kind))
+        why = known or "it is not an image, or it is damaged"
         raise UnidentifiedImageError(f"cannot identify image file: {why}") from error
     check_pixels(*image.size)
     if image.format == "JXL" and not getattr(image, "jpeg", False):

@@ -61,7 +61,6 @@ class PVLFPreTrainedModel(DualEncoderModel):
 
     config_class = PVLFConfig
     base_model_prefix = "pvlf"
-    _no_split_modules = ["PVLFFusionLayer"]  # the backbone adds its layers
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .image_processing_pvlf import opened
+from .interface_pvlf import check_adapter
 from .loss_pvlf import exact_unit_rows, pairwise_sum
 
 TASK = "composed-image-retrieval"
@@ -63,6 +64,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 f"{TASK} needs a PVLF model, not {type(model).__name__}: pass a checkpoint of one, or what "
                 "pvlf_hf.load_model(name) returns, model and processor"
             )
+        check_adapter(model)
         super().__init__(**kwargs)
 
     def __call__(self, inputs: Any, text: str | Sequence[str] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]

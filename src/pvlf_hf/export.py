@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 
 from . import onnx_encoder
 from .models.configuration_pvlf import BACKBONES
-from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, check_adapter
 from .onnx_encoder import OnnxEncoder
 
 TOLERANCE = 1e-5
@@ -80,10 +80,11 @@ def export_program(model: ComposedRetrievalModel, tower: str) -> ExportedProgram
         the program, which `torch.export.save(program, "query.pt2")` keeps.
 
     Raises:
-        ValueError: for another tower, or a model in train mode.
+        ValueError: for another tower, a model in train mode, or an adapter that is prompt learning.
     """
     if tower not in AXES:
         raise ValueError(f"tower={tower!r}: choose one of {sorted(AXES)}")
+    check_adapter(model)
     if model.training:
         raise ValueError("the model is in train mode, where dropout is on: call model.eval() first")
     if tower == "query" and model.combine is not None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from .models.configuration_pvlf import BACKBONES
-from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from .models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, check_adapter
 from .models.pipeline_training_free import AutoComposedRetrievalModel
 from .models.processing_pvlf import PVLFProcessor
 
@@ -57,6 +57,7 @@ class PVLFSentenceModule(InputModule):
 
     def __init__(self, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> None:
         super().__init__()
+        check_adapter(model)
         if model.combine is not None:
             raise ValueError(
                 "sentence-transformers compares embeddings by cosine, and this model's composition scores by two "

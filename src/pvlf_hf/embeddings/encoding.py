@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, unwrap
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, check_adapter, unwrap
 from .combined import CombinedQueries
 from .embedding_store import EmbeddingStore, Key
 from .fastest import images_at_once
@@ -380,6 +380,7 @@ def _as_saved(model: nn.Module) -> Iterator[None]:
     Accelerate puts autocast around the `forward` of a model that it prepares for training in bf16 or fp16. If several
     threads encode with one model, the last to finish restores the state that the first one saved.
     """
+    check_adapter(model)
     with _IN_USE_LOCK:
         use = _IN_USE.setdefault(model, _Use(model.training, model.__dict__.get("forward")))
         use.threads += 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..digests import sequence_digest
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, check_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,8 +48,9 @@ def fingerprint(modules: Sequence[nn.Module], model: ComposedRetrievalModel, pre
         preprocessing: the settings of the image processor or tokenizer, as text.
 
     Raises:
-        ValueError: if a module's state holds an object of an unknown type.
+        ValueError: if a module's state holds an object of an unknown type, or an adapter is prompt learning.
     """
+    check_adapter(model)
     parts: list[bytes | str] = [_settings_of(model.encoder_config, model), _autocast(model), preprocessing]
     for module in modules:
         for name, value in module.state_dict().items():
@@ -65,8 +66,9 @@ def image_fingerprint(model: ComposedRetrievalModel, processor: ComposedRetrieva
     composes queries is left out, so that models of different classes on one encoder have the same.
 
     Raises:
-        ValueError: if a module's state holds an object of an unknown type.
+        ValueError: if a module's state holds an object of an unknown type, or an adapter is prompt learning.
     """
+    check_adapter(model)
     parts: list[bytes | str] = [_settings_of(model.image_config, model), _autocast(model), image_settings(processor)]
     prompts = getattr(model, "gallery_prompts", None)  # code that came with an older checkpoint knows of none
     modules = {**model.image_side, **({} if prompts is None else {"prompts": prompts})}

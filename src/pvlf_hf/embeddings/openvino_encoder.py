@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..models.interface_pvlf import ComposedRetrievalModel
+from ..models.interface_pvlf import ComposedRetrievalModel, check_adapter
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """OpenVINO's names of dtypes."""
@@ -66,6 +66,7 @@ def checked_encoder(model: ComposedRetrievalModel) -> nn.Module:
     Raises:
         ValueError: as [`encode_by_openvino`].
     """
+    check_adapter(model)
     if model.device.type != "cpu":
         raise ValueError(f"OpenVINO encodes on the CPU, and the model is on {model.device}: leave one of the two out")
     if model.dtype not in PRECISIONS:

@@ -295,6 +295,15 @@ class ComposedRetrievalModel(PreTrainedModel):
                 module.requires_grad_(trains)
         self.train(self.training)
 
+    def add_adapter(self, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter of PEFT, see the base class.
+
+        Raises:
+            ValueError: also if it is prompt learning.
+        """
+        check_adapter_config(adapter_config)
+        super().add_adapter(adapter_config, *args, **kwargs)
+
     def train(self, mode: bool = True) -> "ComposedRetrievalModel":
         """Set train mode, except for encoders that [`~ComposedRetrievalModel.set_finetuning`] froze."""
         super().train(mode)
@@ -352,11 +361,38 @@ class ComposedRetrievalProcessor(ProcessorMixin):
         raise NotImplementedError
 
 
+def check_adapter(model: Any) -> None:
+    """Refuse a model that PEFT wrapped for prompt learning; other adapters pass, and so does a plain model.
+
+    PEFT would hand the words with its vectors before them to a single language model. The methods that embed never
+    see these vectors, so that the plain model would answer in the adapter's place.
+
+    Raises:
+        ValueError: if an adapter of the model is prompt learning.
+    """
+    adapters = getattr(model, "peft_config", None)
+    for settings in adapters.values() if isinstance(adapters, dict) else ():
+        check_adapter_config(settings)
+
+
+def check_adapter_config(settings: Any) -> None:
+    """Refuse an adapter's configuration if it is prompt learning, see [`check_adapter`]."""
+    if getattr(settings, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(settings).__name__} is prompt learning, which PEFT offers for a single language model and not for "
+            "image and text: use an adapter such as LoraConfig, or the model's own prompts (num_prompts of PVLFConfig)"
+        )
+
+
 def unwrap(model: nn.Module) -> "ComposedRetrievalModel":
     """Return the composed retrieval model inside an adapter of PEFT, DDP or FSDP, or the model itself.
 
     It is recognised by its methods, because the code of a checkpoint defines a class of its own.
+
+    Raises:
+        ValueError: if the adapter is prompt learning.
     """
+    check_adapter(model)
     return next(m for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, "get_query_features"))  # type: ignore[return-value]
 
 
@@ -384,4 +420,10 @@ def normalize(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-__all__ = ["ComposedRetrievalModel", "ComposedRetrievalOutput", "ComposedRetrievalProcessor", "QueryOutput"]
+__all__ = [
+    "ComposedRetrievalModel",
+    "ComposedRetrievalOutput",
+    "ComposedRetrievalProcessor",
+    "QueryOutput",
+    "check_adapter",
+]

@@ -132,6 +132,7 @@ class ContextMapping(Mapping):
     """
 
     reads_tokens = True
+    _no_split_modules = ["ExtractorLayer"]  # the model collects them from its parts, and names none that it lacks
 
     def __init__(self, config: InversionConfig) -> None:
         super().__init__()

@@ -22,6 +22,9 @@ from .interface_pvlf import ComposedRetrievalOutput, QueryOutput, normalize
 from .loss_case import hn_nce
 from .loss_pvlf import focal_info_nce
 
+EQUAL_WITHIN = 1e-3
+"""Distance up to which two embeddings are of one image (our choice): rounding makes 1e-6, a changed pixel more."""
+
 
 @dataclass
 class CASEOutput(ComposedRetrievalOutput):
@@ -242,8 +245,10 @@ class CASEModel(DualEncoderModel):
         if query_embeds.shape[1] == width:
             return forth
         references = target_embeds[:, width:]
-        # An image that is the reference of two queries is no negative of either, as with equal targets.
-        ids = references.detach().round(decimals=4).unique(dim=0, return_inverse=True)[1]
+        # An image that is the reference of two queries is no negative of either, as with equal targets. Its embeddings
+        # of two processes differ by rounding, about 1e-6; the first one that is as near gives the id.
+        apart = torch.cdist(references.detach(), references.detach(), compute_mode="donot_use_mm_for_euclid_dist")
+        ids = (apart < EQUAL_WITHIN).int().argmax(dim=1)
         back = self._contrast(query_embeds[:, width:], references, **{**kwargs, "target_ids": ids})
         return forth + self.config.reverse_weight * back
 

@@ -58,7 +58,6 @@ class InversionModel(DualEncoderModel):
     config_class = InversionConfig
     base_model_prefix = "inversion"
     ranks_queries = True  # its contrastive loss is symmetric
-    _no_split_modules = ["ExtractorLayer"]  # the backbone adds its layers
 
     def __init__(self, config: InversionConfig) -> None:
         super().__init__(config)

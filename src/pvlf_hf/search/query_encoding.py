@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..embeddings.encoding import device_of
 from ..embeddings.model_views import inference_view
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor, check_adapter
 from ..models.modeling_pvlf import PVLFQueryOutput
 from .query import Explanation, Query
 from .terms import Terms
@@ -36,6 +36,7 @@ class QueryEncoder:
         embedding_of: Callable[[str], Tensor],
         image_of: Callable[[str], PILImage.Image],
     ) -> None:
+        check_adapter(model)
         self.model, self.processor, self.made_by = inference_view(model), processor, made_by
         self.embedding_of, self.image_of = embedding_of, image_of
 

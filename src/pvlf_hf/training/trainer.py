@@ -21,7 +21,7 @@ from ..data.streaming import triplet_batches
 from ..data.triplets import TRIPLET_COLUMNS
 from ..evaluation.scoring import evaluate
 from ..models.image_processing_pvlf import opened
-from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput
+from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalOutput, check_adapter
 from .argument_contract import check_arguments, check_trainer_arguments
 from .atomic_checkpoints import AtomicCheckpointsMixin, checkpoint_to_resume, holds_optimizer
 from .batches import DistinctBatchSampler, OneValueBatchSampler, PVLFCollator
@@ -64,8 +64,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
             `preprocess_logits_for_metrics` are refused, see `pvlf_hf.training.argument_contract`.
 
     Raises:
-        ValueError: if an argument is missing, of the wrong type, or would have no effect, or a row of the training
-            set has no caption or image.
+        ValueError: if an argument is missing, of the wrong type, or would have no effect, the adapter is prompt
+            learning, or a row of the training set has no caption or image.
 
     Gradient accumulation divides the mean loss as usual, but does not enlarge the set of negatives;
     `args.gradient_cache_chunk_size` lets a batch be as large as it should.
@@ -436,7 +436,8 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
 
 
 def set_finetuning(model: Any, args: PVLFTrainingArguments) -> None:
-    """Choose which encoders of a model train, unless an adapter has chosen."""
+    """Choose which encoders of a model train, unless an adapter has chosen; refuse one that is prompt learning."""
+    check_adapter(model)
     if not has_adapter(model):
         model.set_finetuning(args.finetuning)
 
