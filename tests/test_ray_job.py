@@ -445,7 +445,7 @@ def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, 
         report = index(location=location)
         running.clear()
         killer.join()
-        assert report[1:] == (12, 0, 0, 0)
+        assert report[1:] == (12, 0, 0, 0, {})
         assert_same(report.shards, gallery)
         assert len([*location.iterdir()]) == 12
         for kept in kills[before:]:
