@@ -645,7 +645,9 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
         assert store.read().select(table.column_names).equals(store.schema.fitted(table).select(table.column_names))
         http.left, http.imported = {}, lambda rows: store.client.upsert("bulk", rows.to_pylist())
         new = table_of(unit(3, 8), 90, **{name: columns[name][:3] for name in columns.column_names})
-        filled = milvus_bulk.import_into(store, [("kept", table.slice(3)), ("new", new)], remove_others=True, **options)
+        filled = milvus_bulk.import_into(
+            store, [("kept", table.slice(3)), ("new", new)], remove_others=True, **options
+        )
         assert filled == (3, 87, 3)  # though the store had as many images before as after
         assert {*store.read()["id"].to_pylist()} == {*table["id"].to_pylist()[3:], *new["id"].to_pylist()}
         store.remove(new["id"].to_pylist())
