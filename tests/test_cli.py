@@ -137,6 +137,8 @@ def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path
 
     where = ["--model", models[0], "--milvus", uri, "--path"]
     assert call("index", photos, *where, tmp_path / "kept", "--name", "named").exit_code == 0
+    assert found(tmp_path / "kept") == {*gallery.ids} and "is searched: it is filled now. One that" in caplog.text
+    assert caplog.text.count("filled now") == 1 and found(tmp_path / "kept") and caplog.text.count("filled now") == 1
     assert call("index", photos, *where, tmp_path / "kept").exit_code == 0
     opened = open_index(str(tmp_path / "kept"), str(models[0]), uri=str(uri))
     opened.add([photos / "red.png"], ["added"])

@@ -595,6 +595,8 @@ class Importer(BaseHTTPRequestHandler):
             state = self.server.fail if self.server.fail and looks > 1 else "Completed" if looks > 1 else "Importing"
             if state == "Completed" and request["jobId"] in self.server.left:
                 self.server.import_left()
+            elif state == "Completed" and self.server.imported:
+                self.server.imported(jobs[int(request["jobId"])])
             answer = {"state": state, "progress": 50 * looks, "reason": "no more memory"}
         content = json.dumps({"code": 0, "data": answer}).encode()
         self.send_response(200)
@@ -615,7 +617,7 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
     columns = values(90)
     table = table_of(unit(90, 8), **{name: columns[name] for name in columns.column_names})
     http = ThreadingHTTPServer(("127.0.0.1", 0), Importer)
-    http.jobs, http.seen, http.looks, http.fail, http.left = [], [], {}, None, {}
+    http.jobs, http.seen, http.looks, http.fail, http.left, http.imported = [], [], {}, None, {}, None
     threading.Thread(target=http.serve_forever, daemon=True).start()
     options = {
         "bucket": f"file://{tmp_path}/bucket",
@@ -641,14 +643,23 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
         assert [row["id"] for row in rows] == table["id"].to_pylist()[15:80]
         store.client.upsert("bulk", rows)
         assert store.read().select(table.column_names).equals(store.schema.fitted(table).select(table.column_names))
-        http.fail, http.left = "Failed", {}
+        http.left, http.imported = {}, lambda rows: store.client.upsert("bulk", rows.to_pylist())
+        new = table_of(unit(3, 8), 90, **{name: columns[name][:3] for name in columns.column_names})
+        filled = milvus_bulk.import_into(
+            store, [("kept", table.slice(3)), ("new", new)], remove_others=True, **options
+        )
+        assert filled == (3, 87, 3)  # though the store had as many images before as after
+        assert {*store.read()["id"].to_pylist()} == {*table["id"].to_pylist()[3:], *new["id"].to_pylist()}
+        store.remove(new["id"].to_pylist())
+        store.write(table.slice(0, 3))
+        http.fail = "Failed"
         with pytest.raises(
-            ValueError, match="Milvus cannot import files of .*bucket .job 1: no more memory.: remove what it names"
+            ValueError, match="Milvus cannot import files of .*bucket .job 2: no more memory.: remove what it names"
         ):
             milvus_bulk.import_into(
                 store,
                 [
-                    ("new", table_of(unit(3, 8), 90, **{n: columns[n][:3] for n in columns.column_names})),
+                    ("new", new),
                     ("old", table.slice(0, 3).set_column(2, "digest", pa.array(["changed"] * 3))),
                 ],
                 **options,

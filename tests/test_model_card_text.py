@@ -328,5 +328,7 @@ def test_card_command_pins_and_names_benchmarks(tmp_path):
         done = CliRunner().invoke(app, ["card", str(tmp_path), "--push", *given])
         assert done.exit_code == (1 if given == ["--name", "mine"] else 2), done.stderr
         assert ("has no owner" if done.exit_code == 1 else "needs --name, and takes no --revision") in done.stderr
+    done = CliRunner().invoke(app, ["card", str(tmp_path), "--push", "--name", "you/mine"])
+    assert done.exit_code == 1 and "holds no checkpoint (no config.json)" in done.stderr
     done = CliRunner().invoke(app, ["card", str(tmp_path), "--benchmark", "emoji-cir"])
     assert done.exit_code == 2 and "NAME=OWNER/DATASET" in done.stderr

@@ -219,11 +219,17 @@ def test_webdatasets_are_read(photos, encode, tmp_path):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
+            for name, kind in {"b.png": tarfile.LNKTYPE, "c.png": tarfile.SYMTYPE, "d": tarfile.DIRTYPE}.items():
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, "no-ending"
+                archive.addfile(member)
     shards, reports, _ = encode(tmp_path / "tars")
-    assert reports == [(11, 1, {".json": 10, ".png": 1})] * 2
+    assert reports == [(11, 3, {".json": 10, "hidden .png": 1})] * 2
     assert rows_of(shards)[0]["id"][9:12] == ["00000.tar/009.png", "00000.tar/no-ending", "00001.tar/010.png"]
     broken = read_broken(shards.location).to_pylist()
-    assert [(row["id"], "SVG" in row["reason"]) for row in broken] == [(f"0000{n}.tar/a.svg", True) for n in range(2)]
+    reasons = {"a.svg": "SVG", "b.png": "it is a link", "c.png": "it is a link"}
+    assert [row["id"] for row in broken] == [f"0000{n}.tar/{name}" for n in range(2) for name in reasons]
+    assert all(reasons[row["id"][10:]] in row["reason"] for row in broken)
     tar = tmp_path / "tars" / "00001.tar"
     tar.write_bytes(tar.read_bytes()[:9000])
     with pytest.raises(ValueError, match="00001.tar cannot be read .*replace it, or take it away"):

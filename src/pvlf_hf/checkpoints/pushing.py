@@ -41,12 +41,17 @@ def push_checkpoint(
         The commit that the card loads. The card itself is in the one after it.
 
     Raises:
-        ValueError: if the name has no owner or is none that the Hub takes, or as [`write_card`].
+        ValueError: if the name has no owner or is none that the Hub takes, the folder holds no checkpoint, or as
+            [`write_card`].
         HfHubHTTPError: if the Hub refuses, for example because the token may not write there.
     """
     if "/" not in name:
         raise ValueError(f"name {name!r} has no owner: write {f'you/{name}'!r}, with your name on the Hub")
     validate_repo_id(name)
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no checkpoint (no config.json), and all its files would be uploaded: name one that does"
+        )
     write_card(folder, name, results, hub_ids=hub_ids, **metadata)
     create_repo(name, private=private, exist_ok=True)
     message = "Upload model, processor and card"

@@ -115,7 +115,7 @@ def index_on_cluster(
         typer.echo(f"{broken} images cannot be read: broken-*.parquet in {location} lists them")
     if left_out:
         listed = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in left_out.items())
-        typer.echo(f"left out {sum(left_out.values())} files that are no images ({listed})")
+        typer.echo(f"left out {sum(left_out.values())} files that are hidden or no images ({listed})")
     if repeated:
         typer.echo(
             f"{repeated} images repeat id and content of another: pvlf_hf.search.shard_sets.merge_shards drops them"

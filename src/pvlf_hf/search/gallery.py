@@ -253,8 +253,13 @@ class Gallery(IndexedImages):
         columns = metadata_of(path)
         if index == "milvus":
             address = _address(uri, name, options, path, table.id)
-            if not update and (kept := MilvusGallery.existing(address, model, processor)) is not None:
-                return kept
+            if not update:
+                if (kept := MilvusGallery.existing(address, model, processor)) is not None:
+                    return kept
+                logger.warning(
+                    f"there is no store {address}, by which {path} is searched: it is filled now. One that was filled "
+                    "under another name is searched by that name"
+                )
             images = from_table(table, embeds, columns, provenance)
             return MilvusGallery.of_embedded(images, address, model, processor)
         further: dict[str, Any] = {"metadata": columns, "folder": path, "vectors": vectors}

@@ -59,6 +59,8 @@ def decode_cells(
 
 def _decoded(cell: Cell, options: DecodeOptions, processor: ComposedRetrievalProcessor) -> Decoded:
     digest = ""
+    if cell.refusal is not None:
+        return Decoded(digest, None, cell.refusal)
     try:
         source = source_of({"bytes": cell.content, "path": cell.path})
         digest = digest_of(source, options)

@@ -38,6 +38,12 @@ CONTENTS = (pa.types.is_binary, pa.types.is_large_binary)
 PLAIN = (*TEXTS, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
 """Types of columns that become metadata."""
 
+NO_CONTENT = (
+    "it is a link or a special file, without content in the archive: pack images by `tar --dereference "
+    "--hard-dereference`"
+)
+"""Reason for images in archives that are no files."""
+
 STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
 """Names by which stores tell the state of a file, the first that there is counts."""
 
@@ -51,6 +57,8 @@ class Cell(NamedTuple):
     """Content of the file, None where it is to be read from the path."""
     values: dict[str, Any]
     """Its metadata."""
+    refusal: str | None = None
+    """Reason that it cannot be read."""
 
 
 class PlannedPart(NamedTuple):
@@ -280,7 +288,7 @@ def read_cells(plan: Mapping[str, Any], left_out: Counter[str]) -> Iterator[Cell
 
     Args:
         plan: of the part.
-        left_out: counts what else an archive holds, by ending.
+        left_out: counts what else an archive holds but folders, by ending; hidden images as `hidden .jpg`.
 
     Raises:
         ValueError: if its file cannot be read, or a row has no id.
@@ -321,15 +329,18 @@ def _cells_of_rows(plan: Mapping[str, Any], opened: Any) -> Iterator[Cell]:
 def _cells_of_archive(plan: Mapping[str, Any], opened: Any, left_out: Counter[str]) -> Iterator[Cell]:
     decoded, not_decoded = image_endings()
     with tarfile.open(fileobj=opened, mode="r|*") as archive:
-        for member in filter(tarfile.TarInfo.isfile, archive):
-            file = archive.extractfile(member)
-            assert file is not None  # of a file
-            ending, content = _ending(member.name), file.read()
+        for member in archive:
+            if member.isdir():
+                continue
+            file = archive.extractfile(member) if member.isfile() else None
+            ending, content = _ending(member.name), b"" if file is None else file.read()
             is_image = ending in decoded or ending in not_decoded or recognise(io.BytesIO(content)) is not None
-            if is_image and not is_hidden(Path(member.name)):
-                yield Cell(f"{plan['name']}/{member.name}", None, content, {})
-            else:
-                left_out[ending] += 1
+            if not is_image or is_hidden(Path(member.name)):
+                left_out[f"hidden {ending}" if is_image else ending] += 1
+                continue
+            # What a link leads to has gone by, as an archive is read from front to back.
+            refusal = None if file is not None else NO_CONTENT
+            yield Cell(f"{plan['name']}/{member.name}", None, content, {}, refusal)
 
 
 __all__ = ["Cell", "PlannedPart", "Sources", "find_parts", "metadata_schema", "read_cells"]

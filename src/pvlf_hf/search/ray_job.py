@@ -59,7 +59,8 @@ class JobReport(NamedTuple):
     repeated: int
     """Images that repeat the id of another with the same content; `merge_shards` drops them."""
     left_out: dict[str, int]
-    """Numbers of files that are no images, by ending, which this call found in stores and archives."""
+    """Numbers of files that are no images, by ending, which this call found in stores and archives; of hidden images
+    in archives as `hidden .jpg`."""
 
 
 def index_by_ray(

@@ -64,9 +64,7 @@ def import_into(store: MilvusStore, batches: Batches, remove_others: bool = Fals
     """
     importer = BulkImport(store, **options)
     importer.wait_for_jobs()
-    filled = fill_store(store, batches, remove_others, importer.write)
-    importer.finish()
-    return filled
+    return fill_store(store, batches, remove_others, importer.write, importer.finish)
 
 
 class BulkImport:

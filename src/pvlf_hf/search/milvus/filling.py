@@ -58,6 +58,7 @@ def fill_store(
     batches: Batches,
     remove_others: bool = False,
     write: Callable[[pa.Table], None] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> Filled:
     """Write embedded images that the store does not have as they are.
 
@@ -66,6 +67,7 @@ def fill_store(
         batches: the images, a few thousand rows each.
         remove_others: remove the images that no batch has.
         write: writes the rows of a table; by default as upserts.
+        finish: writes what `write` has held back; others are removed after it.
 
     Raises:
         ValueError: if a batch does not fit the store, or has an id twice or that of an earlier one. Ids are told apart
@@ -88,6 +90,8 @@ def fill_store(
         changed = batch.filter(differing(batch.drop_columns("embedding"), store.look_up(ids)))
         (write or store.write)(changed)
         written, kept = written + len(changed), kept + len(batch) - len(changed)
+    if finish is not None:
+        finish()
     removed = remove_all_but(store, seen.runs) if remove_others else 0
     store.flush()
     return Filled(written, kept, removed)

@@ -278,7 +278,7 @@ def check_maker(store: MilvusStore, made_by: dict[str, str]) -> None:
         store.database.close()
         raise ValueError(
             f"{store.database.name} holds an index of another model or processor as {store.name!r}, which must not be "
-            "mixed: choose another file, database or name, or drop this collection"
+            "mixed: use the one that made it, choose another file, database or name, or drop this collection"
         )
 
 
