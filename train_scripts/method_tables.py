@@ -5,7 +5,8 @@
 
 All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody published most of them: the table says
 what the methods do on these drawings, not what the published models do on photographs. A trained row is
-`train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time. After an
+`train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time;
+`--query_times` measures those of all rows side by side, when nothing else runs. After an
 interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`, and those of
 memory, which need no finished training, to `memory.json` beside it (`--memory_only` counts them alone); tables and
 the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. The values of
@@ -116,15 +117,20 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1500, help="test queries to rank; there are 1,500")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--memory_only", action="store_true", help="measure the memory of the rows' steps alone")
+    parser.add_argument(
+        "--query_times", action="store_true", help="time the queries of measured rows again, one row after another"
+    )
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
     file, memory = CARD / "results.json", CARD / "memory.json"
-    if not args.render_only:
+    if args.query_times:
+        keep(timed_again(json.loads(file.read_text()), args.output_dir.resolve()), file)
+    if not (args.render_only or args.query_times):
         known = json.loads(memory.read_text()) if memory.exists() else {}
         wanted = [name for name in args.rows if ROWS[name].recipe and (args.memory_only or name not in known)]
         known |= {name: step_megabytes(name) for name in wanted}
         write_json(memory, {name: known[name] for name in ROWS if name in known})
-    if not (args.render_only or args.memory_only):
+    if not (args.render_only or args.memory_only or args.query_times):
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
         folder = args.output_dir.resolve()
         for name in args.rows:
@@ -223,6 +229,20 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
     write_results(home / "evaluation" / "results.json", found, cost=costs)  # for `pvlf-hf compare`
     file.write_text(json.dumps(entry), encoding="utf-8")
     return entry
+
+
+def timed_again(entries: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Time the queries of each measured row, of its first run, beside those of the others: for an idle machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in training
+    queries = load_emoji_cir("test", TIERS[0]).queries
+    times = {}
+    for entry in entries:
+        if entry["query_ms"] is not None and entry["row"] not in times:
+            times[entry["row"]] = query_milliseconds(*load_row(entry["row"], entry["seed"], folder), queries)
+            print(f"{entry['row']}: {times[entry['row']]:.1f} ms a query", flush=True)
+    torch.set_num_threads(threads)
+    return [entry | {"query_ms": times.get(entry["row"])} for entry in entries]
 
 
 def has_own_gallery(model: Any, processor: Any) -> bool:
