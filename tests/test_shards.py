@@ -1,6 +1,7 @@
 """Shards of embeddings: what is written is read, within a row group of memory, and what does not fit is named."""
 
 import json
+from collections import Counter
 from uuid import uuid4
 
 import fsspec
@@ -155,7 +156,7 @@ def test_a_store_that_cannot_be_reached_is_not_taken_for_damage(kind, monkeypatc
     for call in (
         lambda: EmbeddingShards(location),
         lambda: list(shards.batches()),
-        lambda: list(read_cells(plan)),
+        lambda: list(read_cells(plan, Counter())),
         lambda: find_parts(location, 10, (), "embedding", "id"),
     ):
         with pytest.raises(
