@@ -402,23 +402,29 @@ def differences(entries: list[dict[str, Any]], names: list[str]) -> str:
 def plot(entries: list[dict[str, Any]], file: Path) -> None:
     """Plot plain R@10 against the milliseconds of a query."""
     from matplotlib.figure import Figure  # imported here: the extra [plots] has it
+    from matplotlib.ticker import LogLocator, NullLocator
 
     measured = {entry["row"] for entry in entries}
     panels = {title: names for title, names in TABLES.items() if measured & {*names}}
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
+        labels: list[tuple[float, float]] = []
         for name in names:
             own = [entry for entry in entries if entry["row"] == name and entry["query_ms"]]
             if own:
                 x, y = min(e["query_ms"] for e in own), mean(100 * e["metrics"]["plain"]["recall@10"] for e in own)
                 ax.plot(x, y, "o", color="#3182bd" if own[0]["trained_weights"] else "#969696")
-                ax.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+                near = sum(abs(y - other) < 1.5 and 0.5 < x / at < 2 for at, other in labels)
+                labels.append((x, y))
+                ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3 - 8 * near), fontsize=7)
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("{x:g}")
+        if times := [at for at, _ in labels]:
+            ax.set_xlim(min(times) / 2, 4 * max(times))  # room for the names
         ax.tick_params(which="both", labelsize=7)
-        ax.margins(x=0.2)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("one query [ms]", fontsize=8)
         ax.set_ylabel("R@10, plain captions [%]", fontsize=8)
