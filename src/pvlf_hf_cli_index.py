@@ -18,8 +18,8 @@ Composition = Annotated[
 Database = Annotated[
     str | None,
     typer.Option(
-        help="Milvus database to search: a .db file or a URL. INDEX is the name of a store there, or a folder, whose "
-        "store is filled if it is not there."
+        help="Milvus database to search: a .db file or a URL. INDEX is the name of a store there, or the folder that "
+        "filled one. Nothing is written."
     ),
 ]
 

@@ -137,8 +137,9 @@ def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path
 
     where = ["--model", models[0], "--milvus", uri, "--path"]
     assert call("index", photos, *where, tmp_path / "kept", "--name", "named").exit_code == 0
-    assert found(tmp_path / "kept") == {*gallery.ids} and "is searched: it is filled now. One that" in caplog.text
-    assert caplog.text.count("filled now") == 1 and found(tmp_path / "kept") and caplog.text.count("filled now") == 1
+    message = error(call("search", tmp_path / "kept", "--milvus", uri, *asked))
+    assert "has filled no store under its own name" in message and "which holds ['named']: name one" in message
+    assert "which holds ['named']" in error(call("search", tmp_path / "kept", "--milvus", uri, *asked))  # still
     assert call("index", photos, *where, tmp_path / "kept").exit_code == 0
     opened = open_index(str(tmp_path / "kept"), str(models[0]), uri=str(uri))
     opened.add([photos / "red.png"], ["added"])
@@ -155,9 +156,10 @@ def test_a_store_is_searched_as_others_left_it(photos, gallery, models, tmp_path
     assert found(tmp_path / "kept") == {*gallery.ids}
     for wrong in ("nobody", tmp_path / "nowhere"):
         message = error(call("search", wrong, "--milvus", uri, *asked))
-        assert "neither the folder of an index nor the name of a store" in message and "'named']" in message
+        assert "is neither a folder of an index nor a store's name" in message and "'named']" in message
     missing = tmp_path / "none.db"
-    assert "there is no database" in error(call("search", "named", "--milvus", missing, *asked))
+    for index in ("named", tmp_path / "kept"):
+        assert "there is no database" in error(call("search", index, "--milvus", missing, *asked))
     assert not missing.exists()
 
 

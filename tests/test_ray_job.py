@@ -27,6 +27,7 @@ from datasets import Image as DatasetImage
 from error_bounds import images_error
 from forked import Forked
 from PIL import Image
+from tiny import make_model, make_processor
 from typer.testing import CliRunner
 
 import pvlf_hf
@@ -417,6 +418,14 @@ def test_the_command_prints_its_outcome_alone(cluster, photos, tiny_checkpoint, 
     asked = ["search", "table", *command[command.index("--model") :][:2], *command[-4:-2], "--text", "red", "-k", "11"]
     found = CliRunner().invoke(app, [*map(str, asked), "--filter", "price < 5", "--json"], catch_exceptions=False)
     assert {one["id"] for one in json.loads(found.stdout)["results"]} == {*"01234"}
+    make_model(seed=1).save_pretrained(tmp_path / "other")
+    make_processor().save_pretrained(tmp_path / "other")
+    wrong = [
+        {tiny_checkpoint: tmp_path / "other", tmp_path / "shards": tmp_path / "new"}.get(one, one) for one in command
+    ]
+    done = CliRunner().invoke(app, [*map(str, wrong)])
+    assert done.exit_code == 1 and "holds an index of another model or processor as 'table'" in done.stderr
+    assert not (tmp_path / "new").exists()  # said before anything is encoded
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_a_gallery_in_int8_is_served_with_the_same_answers(url, files, monkeypat
         assert [asked(address, number) for number in range(12)] == [asked(url, number) for number in range(12)]
 
 
-def test_a_database_is_served_by_one_worker(url, files, monkeypatch, tmp_path):
+def test_a_database_is_served_by_one_worker(url, files, made, monkeypatch, tmp_path):
     pytest.importorskip("milvus_lite")
     apps = []
     monkeypatch.setattr(workers_module, "serve", lambda make, *_: apps.append(make("127.0.0.1", False)))
@@ -335,6 +335,8 @@ def test_a_database_is_served_by_one_worker(url, files, monkeypatch, tmp_path):
     refused = call(*where, "--workers", 2)
     assert refused.exit_code == 1 and "which one process at a time can use, and --workers 2 makes" in refused.stderr
     assert "holds none: leave --memory out" in call(*where[:4], "--memory", "1GB").stderr
+    assert "there is no database" in call(*where).stderr  # which a server does not make
+    Gallery.load(files / "index", *made, index="milvus", uri=str(tmp_path / "photos.db")).close()
     assert call(*where).exit_code == 0
     with running(apps[0]) as (address, _):
         assert CLIENT.get(address + "/health").json()["images"] == 9

@@ -89,24 +89,34 @@ def emoji_embeddings(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def vectors_table(folder: Path) -> list[Row]:
-    """Compare what each size of vectors finds with what float32 finds, for EmojiCIR's queries."""
-    found = emoji_embeddings(folder / "emoji.safetensors")
-    model, processor = load_model(str(CHECKPOINT))
-    made_by = images_made_by(model, processor)
+def emoji_recalls(folder: Path, found_by: Callable[..., Iterator[tuple[Row, ImageSearch]]]) -> list[Row]:
+    """Compare what galleries find for EmojiCIR's queries with the exact ranking.
+
+    Args:
+        folder: of the embeddings.
+        found_by: takes a place, the embeddings of a set of images, and model and processor; yields facts of galleries
+            of them, and the galleries, whose ids are rows.
+    """
+    found, encoder = emoji_embeddings(folder / "emoji.safetensors"), load_model(str(CHECKPOINT))
+    made_by = images_made_by(*encoder)
     queries = [Query((), "", query, None, query, made_by) for query in found["queries"]]
     rows = []
     for embeds in (found["google"], found["training"]):
         exact = top_k(found["queries"], embeds, MOST_FOUND)[1]
-        for vectors in get_args(Vectors):
-            place, names = folder / f"emoji-{len(embeds)}-{vectors}", list(map(str, range(len(embeds))))
-            write_part(place, "part-0.parquet", shard_table(names, names, names, embeds, vectors), made_by)
-            gallery = ShardedGallery.open(place, model, processor)
+        for facts, gallery in found_by(folder / f"emoji-{len(embeds)}", embeds, *encoder):
             best = [list(map(int, result.ids)) for result in gallery.search_many(queries, MOST_FOUND)]
-            rows.append(
-                {"images": len(embeds), "vectors": vectors, "bytes a vector": bytes_of(gallery)} | recalls(best, exact)
-            )
+            rows.append({"images": len(embeds)} | facts | recalls(best, exact))
     return rows
+
+
+def vectors_of(place: Path, embeds: Tensor, model: Any, processor: Any) -> Iterator[tuple[Row, ImageSearch]]:
+    """Yield shards with each size of vectors."""
+    names, made_by = list(map(str, range(len(embeds)))), images_made_by(model, processor)
+    for vectors in get_args(Vectors):
+        shards = place.with_name(f"{place.name}-{vectors}")
+        write_part(shards, "part-0.parquet", shard_table(names, names, names, embeds, vectors), made_by)
+        gallery = ShardedGallery.open(shards, model, processor)
+        yield {"vectors": vectors, "bytes a vector": bytes_of(gallery)}, gallery
 
 
 INDEXES: dict[str, dict[str, Any]] = {
@@ -122,26 +132,18 @@ INDEXES: dict[str, dict[str, Any]] = {
 """Options of `Gallery.load` by the name of the index; those that the index itself takes are its defaults."""
 
 
-def indexes_table(folder: Path) -> list[Row]:
-    """Compare what each index of float32 vectors finds with the exact ranking, for EmojiCIR's queries."""
-    found = emoji_embeddings(folder / "emoji.safetensors")
-    model, processor = load_model(str(CHECKPOINT))
-    made_by = images_made_by(model, processor)
-    queries = [Query((), "", query, None, query, made_by) for query in found["queries"]]
-    rows = []
-    for embeds in (found["google"], found["training"]):
-        exact = top_k(found["queries"], embeds, MOST_FOUND)[1]
-        place, names = folder / f"emoji-{len(embeds)}", list(map(str, range(len(embeds))))
-        table = GalleryTable(names, [None] * len(embeds), names)
-        Gallery(table, embeds, made_by, model, processor).save(place)
-        for name, options in tqdm(INDEXES.items(), f"{len(embeds):,} images", leave=False):
-            uri = {"uri": str(folder / f"emoji-{len(embeds)}.db")} if options.get("index") == "milvus" else {}
-            gallery = Gallery.load(place, model, processor, **options, **uri)
-            best = [list(map(int, result.ids)) for result in gallery.search_many(queries, MOST_FOUND)]
-            rows.append({"images": len(embeds), "index": name} | recalls(best, exact))
-            if uri:
-                gallery.close()
-    return rows
+def indexes_of(place: Path, embeds: Tensor, model: Any, processor: Any) -> Iterator[tuple[Row, ImageSearch]]:
+    """Yield a gallery of float32 vectors with each index."""
+    names = list(map(str, range(len(embeds))))
+    table, made_by = GalleryTable(names, [None] * len(embeds), names), images_made_by(model, processor)
+    Gallery(table, embeds, made_by, model, processor).save(place)
+    for name, options in tqdm(INDEXES.items(), f"{len(embeds):,} images", leave=False):
+        is_milvus = options.get("index") == "milvus"
+        uri = {"uri": str(place.with_name(f"{place.name}.db"))} if is_milvus else {}
+        gallery = Gallery.load(place, model, processor, **options, **uri)
+        yield {"index": name}, gallery
+        if is_milvus:
+            gallery.close()
 
 
 def bytes_of(gallery: ShardedGallery) -> int:
@@ -488,6 +490,9 @@ def servers_markdown() -> str:
     return as_table(["images", "vectors in memory", "compared all", "with an HNSW graph"], lines)
 
 
+RECALLS = {"vectors": vectors_of, "indexes": indexes_of}
+"""Galleries of the tables of recall."""
+
 RENDERED = {
     "vectors": vectors_markdown,
     "indexes": indexes_markdown,
@@ -508,8 +513,8 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     figures: list[Row] = []
     for name in args.only:
-        if name in ("vectors", "indexes"):
-            rows = {"vectors": vectors_table, "indexes": indexes_table}[name](args.output_dir)
+        if name in RECALLS:
+            rows = emoji_recalls(args.output_dir, RECALLS[name])
         else:
             rows = figures = figures or figures_table(args.output_dir, args.numbers, args.stores)
         (args.output_dir / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from .eval_results import FOLDER
 from .model_card import write_card
 
-LEFT_OUT = ("checkpoint-*", "*/checkpoint-*", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-"""What a training run keeps in its folder to be resumed, which is not uploaded."""
+LEFT_OUT = ("checkpoint-*", "*/checkpoint-*", "*optimizer.pt", "*scheduler.pt", "*rng_state*.pth")
+"""Patterns of files that a training run keeps to be resumed, which are not uploaded."""
 
 
 def push_checkpoint(

@@ -19,13 +19,13 @@ from ..embeddings.embedding_store import images_made_by
 from ..embeddings.openvino_encoder import encode_by_openvino
 from ..models.interface_pvlf import ComposedRetrievalModel, ComposedRetrievalProcessor
 from ..search.gallery import Gallery
-from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance
+from ..search.gallery_files import TABLE, as_indexed, check_encoder, is_gallery, kept_provenance, store_name_of
 from ..search.image_search import ImageSearch
 from ..search.milvus.connection import SERVE
 from ..search.milvus.filling import bring_in_line, from_shards
 from ..search.milvus.gallery import MilvusGallery
 from ..search.milvus.schema import MILVUS_NAME
-from ..search.milvus.store import StoreAddress, names_of_stores, open_store
+from ..search.milvus.store import StoreAddress, check_maker, names_of_stores, open_store
 from ..search.query import Explanation
 from ..search.replacement import finish_replacement
 from ..search.requests import as_plain
@@ -34,7 +34,7 @@ from ..search.results_page import search_page
 from ..search.sharded_gallery import ShardedGallery
 from ..search.shards import EmbeddingShards
 from ..search.terms import unknown_words
-from ..search.vector_index import Copy, IndexName, check_copy
+from ..search.vector_index import Copy, check_copy
 from .output import print_json
 
 logger = logging.get_logger(__name__)
@@ -95,8 +95,9 @@ def index_on_cluster(
 
     address = None if uri is None or name is None else StoreAddress(uri, name)
     if address is not None:
-        store = open_store(address)  # what cannot be opened is said before images are encoded
+        store = open_store(address)  # a store that does not fit is named before images are encoded
         if store is not None:
+            check_maker(store, images_made_by(*load_model(model, options["composition"], options["dtype"])))
             store.database.close()
     with redirect_stdout(sys.stderr):  # Ray says there when it has replaced a process
         job = index_by_ray(source, location, model, progress=not as_json, **options)
@@ -262,7 +263,7 @@ def open_index(
 ) -> ImageSearch:
     """Open the folder of a gallery, shards at a folder or URL, or a store in the Milvus database at `uri` if given.
 
-    A store is opened as it is: what others have added to it stays. One that is not there is filled from the folder.
+    A store is opened as it is: what others have added to it stays, and nothing is written.
 
     Args:
         path: folder or URL; of a store the folder that it was filled from, or its name.
@@ -290,34 +291,42 @@ def open_index(
         return ShardedGallery(shards, encoder, processor, **limit)
     if memory is not None:
         raise ValueError(f"--memory limits what shards take, and {path} holds none: leave --memory out")
-    if uri is not None and not is_index(Path(path)):
+    if uri is not None:
         check_copy(vectors, "milvus")
-        return open_store_of(StoreAddress(uri, path), model, composition)
+        return open_store_of(uri, path, model, composition)
     finish_replacement(Path(path))
-    kind: IndexName = "milvus" if uri else "exact"
-    encoder, processor = load(model, index_dtype(Path(path)), composition)
-    gallery = Gallery.load(path, encoder, processor, index=kind, uri=uri, vectors=vectors, update=False)
-    if uri is not None and len(gallery) != (rows := pq.read_metadata(Path(path) / TABLE).num_rows):
-        logger.warning(
-            f"{uri} holds {len(gallery)} images, and {path} {rows}: the search is among those of the database; "
-            "`pvlf-hf index --milvus` makes them equal"
+    return Gallery.load(path, *load(model, index_dtype(Path(path)), composition), vectors=vectors)
+
+
+def open_store_of(uri: str, index: str, model: str, composition: str | None) -> MilvusGallery:
+    """Open a store as it is, by its name or the folder that filled it, with a model in the dtype of its embeddings."""
+    file = Path(uri)
+    if "://" not in uri and file.parent.is_dir() and not file.exists():
+        raise ValueError(
+            f"there is no database {uri}: fill it with `pvlf-hf index PHOTOS --path INDEX --milvus {uri}`"
         )
-    return gallery
-
-
-def open_store_of(address: StoreAddress, model: str, composition: str | None) -> MilvusGallery:
-    """Open a store by its name, with a model in the dtype that made its embeddings."""
-    if "://" not in address.uri and not Path(address.uri).exists():
-        raise ValueError(f"there is no database {address.uri}: fill it with `pvlf-hf index --milvus {address.uri}`")
+    folder = Path(index) if is_index(Path(index)) else None
+    address = StoreAddress(uri, (store_name_of(folder) if folder else None) or index)
     store = open_store(address) if MILVUS_NAME.fullmatch(address.name) else None
     if store is None:
+        why = (
+            "has filled no store under its own name"
+            if folder
+            else "is neither a folder of an index nor a store's name"
+        )
         raise ValueError(
-            f"{address.name} is neither the folder of an index nor the name of a store in {address.uri}, which holds "
-            f"{names_of_stores(address)}: name one of them"
+            f"{index} {why} in {uri}, which holds {names_of_stores(address)}: name one of these stores in its place, "
+            f"or fill one with `pvlf-hf index PHOTOS --path FOLDER --milvus {uri}`"
         )
     dtype = store.made_by["dtype"]
     store.database.close()
-    return MilvusGallery.open(address, *load(model, dtype, composition))
+    gallery = MilvusGallery.open(address, *load(model, dtype, composition))
+    if folder and len(gallery) != (rows := pq.read_metadata(folder / TABLE).num_rows):
+        logger.warning(
+            f"{uri} holds {len(gallery)} images, and {index} {rows}: the search is among those of the database; "
+            "`pvlf-hf index --milvus` makes them equal"
+        )
+    return gallery
 
 
 def indexed_digests(path: Path, model: ComposedRetrievalModel, processor: ComposedRetrievalProcessor) -> set[str]:

@@ -29,8 +29,8 @@ from .gallery_files import (
     as_indexed,
     check_encoder,
     download_gallery,
-    gallery_id_of,
     read_gallery,
+    store_name_of,
     upload_gallery,
 )
 from .image_folder import find_images
@@ -227,7 +227,6 @@ class Gallery(IndexedImages):
         name: str | None = None,
         options: MilvusOptions | None = None,
         vectors: Copy | None = None,
-        update: bool = True,
     ) -> Any:
         """Load a saved gallery; embeddings stay on disk until they are used.
 
@@ -236,8 +235,8 @@ class Gallery(IndexedImages):
         number) changes memory and time, and no result. By default it is the fastest that takes 2 bytes or more.
 
         With `index="milvus"` the store of that `name` in the database `uri` is brought in line with the gallery, and
-        returned ([`MilvusGallery`]): images that others have added to the store are removed from it. With
-        `update=False` a store that is there is opened as it is.
+        returned ([`MilvusGallery`]): images that others have added to the store are removed from it.
+        [`~Gallery.from_milvus`] opens a store as it is.
 
         Raises:
             ValueError: if there is no gallery in the folder, its two files do not belong together, another model made
@@ -252,16 +251,8 @@ class Gallery(IndexedImages):
         check_encoder(path, model, processor, provenance)
         columns = metadata_of(path)
         if index == "milvus":
-            address = _address(uri, name, options, path, table.id)
-            if not update:
-                if (kept := MilvusGallery.existing(address, model, processor)) is not None:
-                    return kept
-                logger.warning(
-                    f"there is no store {address}, by which {path} is searched: it is filled now. One that was filled "
-                    "under another name is searched by that name"
-                )
             images = from_table(table, embeds, columns, provenance)
-            return MilvusGallery.of_embedded(images, address, model, processor)
+            return MilvusGallery.of_embedded(images, _address(uri, name, options, path, table.id), model, processor)
         further: dict[str, Any] = {"metadata": columns, "folder": path, "vectors": vectors}
         return cls(table, embeds, provenance, model, processor, index, **further)
 
@@ -333,8 +324,8 @@ def _address(
     uri: str | None, name: str | None, options: MilvusOptions | None, path: str | Path | None, ids: Sequence[str]
 ) -> StoreAddress:
     """Return the address of a gallery's store; without a name it is the id that the folder keeps, or made from ids."""
-    gallery_id = gallery_id_of(Path(path)) if path else None
-    name = name or (f"gallery_{gallery_id}" if gallery_id else f"images_{sequence_digest(*sorted(ids))[:16]}")
+    own = store_name_of(Path(path)) if path else None
+    name = name or own or f"images_{sequence_digest(*sorted(ids))[:16]}"
     return StoreAddress(str(uri), name, options or MilvusOptions())
 
 

@@ -186,6 +186,12 @@ def gallery_id_of(folder: Path) -> str | None:
     return gallery_id.decode() if gallery_id else None
 
 
+def store_name_of(folder: Path) -> str | None:
+    """Return the name that a gallery's store in a database has by default; None for a folder without an id."""
+    gallery_id = gallery_id_of(folder)
+    return f"gallery_{gallery_id}" if gallery_id else None
+
+
 def new_gallery_id() -> str:
     """Return an id for a gallery that has none yet."""
     return uuid4().hex
@@ -236,5 +242,6 @@ __all__ = [
     "prepared_as",
     "read_columns",
     "read_gallery",
+    "store_name_of",
     "upload_gallery",
 ]

@@ -113,7 +113,11 @@ def bring_in_line(images: EmbeddedImages, address: StoreAddress, progress: bool 
                 yield name, batch
                 bar.update(len(batch))
 
-    return store, fill_store(store, batches(), remove_others=True)
+    try:
+        return store, fill_store(store, batches(), remove_others=True)
+    except BaseException:
+        store.database.close()
+        raise
 
 
 def differing(wanted: pa.Table, known: pa.Table) -> pa.Array:
