@@ -330,6 +330,9 @@ def card(
     push: Annotated[
         bool, typer.Option("--push", help="Upload the folder as --name, and pin the example to that commit.")
     ] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a new repository (default: your setting).")
+    ] = None,
 ) -> None:
     """Write the model card of a checkpoint, and .eval_results/.
 
@@ -348,8 +351,11 @@ def card(
     known: dict[str, Any] = {key: value for key, value in given.items() if value}
     if push and (name is None or revision is not None):
         raise typer.BadParameter("needs --name, and takes no --revision: it is the commit that is made")
+    if private is not None and not push:
+        raise typer.BadParameter("is of a repository: add --push", param_hint="--private/--public")
     if push:
-        typer.echo(f"https://huggingface.co/{name}, loads {push_checkpoint(folder, str(name), results, ids, **known)}")
+        commit = push_checkpoint(folder, str(name), results, ids, private, **known)
+        typer.echo(f"https://huggingface.co/{name}, loads {commit}")
     else:
         typer.echo(str(write_card(folder, name, results, hub_ids=ids, **known)))
 

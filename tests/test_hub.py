@@ -86,7 +86,7 @@ results = {"evaluations": [{**evaluation, "protocol": protocol}]}
 (folder / "config.json").write_text("{}")
 (folder / "results.json").write_text(json.dumps(results))
 ids = {"emoji-cir": "you/emoji-cir"}
-pin = push_checkpoint(folder, "you/measured", hub_ids=ids, license="mit", base_model="you/base")
+pin = push_checkpoint(folder, "you/measured", hub_ids=ids, private=True, license="mit", base_model="you/base")
 entries = HfApi().model_info("you/measured", expand=["evalResults"]).eval_results
 (folder / "read.json").write_text(json.dumps([[e.dataset_id, e.task_id, e.value, e.source_url] for e in entries]))
 (folder / "pin.txt").write_text(pin)
@@ -378,7 +378,7 @@ def test_the_hub_reads_the_results(hub, folder, tmp_path):
     assert json.loads((folder / "measured/read.json").read_text()) == expected
     pin = (folder / "measured/pin.txt").read_text()
     repository = hub.repositories["you/measured"]
-    assert pin in repository.commits and pin != repository.branches["main"]
+    assert repository.private and pin in repository.commits and pin != repository.branches["main"]
     card = repository.commits[repository.branches["main"]].files["README.md"].content.decode()
     assert f'from_pretrained("you/measured", revision="{pin}", trust_remote_code=True)' in card
     assert "base_model: you/base" in card and "license: mit" in card

@@ -631,6 +631,10 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
         store.write(old)
         batches = [("first", table.slice(0, 40)), ("second", table.slice(40, 30)), ("third", table.slice(70, 20))]
         http.left = {"9": "Completed", "7": "Importing"}  # of earlier runs
+        left = tmp_path / "bucket" / "default.bulk" / "left.parquet"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"of a job that ran out of time")
+        (tmp_path / "bucket" / "other.parquet").write_bytes(b"of somebody else")
         http.import_left = lambda: store.write(table.slice(80))  # what such a job adds is not imported again
         filled = milvus_bulk.import_into(store, batches, remove_others=True, file_bytes=4000, **options)
         assert filled == (70, 20, 0) and {*http.looks} == {"7", "0"}
@@ -638,7 +642,7 @@ def test_bulk_import_writes_files_that_hold_all_rows(tmp_path, monkeypatch):
             store.schema.fitted(table.slice(0, 15)).select(table.column_names)
         )  # an import replaces nothing: the five old rows are upserted, and none is removed
         assert [len(job) for job in http.jobs] == [65] and http.seen == [("bulk", "Bearer root:x")]
-        assert not list((tmp_path / "bucket").iterdir())
+        assert not list(left.parent.iterdir()) and (tmp_path / "bucket" / "other.parquet").exists()
         rows = [row for job in http.jobs for row in job.to_pylist()]
         assert [row["id"] for row in rows] == table["id"].to_pylist()[15:80]
         store.client.upsert("bulk", rows)

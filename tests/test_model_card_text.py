@@ -108,6 +108,8 @@ def test_card_metadata_names_model_task_and_results(results, tmp_path):
     for folder in (str(tmp_path), str(ROOT / "src")):  # a folder's name is no repository of the Hub
         card = render_card({**results, "model": {"model": folder}}, "you/mine")
         assert ModelCard(card).data.base_model is None and Path(folder).name in section(card, "about")
+    relative = {"model": {"model": "outputs/base"}, "base_model": None}  # as the run knew, in whose folder it was one
+    assert ModelCard(render_card({**results, **relative}, "you/mine")).data.base_model is None
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -330,5 +332,7 @@ def test_card_command_pins_and_names_benchmarks(tmp_path):
         assert ("has no owner" if done.exit_code == 1 else "needs --name, and takes no --revision") in done.stderr
     done = CliRunner().invoke(app, ["card", str(tmp_path), "--push", "--name", "you/mine"])
     assert done.exit_code == 1 and "holds no checkpoint (no config.json)" in done.stderr
+    done = CliRunner().invoke(app, ["card", str(tmp_path), "--private"])
+    assert done.exit_code == 2 and "add --push" in done.stderr
     done = CliRunner().invoke(app, ["card", str(tmp_path), "--benchmark", "emoji-cir"])
     assert done.exit_code == 2 and "NAME=OWNER/DATASET" in done.stderr

@@ -81,6 +81,7 @@ def test_training_on_own_files_resumes_and_reloads(files, tmp_path):
     (evaluation,) = results["evaluations"]
     assert evaluation["counts"] == {"queries": 56, "gallery": 8}
     assert results["training"]["finetuning"] == "both" and results["environment"]["torch"]
+    assert results["base_model"] is None  # the model was a folder
     model = AutoModel.from_pretrained(tmp_path / "whole")
     assert model.config.num_prompts == 25 and model.config.prompt_depth == 2  # the paper's value
     assert AutoProcessor.from_pretrained(tmp_path / "whole").image_processor.crop_size["height"] == 32

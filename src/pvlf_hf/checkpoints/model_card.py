@@ -249,9 +249,9 @@ def _shown(value: Any) -> str:
 
 def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of `results` and of the caller; `model-index` is None where nothing was measured."""
-    base = results.get("model", {}).get("model")
+    base = results["base_model"] if "base_model" in results else hub_name(results.get("model", {}).get("model"))
     dataset = results.get("data", {}).get("dataset")
-    stated = {"base_model": base if _is_hub_name(base) else None, "datasets": [dataset] if dataset else None, **given}
+    stated = {"base_model": base, "datasets": [dataset] if dataset else None, **given}
     if stated.get("tags"):
         tags = stated["tags"]
         stated["tags"] = [*_DEFAULTS["tags"], *([tags] if isinstance(tags, str) else tags)]
@@ -261,13 +261,13 @@ def _metadata(results: Mapping[str, Any], name: str, given: Mapping[str, Any]) -
     return {**metadata, "model-index": metadata.get("model-index")}
 
 
-def _is_hub_name(name: str | None) -> bool:
-    """Return whether a name can be one on the Hub: not a local folder, and valid there."""
+def hub_name(name: str | None) -> str | None:
+    """Return a name that can be one on the Hub: not that of a local folder, and valid there; otherwise None."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
-        return False
-    return not Path(str(name)).exists()
+        return None
+    return None if Path(str(name)).exists() else name
 
 
 def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
@@ -377,4 +377,4 @@ def protocol_card(evaluation: Evaluation, facts: dict[str, str | None] | None = 
     return "\n".join([f"| {evaluation.benchmark} | |", "| --- | --- |", *cells])
 
 
-__all__ = ["PICTURE", "render_card", "results_tables", "with_metadata", "write_card"]
+__all__ = ["PICTURE", "hub_name", "render_card", "results_tables", "with_metadata", "write_card"]

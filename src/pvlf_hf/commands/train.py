@@ -37,6 +37,7 @@ from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser, set_seed
 
 from ..checkpoints.golden import write_golden
+from ..checkpoints.model_card import hub_name
 from ..data.benchmark import CIRBenchmark
 from ..data.emoji_cir.dataset import TIERS, load_emoji_cir, load_emoji_cir_train, load_emoji_samples
 from ..data.laion_cir import SUBSETS, load_laion_cir
@@ -316,6 +317,7 @@ def train(
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
         facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
+        facts["base_model"] = hub_name(model_args.model)  # only here is it known whether the name is that of a folder
         if isinstance(triplets, Dataset) and samples_of(model_args.method) is None:
             facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}
         if best := trainer.state.best_model_checkpoint:

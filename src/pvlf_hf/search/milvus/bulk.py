@@ -2,7 +2,8 @@
 
 An import adds rows and replaces none. Images whose id the store has already are therefore written by upserts, and only
 new ones are imported: at no time does the store lack an image that it had. Jobs that an interrupted run has left are
-waited for before images are compared with the store. One process at a time imports into a store.
+waited for before images are compared with the store, and then the files that it has left are deleted. One process at a
+time imports into a store.
 
 Milvus Lite has no such import; [`fill_store`] writes to it by upserts. The files are those of `pymilvus.bulk_writer`
 and are tested up to that boundary: read back, and their import requested over HTTP. A cluster was not at hand.
@@ -30,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from transformers.utils import logging as transformers_logging
 
 from ...atomic_files import cannot_write
-from ..locations import open_location
+from ..locations import files_of, open_location
 from .filling import Batches, Filled, fill_store
 from .store import MilvusStore
 
@@ -102,15 +103,17 @@ class BulkImport:
             )
         self.store, self.bucket, self.url, self.api_key = store, bucket.rstrip("/"), url.rstrip("/"), api_key
         self.file_bytes, self.timeout = file_bytes, timeout
-        self.files, self.root = open_location(self.bucket)
+        self.files, root = open_location(self.bucket)
+        self.root = f"{root}/{self._database or 'default'}.{store.name}"  # a folder of the store's own
         self._waiting: list[pa.Table] = []
         self._uploaded: list[str] = []
 
     def wait_for_jobs(self) -> None:
-        """Wait for the jobs of this store that earlier runs requested.
+        """Wait for the jobs of this store that earlier runs requested; delete the files that these runs have left.
 
         Raises:
             OSError: if a job does not get on.
+            ValueError: if the bucket refuses to list or delete files.
         """
         from pymilvus.bulk_writer import list_import_jobs
 
@@ -120,6 +123,10 @@ class BulkImport:
             if job["state"] not in ENDED:
                 logger.warning(f"waiting for the import job {job['jobId']}, which an earlier run requested")
                 self._wait_for(job["jobId"])
+        left = [f"{self.root}/{name}" for name in files_of(self.folder, "*.parquet")]
+        if left:
+            logger.warning(f"deleting {len(left)} files in {self.folder}, which an earlier run has left")
+            self._delete(left)
 
     def write(self, table: pa.Table) -> None:
         """Take rows: upsert those whose id the store has, and upload a file of the others when there are enough."""
@@ -152,7 +159,7 @@ class BulkImport:
                 self.files.makedirs(self.root, exist_ok=True)
                 self.files.put_file(str(file), f"{self.root}/{name}")
             except Exception as error:  # each kind of store raises its own
-                raise cannot_write(f"{name} in {self.bucket}", error) from error
+                raise cannot_write(f"{name} in {self.folder}", error) from error
         self._waiting = []
         self._uploaded.append(f"{self.root}/{name}")
 
@@ -167,8 +174,7 @@ class BulkImport:
             answer = bulk_import(collection_name=self.store.name, files=keys, **self._login)
         job = answer.json()["data"]["jobId"]
         state = self._wait_for(job)
-        for file in self._uploaded:
-            self.files.rm_file(file)
+        self._delete(self._uploaded)
         self._uploaded = []
         if state["state"] == "Failed":
             raise ValueError(
@@ -197,10 +203,28 @@ class BulkImport:
                 )
             time.sleep(POLL)
 
+    def _delete(self, files: list[str]) -> None:
+        for file in files:
+            try:
+                self.files.rm_file(file)
+            except Exception as error:  # each kind of store raises its own
+                raise ValueError(
+                    f"{file} cannot be deleted ({error}): give the login the right to, and delete it by hand once no "
+                    "import runs"
+                ) from error
+
+    @property
+    def folder(self) -> str:
+        """URL of the folder that holds this store's files until they are imported."""
+        return f"{self.bucket}/{self.root.rpartition('/')[2]}"
+
+    @property
+    def _database(self) -> str:
+        return urlsplit(self.store.database.uri).path.strip("/")
+
     @property
     def _login(self) -> dict[str, str]:
-        database = urlsplit(self.store.database.uri).path.strip("/")
-        return {"url": self.url, "api_key": self.api_key, "db_name": database}
+        return {"url": self.url, "api_key": self.api_key, "db_name": self._database}
 
 
 def write_import_file(store: MilvusStore, table: pa.Table, folder: Path) -> Path:
