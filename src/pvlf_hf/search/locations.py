@@ -42,7 +42,9 @@ def files_of(location: str | Path, pattern: str) -> list[str]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each kind of store raises its own
-        raise ValueError(f"{location} cannot be listed ({error}): check the URL, the login and its rights") from error
+        raise ValueError(
+            f"{location} cannot be listed ({error}): check the URL, the login and its rights; if it is busy, try later"
+        ) from error
     return sorted(path.name for path in map(PurePosixPath, found) if path.match(pattern))
 
 

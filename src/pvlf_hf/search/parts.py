@@ -173,7 +173,9 @@ def _list(source: str | Path) -> Listing:
     try:
         found = files.find(root, detail=True)
     except Exception as error:  # each kind of store raises its own
-        raise ValueError(f"{source} cannot be listed ({error}): check the path, the login and its rights") from error
+        raise ValueError(
+            f"{source} cannot be listed ({error}): check the path, the login and its rights; if it is busy, try later"
+        ) from error
     listing = Listing(files, root, {path: _state(info) for path, info in sorted(found.items())})
     hidden = {path for path in found if is_hidden(Path(listing.name(path)))}
     kinds = (*image_endings()[0], *image_endings()[1], ".parquet", ".tar")
