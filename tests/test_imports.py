@@ -174,6 +174,7 @@ FOLDERS = {
         "batches",
         "negatives",
         "cpu_dropout",
+        "cpu_memory",
         "gradient_cache",
         "own_forward",
         "feature_cache",

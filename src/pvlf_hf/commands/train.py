@@ -316,7 +316,7 @@ def train(
     measured = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32, as stored
     evaluations = evaluate_all(measured, processor, benchmarks)
     if trainer.is_world_process_zero():
-        facts = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
+        facts: dict[str, Any] = {"model": vars(model_args), "data": vars(data_args), "training": args.settings()}
         facts["base_model"] = hub_name(model_args.model)  # only here is it known whether the name is that of a folder
         if isinstance(triplets, Dataset) and samples_of(model_args.method) is None:
             facts["triplets"] = {"rows": len(triplets), "digest": triplets_digest(triplets)}

@@ -26,6 +26,7 @@ from .argument_contract import check_arguments, check_trainer_arguments
 from .atomic_checkpoints import AtomicCheckpointsMixin, checkpoint_to_resume, holds_optimizer
 from .batches import DistinctBatchSampler, OneValueBatchSampler, PVLFCollator
 from .cpu_dropout import fast_cpu_dropout
+from .cpu_memory import kept_memory
 from .data_checks import check_batch_size, check_eval_dataset, check_train_dataset, describe_nonfinite_loss
 from .feature_cache import FeatureCollator, accept_cached_features, cache_features
 from .gather import GatherWithGradient
@@ -162,13 +163,14 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the final model, which `model_init` has made by now, on a CPU with faster dropout."""
+        """Train the final model, which `model_init` has made by now; on a CPU with faster dropout and kept memory."""
         model: Any = self.model
         if isinstance(self.data_collator, FeatureCollator):
             accept_cached_features(model)
         elif getattr(self.data_collator, "samples", None) is TEXT_ANCHORED:
             accept_pairs(model)
-        with fast_cpu_dropout(model) if self.args.device.type == "cpu" else nullcontext():
+        cpu = self.args.device.type == "cpu"
+        with fast_cpu_dropout(model) if cpu else nullcontext(), kept_memory(cpu and self.args.keep_memory):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _cache_features(self) -> None:
