@@ -6,7 +6,7 @@
 All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody published most of them: the table says
 what the methods do on these drawings, not what the published models do on photographs. A trained row is
 `train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time;
-`--query_times` measures those of all rows side by side, when nothing else runs. After an
+`--times` measures steps and queries of all rows again, side by side, when nothing else runs. After an
 interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`, and those of
 memory, which need no finished training, to `memory.json` beside it (`--memory_only` counts them alone); tables and
 the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. The values of
@@ -20,12 +20,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -103,6 +105,9 @@ ROWS = {
 }
 PLACES = [*ROWS][[*ROWS].index("no prompts") :]
 TABLES = {"Methods": [name for name in ROWS if name not in PLACES], "Places of prompts (Figure 2)": PLACES}
+TIMED_STEPS = 8
+"""Steps of a timing: as many batches as `enough_rows` takes."""
+
 COLUMNS = [(tier, k) for tier in TIERS for k in (1, 10)]
 
 
@@ -118,19 +123,19 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--memory_only", action="store_true", help="measure the memory of the rows' steps alone")
     parser.add_argument(
-        "--query_times", action="store_true", help="time the queries of measured rows again, one row after another"
+        "--times", action="store_true", help="time steps and queries of measured rows again, one row after another"
     )
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
     file, memory = CARD / "results.json", CARD / "memory.json"
-    if args.query_times:
-        keep(timed_again(json.loads(file.read_text()), args.output_dir.resolve()), file)
-    if not (args.render_only or args.query_times):
+    if args.times:
+        keep(timed_again(json.loads(file.read_text()), args.output_dir.resolve(), args.bf16), file)
+    if not (args.render_only or args.times):
         known = json.loads(memory.read_text()) if memory.exists() else {}
         wanted = [name for name in args.rows if ROWS[name].recipe and (args.memory_only or name not in known)]
         known |= {name: step_megabytes(name) for name in wanted}
         write_json(memory, {name: known[name] for name in ROWS if name in known})
-    if not (args.render_only or args.memory_only or args.query_times):
+    if not (args.render_only or args.memory_only or args.times):
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
         folder = args.output_dir.resolve()
         for name in args.rows:
@@ -231,18 +236,21 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
     return entry
 
 
-def timed_again(entries: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Time the queries of each measured row, of its first run, beside those of the others: for an idle machine."""
+def timed_again(entries: list[dict[str, Any]], folder: Path, bf16: bool) -> list[dict[str, Any]]:
+    """Time a step and a query of each measured row, of its first run, beside the others': for an idle machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training
     queries = load_emoji_cir("test", TIERS[0]).queries
-    times = {}
+    times: dict[str, dict[str, float]] = {}
     for entry in entries:
-        if entry["query_ms"] is not None and entry["row"] not in times:
-            times[entry["row"]] = query_milliseconds(*load_row(entry["row"], entry["seed"], folder), queries)
-            print(f"{entry['row']}: {times[entry['row']]:.1f} ms a query", flush=True)
+        name = entry["row"]
+        if entry["query_ms"] is not None and name not in times:
+            times[name] = {"query_ms": query_milliseconds(*load_row(name, entry["seed"], folder), queries)}
+            if ROWS[name].recipe:
+                times[name]["seconds_a_step"] = brief_training(name, TIMED_STEPS, bf16).seconds_a_step
+            print(f"{name}: {times[name]}", flush=True)
     torch.set_num_threads(threads)
-    return [entry | {"query_ms": times.get(entry["row"])} for entry in entries]
+    return [entry | times.get(entry["row"], {}) for entry in entries]
 
 
 def has_own_gallery(model: Any, processor: Any) -> bool:
@@ -284,16 +292,24 @@ def kept_for_backward(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
 
 class MeasuringTrainer(PVLFTrainer):
-    """Trainer that knows how many bytes the last step kept for its backward pass."""
+    """Trainer that knows how many bytes its first step kept for the backward pass, and when each step began."""
 
     kept_bytes = 0
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss, see the base class."""
+        self.starts = [*getattr(self, "starts", ()), time.perf_counter()]
+        if len(self.starts) > 1:
+            return super().compute_loss(model, *args, **kwargs)
         with kept_for_backward(model) as kept:
             loss = super().compute_loss(model, *args, **kwargs)
         self.kept_bytes = sum(kept.values())
         return loss
+
+    @property
+    def seconds_a_step(self) -> float:
+        """Median of the steps after the first, from start to start: with the batch, the optimiser and the log."""
+        return median(after - before for before, after in pairwise(self.starts[1:]))
 
 
 def step_megabytes(name: str) -> float:
@@ -303,11 +319,17 @@ def step_megabytes(name: str) -> float:
     makes no difference.
     """
     print(f"counting the memory of a step of {name}", flush=True)
+    return round(brief_training(name, 1).kept_bytes / 1e6, 1)
+
+
+def brief_training(name: str, steps: int, bf16: bool = False) -> MeasuringTrainer:
+    """Train some steps of a row's recipe, and return the trainer, which has measured them."""
     row = ROWS[name]
     with TemporaryDirectory() as folder:
         recipe = str(ROOT / "train_scripts" / "configs" / str(row.recipe))
-        flags = [*row.flags, f"--output_dir={folder}", "--max_steps=1", "--save_strategy=no", "--report_to=none"]
-        model_args, data_args, args = parse_arguments([recipe, *flags, "--disable_tqdm=true"])
+        flags = [*row.flags, f"--output_dir={folder}", f"--max_steps={steps}", "--save_strategy=no"]
+        flags += ["--report_to=none", "--disable_tqdm=true"] + ["--bf16=true"] * bf16
+        model_args, data_args, args = parse_arguments([recipe, *flags])
         if args.feature_cache:
             args.feature_cache = folder
         if model_args.method == "searle":  # the words that are distilled need not be good ones
@@ -317,7 +339,7 @@ def step_megabytes(name: str) -> float:
         rows = enough_rows(data_args.load(model_args.method)[0], args)
         trainer = MeasuringTrainer(model, args, rows, processing_class=processor)
         trainer.train()
-    return round(trainer.kept_bytes / 1e6, 1)
+    return trainer
 
 
 def enough_rows(rows: Any, args: Any) -> Any:
