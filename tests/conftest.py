@@ -1,5 +1,6 @@
 """Shared fixtures: toy models, one thread unless OMP_NUM_THREADS is set, no network, a fresh Accelerate state."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -36,6 +37,16 @@ def pytest_collection_modifyitems(items):
 def figure(record_property):
     """Return the function that records a test's figure for its row of RELIABILITY.md."""
     return lambda text: record_property("figure", text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_stay():
+    """Let collections leave what is there before a file's tests alone: a million objects of libraries.
+
+    Each training collects garbage; otherwise that takes several times as long as to train a toy model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Several real processes that communicate by gloo, forked from one that has imported everything."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,7 @@ def run_in_processes(number, function, *arguments, timeout=200, grace=60):
 
 
 def _run(pipe, rank, number, port, function, arguments):
+    gc.freeze()  # collections leave what was imported before the fork, and the memory that it shares, alone
     torch.set_num_threads(1)
     if number > 1:
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
