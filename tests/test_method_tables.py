@@ -34,6 +34,18 @@ def test_the_committed_page_is_what_the_numbers_render_to():
     assert shown == tables.rendered(ENTRIES, MEMORY)
 
 
+def test_the_committed_comparison_is_of_the_committed_numbers():
+    rows = json.loads((tables.CARD / "comparison.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [*dict.fromkeys(entry["row"] for entry in ENTRIES)]
+    for row in rows:
+        own = [entry for entry in ENTRIES if entry["row"] == row["name"]]
+        assert row["cost"].keys() == tables.costs_of(own[0]).keys() and len(row["cells"]) == len(tables.COLUMNS)
+        for shown in row["cells"]:
+            values = [entry["metrics"][shown["benchmark"].rpartition("/")[2]][shown["metric"]] for entry in own]
+            # Less than one query more or less in one run: both are means of the same counts, summed in other orders.
+            assert abs(shown["value"] - sum(values) / len(values)) < 1 / (2 * own[0]["queries"] * len(own))
+
+
 def test_every_row_is_shown_whether_it_was_measured_or_not():
     rows = cells_of(tables.rendered(ENTRIES, MEMORY))
     assert rows.keys() >= {*tables.ROWS} >= PAPER

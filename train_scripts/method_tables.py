@@ -9,9 +9,9 @@ what the methods do on these drawings, not what the published models do on photo
 `--times` measures steps and queries of all rows again, side by side, when nothing else runs. After an
 interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`, and those of
 memory, which need no finished training, to `memory.json` beside it (`--memory_only` counts them alone); tables and
-the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. The values of
-every query are in `outputs/method-tables/*/evaluation`: `pvlf-hf compare NAME=.../results.json ...` makes a table
-with tests.
+the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. From the values of
+every query, in `outputs/method-tables/*/evaluation`, it also makes `comparison.md`, `.html` and `.json`, as
+`pvlf-hf compare` does: intervals, and paired tests against PVLF-Deep.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -37,10 +37,12 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from pvlf_hf import InversionModel, InversionProcessor, PVLFProcessor, PVLFTrainer, TrainingFreeModel, load_emoji_cir
 from pvlf_hf.atomic_files import whole
+from pvlf_hf.commands.compare import write as write_comparison
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.embedding_store import images_made_by
+from pvlf_hf.evaluation.comparison import compare, read_runs
 from pvlf_hf.evaluation.costs import query_milliseconds
 from pvlf_hf.evaluation.results import write_results
 from pvlf_hf.evaluation.scoring import evaluate_all
@@ -144,6 +146,8 @@ def main() -> None:
                 list(pool.map(lambda run: train_row(*run, folder, flags), runs))
             keep([measure(*run, folder, args.queries) for run in runs], file)
     entries, known = json.loads(file.read_text()), json.loads(memory.read_text())
+    if not (args.render_only or args.memory_only):
+        compare_all(entries, args.output_dir.resolve())
     plot(entries, CARD / "recall_against_cost.png")
     card = CARD / "README.md"
     before, rest = card.read_text(encoding="utf-8").split(START)
@@ -230,8 +234,7 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
             "own_gallery": has_own_gallery(model, processor),
         }
     entry["metrics"] = {tier: e.metrics for tier, e in zip(TIERS, found, strict=True)}
-    costs = {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
-    write_results(home / "evaluation" / "results.json", found, cost=costs)  # for `pvlf-hf compare`
+    write_results(home / "evaluation" / "results.json", found, cost=costs_of(entry))  # for the comparison
     file.write_text(json.dumps(entry), encoding="utf-8")
     return entry
 
@@ -251,6 +254,25 @@ def timed_again(entries: list[dict[str, Any]], folder: Path, bf16: bool) -> list
             print(f"{name}: {times[name]}", flush=True)
     torch.set_num_threads(threads)
     return [entry | times.get(entry["row"], {}) for entry in entries]
+
+
+def compare_all(entries: list[dict[str, Any]], folder: Path) -> None:
+    """Write the comparison of all runs, with the costs of the table, unless values of some are not in the folder."""
+    files = [folder_of(entry["row"], entry["seed"], folder) / "evaluation" / "results.json" for entry in entries]
+    if missing := [str(file) for file in files if not file.exists()]:
+        print(f"comparison.* are as they were: {len(missing)} runs were not evaluated here, such as {missing[0]}")
+        return
+    runs = [
+        replace(run, cost=costs_of(entry))
+        for file, entry in zip(files, entries, strict=True)
+        for run in read_runs(file, entry["row"])
+    ]
+    write_comparison(compare(runs, against="PVLF-Deep", metrics=[f"recall@{k}" for k in (1, 10)]), CARD)
+
+
+def costs_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the costs of a run that are known."""
+    return {key: entry[key] for key in ("trained_weights", "seconds_a_step", "query_ms") if entry[key] is not None}
 
 
 def has_own_gallery(model: Any, processor: Any) -> bool:
