@@ -444,24 +444,28 @@ def differences(entries: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def plot(entries: list[dict[str, Any]], file: Path) -> None:
-    """Plot plain R@10 against the milliseconds of a query."""
+    """Plot plain R@10, with its standard deviation over seeds, against the milliseconds of a query."""
     from matplotlib.figure import Figure  # imported here: the extra [plots] has it
     from matplotlib.ticker import LogLocator, NullLocator
 
-    measured = {entry["row"] for entry in entries}
-    panels = {title: names for title, names in TABLES.items() if measured & {*names}}
+    shown = {entry["row"]: [e for e in entries if e["row"] == entry["row"]] for entry in entries if entry["query_ms"]}
+    panels = {title: [name for name in names if name in shown] for title, names in TABLES.items()}
+    panels = {title: names for title, names in panels.items() if names}
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
+        recalls = {name: [100 * e["metrics"]["plain"]["recall@10"] for e in shown[name]] for name in names}
+        heights = {name: mean(values) for name, values in recalls.items()}
+        close = 0.05 * (max(heights.values()) - min(heights.values()))  # about the height of a name
         labels: list[tuple[float, float]] = []
-        for name in names:
-            own = [entry for entry in entries if entry["row"] == name and entry["query_ms"]]
-            if own:
-                x, y = min(e["query_ms"] for e in own), mean(100 * e["metrics"]["plain"]["recall@10"] for e in own)
-                ax.plot(x, y, "o", color="#3182bd" if own[0]["trained_weights"] else "#969696")
-                near = sum(abs(y - other) < 1.5 and 0.5 < x / at < 2 for at, other in labels)
-                labels.append((x, y))
-                ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3 - 8 * near), fontsize=7)
+        for name in sorted(names, key=lambda name: -heights[name]):  # names are pushed down, away from those above
+            x, y = min(e["query_ms"] for e in shown[name]), heights[name]
+            color = "#3182bd" if shown[name][0]["trained_weights"] else "#969696"
+            spread = stdev(recalls[name]) if len(recalls[name]) > 1 else 0
+            ax.errorbar(x, y, spread, fmt="o", color=color, elinewidth=1)
+            near = sum(abs(y - other) < 2 * close and 0.55 < x / at < 1.8 for at, other in labels)
+            labels.append((x, y))
+            ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3 - 8 * near), fontsize=7)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_minor_locator(NullLocator())

@@ -27,7 +27,8 @@ DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024, M_TOP_PAD: 128 * 10
 def kept_memory(wanted: bool = True) -> Iterator[None]:
     """Have the C library keep what is freed, and return it to the operating system at the end; only glibc can.
 
-    The process stays as large as its largest step until then.
+    The process stays as large as its largest step until then, and somewhat larger: blocks are not as close to each
+    other as the system's pages would be.
 
     Args:
         wanted: whether to do so; other C libraries are left as they are.

@@ -170,7 +170,7 @@ class PVLFTrainer(AtomicCheckpointsMixin, HubMixin, Trainer):
         elif getattr(self.data_collator, "samples", None) is TEXT_ANCHORED:
             accept_pairs(model)
         cpu = self.args.device.type == "cpu"
-        with fast_cpu_dropout(model) if cpu else nullcontext(), kept_memory(cpu and self.args.keep_memory):
+        with fast_cpu_dropout(model) if cpu else nullcontext(), kept_memory(cpu and self.args.keeps_memory):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _cache_features(self) -> None:
