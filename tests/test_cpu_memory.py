@@ -85,7 +85,7 @@ def test_freed_memory_is_kept_and_given_back_at_the_end():
     seen = run(ALONE)
     assert seen["as it is"] < PAGES / 10 and seen["afterwards"] < PAGES / 10
     # Blocks that do not fit between others make it larger, but not without end.
-    assert 0.9 * PAGES < min(seen["kept"]) and max(seen["kept"][-3:]) == min(seen["kept"][-3:])
+    assert 0.9 * PAGES < min(seen["kept"]) and max(seen["kept"][-3:]) - min(seen["kept"][-3:]) < PAGES / 10
 
 
 def test_training_keeps_memory_unless_told_not_to(tmp_path):
