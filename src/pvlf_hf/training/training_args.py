@@ -65,7 +65,7 @@ class PVLFTrainingArguments(TrainingArguments):
         keep_memory (`bool`, *optional*):
             On a CPU under glibc: keep what a step frees for the next one, instead of handing it back to the operating
             system each time. By default with `feature_cache`, whose steps this holds up most; the process is then
-            larger (12 to 13 % in steps of the paper's size), and is so until the training ends (our choice).
+            somewhat larger, and is so until the training ends (our choice).
 
     > Arguments of the library for several processes and repeatable runs
 
