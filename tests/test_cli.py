@@ -307,7 +307,7 @@ def test_index_names_what_it_left_out(models, tmp_path):
     ]
 
 
-def test_index_command_reports_only_new_images(photos, models, tmp_path):
+def test_index_command_reports_new_and_removed_images(photos, models, tmp_path):
     for colour in ("red", "blue"):
         draw(COLOURS.index(colour)).save(tmp_path / f"{colour}.png")
     again = ["index", tmp_path, "--model", models[0], "--path", tmp_path / "kept", "--json"]
@@ -315,7 +315,11 @@ def test_index_command_reports_only_new_images(photos, models, tmp_path):
     draw(2).save(tmp_path / "yellow.png")
     (tmp_path / "red.png").unlink()
     facts = json.loads(call(*again).stdout)
-    assert facts == {"path": str(tmp_path / "kept"), "pictures": 2, "new": 1, "skipped": {}, "left_out": []}
+    changed = {"pictures": 2, "new": 1, "removed": 1}
+    assert facts == {"path": str(tmp_path / "kept"), **changed, "skipped": {}, "left_out": []}
+    (tmp_path / "yellow.png").unlink()
+    (tmp_path / "blue.png").rename(tmp_path / "sky.png")  # the same image
+    assert call(*again[:-1]).stdout.splitlines()[0].endswith(": 1 images, 0 new, 1 removed, 0 skipped")
 
 
 def test_search_takes_several_images_and_weights(search, gallery, photos):

@@ -64,12 +64,14 @@ def index(
         encode_by_openvino(encoder)
     options |= {"replace": True, "int8": dtype == "int8"}
     gallery = Gallery.from_folder(folder, encoder, processor, path=path, **options)
-    new = len(indexed_digests(path, encoder, processor) - known)
+    kept = indexed_digests(path, encoder, processor)
+    new, removed = len(kept - known), len(known - kept)
     if as_json:
-        facts = {"pictures": len(gallery), "new": new, "skipped": gallery.skipped, "left_out": gallery.left_out}
-        print_json(path=str(path), **facts)
+        facts = {"pictures": len(gallery), "new": new, "removed": removed}
+        print_json(path=str(path), **facts, skipped=gallery.skipped, left_out=gallery.left_out)
         return
-    typer.echo(f"{path}: {len(gallery)} images, {new} new, {len(gallery.skipped)} skipped")
+    gone = f", {removed} removed" if removed else ""
+    typer.echo(f"{path}: {len(gallery)} images, {new} new{gone}, {len(gallery.skipped)} skipped")
     for image_id, reason in list(gallery.skipped.items())[:LISTED]:
         typer.echo(f"skipped {image_id}: {reason}")
     if len(gallery.skipped) > LISTED:
