@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Threads that wait for each other by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Without compiled modules, each process that the tests start compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-core setup setup-dev lint format sbom
 demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/demo

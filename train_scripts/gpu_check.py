@@ -48,7 +48,7 @@ ENCODERS = {
     "BLIP base, 384 px": DUAL_ENCODERS["Salesforce/blip-itm-base-coco"],
     "CLIP-L, 224 px": DUAL_ENCODERS["openai/clip-vit-large-patch14"],
 }
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 ENCODING_TARGET, TRAINING_TARGET = 0.5, 0.35
 """Shares of the matrix rate to reach in encoding and in a training step of both encoders (our choice)."""
