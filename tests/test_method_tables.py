@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,22 @@ def test_memory_of_a_step_counts_each_kept_storage_once():
     with tables.kept_for_backward(model.requires_grad_(False)) as kept:
         model(inputs).sum()
     assert not kept
+
+
+def test_times_are_the_least_of_rounds_over_all_rows(monkeypatch):
+    def entry(row, seed, query, step):
+        return {"row": row, "seed": seed, "query_ms": query, "seconds_a_step": step}
+
+    timed, queries, steps = [], iter([3.0, 8.0, 2.0, 5.0, 4.0, 7.0]), iter([0.5, 0.7, 0.6])
+    monkeypatch.setattr(tables, "load_emoji_cir", lambda *_: SimpleNamespace(queries=None))
+    monkeypatch.setattr(tables, "load_row", lambda name, seed, _: timed.append((name, seed)) or (None, None))
+    monkeypatch.setattr(tables, "query_milliseconds", lambda *_: next(queries))
+    monkeypatch.setattr(tables, "brief_training", lambda *_: SimpleNamespace(seconds_a_step=next(steps)))
+    entries = [entry("CASE", 1, 9, 9), entry("CASE", 2, 9, 9), entry("Product", None, 9, None)]
+    untimed = entry("Image-only", None, None, None)
+    again = tables.timed_again([untimed, *entries], Path("runs"), bf16=True)
+    assert timed == [("CASE", 1), ("Product", None)] * tables.TIMED_ROUNDS
+    assert again == [untimed, entry("CASE", 1, 2, 0.5), entry("CASE", 2, 2, 0.5), entry("Product", None, 5, None)]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@
 All rows use the dual encoder `model_cards/blip-emoji-tiny`, on which nobody published most of them: the table says
 what the methods do on these drawings, not what the published models do on photographs. A trained row is
 `train_pvlf.py` with the recipe that `ROWS` names. Costs are measured by this script, one query at a time;
-`--times` measures steps and queries of all rows again, side by side, when nothing else runs. After an
+`--times` measures steps and queries of all rows again, in rounds, when nothing else runs. After an
 interruption the same command does what is missing. Numbers go to `model_cards/methods/results.json`, and those of
 memory, which need no finished training, to `memory.json` beside it (`--memory_only` counts them alone); tables and
 the plot of recall against cost go into that folder. `--render_only` renders the committed numbers. From the values of
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, median, stdev
 from tempfile import TemporaryDirectory
@@ -110,6 +110,9 @@ TABLES = {"Methods": [name for name in ROWS if name not in PLACES], "Places of p
 TIMED_STEPS = 8
 """Steps of a timing: as many batches as `enough_rows` takes."""
 
+TIMED_ROUNDS = 3
+"""Rounds of timings over all rows: the speed of a machine that is shared changes within minutes."""
+
 COLUMNS = [(tier, k) for tier in TIERS for k in (1, 10)]
 
 
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--memory_only", action="store_true", help="measure the memory of the rows' steps alone")
     parser.add_argument(
-        "--times", action="store_true", help="time steps and queries of measured rows again, one row after another"
+        "--times", action="store_true", help="time steps and queries of measured rows again, in rounds over all rows"
     )
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
@@ -136,7 +139,8 @@ def main() -> None:
         known = json.loads(memory.read_text()) if memory.exists() else {}
         wanted = [name for name in args.rows if ROWS[name].recipe and (args.memory_only or name not in known)]
         known |= {name: step_megabytes(name) for name in wanted}
-        write_json(memory, {name: known[name] for name in ROWS if name in known})
+        if wanted:
+            write_json(memory, {name: known[name] for name in ROWS if name in known})
     if not (args.render_only or args.memory_only or args.times):
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
         folder = args.output_dir.resolve()
@@ -240,20 +244,23 @@ def measure(name: str, seed: int | None, folder: Path, queries: int) -> dict[str
 
 
 def timed_again(entries: list[dict[str, Any]], folder: Path, bf16: bool) -> list[dict[str, Any]]:
-    """Time a step and a query of each measured row, of its first run, beside the others': for an idle machine."""
+    """Time steps and queries of each measured row, of its first run: the least of rounds over all rows."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training
     queries = load_emoji_cir("test", TIERS[0]).queries
-    times: dict[str, dict[str, float]] = {}
-    for entry in entries:
-        name = entry["row"]
-        if entry["query_ms"] is not None and name not in times:
-            times[name] = {"query_ms": query_milliseconds(*load_row(name, entry["seed"], folder), queries)}
-            if ROWS[name].recipe:
-                times[name]["seconds_a_step"] = brief_training(name, TIMED_STEPS, bf16).seconds_a_step
-            print(f"{name}: {times[name]}", flush=True)
+    first = {entry["row"]: entry["seed"] for entry in reversed(entries) if entry["query_ms"] is not None}
+    times: dict[str, list[tuple[float, float | None]]] = {name: [] for name in reversed(first)}
+    for _, name in product(range(TIMED_ROUNDS), times):
+        query = query_milliseconds(*load_row(name, first[name], folder), queries)
+        step = brief_training(name, TIMED_STEPS, bf16).seconds_a_step if ROWS[name].recipe else None
+        times[name].append((query, step))
+        print(f"{name}: {query:.1f} ms a query", f"{step:.2f} s a step" if step else "", flush=True)
     torch.set_num_threads(threads)
-    return [entry | times.get(entry["row"], {}) for entry in entries]
+    costs = {
+        name: dict(zip(("query_ms", "seconds_a_step"), map(least, zip(*found, strict=True)), strict=True))
+        for name, found in times.items()
+    }
+    return [entry | costs.get(entry["row"], {}) for entry in entries]
 
 
 def compare_all(entries: list[dict[str, Any]], folder: Path) -> None:
