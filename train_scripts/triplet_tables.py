@@ -2,7 +2,7 @@
 
     python train_scripts/triplet_tables.py pairs                 # precision and recall on EmojiCIR's names: minutes
     python train_scripts/triplet_tables.py train --dry_run       # the runs, and what is missing
-    python train_scripts/triplet_tables.py train                 # all of them, one after another; resumes
+    python train_scripts/triplet_tables.py train --bf16          # all of them, one after another; resumes
     python train_scripts/triplet_tables.py tat                   # text-anchored tuning, before and after; resumes
     python train_scripts/triplet_tables.py speed                 # captions a second and memory of level 0
     python train_scripts/triplet_tables.py speed --near          # with pairs of near captions
@@ -62,8 +62,8 @@ RESULTS = CARD / "results.json"
 
 NUMBERS, SEEDS = (1000, 4000, 16000), (0, 1, 2)
 
-RECIPE = "train_scripts/configs/emoji.yaml"
-"""The recipe of every run; 500 steps of 64 triplets, whatever their number."""
+RECIPE, BATCH = "train_scripts/configs/emoji.yaml", 64
+"""The recipe of every run, and its batch: 500 steps of 64 triplets, whatever their number."""
 
 ARMS = {"hand-written": None, "level 0": False, "level 0 and 1": True}
 """Sources of triplets, and whether a dual encoder mines and verifies; None for EmojiCIR's own."""
@@ -217,11 +217,12 @@ def triplets_of(arm: str, number: int, work: Path) -> Dataset:
     return data.select(range(min(number, len(data))))
 
 
-def run(arm: str, number: int, seed: int, work: Path, steps: int) -> dict[str, Any]:
+def run(arm: str, number: int, seed: int, work: Path, steps: int, bf16: bool = False) -> dict[str, Any]:
     """Train on N triplets of an arm and test; return metrics by tier, the rows trained on, and seconds."""
     folder = work / f"{arm.replace(' ', '-').replace(',', '')}-{number}-{seed}"
     words = f"{ROOT / RECIPE} --output_dir={folder} --seed={seed} --max_steps={steps} {HARDER.get(arm, '')}"
-    words += f" --feature_cache={work / 'features'} --save_strategy=no --report_to=none"
+    words += f" --feature_cache={work / 'features'} --per_device_train_batch_size={BATCH} --bf16={bf16}"
+    words += " --save_strategy=no --report_to=none"
     model_args, _, args = parse_arguments(shlex.split(words))
     rows = triplets_of(arm, number, work)
     start = time.monotonic()
@@ -411,6 +412,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--numbers", nargs="+", type=int, default=NUMBERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--bf16", action="store_true", help="train: in bfloat16 autocast")
     parser.add_argument("--captions", type=int, default=200_000)
     parser.add_argument("--near", action="store_true", help="speed: pair near captions, too")
     parser.add_argument("--dry_run", action="store_true", help="list the runs")
@@ -436,7 +438,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
             if args.dry_run or key in done:
                 print(key, f"{done[key]['seconds']:.0f} s" if key in done else "to be run")
                 continue
-            keep(train={key: run(arm, number, seed, args.output_dir, args.steps)})
+            keep(train={key: run(arm, number, seed, args.output_dir, args.steps, args.bf16)})
 
 
 if __name__ == "__main__":
