@@ -48,9 +48,9 @@ ROWS_AT_ONCE = 4096
 READ_AHEAD = 1
 """Row groups read while another is compared (our choice); each takes memory."""
 
-GROUPS_AT_WORK = 20
-"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 7 for int8 and float16): three are
-alive, as pages, as being decoded and in use, and Arrow's allocator returns to the system late what was freed."""
+GROUPS_AT_WORK = {"float32": 20, "float16": 20, "int8": 30}
+"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 24 for int8, 7 beside float16):
+three are alive, as pages, as being decoded and in use, and Arrow's allocator returns late what was freed."""
 
 FOUND_BEFORE = 10_000
 """Ids whose rows are remembered (our choice), for refinements of what was found."""
@@ -377,10 +377,9 @@ class ShardedGallery(ImageSearch):
     def _needed(self) -> int:
         """Return the memory that the row groups at work take; raise a `ValueError` if the limit is below that."""
         width, rows = self.shards.width, max(block.rows for block in self.shards.blocks)
-        number = {"float32": 4, "float16": 2, "int8": 1}[self.shards.element]
-        if self.shards.vectors == "int8+float16":
-            number = 2
-        needed = GROUPS_AT_WORK * rows * width * number + 6 * 4 * ROWS_AT_ONCE * width + 2**25
+        element = "float16" if self.shards.vectors == "int8+float16" else self.shards.element
+        size = {"float32": 4, "float16": 2, "int8": 1}[element] * rows * width
+        needed = GROUPS_AT_WORK[element] * size + 6 * 4 * ROWS_AT_ONCE * width + 2**25
         if needed > self.memory:
             raise ValueError(
                 f"memory={self.memory:,}: the row groups of {self.shards.location} need {needed:,} bytes at work: "
