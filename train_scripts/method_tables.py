@@ -463,16 +463,18 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
         recalls = {name: [100 * e["metrics"]["plain"]["recall@10"] for e in shown[name]] for name in names}
         heights = {name: mean(values) for name, values in recalls.items()}
-        close = 0.05 * (max(heights.values()) - min(heights.values()))  # about the height of a name
+        spreads = {name: stdev(values) if len(values) > 1 else 0 for name, values in recalls.items()}
+        ends = [heights[name] + sign * spreads[name] for name in names for sign in (-1, 1)]
+        line = 0.035 * (max(ends) - min(ends))  # the height of a name
         labels: list[tuple[float, float]] = []
-        for name in sorted(names, key=lambda name: -heights[name]):  # names are pushed down, away from those above
+        for name in sorted(names, key=lambda name: -heights[name]):
             x, y = min(e["query_ms"] for e in shown[name]), heights[name]
             color = "#3182bd" if shown[name][0]["trained_weights"] else "#969696"
-            spread = stdev(recalls[name]) if len(recalls[name]) > 1 else 0
-            ax.errorbar(x, y, spread, fmt="o", color=color, elinewidth=1)
-            near = sum(abs(y - other) < 2 * close and 0.55 < x / at < 1.8 for at, other in labels)
+            ax.errorbar(x, y, spreads[name], fmt="o", color=color, elinewidth=1)
+            for at, above in labels:  # names are pushed down, away from those above
+                y = min(y, above - line) if 0.4 < x / at < 2.5 else y
             labels.append((x, y))
-            ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 3 - 8 * near), fontsize=7)
+            ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, -2), fontsize=7)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_minor_locator(NullLocator())
