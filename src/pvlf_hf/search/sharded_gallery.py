@@ -49,8 +49,9 @@ READ_AHEAD = 1
 """Row groups read while another is compared (our choice); each takes memory."""
 
 GROUPS_AT_WORK = {"float32": 20, "float16": 20, "int8": 30}
-"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 24 for int8, 7 beside float16):
-three are alive, as pages, as being decoded and in use, and Arrow's allocator returns late what was freed."""
+"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 24 to 32 for int8, 7 if float16
+is beside it): three are alive, as pages, as being decoded and in use, and Arrow's allocator returns late what was
+freed."""
 
 FOUND_BEFORE = 10_000
 """Ids whose rows are remembered (our choice), for refinements of what was found."""
