@@ -49,7 +49,7 @@ READ_AHEAD = 1
 """Row groups read while another is compared (our choice); each takes memory."""
 
 GROUPS_AT_WORK = {"float32": 20, "float16": 20, "int8": 30}
-"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 24 to 32 for int8, 7 if float16
+"""Memory of a search in sizes of a row group's vectors (measured: 17 for float32, 21 to 28 for int8, 7 if float16
 is beside it): three are alive, as pages, as being decoded and in use, and Arrow's allocator returns late what was
 freed."""
 
@@ -122,8 +122,8 @@ class ShardedGallery(ImageSearch):
             location: folder or fsspec URL of shards.
             model: embeds queries; any model on the image encoder that made the embeddings.
             processor: the model's processor.
-            memory: most memory that searches take beside the model, in bytes or as `"800MB"`; what the row groups at
-                work leave of it keeps vectors, so that the next search does not read them again.
+            memory: most memory that searches take beside the model and imported libraries, in bytes or as `"800MB"`;
+                what the row groups at work leave of it keeps vectors, so that the next search need not read them.
 
         Raises:
             ValueError: if the shards do not fit together ([`EmbeddingShards`]), another model made them, or the memory
