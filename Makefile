@@ -6,15 +6,18 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Without compiled modules, each process that the tests start compiles the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-core setup setup-dev lint format sbom
+.PHONY: demo test test-core suite setup setup-dev lint format sbom
 demo: setup  ## fine-tune on emoji, search an unseen artist's, write outputs/demo
 	$(BIN)/python train_scripts/demo.py $(DEMO_FLAGS)
 
-test: setup-dev lint  ## lint, type checks and the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: setup-dev  ## lint and type checks beside the whole test suite
+	@$(MAKE) --no-print-directory -j 2 lint suite
 
-test-core: setup-dev lint  ## the same without the tests marked slow: about a third of the time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+test-core: setup-dev  ## the same without the tests marked slow: about a third of the time
+	@$(MAKE) --no-print-directory -j 2 lint suite PYTEST_FLAGS='-m "not slow"'
+
+suite: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 setup: .venv/installed
 setup-dev: .venv/installed-dev

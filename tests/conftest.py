@@ -21,8 +21,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts processes, a server or a browser, or takes over 3 s (CPU) alone")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Return the number of processes: one more than cores, because tests wait for programs that they start."""
+    return 1 + min(os.cpu_count() or 1, 8)
+
+
 def pytest_collection_modifyitems(items):
-    """Order files by length, longest first, so that both processes end together.
+    """Order files by length, longest first, so that all processes end together.
 
     A slow test counts as a hundred others, a notebook as a thousand.
     """

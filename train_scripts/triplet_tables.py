@@ -51,7 +51,7 @@ from pvlf_hf.data.making.pairs import CaptionIndex, Pair, find_pairs, index_capt
 from pvlf_hf.data.making.pipeline import read_jsonl
 from pvlf_hf.data.making.screening import Limits
 from pvlf_hf.digests import id_number
-from pvlf_hf.evaluation.scoring import evaluate
+from pvlf_hf.evaluation.scoring import evaluate_all
 from pvlf_hf.evaluation.significance import seed_interval
 from pvlf_hf.training.trainer import PVLFTrainer
 
@@ -231,9 +231,16 @@ def run(arm: str, number: int, seed: int, work: Path, steps: int, bf16: bool = F
     trainer.train()
     seconds = time.monotonic() - start
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    tiers = {tier: evaluate(trained, processor, load_emoji_cir("test", tier), progress=False) for tier in TIERS}
-    metrics = {tier: {k: one.metrics[k] for k in ("recall@1", "recall@10")} for tier, one in tiers.items()}
-    return {"rows": len(rows), "seconds": round(seconds, 1), "steps": steps, **metrics}
+    return {"rows": len(rows), "seconds": round(seconds, 1), "steps": steps, **recalls(trained, processor)}
+
+
+def recalls(*model: Any) -> dict[str, dict[str, float]]:
+    """Return R@1 and R@10 of a model and its processor on each of EmojiCIR's tiers."""
+    evaluations = evaluate_all(*model, [load_emoji_cir("test", tier) for tier in TIERS])
+    return {
+        tier: {k: one.metrics[k] for k in ("recall@1", "recall@10")}
+        for tier, one in zip(TIERS, evaluations, strict=True)
+    }
 
 
 def run_tat(seed: int, work: Path) -> dict[str, Any]:
@@ -246,11 +253,7 @@ def run_tat(seed: int, work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": round(time.monotonic() - start, 1)}
     for composition in ("slerp", "sum"):
         for when, name in (("before", BACKBONE), ("after", folder)):
-            model = load_model(str(name), composition)
-            tiers = {tier: evaluate(*model, load_emoji_cir("test", tier), progress=False).metrics for tier in TIERS}
-            found[f"{composition}, {when}"] = {
-                tier: {k: metrics[k] for k in ("recall@1", "recall@10")} for tier, metrics in tiers.items()
-            }
+            found[f"{composition}, {when}"] = recalls(*load_model(str(name), composition))
     return found
 
 
