@@ -77,6 +77,38 @@ def test_every_measured_configuration_has_three_seeds():
     assert all(len(s) >= 3 for s in seeds.values()), seeds
 
 
+def test_tables_measure_only_what_their_results_lack(tmp_path, monkeypatch):
+    import emoji_tables
+
+    results = json.loads((CARDS / "emoji-cir" / "results.json").read_text())
+    monkeypatch.setattr(emoji_tables, "RESULTS", tmp_path / "results.json")
+
+    def measure(flags, **changed):
+        emoji_tables.RESULTS.write_text(json.dumps(results | changed))
+        emoji_tables.measure(["methods"], [0, 1, 2], tmp_path / "runs", 1, flags)
+
+    measure(["--bf16=true"])
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(ValueError, match="another recipe"):
+        measure([])
+    with pytest.raises(ValueError, match="another backbone"):
+        measure(["--bf16=true"], backbone="other")
+    *others, lacking = results["runs"]
+    name, seed = lacking["configuration"], lacking["seed"]
+    folder = tmp_path / "runs" / f"{name}-seed{seed}"
+    folder.mkdir(parents=True)
+    tiers = [
+        {"benchmark": f"emoji-cir/test/{tier}", "metrics": metrics, "counts": lacking["counts"]}
+        for tier, metrics in lacking["metrics"].items()
+    ]
+    (folder / "results.json").write_text(json.dumps({**lacking, "evaluations": tiers}))
+    measure(["--bf16=true"], runs=others)
+    assert json.loads(emoji_tables.RESULTS.read_text())["runs"] == [*others, lacking]
+    (folder / "results.json").write_text(json.dumps({**lacking, "evaluations": tiers, "training": {}}))
+    with pytest.raises(ValueError, match=f"{name}-seed{seed} holds a run of another recipe"):
+        measure(["--bf16=true"], runs=others)
+
+
 def test_backbone_card_states_its_results():
     metrics = json.loads((CARDS / "blip-emoji-tiny" / "results.json").read_text())["metrics"]
     card = (CARDS / "blip-emoji-tiny" / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@
 Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. All numbers are
 written to `model_cards/emoji-cir/results.json` and rendered as tables and a plot into that card, and as a summary into
 README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
-After an interruption the same command does the runs that are missing; runs of another recipe raise an error.
+After an interruption the same command does the runs that `results.json` lacks. A run of another recipe, or on another
+backbone, raises an error.
 `--render_only` renders the committed numbers, with what the Hub indexes (`shipped_cards.py`), and updates the
 checkpoint's copy of the code.
 """
@@ -19,7 +20,8 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from hashlib import sha256
 from itertools import combinations, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,9 +29,11 @@ from typing import Any
 
 from demo import draw_sheet
 from shipped_cards import write_shipped_cards
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from pvlf_hf import CIRBenchmark, Evaluation, load_emoji_cir, load_emoji_cir_train, write_golden
+from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
@@ -40,6 +44,8 @@ from pvlf_hf.evaluation.significance import seed_interval
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
 CARD = ROOT / "model_cards" / "emoji-cir"
+RESULTS = CARD / "results.json"
+BACKBONE = ROOT / "model_cards" / "blip-emoji-tiny"
 CHECKPOINT = ROOT / "model_cards" / "pvlf-emoji-tiny"
 BASELINES = {"Image-only": "image", "Text-only": "text", "Image+Text (sum)": "image+text"}
 BOTH = ["--finetuning=both", "--feature_cache="]  # features of an encoder that trains cannot be cached
@@ -106,22 +112,14 @@ def main() -> None:
     )
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
-    folder = args.output_dir.resolve()
     if not args.render_only:
         flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
-        wanted = {name for table in args.tables for name in TABLES[table][1].values()}
-        pairs = product(args.seeds, (name for name in CONFIGURATIONS if name in wanted))
-        in_order = sorted(pairs, key=lambda pair: "both" in pair[1])  # the slow ones last
-        runs = [(name, seed, folder / f"{name}-seed{seed}".replace(" ", "")) for seed, name in in_order]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda run: train_one(*run, args.jobs, flags), runs))
-        results = {"runs": [collect(*run) for run in runs], "baselines": baseline_entries()}
-        (CARD / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        measure(args.tables, args.seeds, args.output_dir.resolve(), args.jobs, flags)
     if args.publish:
-        publish(folder / f"PVLF-Deep-seed{args.seeds[0]}")
+        publish(args.output_dir.resolve() / f"PVLF-Deep-seed{args.seeds[0]}")
     for source in sorted((ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")):
         shutil.copyfile(source, CHECKPOINT / source.name)  # the code that is saved with the checkpoint
-    results = json.loads((CARD / "results.json").read_text())
+    results = json.loads(RESULTS.read_text())
     plot(results, CARD / "tables.png")
     for file, text in renderings(results).items():
         file.write_text(filled(file.read_text(encoding="utf-8"), text), encoding="utf-8")
@@ -129,25 +127,63 @@ def main() -> None:
     write_shipped_cards()
 
 
-def train_one(name: str, seed: int, folder: Path, jobs: int, flags: list[str]) -> None:
-    """Run train_pvlf.py in its own process, unless the folder holds its results."""
-    arguments = [str(RECIPE), f"--output_dir={folder}", f"--seed={seed}", *CONFIGURATIONS[name], *flags]
-    if (folder / "results.json").exists():
-        model_args, _, training_args = parse_arguments(arguments)
-        wanted = {"model": vars(model_args), "training": training_args.settings()}
-        recorded = json.loads((folder / "results.json").read_text())
-        if {name: recorded[name] for name in wanted} != json.loads(json.dumps(wanted)):
-            raise ValueError(f"{folder} holds a run of another recipe; delete it or choose another --output_dir")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"training {name}, seed {seed}; progress in {folder / 'log.txt'}", flush=True)
-    command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), *arguments]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with (folder / "log.txt").open("w") as log:
-        done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed} failed; the reason is at the end of {folder / 'log.txt'}")
+def measure(tables: list[str], seeds: list[int], folder: Path, jobs: int, flags: list[str]) -> None:
+    """Train the runs of some tables that the results lack, configuration by configuration; add each as it ends."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
+    backbone = sha256((BACKBONE / "model.safetensors").read_bytes()).hexdigest()
+    if results.setdefault("backbone", backbone) != backbone:
+        raise ValueError(f"{RESULTS} holds runs on another backbone; delete it to measure all of them again")
+    if "baselines" not in results:
+        results["baselines"] = baseline_entries()
+    wanted = {name for table in tables for name in TABLES[table][1].values()}
+    names = sorted((name for name in CONFIGURATIONS if name in wanted), key=lambda name: "both" in name)  # slow last
+    runs = {(name, seed): arguments_of(name, seed, folder, flags) for name, seed in product(names, seeds)}
+    for run in results["runs"]:
+        arguments = runs.pop((run["configuration"], run["seed"]), None)
+        if arguments is not None and not is_run_of(run, arguments):
+            where = f"{run['configuration']}, seed {run['seed']}"
+            raise ValueError(f"{RESULTS} holds a run of another recipe ({where}); delete it there to measure it again")
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        done = [pool.submit(train_one, *key, arguments, jobs) for key, arguments in runs.items()]
+        for future in tqdm(as_completed(done), "runs", len(done)):
+            results["runs"].append(future.result())
+            with whole(RESULTS) as partial:
+                partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def arguments_of(name: str, seed: int, folder: Path, flags: list[str]) -> list[str]:
+    """Return the arguments of `train_pvlf.py` for a run; the second is its folder."""
+    output = folder / f"{name}-seed{seed}".replace(" ", "")
+    return [str(RECIPE), f"--output_dir={output}", f"--seed={seed}", *CONFIGURATIONS[name], *flags]
+
+
+def is_run_of(run: dict[str, Any], arguments: list[str]) -> bool:
+    """Return whether a recorded run has the settings of these arguments; one that it does not name has its default."""
+    model_args, _, training_args = parse_arguments(arguments)
+    wanted = json.loads(json.dumps({"model": vars(model_args), "training": training_args.settings()}))
+    return all(run[part].get(name) == value for part in wanted for name, value in wanted[part].items())
+
+
+def train_one(name: str, seed: int, arguments: list[str], jobs: int) -> dict[str, Any]:
+    """Run train_pvlf.py in its own process, unless the folder holds its results; return these."""
+    folder = Path(arguments[1].removeprefix("--output_dir="))
+    if not (folder / "results.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        tqdm.write(f"training {name}, seed {seed}; progress in {folder / 'log.txt'}")
+        command = [sys.executable, str(ROOT / "train_scripts" / "train_pvlf.py"), *arguments]
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with (folder / "log.txt").open("w") as log:
+            done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}, seed {seed} failed; the reason is at the end of {folder / 'log.txt'}")
+    run = collect(name, seed, folder)
+    if not is_run_of(run, arguments):
+        raise ValueError(f"{folder} holds a run of another recipe; delete it or choose another --output_dir")
+    return run
 
 
 def collect(name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -166,7 +202,7 @@ def collect(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def baseline_entries() -> list[dict[str, Any]]:
     """Evaluate the untrained baselines, which use the dual encoder alone and have no seed."""
-    evaluations = baselines(str(ROOT / "model_cards" / "blip-emoji-tiny"), [load_emoji_cir("test", t) for t in TIERS])
+    evaluations = baselines(str(BACKBONE), [load_emoji_cir("test", t) for t in TIERS])
     return [
         {"method": name, "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations if e.method == method}}
         for name, method in BASELINES.items()
