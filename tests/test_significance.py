@@ -8,7 +8,7 @@ import torch
 from error_bounds import MEAN_ERROR, dot_error
 
 from pvlf_hf.evaluation import significance
-from pvlf_hf.evaluation.significance import bootstrap_interval, paired_test, seed_interval
+from pvlf_hf.evaluation.significance import bootstrap_interval, crossed_interval, paired_test, seed_interval
 
 GENERATOR = np.random.default_rng(7)
 HITS = GENERATOR.random(40) < 0.3
@@ -132,6 +132,46 @@ def test_intervals_equal_scipy(values, confidence):
         assert seed_interval(runs, confidence) == pytest.approx(theirs, rel=0, abs=error)
 
 
+def crossed_by_loops(values, stats):
+    """Compute the 95 % interval from the table of an analysis of variance, one cell at a time."""
+    seeds, queries = len(values), len(values[0])
+    mean = sum(map(sum, values)) / (seeds * queries)
+    of_seeds = [sum(row) / queries for row in values]
+    of_queries = [sum(row[q] for row in values) / seeds for q in range(queries)]
+    degrees = seeds - 1, queries - 1, (seeds - 1) * (queries - 1)
+    by_seed = queries * sum((m - mean) ** 2 for m in of_seeds) / degrees[0]
+    by_query = seeds * sum((m - mean) ** 2 for m in of_queries) / degrees[1]
+    cells = product(range(seeds), range(queries))
+    rest = sum((values[s][q] - of_seeds[s] - of_queries[q] + mean) ** 2 for s, q in cells) / degrees[2]
+    total = max(by_seed + by_query - rest, by_seed, by_query)
+    effective = total**2 / sum(square**2 / d for square, d in zip((by_seed, by_query, rest), degrees, strict=True))
+    half = stats.t.ppf(0.975, int(effective)) * (total / seeds / queries) ** 0.5
+    return mean - half, mean + half
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crossed_interval_equals_plain_loops(seed):
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(seed).normal(size=(3 + seed, 30))
+    # Sums of a hundred squares in float64 differ by 1e-14 of their size, the ends by no more than a thousandfold.
+    assert crossed_interval(values) == pytest.approx(crossed_by_loops(values.tolist(), stats), rel=1e-9)
+    alike = np.tile(values[:1], (4, 1))  # seeds change nothing: the interval over queries
+    theirs = stats.t.interval(0.95, 29, alike[0].mean(), stats.sem(alike[0]))
+    assert crossed_interval(alike) == pytest.approx(theirs, rel=1e-9)
+    assert crossed_interval(np.ones((2, 3))) == (1, 1)
+
+
+def test_crossed_intervals_cover_the_true_mean():
+    """Hits of five seeds on 300 queries, which differ in seed, in query and by chance."""
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(1000):
+        values = 5 + generator.normal(0, 0.1, (5, 1)) + generator.normal(0, 1, 300) + generator.normal(0, 1, (5, 300))
+        low, high = crossed_interval(values, 0.8)
+        covered.append(low <= 5 <= high)
+    assert np.mean(covered) == pytest.approx(0.8, abs=0.04)  # 3 standard errors of 1,000 trials
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_paired_test_equals_scipy(seed):
     stats = pytest.importorskip("scipy.stats")
@@ -160,6 +200,9 @@ def test_paired_test_equals_scipy(seed):
         (lambda: seed_interval([1.0, 2.0], confidence=1.0), "confidence must lie between 0 and 1"),
         (lambda: paired_test([1.0], [0.0], resamples=0), "resamples must be at least 1"),
         (lambda: seed_interval([1.0]), "one run shows no variation"),
+        (lambda: crossed_interval([[1.0, 0.0]]), r"at least two of each; got shape \(1, 2\)"),
+        (lambda: crossed_interval([[1.0, 0.0], [1.0, np.nan]]), "values must be finite"),
+        (lambda: crossed_interval(np.eye(2), confidence=95), "confidence must lie between 0 and 1"),
     ],
 )
 def test_invalid_inputs_raise(call, message):

@@ -34,7 +34,7 @@ _NAMES_OF = {
         EmbeddingStore encode_by_openvino
     """,
     "evaluation": """
-        Evaluation bootstrap_interval evaluate lint_submission paired_test retrieval_sheet
+        Evaluation bootstrap_interval crossed_interval evaluate lint_submission paired_test retrieval_sheet
         seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
     """,
     "checkpoints": """

@@ -2,7 +2,7 @@
 
 Two sources of chance are measured separately: other *queries* would give another mean (`bootstrap_interval`,
 `paired_test`), and so would another *seed* of training (`seed_interval`). An interval over queries says nothing about
-seeds. `Evaluation.values` returns the per-query values of a metric.
+seeds; `crossed_interval` is one over both. `Evaluation.values` returns the per-query values of a metric.
 
 Each function computes what the call of `scipy.stats` in its docstring computes, and the tests compare the two; scipy
 itself is not a dependency.
@@ -140,6 +140,44 @@ def seed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, f
     return float(mean - half), float(mean + half)
 
 
+def crossed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a mean over seeds and queries, both of which could have been others.
+
+    The variance of the mean adds what seeds contribute to what queries contribute, less what their combination
+    contributes to both (Clark, 1973: quasi-F of an analysis of variance with two crossed random factors). It is taken
+    to be at least that of either alone. Student's quantile has Satterthwaite's degrees of freedom, rounded down.
+
+    Args:
+        values: (S, Q) one number per seed and query, at least two of each, such as the differences between the hits
+            of two methods that were trained with the same S seeds and tested on the same Q queries.
+        confidence: probability that the interval covers the true mean, about.
+
+    Returns:
+        Lower and upper end, in the unit of `values`.
+
+    Raises:
+        ValueError: if values are not a matrix of finite numbers with two rows and columns or more, or the confidence
+            is out of range.
+    """
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or min(matrix.shape) < 2 or not np.isfinite(matrix).all():
+        raise ValueError(f"values must be finite, (seeds, queries), at least two of each; got shape {matrix.shape}")
+    _check(confidence)
+    seeds, queries = matrix.shape
+    of_seeds, of_queries, mean = matrix.mean(axis=1), matrix.mean(axis=0), matrix.mean()
+    rest = matrix - of_seeds[:, None] - of_queries + mean
+    degrees = np.array([seeds - 1, queries - 1, (seeds - 1) * (queries - 1)])
+    # Mean squares, in units of the variance of the mean
+    squares = np.array([((of_seeds - mean) ** 2).sum() / seeds, ((of_queries - mean) ** 2).sum() / queries, 0.0])
+    squares[2] = (rest**2).sum() / matrix.size
+    squares /= degrees
+    variance = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    if variance == 0:
+        return float(mean), float(mean)
+    half = _student_quantile(confidence, max(1, int(variance**2 / (squares**2 / degrees).sum()))) * math.sqrt(variance)
+    return float(mean - half), float(mean + half)
+
+
 def holm(p_values: ArrayLike) -> list[float]:
     """Adjust the p-values of several tests, so that each can be compared with the level of all (Holm, 1979).
 
@@ -208,4 +246,4 @@ def _check(confidence: float, resamples: int = 1) -> None:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
 
 
-__all__ = ["PairedTest", "bootstrap_interval", "holm", "paired_test", "seed_interval"]
+__all__ = ["PairedTest", "bootstrap_interval", "crossed_interval", "holm", "paired_test", "seed_interval"]
