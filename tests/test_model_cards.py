@@ -88,7 +88,7 @@ def test_tables_measure_only_what_their_results_lack(tmp_path, monkeypatch):
         emoji_tables.measure(["methods"], [0, 1, 2], tmp_path / "runs", 1, flags)
 
     measure(["--bf16=true"])
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and json.loads(emoji_tables.RESULTS.read_text()) == results
     with pytest.raises(ValueError, match="another recipe"):
         measure([])
     with pytest.raises(ValueError, match="another backbone"):
