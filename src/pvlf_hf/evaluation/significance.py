@@ -4,8 +4,8 @@ Two sources of chance are measured separately: other *queries* would give anothe
 `paired_test`), and so would another *seed* of training (`seed_interval`). An interval over queries says nothing about
 seeds; `crossed_interval` is one over both. `Evaluation.values` returns the per-query values of a metric.
 
-A function whose docstring names a call of `scipy.stats` computes the same, and the tests compare the two; scipy itself is
-not a dependency.
+A function whose docstring names a call of `scipy.stats` computes the same, and the tests compare the two; scipy itself
+is not a dependency.
 
 Example:
     >>> hits = [True] * 60 + [False] * 40  # of 100 queries, such as evaluate(...).values("recall@10")
