@@ -4,6 +4,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from error_bounds import MEAN_ERROR
@@ -101,3 +102,28 @@ def test_triplets_for_training_hold_no_pair_of_the_test(tmp_path, monkeypatch):
     assert not {frozenset(pair) for pair in zip(rows["reference_id"], rows["target_id"], strict=True)} & held_out
     smaller = triplet_tables.triplets_of("level 0", 100, tmp_path)
     assert smaller["caption"][:] == rows["caption"][:100]
+
+
+def test_the_card_says_what_its_results_say(tmp_path, monkeypatch):
+    card = (triplet_tables.CARD / "README.md").read_text()
+    results = triplet_tables.read_results()
+    monkeypatch.setattr(triplet_tables, "CARD", tmp_path)
+    (tmp_path / "README.md").write_text(card)
+    triplet_tables.render(results)
+    assert (tmp_path / "README.md").read_text() == card, "run triplet_tables.py train --render_only"
+
+    def recall(arm, number):
+        return mean(100 * results["train"][f"{arm}/{number}/{seed}"]["plain"]["recall@10"] for seed in range(3))
+
+    words = " ".join(card.split())
+    assert f"16,000 triplets of level 0 reach {recall('level 0', 16000):.1f}, 1,000 of EmojiCIR's" in words
+    assert f"own {recall('hand-written', 1000):.1f}." in words
+    for arm, start in (("level 0 and 1", "change R@10 by"), ("level 0, hard negatives", "**Hard negatives help**:")):
+        gains = [f"{recall(arm, n) - recall('level 0', n):+.1f}" for n in triplet_tables.NUMBERS]
+        assert "{} {}, {} and {}".format(start, *gains) in words
+    tuned = results["tat"]["0"]
+    gains = {
+        name: 100 * (tuned[f"{name}, after"]["plain"]["recall@10"] - tuned[f"{name}, before"]["plain"]["recall@10"])
+        for name in ("slerp", "sum")
+    }
+    assert f"adds {gains['slerp']:.1f} points to Slerp and {gains['sum']:.1f} to the sum" in words
