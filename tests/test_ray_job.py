@@ -371,7 +371,7 @@ def index(photos, tiny_checkpoint):
 
 
 def workers_here():
-    """Return the processes of Ray's workers below this one: actors that encode, and those that decode or may."""
+    """Return the processes of Ray's workers below this one, with their names: those that encode, and that decode."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -382,7 +382,8 @@ def workers_here():
     below = {os.getpid()}
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more
-    return [one for one in below if "EncoderActor" in names.get(one, "") or "decode_cells" in names.get(one, "")]
+    wanted = ("EncoderActor", "decode_cells")
+    return [(one, names[one]) for one in below if any(name in names.get(one, "") for name in wanted)]
 
 
 def parts_at(location):
@@ -431,8 +432,8 @@ def test_the_command_prints_its_outcome_alone(cluster, photos, tiny_checkpoint, 
 @pytest.mark.slow
 @pytest.mark.reliability(
     2,
-    "A killed worker of a Ray job, one that encodes or one that decodes, costs its part only: no other is written"
-    " again, and the shards equal the gallery of one process, bit for bit",
+    "A killed worker of a Ray job, one that encodes or one that decodes, costs at most its own part: no other is"
+    " written again, and the shards equal the gallery of one process, bit for bit",
     broken=("src/pvlf_hf/search/ray_job.py", "max_restarts=-1", "max_restarts=0"),
 )
 def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, tiny_model, tiny_processor, figure):
@@ -449,9 +450,10 @@ def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, 
                 time.sleep(moments.uniform(0, 0.1))
                 kept = parts_at(location)
                 if running.is_set() and (found := workers_here()):
+                    process, name = moments.choice(found)
                     with suppress(ProcessLookupError):  # it has ended
-                        os.kill(moments.choice(found), signal.SIGKILL)
-                        kills.append(kept)
+                        os.kill(process, signal.SIGKILL)
+                        kills.append((kept, "EncoderActor" in name))
 
         running.set()
         killer = Thread(target=kill)
@@ -463,8 +465,10 @@ def test_killed_workers_cost_their_parts_only(cluster, index, photos, tmp_path, 
         assert report[1:] == (12, 0, 0, 0, {})
         assert_same(report.shards, gallery)
         assert len([*location.iterdir()]) == 12
-        for kept in kills[before:]:
-            assert_kept(kept, location)
+        now = parts_at(location)
+        again = {name for kept, _ in kills[before:] for name, written in kept.items() if now[name] != written}
+        # An actor may have been killed between writing its part and reporting it: that one part is written again.
+        assert len(again) <= sum(encodes for _, encodes in kills[before:])
     figure(f"kills: {len(kills)}")
 
 
