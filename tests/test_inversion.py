@@ -283,18 +283,17 @@ def test_image_and_text_embeddings_equal_those_of_clip(tmp_path):
         assert len(model.image_side) == 2 and gallery
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", [*METHODS])
-def test_inversion_on_blip_reads_its_reference_and_its_index(method):
+def test_inversion_on_blip_reads_its_reference_and_its_index(method, blip_checkpoint):
     """Nobody published these methods on BLIP, so that the definition is ours: CLIP's, with BLIP's own text call."""
-    own = {"placeholder": "*", "unpublished_backbone": True}
-    processor = InversionProcessor.from_vl_pretrained(BLIP, method, **own)
-    assert processor.template == METHODS[method].template.replace(METHODS[method].placeholder, "*")
+    own = {"placeholder": "z", "unpublished_backbone": True}
+    processor = InversionProcessor.from_vl_pretrained(blip_checkpoint, method, **own)
+    assert processor.template == METHODS[method].template.replace(METHODS[method].placeholder, "z")
     settings = {"placeholder_id": processor.placeholder_id, "inversion_steps": 2 * bool(METHODS[method].steps)}
     sizes = {"mapping_width": 64, "extractor_layers": 1, "unpublished_backbone": True}
-    model = InversionModel.from_vl_pretrained(BLIP, method, **settings, **sizes)
-    images, captions = [IMAGE, IMAGE.rotate(90)], ["is red", "is much larger and blue"]
+    model = InversionModel.from_vl_pretrained(blip_checkpoint, method, **settings, **sizes)
+    images, captions = [IMAGE, IMAGE.rotate(90)], ["is red", "is more dark and blue"]
     inputs = dict(processor.process_queries(images, captions))
     both = model.get_query_features(**inputs).pooler_output
     assert not torch.allclose(both[0], both[1])
@@ -312,7 +311,7 @@ def test_inversion_on_blip_reads_its_reference_and_its_index(method):
     long = dict(processor.process_queries(images[:1], [" ".join(["is red and blue"] * 20)]))
     assert long["input_ids"].shape[1] == processor.max_text_length  # cut, as other models on BLIP do
     assert (long["input_ids"] == processor.placeholder_id).sum() == 1 and long["input_ids"][0, -1] == 3
-    index = TrainingFreeModel.from_vl_pretrained(BLIP)
+    index = TrainingFreeModel.from_vl_pretrained(blip_checkpoint)
     pixels = processor.process_targets(images)["pixel_values"]
     assert torch.equal(model.get_image_features(pixels).pooler_output, index.get_image_features(pixels).pooler_output)
 

@@ -41,6 +41,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 from pvlf_hf import PVLFConfig, PVLFImageProcessor, PVLFModel, PVLFProcessor, encode_by_openvino
 from pvlf_hf.embeddings import encoding
 from pvlf_hf.embeddings.encoding import prefetch_map
+from pvlf_hf.embeddings.int8_encoder import calibrate
 from pvlf_hf.embeddings.similarity import top_k
 from pvlf_hf.evaluation.ranking import subset_ranks, target_ranks
 from pvlf_hf.models.image_processing_pvlf import open_rgb
@@ -121,6 +122,13 @@ def model_alternatives(size: str) -> dict[str, PVLFModel]:
     return alternatives
 
 
+def quantised(model: PVLFModel, pixels: int) -> Callable[[Tensor], Tensor]:
+    """Return the image encoder in int8, calibrated on ten random images."""
+    images = list(torch.randn(17, 1, 3, pixels, pixels))
+    made = calibrate(model, "", images[:10], images[10:], lambda image: image, progress=False)
+    return torch.inference_mode()(made.encoder_of(model))
+
+
 def make_jpeg(width: int, height: int) -> bytes:
     """Make a JPEG of smooth noise, with about as many bytes as a photograph of that size."""
     noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
@@ -152,15 +160,14 @@ def encoding_speed(options: Options) -> list[Table]:
     pixels = next(iter(models.values())).config.vl_config.vision_config.image_size
     images = torch.randn(batch, 3, pixels, pixels)
     embed = torch.inference_mode()(lambda model: model(target_pixel_values=images).target_embeds)
-    found = {name: embed(model) for name, model in models.items()}
+    calls = {name: partial(embed, model) for name, model in models.items()}
+    dtypes = {name: model.dtype for name, model in models.items()}
+    if options.size != "tiny" and find_spec("openvino") and find_spec("nncf"):
+        calls["int8, OpenVINO"] = partial(quantised(models["float32"], pixels), images)
+        dtypes["int8, OpenVINO"] = BF16  # its share is one of the rate of bfloat16
+    found = {name: call() for name, call in calls.items()}
     work = image_operations(models["float32"]) * batch
-    paces = paced(
-        {name: partial(embed, model) for name, model in models.items()},
-        {name: model.dtype for name, model in models.items()},
-        dict.fromkeys(models, work),
-        options.size,
-        options.rounds,
-    )
+    paces = paced(calls, dtypes, dict.fromkeys(calls, work), options.size, options.rounds)
     first, timings = next(iter(found.values())), {name: pace.timing for name, pace in paces.items()}
     columns = {
         "images a second": [f"{batch / timing.median:.2f}" for timing in timings.values()],

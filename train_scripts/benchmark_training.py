@@ -11,7 +11,7 @@ tables.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -193,8 +193,9 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int, keep: bool) -> Ta
         work = {name: operations(model, batch()) for name, (batch, _) in ways.items()}
         with kept_memory(keep):
             paces = paced(calls, {name: dtype_of(way) for name, (_, way) in ways.items()}, work, size, rounds)
+        peaks = [peak(size, finetuning, batch(), way, keep, steps=3) for batch, way in ways.values()]
     title = f"finetuning={finetuning}, batch 8" + ", memory kept" * keep
-    return Table(title, timings_of(paces), floors(paces))
+    return Table(title, timings_of(paces), floors(paces) | memory(peaks))
 
 
 def is_native(way: Way) -> bool:
@@ -224,7 +225,8 @@ def both(size: str, rounds: int) -> list[Table]:
     """Measure ways to train both encoders."""
     ways = {name: way for name, way in BOTH.items() if is_native(way)}
     paces = timed_steps(size, {name: (4, way) for name, way in ways.items()}, rounds)
-    columns = floors(paces) | memory([peak(size, 4, way) for way in ways.values()])
+    batch = make_batch(make_model(size, "both"), 4)
+    columns = floors(paces) | memory([peak(size, "both", batch, way) for way in ways.values()])
     return [Table("finetuning=both, batch 4", timings_of(paces), columns)]
 
 
@@ -244,7 +246,8 @@ def large_batch(size: str, rounds: int) -> list[Table]:
         }
         paces = timed_steps(model_size, ways, rounds)
         each = by_the_triplet(timings_of(paces), [rows for rows, _ in ways.values()])
-        peaks = memory([peak(model_size, *way) for way in ways.values()])
+        model = make_model(model_size, "both")
+        peaks = memory([peak(model_size, "both", make_batch(model, rows), way) for rows, way in ways.values()])
         tables.append(Table(f"{model_size}, finetuning=both: seconds a triplet", each, peaks))
 
     queries, chunks = 8192 if size == "base" else 1024, {"whole": None, "in chunks of 256": 256}
@@ -279,15 +282,22 @@ def loss(queries: int, chunk_size: int | None) -> None:
     focal_info_nce(*embeds, chunk_size=chunk_size).backward()
 
 
-def peak(size: str, batch: int, way: Way) -> int:
-    """Return the peak memory, in bytes, of a new process that trains both encoders for a step."""
-    return peak_memory(f"{IMPORT}benchmark_training.one_step({size!r}, {batch}, benchmark_training.{way!r})")
+def peak(size: str, finetuning: str, batch: Mapping[str, Any], way: Way, keep: bool = False, steps: int = 1) -> int:
+    """Return the peak memory, in bytes, of a new process that does steps on a batch, with kept memory or without."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(dict(batch), file.name)
+        arguments = f"{size!r}, {finetuning!r}, {file.name!r}, benchmark_training.{way!r}, {keep}, {steps}"
+        return peak_memory(f"{IMPORT}benchmark_training.do_steps({arguments})")
 
 
-def one_step(size: str, batch: int, way: Way) -> None:
-    """Do the step that [`peak`] measures."""
-    model = make_model(size, "both")
-    step(model, make_optimizer(model), make_batch(model, batch), way)
+def do_steps(size: str, finetuning: str, batch: str, way: Way, keep: bool, steps: int) -> None:
+    """Do the steps that [`peak`] measures, on a batch in a file."""
+    model = make_model(size, finetuning)
+    accept_cached_features(model)
+    optimizer, rows = make_optimizer(model), torch.load(batch)
+    with kept_memory(keep):
+        for _ in range(steps):
+            step(model, optimizer, rows, way)
 
 
 PARTS: dict[str, Callable[[str, int], list[Table]]] = {"cache": cache, "both": both, "large_batch": large_batch}
