@@ -36,11 +36,12 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 class ForkedKernel(LocalProvisioner):
-    """A kernel in a fork of the process that has imported PyTorch."""
+    """A kernel in a fork of the process that has imported Hugging Face's libraries."""
 
     async def launch_kernel(self, cmd, **kwargs):
         command = cmd[cmd.index("-m") :]
-        self.process = Forked(command, [os.devnull, os.devnull], env=kwargs["env"], cwd=kwargs["cwd"])
+        files, where = [os.devnull, os.devnull], {"env": kwargs["env"], "cwd": kwargs["cwd"]}
+        self.process = Forked(command, files, **where, libraries=True)
         self.pid = self.process.pid
         return self.connection_info
 
