@@ -139,11 +139,11 @@ def _server_with_libraries(threads, variables):
         server = _server(threads)
         server.stdin.write(json.dumps({"pipes": pipes, "env": env}).encode() + b"\n")
         server.stdout.readline()  # its process, which ends when the pipes are closed
-        return SimpleNamespace(stdin=open(pipes[0], "wb", 0), stdout=open(pipes[1], "rb", 0))  # noqa: SIM115
+        return SimpleNamespace(stdin=Path(pipes[0]).open("wb", 0), stdout=Path(pipes[1]).open("rb", 0))
 
 
 def _serve(modules, hidden):
-    """Import modules, fork for each job, print the process and how it ended; return the job in the one that does it."""
+    """Import modules, fork for each job, print the process and how it ended; return the job in the process for it."""
     for name in modules:
         __import__(name)
     ours = [name for name in sys.modules if name.partition(".")[0] in hidden]

@@ -427,12 +427,12 @@ def test_quoted_rows_have_recipe_data_and_protocols(name, tmp_path):
 
 @pytest.fixture
 def forked_trainings(monkeypatch):
-    """Run the programs that `reproduce.py` starts in forks of the process that has imported PyTorch."""
+    """Run the programs that `reproduce.py` starts in forks of a process that has imported their libraries."""
 
     def run(command, *, stdout, stderr, check):
         python, *rest = command
         assert python == sys.executable and stderr == subprocess.STDOUT and not check
-        return SimpleNamespace(returncode=Forked(rest, [stdout.name] * 2).wait())
+        return SimpleNamespace(returncode=Forked(rest, [stdout.name] * 2, libraries=True).wait())
 
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
@@ -530,7 +530,7 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, tmp_path_fac
 def kill_when(flags, happened, errors):
     """Start the command, kill its process group once `happened()` returns a true value, and return that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = Forked([SCRIPTS / "reproduce.py", *flags], [os.devnull, errors], env=env)
+    process = Forked([SCRIPTS / "reproduce.py", *flags], [os.devnull, errors], env=env, libraries=True)
     deadline = time.monotonic() + 240
     while not (found := happened()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
