@@ -17,6 +17,7 @@ from error_bounds import MEAN_ERROR
 from forked import Forked
 from inverted import make_tokenizer, tiny_clip
 from miniatures import make_all
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, CLIPModel
 from typer.testing import CliRunner
 
@@ -207,6 +208,19 @@ def test_operations_agree_with_pencil_and_paper(tmp_path):
     assert image < query < 1.1 * image
     both, frozen = (gpu_hours.training_flops(config, mode) for mode in ("both", "frozen"))
     assert 2.9 * (query + target) < both < 3 * (query + target) and frozen < 1.1 * (query + target)
+
+
+@pytest.mark.parametrize("finetuning", ["both", "text"])
+def test_operations_of_deep_encoders_follow_from_those_of_shallow_ones(blip_checkpoint, finetuning, tmp_path):
+    arguments = [str(RECIPES["pvlf-blip-both-combined"]), f"--model={blip_checkpoint}", "--fusion_heads=4"]
+    model_args, *_ = parse_arguments([*arguments, f"--output_dir={tmp_path}"])
+    config = gpu_hours.model_config(model_args)
+    config.vl_config.vision_config.num_hidden_layers, config.vl_config.text_config.num_hidden_layers = 4, 3
+    model, query, target = gpu_hours._without_data(config.to_json_string(), [4, 3])
+    model.set_finetuning(finetuning)
+    with FlopCounterMode(display=False) as whole:
+        (model.train()(**query).query_embeds * model(**target).target_embeds).sum().backward()
+    assert gpu_hours.training_flops(config.to_json_string(), finetuning) == whole.get_total_flops()
 
 
 def test_gpu_hours_are_proportional_to_samples(blip_checkpoint, tmp_path):
