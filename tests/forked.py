@@ -1,7 +1,8 @@
 """Python programs that start fast: each is a fork of one process that has imported PyTorch, but nothing of ours.
 
-Half of a program's start is the import of PyTorch and what it draws in. Hugging Face's libraries read their variables
-when they are imported, and `pvlf_hf` is what the tests are about; so each program imports these itself.
+Half of a program's start is the import of PyTorch and what it draws in; most of the rest is that of Hugging Face's
+libraries. These read their variables when they are imported, so that a program imports them itself, unless it asks for
+a fork of a process that has done so with its variables. `pvlf_hf` is what the tests are about: no process has it.
 """
 
 import atexit
@@ -18,10 +19,16 @@ import threading
 import traceback
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 PRELOADED = """torch torch._dynamo.convert_frame torch.distributed.tensor torch.export scipy.optimize scipy.stats
 pandas pyarrow PIL.Image httpx yaml regex tokenizers safetensors.torch""".split()
 
+LIBRARIES = """accelerate datasets transformers.trainer transformers.pipelines ipykernel.kernelapp
+transformers.models.blip.modeling_blip transformers.models.clip.modeling_clip""".split()
+
+READ_BY_LIBRARIES = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "ACCELERATE_", "XDG_", "USE_")
+"""Beginnings of the names of variables that are read when the libraries are imported."""
 
 WITHOUT_PACKAGE = """
 import sys
@@ -44,11 +51,11 @@ def run_without_package(program, home, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-def run_python(command, *, env=None, cwd=None, timeout=300):
+def run_python(command, *, env=None, cwd=None, timeout=300, libraries=False):
     """Run `python *command` in a fork and return what `subprocess.run` does with `capture_output` and `text`."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = Forked(command, files, env=env, cwd=cwd)
+        process = Forked(command, files, env=env, cwd=cwd, libraries=libraries)
         code = process.wait(timeout)
         if code is None:
             process.kill()
@@ -67,18 +74,20 @@ class Forked:
         files: for its standard output and error, new or appended to.
         env: one OMP thread, unless it says another number.
         cwd: folder that it runs in.
+        libraries: whether Hugging Face's libraries are imported already, for a program that is not about importing.
     """
 
     stdin = stdout = stderr = None  # no pipes
 
-    def __init__(self, command, files, *, env=None, cwd=None):
+    def __init__(self, command, files, *, env=None, cwd=None, libraries=False):
         env = dict(os.environ if env is None else env)
         threads = env.setdefault("OMP_NUM_THREADS", "1")
         ours = {"PYTHONPATH", *(name for name in os.environ if env.get(name) == os.environ[name])}
         read = {name for name in env if name.startswith("PYTHON")} - ours - {"PYTHONIOENCODING"}
         assert not read, f"{read} are read when Python starts"
         job = {"command": [*map(str, command)], "env": env, "cwd": str(cwd or Path.cwd()), "files": [*map(str, files)]}
-        self._server = _server(threads)
+        known = {name: value for name, value in env.items() if name.startswith(READ_BY_LIBRARIES)}
+        self._server = _server_with_libraries(threads, frozenset(known.items())) if libraries else _server(threads)
         self._server.stdin.write(json.dumps(job).encode() + b"\n")
         self.pid, self.returncode = int(self._server.stdout.readline()), None
 
@@ -118,21 +127,51 @@ def _server(threads):
     return server
 
 
-def _serve():
-    """Fork for each job, print the process and how it ended; return the job in the process that is to do it."""
-    for name in PRELOADED:
+@cache
+def _server_with_libraries(threads, variables):
+    """Let the process with PyTorch fork one that imports `LIBRARIES`, too, with these variables, and is forked."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(READ_BY_LIBRARIES)}
+    env = {**known, "OMP_NUM_THREADS": threads, **dict(variables)}
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [str(Path(folder, name)) for name in ("jobs", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        server = _server(threads)
+        server.stdin.write(json.dumps({"pipes": pipes, "env": env}).encode() + b"\n")
+        server.stdout.readline()  # its process, which ends when the pipes are closed
+        return SimpleNamespace(stdin=Path(pipes[0]).open("wb", 0), stdout=Path(pipes[1]).open("rb", 0))
+
+
+def _serve(modules, hidden):
+    """Import modules, fork for each job, print the process and how it ended; return the job in the process for it."""
+    for name in modules:
         __import__(name)
-    ours = [name for name in sys.modules if name.partition(".")[0] in ("huggingface_hub", "transformers", "pvlf_hf")]
+    ours = [name for name in sys.modules if name.partition(".")[0] in hidden]
     assert not ours, ours
     gc.freeze()  # a child's collections leave these objects, and the memory that it shares, alone
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
+        job = json.loads(line)
         process = os.fork()
+        if not process and "pipes" not in job:
+            return job
         if not process:
-            return json.loads(line)
+            return _serve_on_pipes(job)
         print(process, flush=True)
-        _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-    raise SystemExit
+        if "pipes" not in job:
+            _, status = os.waitpid(process, 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+    os._exit(0)  # as below
+
+
+def _serve_on_pipes(job):
+    """Import `LIBRARIES` with a job's variables and serve on its pipes; the same result."""
+    os.environ.clear()
+    os.environ.update(job["env"])
+    for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY)):
+        opened = os.open(job["pipes"][number], flags)
+        os.dup2(opened, number)
+        os.close(opened)
+    return _serve(LIBRARIES, ("pvlf_hf",))
 
 
 def _become(job):
@@ -177,7 +216,7 @@ def _run(kind, rest):
 
 
 if __name__ == "__main__":
-    code = _run(*_become(_serve()))
+    code = _run(*_become(_serve(PRELOADED, ("huggingface_hub", "transformers", "pvlf_hf"))))
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

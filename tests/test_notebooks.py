@@ -27,7 +27,9 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 STAND_IN = "someone/blip-emoji-tiny"
 """Name on the Hub of the tests of the encoder that stands in for one of photographs."""
 
-SHORTER = {"6_methods": {"PVLF_STEPS": "1"}, "7_your_catalogue": {"PVLF_STEPS": "2"}}
+STAND_INS = {STAND_IN: FOLDER.parent / "model_cards" / "blip-emoji-tiny"}
+
+SHORTER = {"6_methods": {"PVLF_STEPS": "1", "PVLF_BATCH": "16"}, "7_your_catalogue": {"PVLF_STEPS": "2"}}
 """Variables of notebooks that train for minutes; their text does not depend on them, only what their sheets show."""
 
 DECIMAL = re.compile(r"[-+]?\d+\.\d+")
@@ -36,25 +38,31 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 class ForkedKernel(LocalProvisioner):
-    """A kernel in a fork of the process that has imported PyTorch."""
+    """A kernel in a fork of the process that has imported Hugging Face's libraries."""
 
     async def launch_kernel(self, cmd, **kwargs):
         command = cmd[cmd.index("-m") :]
-        self.process = Forked(command, [os.devnull, os.devnull], env=kwargs["env"], cwd=kwargs["cwd"])
+        files, where = [os.devnull, os.devnull], {"env": kwargs["env"], "cwd": kwargs["cwd"]}
+        self.process = Forked(command, files, **where, libraries=True)
         self.pid = self.process.pid
         return self.connection_info
 
 
-def execute(path, **variables):
-    """Return a copy with new outputs, executed in the notebook's folder by its own kernel: one thread, no network."""
+def execute(path, hub, **variables):
+    """Return a copy with new outputs, executed in the notebook's folder by its own kernel: one thread, no network.
+
+    Args:
+        path: file of the notebook.
+        hub: variables of [`hub_environment`] for a Hub with `STAND_IN`.
+        variables: others.
+    """
     notebook = nbformat.read(path, as_version=4)
     factory = KernelProvisionerFactory.instance(default_provisioner_name="forked")
     factory.provisioners["forked"] = EntryPoint("forked", f"{__name__}:ForkedKernel", factory.GROUP_NAME)
     client = NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={}, record_timing=False)
     client.resources["metadata"] = {"path": str(path.resolve().parent)}
-    with hub_environment({STAND_IN: FOLDER.parent / "model_cards" / "blip-emoji-tiny"}) as hub:
-        own = {**hub, "PVLF_ENCODER": STAND_IN} if path.stem == "5_your_photos" else {"HF_HUB_OFFLINE": "1"}
-        client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", **own, **variables})
+    own = {**hub, "PVLF_ENCODER": STAND_IN} if path.stem == "5_your_photos" else {"HF_HUB_OFFLINE": "1"}
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1", **own, **variables})
     return notebook
 
 
@@ -90,11 +98,21 @@ def same_text(one, other):
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.05)
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Publish the stand-in and random encoders of each family; return the variables that name their Hub."""
+    folder = tmp_path_factory.mktemp("encoders")
+    for family in ENCODERS.values():
+        save_dual_encoder(family, folder / family)
+    with hub_environment({**STAND_INS, **{name: folder / family for name, family in ENCODERS.items()}}) as variables:
+        yield variables
+
+
 @pytest.mark.slow
 @each_notebook
-def test_notebook_reproduces_its_committed_outputs(path):
+def test_notebook_reproduces_its_committed_outputs(path, hub):
     committed = nbformat.read(path, as_version=4)
-    for before, after in zip(committed.cells, execute(path, **SHORTER.get(path.stem, {})).cells, strict=True):
+    for before, after in zip(committed.cells, execute(path, hub, **SHORTER.get(path.stem, {})).cells, strict=True):
         assert printed(before).keys() == printed(after).keys(), before.source
         for where, text in printed(after).items():
             same_text(printed(before)[where], text)
@@ -157,18 +175,15 @@ for encoder in (None, *sys.argv[2:]):
 
 
 @pytest.mark.slow
-def test_ten_minutes_of_a_newcomer_with_each_family_from_the_hub(tmp_path):
+def test_ten_minutes_of_a_newcomer_with_each_family_from_the_hub(hub):
     """Execute the notebook with a random encoder of each family, under the name of a published one, on few images.
 
     The first run sets no name, so that the encoder is the one that a person gets.
     """
-    for family in ENCODERS.values():
-        save_dual_encoder(family, tmp_path / family)
-    with hub_environment({name: tmp_path / family for name, family in ENCODERS.items()}) as hub:
-        env = {**os.environ, "PVLF_STEPS": "3", **hub}
-        env.pop("PVLF_ENCODER", None)
-        command = ["-c", TEN_MINUTES, FOLDER / "5_your_photos.ipynb", *[*ENCODERS][1:]]
-        done = run_python(command, env=env, cwd=FOLDER, timeout=900)
+    env = {**os.environ, "PVLF_STEPS": "3", **hub}
+    env.pop("PVLF_ENCODER", None)
+    command = ["-c", TEN_MINUTES, FOLDER / "5_your_photos.ipynb", *[*ENCODERS][1:]]
+    done = run_python(command, env=env, cwd=FOLDER, timeout=900, libraries=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"^searched (\S+) (\d+) (\w+)$", done.stdout, re.MULTILINE)
     assert found == [(name, "6", "True") for name in ENCODERS]
@@ -182,7 +197,8 @@ METADATA = {
 
 def write(path):
     """Execute a notebook and save its outputs: one stream of text a cell, images as small PNG."""
-    notebook = execute(path)
+    with hub_environment(STAND_INS) as hub:
+        notebook = execute(path, hub)
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, 1):
         cell.metadata, cell.id = nbformat.from_dict({}), f"cell-{number}"

@@ -17,6 +17,7 @@ from error_bounds import MEAN_ERROR
 from forked import Forked
 from inverted import make_tokenizer, tiny_clip
 from miniatures import make_all
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, CLIPModel
 from typer.testing import CliRunner
 
@@ -207,6 +208,19 @@ def test_operations_agree_with_pencil_and_paper(tmp_path):
     assert image < query < 1.1 * image
     both, frozen = (gpu_hours.training_flops(config, mode) for mode in ("both", "frozen"))
     assert 2.9 * (query + target) < both < 3 * (query + target) and frozen < 1.1 * (query + target)
+
+
+@pytest.mark.parametrize("finetuning", ["both", "text"])
+def test_operations_of_deep_encoders_follow_from_those_of_shallow_ones(blip_checkpoint, finetuning, tmp_path):
+    arguments = [str(RECIPES["pvlf-blip-both-combined"]), f"--model={blip_checkpoint}", "--fusion_heads=4"]
+    model_args, *_ = parse_arguments([*arguments, f"--output_dir={tmp_path}"])
+    config = gpu_hours.model_config(model_args)
+    config.vl_config.vision_config.num_hidden_layers, config.vl_config.text_config.num_hidden_layers = 4, 3
+    model, query, target = gpu_hours._without_data(config.to_json_string(), [4, 3])
+    model.set_finetuning(finetuning)
+    with FlopCounterMode(display=False) as whole:
+        (model.train()(**query).query_embeds * model(**target).target_embeds).sum().backward()
+    assert gpu_hours.training_flops(config.to_json_string(), finetuning) == whole.get_total_flops()
 
 
 def test_gpu_hours_are_proportional_to_samples(blip_checkpoint, tmp_path):
@@ -427,12 +441,12 @@ def test_quoted_rows_have_recipe_data_and_protocols(name, tmp_path):
 
 @pytest.fixture
 def forked_trainings(monkeypatch):
-    """Run the programs that `reproduce.py` starts in forks of the process that has imported PyTorch."""
+    """Run the programs that `reproduce.py` starts in forks of a process that has imported their libraries."""
 
     def run(command, *, stdout, stderr, check):
         python, *rest = command
         assert python == sys.executable and stderr == subprocess.STDOUT and not check
-        return SimpleNamespace(returncode=Forked(rest, [stdout.name] * 2).wait())
+        return SimpleNamespace(returncode=Forked(rest, [stdout.name] * 2, libraries=True).wait())
 
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
 
@@ -530,7 +544,7 @@ def test_interrupted_table_resumes(blip_checkpoint, data, tmp_path, tmp_path_fac
 def kill_when(flags, happened, errors):
     """Start the command, kill its process group once `happened()` returns a true value, and return that value."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = Forked([SCRIPTS / "reproduce.py", *flags], [os.devnull, errors], env=env)
+    process = Forked([SCRIPTS / "reproduce.py", *flags], [os.devnull, errors], env=env, libraries=True)
     deadline = time.monotonic() + 240
     while not (found := happened()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

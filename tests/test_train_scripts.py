@@ -38,7 +38,7 @@ COMMAND = "pvlf-hf train"
 def run(script, *arguments, fails=False, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     program = ["-m", "pvlf_hf_cli", "train"] if script == COMMAND else [SCRIPTS / script]
-    done = run_python([*program, *arguments], env=env, cwd=ROOT)
+    done = run_python([*program, *arguments], env=env, cwd=ROOT, libraries=True)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -4,6 +4,7 @@ Assumptions, as opposed to counts, are the constants below.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -81,32 +82,72 @@ def model_config(model_args: ModelArguments) -> PVLFConfig:
 @cache
 def training_flops(config: str, finetuning: str) -> int:
     """Count the operations of a training step, forward and backward, for one triplet."""
-    model, query, target = _without_data(config)
-    model.set_finetuning(finetuning)
-    model.train()
-    with FlopCounterMode(display=False) as counter:
-        (model(**query).query_embeds * model(**target).target_embeds).sum().backward()
-    return counter.get_total_flops()
+
+    def of_layers(numbers: Sequence[int]) -> int:
+        model, query, target = _without_data(config, numbers)
+        model.set_finetuning(finetuning)
+        model.train()
+        with FlopCounterMode(display=False) as counter:
+            (model(**query).query_embeds * model(**target).target_embeds).sum().backward()
+        return counter.get_total_flops()
+
+    return flops_of_layers(of_layers, _layers(PVLFConfig(**json.loads(config))))
 
 
 @cache
 def encoding_flops(config: str) -> tuple[int, int]:
     """Count the operations to embed a query and a gallery image."""
-    model, query, target = _without_data(config)
-    counts = []
-    for inputs in (query, target):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(**inputs)
-        counts.append(counter.get_total_flops())
-    return counts[0], counts[1]
+
+    @cache
+    def of_layers(numbers: tuple[int, ...]) -> list[int]:
+        model, *both = _without_data(config, numbers)
+        counts = []
+        for inputs in both:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model.eval()(**inputs)
+            counts.append(counter.get_total_flops())
+        return counts
+
+    layers = _layers(PVLFConfig(**json.loads(config)))
+    query, target = (
+        flops_of_layers(lambda numbers, which=which: of_layers(tuple(numbers))[which], layers) for which in (0, 1)
+    )
+    return query, target
 
 
-def _without_data(config_json: str) -> tuple[PVLFModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return a model, a query and a target on the meta device, which have shapes and no memory."""
+def flops_of_layers(count: Callable[[Sequence[int]], int], layers: Sequence[int]) -> int:
+    """Return `count(layers)`, of encoders so deep, counted on encoders of one and two layers.
+
+    The layers of an encoder have the same shapes, so that each but the first adds as many operations as the second.
+    """
+    if max(layers) <= 2:
+        return count(layers)
+    ones = [1] * len(layers)
+    one = count(ones)
+    return one + sum(
+        (depth - 1) * (count([*ones[:at], 2, *ones[at + 1 :]]) - one) for at, depth in enumerate(layers) if depth > 1
+    )
+
+
+def _layers(config: PVLFConfig) -> list[int]:
+    """Return the number of layers of the image encoder and of the text encoder."""
+    return [part.num_hidden_layers for part in (config.vl_config.vision_config, config.vl_config.text_config)]
+
+
+def _without_data(
+    config_json: str, layers: Sequence[int]
+) -> tuple[PVLFModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return a model, a query and a target on the meta device, which have shapes and no memory.
+
+    Args:
+        config_json: configuration of the model.
+        layers: number of layers of its image encoder and its text encoder instead.
+    """
     config = PVLFConfig(**json.loads(config_json))
-    size = config.vl_config.vision_config.image_size
+    vision, text = config.vl_config.vision_config, config.vl_config.text_config
+    vision.num_hidden_layers, text.num_hidden_layers = layers
     with torch.device("meta"):
         model = PVLFModel(config)
-        images = torch.empty(1, 3, size, size)
+        images = torch.empty(1, 3, vision.image_size, vision.image_size)
         input_ids = torch.empty(1, CAPTION_TOKENS, dtype=torch.long)
     return model, {"pixel_values": images, "input_ids": input_ids}, {"target_pixel_values": images}

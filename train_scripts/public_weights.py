@@ -11,6 +11,7 @@ published figures as the text under the table says; none was measured.
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from gpu_hours import (
     PEAK_FLOPS,
     UTILISATION,
     encoding_flops,
+    flops_of_layers,
     gpu_hours,
     model_config,
 )
@@ -189,19 +191,35 @@ def operations(name: str) -> tuple[float, float]:
 def inversion_flops() -> int:
     """Count the operations to optimise the token of an image: the text encoder there and back in every step."""
     settings: Any = {k: v for k, v in DUAL_ENCODERS[CLIP_L].items() if k != "model_type"}
-    with torch.device("meta"):
-        text = CLIPTextModelWithProjection(CLIPConfig(**settings).text_config).requires_grad_(False)
-        text.text_model.embeddings.token_embedding.requires_grad_(True)  # what reaches the token passes here
-        ids = torch.empty(1, CAPTION_TOKENS, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        text(input_ids=ids).text_embeds.sum().backward()
-    return counter.get_total_flops() * OTI_STEPS
+
+    def a_step(layers: Sequence[int]) -> int:
+        config = CLIPConfig(**settings).text_config
+        (config.num_hidden_layers,) = layers
+        with torch.device("meta"):
+            text = CLIPTextModelWithProjection(config).requires_grad_(False)
+            text.text_model.embeddings.token_embedding.requires_grad_(True)  # what reaches the token passes here
+            ids = torch.empty(1, CAPTION_TOKENS, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            text(input_ids=ids).text_embeds.sum().backward()
+        return counter.get_total_flops()
+
+    return flops_of_layers(a_step, [CLIPConfig(**settings).text_config.num_hidden_layers]) * OTI_STEPS
 
 
 @cache
 def compodiff_flops() -> int:
     """Count the operations of a query: image, caption and empty text once, and every call of the denoiser."""
     config = CompoDiffConfig()
+    vision, text = config.vl_config.vision_config, config.vl_config.text_config
+    return flops_of_layers(
+        _compodiff_flops, [vision.num_hidden_layers, text.num_hidden_layers, config.denoiser_layers]
+    )
+
+
+def _compodiff_flops(layers: Sequence[int]) -> int:
+    """Count the same with other numbers of layers: of the image encoder, the text encoder and the denoiser."""
+    config = CompoDiffConfig(denoiser_layers=layers[2])
+    config.vl_config.vision_config.num_hidden_layers, config.vl_config.text_config.num_hidden_layers = layers[:2]
     samples, width, side = config.num_samples, config.joint_width, config.mask_size
     with FakeTensorMode(), torch.no_grad():  # tensors without content
         model = CompoDiffModel(config).eval()

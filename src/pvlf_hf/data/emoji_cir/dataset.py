@@ -115,7 +115,7 @@ def load_emoji_samples() -> Dataset:
         RuntimeError: if the installed versions give another number of images.
     """
     images = load_emoji_pictures(TRAINING_VENDORS).remove_columns("picture_id").rename_column("name", "concept")
-    return images.add_column("caption", [f"a photo of {name}" for name in images["concept"]])
+    return images.add_column("caption", [f"a photo of {name}" for name in images["concept"][:]])
 
 
 def load_emoji_cir_train() -> Dataset:
@@ -162,7 +162,7 @@ def load_emoji_cir(split: str = "test", tier: str = "plain") -> CIRBenchmark:
     strings = {column: Value("string") for column in columns}
     features = Features({"reference": Image(mode="RGBA"), **strings, "subset_ids": List(Value("string"))})
     queries = _cached(_write_queries, features, split)
-    queries = queries.select([row for row, value in enumerate(queries["tier"]) if value == tier])
+    queries = queries.select([row for row, value in enumerate(queries["tier"][:]) if value == tier])
     protocol = Protocol(
         name="emoji-cir",
         gallery=f"all images of {vendor}" + ("" if split == "test" else " that are not also Google's"),
@@ -193,7 +193,7 @@ def emoji_pairs() -> dict[str, list[EmojiPair]]:
     """
     split_pairs: dict[str, list[EmojiPair]] = {"train": [], "validation": [], "test": []}
     by_kind = defaultdict(list)
-    for pair in _all_pairs(sorted(load_emoji_pictures([TEST_VENDOR])["name"])):
+    for pair in _all_pairs(sorted(load_emoji_pictures([TEST_VENDOR])["name"][:])):
         by_kind[pair.slots].append(pair)
     for slots in sorted(by_kind):
         cap = _PAIRS_PER_ATTRIBUTE if len(slots) == 1 else _PAIRS_PER_TWO_ATTRIBUTES
@@ -289,7 +289,7 @@ def _gallery(split: str) -> dict[str, dict]:
 def _unmistakable(split: str, gallery: dict[str, dict]) -> set[str]:
     """Return names whose image is unique in the gallery and, for the test split, among all vendors."""
     copies = Counter(row["picture_id"] for row in gallery.values())
-    seen = set(load_emoji_pictures(TRAINING_VENDORS, keep_leaked=True)["picture_id"]) if split == "test" else set()
+    seen = set(load_emoji_pictures(TRAINING_VENDORS, keep_leaked=True)["picture_id"][:]) if split == "test" else set()
     return {n for n, row in gallery.items() if copies[row["picture_id"]] == 1 and row["picture_id"] not in seen}
 
 
