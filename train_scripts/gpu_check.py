@@ -11,6 +11,7 @@ CUDA is skipped by name.
 
 import argparse
 import copy
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -112,6 +113,7 @@ def make_model(setup: Setup, encoder: str = "BLIP base, 384 px", **settings: Any
             vl_config[side] |= SMALL
         vl_config["vision_config"] |= {"image_size": 32, "patch_size": 8}
         vl_config["projection_dim" if vl_config["model_type"] == "clip" else "image_text_hidden_size"] = 32
+        settings = {"fusion_layers": 1, "fusion_ffn_size": 64} | settings
     return PVLFModel(PVLFConfig(vl_config=vl_config, **settings)).to(setup.device).eval()
 
 
@@ -292,6 +294,7 @@ def train_briefly(
     setup: Setup, seed: int, sharded: bool, dropout: float, **settings: Any
 ) -> tuple[dict[str, list[float]], str]:
     """Train both encoders for three steps in this process; return losses and norms of the weights, and a digest."""
+    gc.freeze()  # the trainer's collections would take longer in all that was imported than its steps
     if sharded:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
