@@ -30,7 +30,7 @@ def test_server_benchmark_measures_both_servers(benchmark, monkeypatch, tmp_path
     page = tmp_path / "page.md"
     page.write_text("<!-- server: written by benchmark_server.py -->\nold\n<!-- end of server -->\nwords")
     monkeypatch.setattr(sys.modules["measuring"], "DOCUMENT", page)
-    arguments = ["--clients", "2", "--seconds", "0.5", "--rounds", "1", "--images", "40", "--write"]
+    arguments = ["--clients", "2", "--seconds", "0.2", "--rounds", "1", "--images", "12", "--write"]
     monkeypatch.setattr(sys, "argv", ["benchmark_server.py", *arguments, "--output_dir", str(tmp_path)])
     script.main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

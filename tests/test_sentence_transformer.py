@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from error_bounds import dot_error, squares_error, unit_error
+from error_bounds import dot_error, embedding_error, squares_error, unit_error
 from forked import run_python
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
@@ -100,8 +100,11 @@ np.save(f"{folder}/found.npy", encoder.encode([query]))
 @pytest.mark.slow
 def test_saved_folder_loads_in_both_libraries():
     encoder = SentenceTransformer(str(CARD), trust_remote_code=True, device="cpu")
-    expected = expected_embeddings(AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD))
-    error = squares_error(checkpoint=CARD)
+    model, processor = AutoModel.from_pretrained(CARD), AutoProcessor.from_pretrained(CARD)
+    expected = expected_embeddings(model, processor)
+    queries = [one for one in INPUTS if isinstance(one, dict) and len(one) == 2]
+    images, texts = ([one[kind] for one in queries] for kind in ("image", "text"))
+    error = embedding_error(model, dict(processor(images=images, text=texts)))
     worst = max(error[name] for name in ("query_embeds", "image_embeds", "text_embeds"))
     torch.testing.assert_close(encoder.encode(INPUTS, convert_to_tensor=True), expected, atol=worst, rtol=0)
 
