@@ -62,3 +62,12 @@ def test_model_outputs_are_within_the_bound(backbone, compute, dtype):
     shares = {name: ((ours[name] - truth[name]).abs().max() / error[name]).item() for name in error if error[name]}
     assert len(shares) >= 9 and max(shares.values()) <= 1, shares
     assert max(shares.values()) > 1 / 100
+
+
+def test_errors_have_random_signs():
+    """Move zeros by one: half of 4,095 go up, within five standard deviations of 32; another seed moves others."""
+    moved = [torch.zeros(4095, dtype=torch.float64) for _ in range(2)]
+    for seed, tensor in enumerate(moved):
+        Rounded(torch.float32, seed).move(tensor, torch.ones_like(tensor))
+        assert (tensor.abs() == 1).all() and abs((tensor == 1).sum().item() - 2048) < 5 * 32
+    assert 0.4 < (moved[0] == moved[1]).double().mean() < 0.6
