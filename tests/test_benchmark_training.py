@@ -1,7 +1,9 @@
 """The training benchmark at toy size: its alternatives compute the same step, and its report is readable."""
 
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train_scripts"))
 import benchmark_training as benchmark
 import measuring
 from error_bounds import MEAN_ERROR, rounding
+from forked import run_python
 from measuring import Products, Table, Timing, markdown, paced, peak_memory
 from tiny import make_model
 
@@ -51,8 +54,22 @@ def test_all_training_modes_take_the_same_step(model):
         torch.testing.assert_close(loss, wanted, rtol=0, atol=atol, msg=f"{name}: {loss} instead of {wanted}")
 
 
+@pytest.fixture
+def forked_measurements(monkeypatch):
+    """Measure memory in forks of a process that has imported the libraries."""
+
+    def run(command, *, stdout, text, check):
+        python, *rest = command
+        assert python == sys.executable and stdout == subprocess.PIPE and text and check
+        done = run_python(rest, libraries=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    monkeypatch.setattr(measuring, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+
+
 @pytest.mark.slow
-def test_cached_steps_need_fewer_operations():
+def test_cached_steps_need_fewer_operations(forked_measurements):
     # Two of the four tables of `benchmark.cache`.
     tables = [benchmark.encoded_or_cached("tiny", mode, 1, keep) for mode, keep in (("frozen", False), ("text", True))]
     titles = [table.title for table in tables]
@@ -60,6 +77,7 @@ def test_cached_steps_need_fewer_operations():
     for table in tables:
         floors = dict(zip(table.timings, map(float, table.columns["floor, s"]), strict=True))
         assert floors["encoded"] > floors["cached"] > 0
+        assert all(float(peak.split()[0]) > 0.1 for peak in table.columns["peak memory, GB"])
 
 
 def test_batch_timings_are_divided_by_their_triplets():

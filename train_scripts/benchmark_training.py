@@ -32,6 +32,7 @@ from transformers.models.blip.modeling_blip import BlipAttention
 
 from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
 from pvlf_hf.training.batches import PVLFCollator
+from pvlf_hf.training.cpu_dropout import fast_cpu_dropout
 from pvlf_hf.training.cpu_memory import kept_memory
 from pvlf_hf.training.feature_cache import accept_cached_features
 from pvlf_hf.training.gradient_cache import embed_in_chunks
@@ -46,13 +47,14 @@ class Way:
 
     fused: bool = True  # fused attention in the ViT
     whole: bool = False  # computes the last fusion layer at every position, although two are read
+    plain_dropout: bool = False  # PyTorch's, not the trainer's for CPUs
     bf16: bool = False  # autocast
     checkpointing: bool = False  # activation checkpointing, layer by layer
     one_pass: bool = False  # references and targets through the ViT together
     chunk_size: int | None = None  # rows a chunk of gradient caching
 
 
-EAGER = Way(fused=False, whole=True)  # the baseline's
+EAGER = Way(fused=False, whole=True, plain_dropout=True)  # the baseline's
 BOTH = {
     "as the baseline: eager attention, float32": EAGER,
     "fused attention": Way(),
@@ -112,24 +114,30 @@ def make_optimizer(model: PVLFModel) -> torch.optim.Optimizer:
 def step(model: PVLFModel, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], way: Way = Way()) -> Tensor:
     """Do one training step and return the loss before it."""
     set_way(model, way)
-    with torch.autocast(model.device.type, torch.bfloat16) if way.bf16 else nullcontext():
-        if way.one_pass:
-            images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
-            reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
-            features = {"image_tokens": reference, "target_tokens": target[:, :1]}
-            texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            accept_cached_features(model)
-            loss = model(**texts, encoder_outputs=features).loss
-        elif way.chunk_size:
-            output = embed_in_chunks(model, batch, way.chunk_size)
-            loss = model.loss(output.query_embeds, output.target_embeds)
-        else:
-            loss = model(**batch, output_hidden_states=way.whole).loss
-    loss.backward()
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if way.bf16 else nullcontext()
+    with nullcontext() if way.plain_dropout else fast_cpu_dropout(model):
+        with autocast:
+            loss = loss_of(model, batch, way)
+        loss.backward()  # layers that run again need the same dropout
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def loss_of(model: PVLFModel, batch: dict[str, Tensor], way: Way) -> Tensor:
+    """Compute the loss of a batch."""
+    if way.one_pass:
+        images = torch.cat([batch["pixel_values"], batch["target_pixel_values"]])
+        reference, target = model.get_image_features(images).last_hidden_state.chunk(2)
+        features = {"image_tokens": reference, "target_tokens": target[:, :1]}
+        texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        accept_cached_features(model)
+        return model(**texts, encoder_outputs=features).loss
+    if way.chunk_size:
+        output = embed_in_chunks(model, batch, way.chunk_size)
+        return model.loss(output.query_embeds, output.target_embeds)
+    return model(**batch, output_hidden_states=way.whole).loss
 
 
 def set_way(model: PVLFModel, way: Way) -> None:
