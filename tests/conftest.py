@@ -23,18 +23,18 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """Return the number of processes: two more than cores, because tests wait for programs that they start."""
-    return 2 + min(os.cpu_count() or 1, 8)
+    """Return the number of processes: one more than cores, because tests wait for programs that they start."""
+    return 1 + min(os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(items):
     """Order files by length, longest first, so that all processes end together.
 
-    A slow test counts as a hundred others, a notebook or a job of Ray as a thousand.
+    A slow test counts as a hundred others, a notebook as a thousand.
     """
     weight = Counter()
     for item in items:
-        slow = 1000 if item.path.stem in ("test_notebooks", "test_ray_job") else 100
+        slow = 1000 if "notebook" in item.name else 100
         weight[item.path] += slow if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: (-weight[item.path], item.path))
 
