@@ -252,10 +252,10 @@ def large_batch(size: str, rounds: int) -> list[Table]:
             f"batch {large} in chunks of {small}": (large, Way(chunk_size=small)),
             f"batch {large}": (large, Way()),
         }
+        model = make_model(model_size, "both")  # peaks first: what a large step leaves here takes memory from them
+        peaks = memory([peak(model_size, "both", make_batch(model, rows), way) for rows, way in ways.values()])
         paces = timed_steps(model_size, ways, rounds)
         each = by_the_triplet(timings_of(paces), [rows for rows, _ in ways.values()])
-        model = make_model(model_size, "both")
-        peaks = memory([peak(model_size, "both", make_batch(model, rows), way) for rows, way in ways.values()])
         tables.append(Table(f"{model_size}, finetuning=both: seconds a triplet", each, peaks))
 
     queries, chunks = 8192 if size == "base" else 1024, {"whole": None, "in chunks of 256": 256}
