@@ -177,6 +177,7 @@ FOLDERS = {
         "cpu_memory",
         "gradient_cache",
         "own_forward",
+        "text_groups",
         "feature_cache",
         "gather",
         "optimization",

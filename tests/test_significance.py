@@ -8,7 +8,13 @@ import torch
 from error_bounds import MEAN_ERROR, dot_error
 
 from pvlf_hf.evaluation import significance
-from pvlf_hf.evaluation.significance import bootstrap_interval, crossed_interval, paired_test, seed_interval
+from pvlf_hf.evaluation.significance import (
+    bootstrap_interval,
+    crossed_interval,
+    detectable_difference,
+    paired_test,
+    seed_interval,
+)
 
 GENERATOR = np.random.default_rng(7)
 HITS = GENERATOR.random(40) < 0.3
@@ -172,6 +178,19 @@ def test_crossed_intervals_cover_the_true_mean():
     assert np.mean(covered) == pytest.approx(0.8, abs=0.04)  # 3 standard errors of 1,000 trials
 
 
+def test_detectable_differences_are_detected_with_their_power():
+    generator = np.random.default_rng(0)
+    detected = []
+    for _ in range(400):
+        noise = generator.normal(0, 0.1, (5, 1)) + generator.normal(0, 1, 300) + generator.normal(0, 1, (5, 300))
+        true = detectable_difference(noise)
+        low, high = crossed_interval(noise - noise.mean() + generator.normal(true, np.sqrt(0.01 / 5 + 1.2 / 300)))
+        detected.append(low > 0 or high < 0)
+    assert np.mean(detected) == pytest.approx(0.8, abs=0.06)  # 3 standard errors of 400 trials
+    low, high = crossed_interval(noise)
+    assert detectable_difference(noise, power=0.5) == pytest.approx((high - low) / 2, rel=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_paired_test_equals_scipy(seed):
     stats = pytest.importorskip("scipy.stats")
@@ -203,6 +222,7 @@ def test_paired_test_equals_scipy(seed):
         (lambda: crossed_interval([[1.0, 0.0]]), r"at least two of each; got shape \(1, 2\)"),
         (lambda: crossed_interval([[1.0, 0.0], [1.0, np.nan]]), "values must be finite"),
         (lambda: crossed_interval(np.eye(2), confidence=95), "confidence must lie between 0 and 1"),
+        (lambda: detectable_difference(np.eye(2), power=80), "power must be at least 0.5 and below 1"),
     ],
 )
 def test_invalid_inputs_raise(call, message):

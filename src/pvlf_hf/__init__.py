@@ -34,8 +34,8 @@ _NAMES_OF = {
         EmbeddingStore encode_by_openvino
     """,
     "evaluation": """
-        Evaluation bootstrap_interval crossed_interval evaluate lint_submission paired_test retrieval_sheet
-        seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
+        Evaluation bootstrap_interval crossed_interval detectable_difference evaluate lint_submission paired_test
+        retrieval_sheet seed_interval sheet_rows write_circo_submission write_cirr_submission write_results
     """,
     "checkpoints": """
         check_golden convert_case convert_compodiff convert_inversion convert_salesforce_blip convert_transagg

@@ -196,6 +196,10 @@ def _encode_captions(
 ) -> Tensor:
     """Embed captions, each with the reference image of a row: float32 `(captions, d)`."""
     references = opened(references)
+    # Captions of similar length share a batch, which is padded to the longest; each process has short and long ones.
+    by_length = sorted(range(len(captions)), key=lambda position: len(captions[position][1]))
+    processes = PartialState().num_processes
+    order = [position for process in range(processes) for position in by_length[process::processes]]
 
     def prepare(batch: list[tuple[int, str]]) -> dict[str, BatchFeature]:
         texts = [text for _, text in batch]
@@ -217,7 +221,8 @@ def _encode_captions(
         total: Any = sum(features[kind](**batch).pooler_output for kind, batch in on_device.items())
         return F.normalize(total, dim=-1)
 
-    return _encode(model, prepare, encode, captions, batch_size, "queries", progress)
+    embeds = _encode(model, prepare, encode, [captions[p] for p in order], batch_size, "queries", progress)
+    return embeds[torch.tensor(order).argsort()]
 
 
 @torch.inference_mode()

@@ -2,7 +2,8 @@
 
 Two sources of chance are measured separately: other *queries* would give another mean (`bootstrap_interval`,
 `paired_test`), and so would another *seed* of training (`seed_interval`). An interval over queries says nothing about
-seeds; `crossed_interval` is one over both. `Evaluation.values` returns the per-query values of a metric.
+seeds; `crossed_interval` is one over both, and `detectable_difference` says what it could have seen.
+`Evaluation.values` returns the per-query values of a metric.
 
 A function whose docstring names a call of `scipy.stats` computes the same, and the tests compare the two; scipy itself
 is not a dependency.
@@ -159,6 +160,35 @@ def crossed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float
         ValueError: if values are not a matrix of finite numbers with two rows and columns or more, or the confidence
             is out of range.
     """
+    mean, error, degrees = _crossed_error(values, confidence)
+    half = _student_quantile(confidence, degrees) * error
+    return mean - half, mean + half
+
+
+def detectable_difference(values: ArrayLike, power: float = 0.8, confidence: float = 0.95) -> float:
+    """Return how large a true difference had to be for [`crossed_interval`] to exclude zero with some probability.
+
+    It says what an experiment could have seen, from the error that it found and not from its mean.
+
+    Args:
+        values: (S, Q) as for [`crossed_interval`].
+        power: the probability, from 0.5, where the answer is half the width of the interval, to 1.
+        confidence: that of the interval.
+
+    Returns:
+        a difference of either sign, in the unit of `values`.
+
+    Raises:
+        ValueError: as [`crossed_interval`], and if the power is out of range.
+    """
+    if not 0.5 <= power < 1:
+        raise ValueError(f"power must be at least 0.5 and below 1, such as 0.8; got {power}")
+    _, error, degrees = _crossed_error(values, confidence)
+    return (_student_quantile(confidence, degrees) + _student_quantile(2 * power - 1, degrees)) * error
+
+
+def _crossed_error(values: ArrayLike, confidence: float) -> tuple[float, float, int]:
+    """Return mean, standard error and degrees of freedom, see [`crossed_interval`]."""
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or min(matrix.shape) < 2 or not np.isfinite(matrix).all():
         raise ValueError(f"values must be finite, (seeds, queries), at least two of each; got shape {matrix.shape}")
@@ -172,10 +202,8 @@ def crossed_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float
     squares[2] = (rest**2).sum() / matrix.size
     squares /= degrees
     variance = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
-    if variance == 0:
-        return float(mean), float(mean)
-    half = _student_quantile(confidence, max(1, int(variance**2 / (squares**2 / degrees).sum()))) * math.sqrt(variance)
-    return float(mean - half), float(mean + half)
+    effective = variance**2 / (squares**2 / degrees).sum() if variance else 1
+    return float(mean), math.sqrt(variance), max(1, int(effective))
 
 
 def holm(p_values: ArrayLike) -> list[float]:
@@ -246,4 +274,12 @@ def _check(confidence: float, resamples: int = 1) -> None:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
 
 
-__all__ = ["PairedTest", "bootstrap_interval", "crossed_interval", "holm", "paired_test", "seed_interval"]
+__all__ = [
+    "PairedTest",
+    "bootstrap_interval",
+    "crossed_interval",
+    "detectable_difference",
+    "holm",
+    "paired_test",
+    "seed_interval",
+]

@@ -39,6 +39,7 @@ from ..models.modeling_compodiff import CompoDiffModel
 from ..models.modeling_pvlf import PVLFModel
 from .batches import ids_of, negatives_of
 from .own_forward import replace_forward
+from .text_groups import encode_captions
 
 logger = logging.get_logger(__name__)
 
@@ -251,7 +252,7 @@ def _forward_of_pvlf(model: Any, encoder_outputs: dict[str, Tensor], **inputs: A
     if "text_tokens" in encoder_outputs:
         text = (encoder_outputs["text_tokens"], encoder_outputs["text_position"])
     else:
-        text = model.encode_text_tokens(inputs["input_ids"], mask)
+        text = encode_captions(model, inputs["input_ids"], mask)
     output = model.start_output(model.compose(encoder_outputs["image_tokens"], *text, mask))
     output.target_embeds = normalize(encoder_outputs["target_tokens"][:, 0])
     return model.compare(output, inputs.get("target_ids"), inputs.get("return_loss"))
