@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 import pvlf_hf
+from pvlf_hf import Evaluation, write_results
+from pvlf_hf.data.benchmark import Protocol
 from pvlf_hf.embeddings.encoding import embed
 from pvlf_hf.evaluation.metrics import METRICS
 from pvlf_hf.evaluation.scoring import score
@@ -65,7 +68,7 @@ def test_tables_equal_results():
         assert rendered.strip() == wanted.strip(), f"{file}: run emoji_tables.py --render_only"
 
 
-def test_every_measured_configuration_has_three_seeds():
+def test_every_measured_configuration_has_five_seeds():
     from emoji_tables import CONFIGURATIONS, TABLES
 
     runs = json.loads((CARDS / "emoji-cir" / "results.json").read_text())["runs"]
@@ -74,7 +77,7 @@ def test_every_measured_configuration_has_three_seeds():
         for r in runs
     }
     assert {*TABLES["methods"][1].values()} <= seeds.keys() <= CONFIGURATIONS.keys()
-    assert all(len(s) >= 3 for s in seeds.values()), seeds
+    assert all(len(s) == 5 for s in seeds.values()), seeds
 
 
 def test_tables_measure_only_what_their_results_lack(tmp_path, monkeypatch):
@@ -87,26 +90,32 @@ def test_tables_measure_only_what_their_results_lack(tmp_path, monkeypatch):
         emoji_tables.RESULTS.write_text(json.dumps(results | changed))
         emoji_tables.measure(["methods"], [0, 1, 2], tmp_path / "runs", 1, flags)
 
-    measure(["--bf16=true"])
+    measure([])
     assert not (tmp_path / "runs").exists() and json.loads(emoji_tables.RESULTS.read_text()) == results
     with pytest.raises(ValueError, match="another recipe"):
-        measure([])
+        measure(["--max_steps=1"])
     with pytest.raises(ValueError, match="another backbone"):
-        measure(["--bf16=true"], backbone="other")
-    *others, lacking = results["runs"]
-    name, seed = lacking["configuration"], lacking["seed"]
-    folder = tmp_path / "runs" / f"{name}-seed{seed}"
-    folder.mkdir(parents=True)
-    tiers = [
-        {"benchmark": f"emoji-cir/test/{tier}", "metrics": metrics, "counts": lacking["counts"]}
-        for tier, metrics in lacking["metrics"].items()
-    ]
-    (folder / "results.json").write_text(json.dumps({**lacking, "evaluations": tiers}))
-    measure(["--bf16=true"], runs=others)
-    assert json.loads(emoji_tables.RESULTS.read_text())["runs"] == [*others, lacking]
-    (folder / "results.json").write_text(json.dumps({**lacking, "evaluations": tiers, "training": {}}))
-    with pytest.raises(ValueError, match=f"{name}-seed{seed} holds a run of another recipe"):
-        measure(["--bf16=true"], runs=others)
+        measure([], backbone="other")
+    place = next(i for i, run in enumerate(results["runs"]) if run["seed"] == 0)
+    lacking = results["runs"][place]
+    others = results["runs"][:place] + results["runs"][place + 1 :]
+    folder = tmp_path / "runs" / f"{lacking['configuration']}-seed0"
+    evaluations = [finished_evaluation(lacking, tier) for tier in lacking["metrics"]]
+    write_results(folder / "results.json", evaluations, **{part: lacking[part] for part in ("model", "training")})
+    measure([], runs=others)
+    *same, found = json.loads(emoji_tables.RESULTS.read_text())["runs"]
+    assert same == others and found == lacking | {"environment": found["environment"]}
+    write_results(folder / "results.json", evaluations, model=lacking["model"], training={})
+    with pytest.raises(ValueError, match=f"{folder.name} holds a run of another recipe"):
+        measure([], runs=others)
+
+
+def finished_evaluation(run, tier):
+    """Return the evaluation that a run in results.json was collected from, with ranks of 0 and 10 for its hits."""
+    ranks = tuple(0 if digit == "1" else 10 for digit in run["hits"][tier])
+    columns = {"rank": ranks, "subset_rank": ranks}
+    facts = "composed", run["metrics"][tier], run["counts"], asdict(Protocol("emoji-cir", "", "")), "float32"
+    return Evaluation(f"emoji-cir/test/{tier}", *facts, columns)
 
 
 def test_backbone_card_states_its_results():

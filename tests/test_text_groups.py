@@ -5,10 +5,17 @@ import torch
 from error_bounds import assert_within, rounding
 from tiny import make_inputs, make_model
 
-from pvlf_hf.training.text_groups import GROUP_SIZE, encode_captions
+from pvlf_hf.training import text_groups
+from pvlf_hf.training.text_groups import encode_captions
 
-BATCH = 2 * GROUP_SIZE + 3
+BATCH = 11
 TEXT_PROMPTS = {"prompt_location": "text", "num_prompts": 2, "prompt_depth": 1}
+
+
+@pytest.fixture(autouse=True)
+def two_groups(monkeypatch):
+    """Let a batch of eleven captions be two groups."""
+    monkeypatch.setattr(text_groups, "GROUP_SIZE", 4)
 
 
 def query_and_gradients(encode):
@@ -53,8 +60,8 @@ def encoded_shapes(model, backbone, **changes):
 
 
 def test_each_group_is_padded_to_its_own_longest_caption():
-    # A third of the captions have 4 tokens, a third 6, a third 8.
-    assert encoded_shapes(make_model(), "blip") == [(18, 6), (17, 8)]
+    # Three captions have 4 tokens, four have 6, four have 8.
+    assert encoded_shapes(make_model(), "blip") == [(6, 6), (5, 8)]
 
 
 def test_a_model_that_attends_to_padding_encodes_one_batch():

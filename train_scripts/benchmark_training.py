@@ -1,4 +1,4 @@
-"""Speed and memory of training: cached features, both encoders, batches larger than memory.
+"""Speed and memory of training: cached features, captions by length, both encoders, batches larger than memory.
 
     python train_scripts/benchmark_training.py               # BLIP ViT-B/16 at 384 px: 20 minutes on two cores
     python train_scripts/benchmark_training.py --size tiny   # on the emoji checkpoint, to check that it runs
@@ -27,15 +27,16 @@ from measuring import Pace, Table, Timing, formats, measure, paced, parser_of, p
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 from transformers.models.blip.modeling_blip import BlipAttention
 
-from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce
+from pvlf_hf import PVLFConfig, PVLFModel, cache_features, focal_info_nce, load_emoji_cir_train
 from pvlf_hf.training.batches import PVLFCollator
 from pvlf_hf.training.cpu_dropout import fast_cpu_dropout
 from pvlf_hf.training.cpu_memory import kept_memory
 from pvlf_hf.training.feature_cache import accept_cached_features
 from pvlf_hf.training.gradient_cache import embed_in_chunks
+from pvlf_hf.training.text_groups import GROUP_SIZE, encode_captions
 
 HERE = Path(__file__).parent
 IMPORT = f"import sys; sys.path.insert(0, {str(HERE)!r}); import benchmark_training; "  # in a fresh process
@@ -206,6 +207,28 @@ def encoded_or_cached(size: str, finetuning: str, rounds: int, keep: bool) -> Ta
     return Table(title, timings_of(paces), floors(paces) | memory(peaks))
 
 
+def captions(size: str, rounds: int) -> list[Table]:
+    """Measure the emoji checkpoint's text encoder, forward and backward, on captions in one batch and in groups."""
+    model, processor = make_model("tiny", "text"), AutoProcessor.from_pretrained(TINY)
+    texts = list(load_emoji_cir_train()["caption"])
+    tables = []
+    for batch in (64, 128):
+        inputs = processor(text=texts[:: len(texts) // batch][:batch])
+        padding = 1 - inputs["attention_mask"].float().mean().item()
+        groups = f"in groups of {GROUP_SIZE}"
+        ways = {"in one batch": model.encode_text_tokens, groups: partial(encode_captions, model)}
+        timings = side_by_side({name: partial(train_text, encode, **inputs) for name, encode in ways.items()}, rounds)
+        title = f"Text encoder, {batch} captions of EmojiCIR, {padding:.0%} padding in one batch"
+        tables.append(Table(title, timings, {}))
+    return tables
+
+
+def train_text(encode: Callable[..., tuple[Tensor, Tensor]], input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Encode captions, forward and backward; add to the gradients."""
+    tokens, _ = encode(input_ids, attention_mask)
+    (tokens * attention_mask[..., None]).square().mean().backward()
+
+
 def is_native(way: Way) -> bool:
     """Return whether the processor computes natively in the alternative's dtype."""
     return not way.bf16 or torch.bfloat16 in formats()
@@ -308,7 +331,12 @@ def do_steps(size: str, finetuning: str, batch: str, way: Way, keep: bool, steps
             step(model, optimizer, rows, way)
 
 
-PARTS: dict[str, Callable[[str, int], list[Table]]] = {"cache": cache, "both": both, "large_batch": large_batch}
+PARTS: dict[str, Callable[[str, int], list[Table]]] = {
+    "cache": cache,
+    "captions": captions,
+    "both": both,
+    "large_batch": large_batch,
+}
 
 
 def main() -> None:

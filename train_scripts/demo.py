@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from pvlf_hf import (
@@ -21,6 +22,7 @@ from pvlf_hf import (
     PVLFModel,
     PVLFProcessor,
     PVLFTrainingArguments,
+    evaluate,
     load_emoji_cir,
     write_results,
 )
@@ -31,9 +33,9 @@ from pvlf_hf.commands.train import DataArguments, ModelArguments, parse_argument
 from pvlf_hf.data.emoji_cir.dataset import TIERS
 from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.evaluation.retrieval_sheet import retrieval_sheet, sheet_rows
-from pvlf_hf.evaluation.scoring import evaluate_all
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
+SHORT = ["--max_steps=200", "--per_device_train_batch_size=64"]  # minutes in float32, not hours
 METHOD_NAMES = {
     "image": "Image-only",
     "text": "Text-only",
@@ -48,7 +50,7 @@ class DemoArguments:
     """Arguments of the demo."""
 
     output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for model, tables and contact sheet."})
-    max_steps: int = field(default=200, metadata={"help": "Training steps of 64 triplets."})
+    max_steps: int | None = field(default=None, metadata={"help": "Training steps of 64 triplets, by default 200."})
     queries: int = field(default=1500, metadata={"help": "Test queries to rank; there are 1,500."})
     seed: int = field(default=0, metadata={"help": "Seed of weights and batches."})
 
@@ -61,27 +63,27 @@ def main() -> None:
         [
             str(RECIPE),
             f"--output_dir={folder / 'model'}",
-            f"--max_steps={demo.max_steps}",
-            "--per_device_train_batch_size=64",  # half the recipe's, to stay within minutes in float32
             f"--seed={demo.seed}",
             "--eval_strategy=no",
-            "--save_steps=100",
+            *SHORT,
+            *([] if demo.max_steps is None else [f"--max_steps={demo.max_steps}"]),
         ]
     )
     say(1, "EmojiCIR: images by seven artists; Google's are the gallery and never trained on")
     benchmarks = [first_queries(load_emoji_cir("test", tier), demo.queries) for tier in TIERS]
     say(2, "Baselines with the pretrained encoder alone")
     evaluations = baselines(model_args.model, benchmarks[:1])
-    say(3, f"Fine-tuning PVLF with the HF Trainer, {demo.max_steps} steps")
+    say(3, f"Fine-tuning PVLF with the HF Trainer, {args.max_steps} steps")
     fine_tune(model_args, data_args, args)
     say(4, "Reloading with AutoModel and searching the unseen artist's images")
     model = AutoModel.from_pretrained(args.output_dir)
     processor = AutoProcessor.from_pretrained(args.output_dir)
-    evaluations += evaluate_all(model, processor, benchmarks)
-    write_results(folder / "results.json", evaluations, seed=demo.seed, max_steps=demo.max_steps)
+    gallery = encode_gallery(model, processor, benchmarks[0].gallery)  # which all tiers share
+    evaluations += [evaluate(model, processor, benchmark, gallery_embeds=gallery) for benchmark in benchmarks]
+    write_results(folder / "results.json", evaluations, seed=demo.seed, max_steps=args.max_steps)
     (folder / "results.md").write_text(results_table(evaluations), encoding="utf-8")
     say(5, "Drawing the contact sheet")
-    draw_sheet(model, processor, benchmarks[0]).save(folder / "retrievals.png")
+    draw_sheet(model, processor, benchmarks[0], gallery).save(folder / "retrievals.png")
     print("\n" + (folder / "results.md").read_text())
     print(f"See {folder / 'retrievals.png'} and {folder / 'results.md'}; the model is in {args.output_dir}")
 
@@ -143,13 +145,14 @@ def results_table(evaluations: list[Evaluation]) -> str:
     )
 
 
-def draw_sheet(model: PVLFModel, processor: PVLFProcessor, benchmark: CIRBenchmark, rows: int = 8) -> Image.Image:
-    """Draw the first query of each attribute and its results, hit or miss."""
+def draw_sheet(
+    model: PVLFModel, processor: PVLFProcessor, benchmark: CIRBenchmark, gallery: Tensor, rows: int = 8
+) -> Image.Image:
+    """Draw the first query of each attribute and its results in the embedded gallery `(images, d)`, hit or miss."""
     first_query: dict[str, int] = {}
     for row, attribute in enumerate(benchmark.queries["attribute"]):
         first_query.setdefault(attribute, row)
     chosen = list(first_query.values())[:rows]
-    gallery = encode_gallery(model, processor, benchmark.gallery, progress=False)
     queries = encode_queries(model, processor, benchmark.queries.select(chosen), progress=False)
     shown = CIRBenchmark(benchmark.name, benchmark.queries.select(chosen), benchmark.gallery)
     return retrieval_sheet(

@@ -1,11 +1,12 @@
 """The paper's tables at small scale, on EmojiCIR: methods, fine-tuning modes, prompt length, depth and loss.
 
-    python train_scripts/emoji_tables.py --bf16                        # all tables, five seeds
+    python train_scripts/emoji_tables.py                               # all tables, five seeds
     python train_scripts/emoji_tables.py --tables methods --seeds 0 1 2
 
-Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml` and the flags of `CONFIGURATIONS`. All numbers are
-written to `model_cards/emoji-cir/results.json` and rendered as tables and a plot into that card, and as a summary into
-README.md. `--publish` also makes the first seed's PVLF-Deep the checkpoint in `model_cards/pvlf-emoji-tiny`.
+Every run is `train_pvlf.py` with the recipe `configs/emoji.yaml`, as short as in `make demo` (`demo.SHORT`), and the
+flags of `CONFIGURATIONS`. All numbers are written to `model_cards/emoji-cir/results.json` and rendered as tables and a
+plot into that card, and as a summary into README.md. `--publish FOLDER` makes the model in a folder the checkpoint in
+`model_cards/pvlf-emoji-tiny`.
 After an interruption the same command does the runs that `results.json` lacks. A run of another recipe, or on another
 backbone, raises an error.
 `--render_only` renders the committed numbers, with what the Hub indexes (`shipped_cards.py`), and updates the
@@ -27,19 +28,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from demo import draw_sheet
+from demo import SHORT, draw_sheet
 from shipped_cards import write_shipped_cards
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from pvlf_hf import CIRBenchmark, Evaluation, load_emoji_cir, load_emoji_cir_train, write_golden
+from pvlf_hf import CIRBenchmark, Evaluation, evaluate, load_emoji_cir, load_emoji_cir_train, write_golden
 from pvlf_hf.atomic_files import whole
 from pvlf_hf.commands.evaluate import baselines
 from pvlf_hf.commands.train import parse_arguments
 from pvlf_hf.data.emoji_cir.dataset import TIERS
-from pvlf_hf.evaluation.results import write_results
-from pvlf_hf.evaluation.scoring import evaluate_all
-from pvlf_hf.evaluation.significance import seed_interval
+from pvlf_hf.embeddings.encoding import encode_gallery
+from pvlf_hf.evaluation.results import read_results, write_results
+from pvlf_hf.evaluation.significance import crossed_interval, detectable_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "train_scripts" / "configs" / "emoji.yaml"
@@ -97,6 +98,9 @@ START, END = "<!-- emoji-cir results: written by train_scripts/emoji_tables.py -
 Scores = dict[tuple[str, str], dict[int | None, dict[str, float]]]
 """(configuration or baseline, tier) -> seed -> metrics as fractions."""
 
+Hits = dict[tuple[str, str], dict[int, list[int]]]
+"""(configuration, tier) -> seed -> for each query 1 if its target is among the first ten, else 0."""
+
 
 def main() -> None:
     """Train the missing runs, collect their metrics, render the tables."""
@@ -106,17 +110,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/emoji-tables"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, which share the cores")
     parser.add_argument("--max_steps", type=int, help="training steps, by default the recipe's")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast on CPUs that support it")
-    parser.add_argument(
-        "--publish", action="store_true", help="make the first seed's PVLF-Deep the committed checkpoint"
-    )
+    parser.add_argument("--publish", type=Path, metavar="FOLDER", help="make this model the committed checkpoint")
     parser.add_argument("--render_only", action="store_true", help="render the committed results.json again")
     args = parser.parse_args()
-    if not args.render_only:
-        flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps) + ["--bf16=true"] * args.bf16
-        measure(args.tables, args.seeds, args.output_dir.resolve(), args.jobs, flags)
     if args.publish:
-        publish(args.output_dir.resolve() / f"PVLF-Deep-seed{args.seeds[0]}")
+        publish(args.publish)
+    elif not args.render_only:
+        flags = [f"--max_steps={args.max_steps}"] * bool(args.max_steps)
+        measure(args.tables, args.seeds, args.output_dir.resolve(), args.jobs, flags)
     for source in sorted((ROOT / "src" / "pvlf_hf" / "models").glob("*_pvlf.py")):
         shutil.copyfile(source, CHECKPOINT / source.name)  # the code that is saved with the checkpoint
     results = json.loads(RESULTS.read_text())
@@ -157,7 +158,7 @@ def measure(tables: list[str], seeds: list[int], folder: Path, jobs: int, flags:
 def arguments_of(name: str, seed: int, folder: Path, flags: list[str]) -> list[str]:
     """Return the arguments of `train_pvlf.py` for a run; the second is its folder."""
     output = folder / f"{name}-seed{seed}".replace(" ", "")
-    return [str(RECIPE), f"--output_dir={output}", f"--seed={seed}", *CONFIGURATIONS[name], *flags]
+    return [str(RECIPE), f"--output_dir={output}", f"--seed={seed}", *SHORT, *CONFIGURATIONS[name], *flags]
 
 
 def is_run_of(run: dict[str, Any], arguments: list[str]) -> bool:
@@ -187,15 +188,18 @@ def train_one(name: str, seed: int, arguments: list[str], jobs: int) -> dict[str
 
 
 def collect(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Collect the metrics and settings of a run."""
+    """Collect the metrics, hits and settings of a run."""
     results = json.loads((folder / "results.json").read_text())
-    metrics = {tier_of(e["benchmark"]): e["metrics"] for e in results["evaluations"]}
+    evaluations = read_results(folder / "results.json")
     facts = {key: results[key] for key in ("model", "training", "environment")}
     return {
         "configuration": name,
         "seed": seed,
-        "metrics": metrics,
-        "counts": results["evaluations"][0]["counts"],
+        "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations},
+        "hits": {
+            tier_of(e.benchmark): "".join(str(int(rank < 10)) for rank in e.per_query["rank"]) for e in evaluations
+        },
+        "counts": evaluations[0].counts,
         **facts,
     }
 
@@ -226,8 +230,10 @@ def publish(folder: Path) -> None:
     processor.save_pretrained(CHECKPOINT)
     write_golden(CHECKPOINT)
     stored, benchmarks = AutoModel.from_pretrained(CHECKPOINT), [load_emoji_cir("test", tier) for tier in TIERS]
-    draw_sheet(stored, processor, benchmarks[0]).save(CHECKPOINT / "retrievals.png", optimize=True)
-    evaluations = evaluate_all(stored, processor, benchmarks)
+    gallery = encode_gallery(stored, processor, benchmarks[0].gallery)  # which all tiers share
+    sheet = draw_sheet(stored, processor, benchmarks[0], gallery)
+    sheet.save(CHECKPOINT / "retrievals.png", optimize=True)
+    evaluations = [evaluate(stored, processor, benchmark, gallery_embeds=gallery) for benchmark in benchmarks]
     results = {
         "training": json.loads((folder / "results.json").read_text())["training"],
         "metrics": {tier_of(e.benchmark): e.metrics for e in evaluations},
@@ -266,15 +272,24 @@ def scores_of(results: dict[str, Any]) -> Scores:
     return scores
 
 
+def hits_of(results: dict[str, Any]) -> Hits:
+    """Index the hits of all runs by configuration, tier and seed."""
+    hits: Hits = defaultdict(dict)
+    for run in results["runs"]:
+        for tier, digits in run["hits"].items():
+            hits[run["configuration"], tier][run["seed"]] = [int(digit) for digit in digits]
+    return hits
+
+
 def renderings(results: dict[str, Any]) -> dict[Path, str]:
     """Render the text between the markers of each file."""
-    scores = scores_of(results)
+    scores, hits = scores_of(results), hits_of(results)
     checkpoint = json.loads((CHECKPOINT / "results.json").read_text())
     measured = [n for n, (_, rows, _) in TABLES.items() if all((c, "plain") in scores for c in rows.values())]
-    tables = [f"### {TABLES[name][0]}\n\n{table(scores, name)}" for name in measured]
+    tables = [f"### {TABLES[name][0]}\n\n{table(scores, hits, name)}" for name in measured]
     return {
-        ROOT / "README.md": f"{summary(scores)}\n{caption(results)}",
-        CARD / "README.md": f"{caption(results)}\n\n### By tier\n\n{methods_by_tier(scores)}\n\n"
+        ROOT / "README.md": f"{summary(scores, hits)}\n{caption(results)}",
+        CARD / "README.md": f"{caption(results)}\n\n### By tier\n\n{methods_by_tier(scores, hits)}\n\n"
         + "\n\n".join(tables),
         CHECKPOINT / "README.md": checkpoint_table(checkpoint, scores),
     }
@@ -291,23 +306,26 @@ def caption(results: dict[str, Any]) -> str:
     )
 
 
-def summary(scores: Scores) -> str:
+def summary(scores: Scores, hits: Hits) -> str:
     """Render one row a method: R@1 on plain captions, and R@10 on every tier."""
     columns = [("plain", "recall@1"), *((tier, "recall@10") for tier in TIERS)]
     heads = ["method", *(f"{tier} {COLUMNS[metric]}" for tier, metric in columns)]
     names = [*BASELINES, *TABLES["methods"][1]]
     rows = [[name, *(cell(scores[name, tier], metric) for tier, metric in columns)] for name in names]
-    ahead = difference(scores, "plain", "PVLF-Deep", "TransAgg")
+    ahead = difference(hits, "plain", "PVLF-Deep", "TransAgg")[0]
     return (
-        f"{markdown(heads, rows)}\n\nPVLF-Deep minus TransAgg, plain R@10: {ahead} points (95 % interval over seeds)."
+        f"{markdown(heads, rows)}\n\nPVLF-Deep minus TransAgg, plain R@10: {ahead} points "
+        "[95 % interval over seeds and queries]."
     )
 
 
-def methods_by_tier(scores: Scores) -> str:
+def methods_by_tier(scores: Scores, hits: Hits) -> str:
     """Render baselines and methods on all tiers, and the differences between PVLF, Image-only and TransAgg."""
     names = [*BASELINES, *TABLES["methods"][1]]
     rows = [[tier, name, *cells(scores[name, tier])] for tier, name in product(TIERS, names)]
-    ahead = "; ".join(f"{tier} {difference(scores, tier, 'PVLF-Deep', 'TransAgg')}" for tier in TIERS)
+    differences = {tier: difference(hits, tier, "PVLF-Deep", "TransAgg") for tier in TIERS}
+    ahead = "; ".join(f"{tier} {points}" for tier, (points, _) in differences.items())
+    seen = ", ".join(f"{tier} {size}" for tier, (_, size) in differences.items())
     ratios = ", ".join(
         f"R@{k} {average(scores['PVLF-Deep', 'plain'], k) / average(scores['Image-only', 'plain'], k):.1f}x"
         for k in (1, 5, 10)
@@ -315,22 +333,23 @@ def methods_by_tier(scores: Scores) -> str:
     return (
         markdown(["captions", "method", *COLUMNS.values()], rows)
         + f"\n\nPVLF-Deep over Image-only, plain captions, mean over seeds: {ratios}. PVLF-Deep minus TransAgg in "
-        f"R@10, points [95 % interval over seeds]: {ahead}."
+        f"R@10, points [95 % interval over seeds and queries]: {ahead}. A true difference of this size would "
+        f"have been seen four times in five: {seen}."
     )
 
 
-def table(scores: Scores, name: str) -> str:
+def table(scores: Scores, hits: Hits, name: str) -> str:
     """Render one of `TABLES` on plain captions, each row beside its difference to a reference row."""
     _, rows, reference = TABLES[name]
     lines = [
         [
             label,
             *cells(scores[c, "plain"]),
-            "-" if label == reference else difference(scores, "plain", c, rows[reference]),
+            *(("-", "-") if label == reference else difference(hits, "plain", c, rows[reference])),
         ]
         for label, c in rows.items()
     ]
-    return markdown(["", *COLUMNS.values(), f"R@10 minus that of {reference} [95 %]"], lines)
+    return markdown(["", *COLUMNS.values(), f"R@10 minus that of {reference} [95 %]", "seen in 4 of 5"], lines)
 
 
 def checkpoint_table(checkpoint: dict[str, Any], scores: Scores) -> str:
@@ -355,14 +374,17 @@ def average(runs: dict[int | None, dict[str, float]], k: int) -> float:
     return mean(metrics[f"recall@{k}"] for metrics in runs.values())
 
 
-def difference(scores: Scores, tier: str, name: str, other: str) -> str:
-    """Render the mean difference in R@10 between runs of the same seed, in points, with Student's interval."""
-    a, b = scores[name, tier], scores[other, tier]
-    points = [100 * (a[seed]["recall@10"] - b[seed]["recall@10"]) for seed in a.keys() & b.keys()]
-    if len(points) < 2:
-        return f"{mean(points):+.1f}"
-    low, high = seed_interval(points)
-    return f"{mean(points):+.1f} [{low:+.1f}, {high:+.1f}]"
+def difference(hits: Hits, tier: str, name: str, other: str) -> tuple[str, str]:
+    """Render the mean difference in R@10 between runs of the same seed, in points.
+
+    Returns:
+        the difference with its interval over seeds and queries, and the true difference that the interval would have
+        told from zero with a probability of 0.8.
+    """
+    a, b = hits[name, tier], hits[other, tier]
+    matrix = [[100 * (x - y) for x, y in zip(a[seed], b[seed], strict=True)] for seed in sorted(a.keys() & b.keys())]
+    low, high = crossed_interval(matrix)
+    return f"{(low + high) / 2:+.1f} [{low:+.1f}, {high:+.1f}]", f"{detectable_difference(matrix):.1f}"
 
 
 def cells(runs: dict[int | None, dict[str, float]]) -> list[str]:
@@ -389,8 +411,10 @@ def plot(results: dict[str, Any], file: Path) -> None:
     scores = scores_of(results)
     image_only = 100 * average(scores["Image-only", "plain"], 10)
     shown = [(title, rows) for title, rows, _ in TABLES.values() if all((c, "plain") in scores for c in rows.values())]
-    figure = Figure(figsize=(11, 2.9 * -(-len(shown) // 2)), layout="constrained")
-    axes = figure.subplots(-(-len(shown) // 2), 2, squeeze=False, sharey=True).flat
+    columns = min(2, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(5.5 * columns, 2.9 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for ax, (title, rows) in zip(axes, shown, strict=False):
         for position, label in enumerate(rows):
             values = [100 * metrics["recall@10"] for metrics in scores[rows[label], "plain"].values()]
