@@ -35,7 +35,8 @@ from pvlf_hf.embeddings.encoding import encode_gallery, encode_queries
 from pvlf_hf.evaluation.retrieval_sheet import retrieval_sheet, sheet_rows
 
 RECIPE = Path(__file__).parent / "configs" / "emoji.yaml"
-SHORT = ["--max_steps=200", "--per_device_train_batch_size=64"]  # minutes in float32, not hours
+SHORT = ["--max_steps=200", "--per_device_train_batch_size=64"]
+"""A third of the recipe's examples, to stay within minutes in float32."""
 METHOD_NAMES = {
     "image": "Image-only",
     "text": "Text-only",
