@@ -21,7 +21,7 @@ from pvlf_hf import Gallery, ShardedGallery
 from pvlf_hf.commands.gallery import index_dtype
 from pvlf_hf.embeddings import int8_encoder
 from pvlf_hf.embeddings.embedding_store import images_made_by, read_provenance
-from pvlf_hf.embeddings.int8_encoder import Int8Encoder, calibrate, int8_made_by, int8_quality
+from pvlf_hf.embeddings.int8_encoder import Int8Encoder, Int8Quality, calibrate, int8_made_by, int8_quality
 from pvlf_hf.search import int8_index
 from pvlf_hf.search.int8_index import ENCODER
 from pvlf_hf.search.shard_sets import gallery_to_shards, merge_shards
@@ -222,6 +222,19 @@ def test_the_check_refuses_a_calibration_on_images_unlike_the_others(tmp_path):
         calibrate(model, "", range(100, 112), range(24), lambda seed: prepared(picture(seed, seed >= 100)), False)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert "forward" not in vars(model.image_side["vision_model"])  # the model is as it was
+
+
+def test_where_int8_overflows_weights_get_half_their_range(monkeypatch):
+    tried, quantise, measured = [], int8_encoder._quantise, int8_encoder.int8_quality
+    monkeypatch.setattr(int8_encoder, "_quantise", lambda *args: tried.append(args[-1]) or quantise(*args))
+    overflow = Int8Quality(0.9, 0.98, 1.0)
+    monkeypatch.setattr(int8_encoder, "int8_quality", lambda *both: measured(*both) if tried[-1] else overflow)
+    made = calibrate(make_model(), "", range(21), range(21, 28), lambda seed: prepared(picture(seed)), False)
+    assert tried == [False, True] and made.quality.is_enough
+    operations = int8_encoder.openvino_core().read_model(made.graph, made.weights).get_ops()
+    constants = [op for op in operations if op.get_type_name() == "Constant"]
+    weights = [op.data for op in constants if op.get_element_type().get_type_name() == "i8"]
+    assert weights and max(abs(data.astype(int)).max() for data in weights) == 64
 
 
 def prepared(image):
