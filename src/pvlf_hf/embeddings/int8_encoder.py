@@ -148,7 +148,7 @@ def calibrate(
     Args:
         model: on the CPU, in float32; it stays as it is.
         base: fingerprint of its image side and preprocessing.
-        images: what to calibrate on, each prepared twice.
+        images: what to calibrate on, each prepared twice, and twice again if the first result is not good enough.
         held_out: other images, for the check; more than `NEIGHBOURS`.
         prepare: returns the pixel values `(1, 3, height, width)` of an image.
         progress: show a progress bar.
